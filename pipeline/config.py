@@ -1,0 +1,385 @@
+"""Run configuration: frozen dataclasses filled from a recipe, a YAML file and `key.sub=value` overrides.
+
+A user's mistake (unknown key, wrong type, value out of range) raises `ConfigError` with one line that names the key and
+says how to mend it. `python -m pipeline STAGE --help` prints every field from its metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+RECIPES = Path(__file__).with_name("recipes")
+
+Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class ConfigError(ValueError):
+    """A mistake in the user's input, told in one line; the command line prints it and exits with 2."""
+
+
+def opt(default: Any, help: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None,
+        lt: float | None = None) -> Any:  # fmt: skip
+    """A dataclass field with its meaning and bounds (ge/gt: lower, le/lt: upper) kept as metadata."""
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = opt("", "Directory or hub id of the pretrained causal language model.")
+    dtype: Literal["float32", "bfloat16", "float16"] = opt("float32", "Type the frozen base weights are held in.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = opt("sdpa", "Attention implementation of transformers.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = opt("c4", "`c4` (streamed from the hub), or a path: .jsonl, .txt, .parquet, or a directory of those.")
+    documents: int = opt(20_000, "Read at most this many documents (0: all).", ge=0)
+    text_field: str = opt("text", "Name of the text column of JSONL and parquet files.")
+    seq_len: int = opt(512, "Tokens per packed block.", ge=8)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = opt(0, "Optimizer steps; 0 takes `epochs` passes over the data.", ge=0)
+    epochs: float = opt(7.0, "Passes over the data when `steps` is 0.", gt=0)
+    batch_size: int = opt(16, "Sequences per optimizer step over all ranks.", ge=1)
+    micro_batch: int = opt(0, "Sequences per forward pass on one rank; 0 takes the whole batch at once.", ge=0)
+    lora_lr: float = opt(1e-3, "Peak learning rate of the LoRA weights.", gt=0)
+    lora_schedule: Literal["constant", "cosine"] = opt("cosine", "LoRA learning rate after its warm-up.")
+    lora_warmup: float = opt(0.03, "Share of the steps over which the LoRA learning rate rises from 0.", ge=0, le=1)
+    beta2: float = opt(0.999, "Second-moment decay of AdamW for LoRA.", gt=0, lt=1)
+    weight_decay: float = opt(0.0, "AdamW weight decay of LoRA.", ge=0)
+    grad_clip: float = opt(1.0, "Largest norm of the LoRA gradient; 0 turns clipping off.", ge=0)
+    activation_checkpointing: bool = opt(False, "Recompute each layer in the backward pass to save memory.")
+    max_bad_steps: int = opt(10, "Stop after this many steps in a row with a NaN or infinite loss or gradient.", ge=1)
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    units: list[Unit] = opt(["kv_groups", "ffn"], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, "
+                            "ffn_sublayers.")  # fmt: skip
+    shape: Literal["uniform", "per_layer"] = opt(
+        "uniform", "`uniform` keeps the same counts in every layer (a stock architecture); `per_layer` is free."
+    )
+    init: Literal["importance", "drop_rate"] = opt(
+        "importance", "Start of log-alpha: from first-order Taylor importance, or one drop rate for all."
+    )
+    init_drop_rate: float = opt(0.01, "Initial probability that a unit is dropped (init: drop_rate).", gt=0, lt=1)
+    init_spread: float = opt(2.0, "Standard deviation of the initial log-alpha (init: importance).", gt=0)
+    importance_batches: int = opt(16, "Batches over which the Taylor importance is summed.", ge=1)
+    lr: float = opt(0.05, "Learning rate of log-alpha.", ge=0)
+    temperature: float = opt(2 / 3, "Temperature of the hard-concrete distribution.", gt=0)
+    noise: float = opt(1.0, "Scale of the sampling noise at the start (1: hard concrete as published).", ge=0, le=1)
+    noise_end: float = opt(0.05, "Scale of the sampling noise when the gates settle (geometric path).", ge=0, le=1)
+    clamp: float = opt(0.0, "Clamp log-alpha to [-clamp, clamp] after each step; 0: no clamp.", ge=0)
+    settle: float = opt(0.6, "Share of the steps after which the gates become exactly 0 or 1 and stay; 1: never.",
+                        gt=0, le=1)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    target: float = opt(0.2, "Share of the prunable parameters (decoder projections) to remove.", gt=0, lt=1)
+    schedule: Literal["linear", "cubic"] = opt("cubic", "How the target rises from 0 during the warm-up.")
+    warmup: float = opt(0.4, "Share of the steps over which the target rises.", gt=0, le=1)
+    constraint: Literal["projection", "lagrangian"] = opt(
+        "projection", "`projection` holds the schedule by construction; `lagrangian` is the paper's."
+    )
+    multiplier_lr: float = opt(0.1, "Ascent rate of the Lagrangian's multipliers (constraint: lagrangian).", gt=0)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    targets: list[Projection] = opt(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "Projections that get LoRA."
+    )
+    rank: int = opt(8, "LoRA rank.", ge=1)
+    alpha: float = opt(8.0, "LoRA alpha; the update is scaled by alpha / rank.", gt=0)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    mode: Literal["numerous", "intact", "none"] = opt(
+        "numerous", "Earlier snapshots, the intact model, or none (plain language-model loss)."
+    )
+    interval: float = opt(0.01, "Sparsity between two recorded snapshots.", gt=0, lt=1)
+    lag: int = opt(10, "Intervals the teacher is behind the student while sparsity rises.", ge=1)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    layer_weight: float = opt(0.9, "Weight of the layer term.", ge=0)
+    layer: Literal["normalized", "raw"] = opt(
+        "normalized", "Layer term: squared error over the teacher's mean square, per token; or the paper's raw MSE."
+    )
+    layer_reduction: Literal["sum", "mean"] = opt("mean", "Sum (the paper) or mean of the layer terms over layers.")
+    kl_weight: float = opt(1.0, "Weight of the KL term per token (the paper's 0.1 at 512 tokens is 51.2).", ge=0)
+    temperature: float = opt(1.0, "Softmax temperature T of the KL term, which is scaled by T squared.", gt=0)
+    chunk: int = opt(256, "Tokens whose full-vocabulary logits exist at once.", ge=1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = opt(200, "Steps between checkpoints (0: only the final one and on a signal).", ge=0)
+    keep: int = opt(2, "Checkpoints kept.", ge=1)
+    resume: Literal["auto", "never"] = opt("auto", "`auto` goes on from the newest checkpoint that verifies.")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    tensorboard: bool = opt(True, "Write TensorBoard events below the run directory.")
+    progress: bool = opt(True, "Show a progress bar.")
+    log_every: int = opt(1, "Steps between two log entries.", ge=1)
+    image_every: int = opt(50, "Steps between two pictures of the kept units.", ge=1)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    output: str = opt("", "Directory of the exported model; empty: `export` below the run directory.")
+    shape: Literal["uniform", "per_layer", "as_trained"] = opt(
+        "as_trained", "Shape of the exported model; `as_trained` takes `gates.shape` of the run."
+    )
+    sparsity: float = opt(0.0, "Export the run's snapshot at this sparsity; 0: the final student.", ge=0, lt=1)
+    ffn_multiple: int = opt(16, "FFN widths are rounded to this multiple (halved where the target would be missed).",
+                            ge=1)  # fmt: skip
+    hidden_multiple: int = opt(16, "The hidden size is rounded to this multiple (halved where it would miss).", ge=1)
+    dtype: Literal["as_base", "float32", "bfloat16", "float16"] = opt("as_base", "Type of the exported weights.")
+    shard_size: str = opt("5GB", "Largest safetensors file.")
+    check_tokens: int = opt(512, "Tokens of real text on which logits are compared before the export finishes.", ge=8)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    models: list[str] = opt([], "Directories to evaluate; empty: the base model and the run's export.")
+    text: str = opt("", "Text file, JSONL or parquet for perplexity; empty: the data source of training.")
+    text_field: str = opt("text", "Text column of JSONL and parquet files.")
+    window: int = opt(1024, "Tokens per perplexity window.", ge=8)
+    stride: int = opt(0, "Tokens between two windows; 0: the window itself.", ge=0)
+    blocks: int = opt(0, "Windows to score; 0: all.", ge=0)
+    tasks: list[str] = opt([], "lm-eval tasks: names on the hub, or `local_mc`, or a YAML file of a task of your own.")
+    task_limit: int = opt(0, "Examples per task; 0: all.", ge=0)
+    fewshot: int = opt(0, "Few-shot examples per task.", ge=0)
+    speed: bool = opt(True, "Measure prefill and decode speed.")
+    prompt_tokens: int = opt(256, "Prompt length of the speed measurement.", ge=1)
+    new_tokens: int = opt(64, "Tokens decoded in the speed measurement.", ge=1)
+    sample_prompt: str = opt("The capital of France is", "Prompt whose greedy continuation is shown; empty: none.")
+    output: str = opt("", "Directory of report.json and report.md; empty: `evaluate` below the run directory.")
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str = opt("default", "Base settings: a name in pipeline/recipes or a YAML file.")
+    run_dir: str = opt("", "Directory of the run: configuration, checkpoints, logs, results.")
+    seed: int = opt(0, "Seed of data order, gate samples and LoRA initialisation.", ge=0)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    gates: GateConfig = field(default_factory=GateConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+STAGE_SECTIONS = {
+    "prune": ["model", "data", "train", "gates", "sparsity", "lora", "teacher", "loss", "checkpoint", "tracking"],
+    "export": ["model", "data", "export"],
+    "evaluate": ["model", "data", "evaluate"],
+}
+"""The sections each stage reads; `--help` of a stage lists these."""
+
+
+def load_config(path: str | Path | None, overrides: list[str] = (), recipe: str | None = None) -> Config:
+    """Build a `Config` from its recipe, then the YAML file, then `key.sub=value` overrides (later wins).
+
+    Args:
+        path: YAML file of the user, or None.
+        overrides: strings `key.sub=value`; the value is read as YAML.
+        recipe: recipe when neither the file nor the overrides name one.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type or value out of range.
+    """
+    layers = []
+    if path is not None:
+        layers.append((str(path), read_yaml(Path(path))))
+    for item in overrides:
+        key, sep, value = item.partition("=")
+        if not sep or not key:
+            raise ConfigError(f"override '{item}': write it as key.sub=value")
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"override '{item}': the value is not readable as YAML") from None
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        layers.append((f"override '{item}'", nested))
+    name = next((tree["recipe"] for _, tree in reversed(layers) if "recipe" in tree), recipe or "default")
+    tree: dict = {}
+    for source, layer in [(f"recipe {name}", read_yaml(recipe_path(name))), *layers]:
+        _check_keys(Config, layer, source, "")
+        tree = _merge(tree, layer)
+    tree["recipe"] = name
+    return build(Config, tree, "")
+
+
+def recipe_path(name: str) -> Path:
+    """The YAML file of a recipe given by name or path."""
+    for path in (RECIPES / f"{name}.yaml", Path(name)):
+        if path.suffix == ".yaml" and path.is_file():
+            return path
+    known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    raise ConfigError(f"recipe '{name}' not found: use one of {known}, or the path of a YAML file")
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file; raises `ConfigError` where there is none."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines at its top level")
+    return tree
+
+
+def build(cls: type, tree: dict, prefix: str) -> Any:
+    """A dataclass of type `cls` from a nested dict whose keys were checked; converts and checks each value."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for f in dataclasses.fields(cls):
+        if f.name not in tree:
+            continue
+        key, value, hint = prefix + f.name, tree[f.name], hints[f.name]
+        if dataclasses.is_dataclass(hint):
+            values[f.name] = build(hint, value or {}, key + ".")
+        else:
+            values[f.name] = _bounded(_convert(value, hint, key), f, key)
+    return cls(**values)
+
+
+def to_dict(config: Config) -> dict:
+    """The resolved configuration as plain nested dicts, as saved in the run directory."""
+    return dataclasses.asdict(config)
+
+
+def describe(sections: list[str]) -> str:
+    """Every field of the given sections with type, default and meaning, for `--help`."""
+    lines = []
+    hints = typing.get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        if not dataclasses.is_dataclass(hints[f.name]):
+            lines.append(_describe_field(f.name, f, hints[f.name]))
+    for section in sections:
+        cls = hints[section]
+        inner = typing.get_type_hints(cls)
+        lines += [_describe_field(f"{section}.{f.name}", f, inner[f.name]) for f in dataclasses.fields(cls)]
+    return "\n".join(lines)
+
+
+def _describe_field(key: str, f: dataclasses.Field, hint: Any) -> str:
+    default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+    return f"  {key} ({_type_name(hint)}, default {default!r})\n      {f.metadata['help']}"
+
+
+def _check_keys(cls: type, tree: dict, source: str, prefix: str) -> None:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key, value in tree.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1) or _elsewhere(str(key))
+            hint = f"; did you mean '{prefix + near[0] if near[0] in names else near[0]}'?" if near else ""
+            raise ConfigError(f"{source}: unknown key '{prefix}{key}'{hint}")
+        if dataclasses.is_dataclass(hints[key]):
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(f"{source}: '{prefix}{key}' is a section; set its fields, e.g. {prefix}{key}.…")
+            _check_keys(hints[key], value or {}, source, f"{prefix}{key}.")
+
+
+def _elsewhere(key: str) -> list[str]:
+    """The full name of a key that exists in another section."""
+    hints = typing.get_type_hints(Config)
+    full = [
+        f"{section}.{f.name}"
+        for section, cls in hints.items()
+        if dataclasses.is_dataclass(cls)
+        for f in dataclasses.fields(cls)
+        if f.name == key
+    ]
+    return full[:1]
+
+
+def _merge(base: dict, layer: dict) -> dict:
+    merged = dict(base)
+    for key, value in layer.items():
+        merged[key] = _merge(base.get(key) or {}, value) if isinstance(value, dict) else value
+    return merged
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(str(a) for a in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"list of {_type_name(typing.get_args(hint)[0])}"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value in typing.get_args(hint):
+            return value
+    elif origin is list:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, (list, tuple)):
+            return [_convert(item, typing.get_args(hint)[0], key) for item in value]
+    elif origin in (typing.Union, types.UnionType):
+        raise AssertionError(f"{key}: unions are not used in the configuration")
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif hint is float and isinstance(value, str):
+        # YAML 1.1 reads `1e-3` (no dot) as text; a user means the number.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif hint in (str, bool) and type(value) is hint:
+        return value
+    expected = _type_name(hint)
+    near = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(hint)], n=1)
+    raise ConfigError(f"{key}: expected {expected}, got {value!r}" + (f"; did you mean '{near[0]}'?" if near else ""))
+
+
+def _bounded(value: Any, f: dataclasses.Field, key: str) -> Any:
+    checks = {"ge": ("at least", "__ge__"), "gt": ("greater than", "__gt__"), "le": ("at most", "__le__"),
+              "lt": ("less than", "__lt__")}  # fmt: skip
+    broken = [f"{word} {f.metadata[name]}" for name, (word, op) in checks.items()
+              if f.metadata.get(name) is not None and not getattr(float(value), op)(float(f.metadata[name]))]  # fmt: skip
+    if broken:
+        bounds = " and ".join(f"{w} {f.metadata[n]}" for n, (w, _) in checks.items() if f.metadata.get(n) is not None)
+        raise ConfigError(f"{key}: must be {bounds}, got {value!r}")
+    return value
