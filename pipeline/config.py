@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 import types
 import typing
 from dataclasses import dataclass, field
@@ -365,21 +366,24 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint in (str, bool) and type(value) is hint:
+    elif hint in (int, str, bool) and type(value) is hint:
         return value
     expected = _type_name(hint)
     near = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(hint)], n=1)
     raise ConfigError(f"{key}: expected {expected}, got {value!r}" + (f"; did you mean '{near[0]}'?" if near else ""))
 
 
+_BOUNDS = {
+    "ge": ("at least", operator.ge),
+    "gt": ("greater than", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("less than", operator.lt),
+}
+
+
 def _bounded(value: Any, f: dataclasses.Field, key: str) -> Any:
-    checks = {"ge": ("at least", "__ge__"), "gt": ("greater than", "__gt__"), "le": ("at most", "__le__"),
-              "lt": ("less than", "__lt__")}  # fmt: skip
-    broken = [f"{word} {f.metadata[name]}" for name, (word, op) in checks.items()
-              if f.metadata.get(name) is not None and not getattr(float(value), op)(float(f.metadata[name]))]  # fmt: skip
-    if broken:
-        bounds = " and ".join(f"{w} {f.metadata[n]}" for n, (w, _) in checks.items() if f.metadata.get(n) is not None)
-        raise ConfigError(f"{key}: must be {bounds}, got {value!r}")
+    bounds = [(*_BOUNDS[name], limit) for name, limit in f.metadata.items() if name in _BOUNDS and limit is not None]
+    if not all(holds(value, limit) for _, holds, limit in bounds):
+        wanted = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
+        raise ConfigError(f"{key}: must be {wanted}, got {value!r}")
     return value

@@ -1,0 +1,21 @@
+"""Architectures: one small file a family; `read_spec` is the only way in."""
+
+from pipeline.arch import llama, mistral, qwen2, qwen3
+from pipeline.arch.base import ATTENTION, FFN, PROJECTIONS, ArchSpec, Family, projections
+
+FAMILIES: dict[str, Family] = {m.FAMILY.model_type: m.FAMILY for m in (llama, mistral, qwen2, qwen3)}
+
+
+def family_of(config) -> Family:
+    """The family of a transformers configuration; raises ValueError naming the supported ones."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"model type '{config.model_type}' is not supported: use one of {', '.join(FAMILIES)}")
+    return FAMILIES[config.model_type]
+
+
+def read_spec(config) -> ArchSpec:
+    """`ArchSpec` of a transformers configuration; raises ValueError for an unsupported model type."""
+    return family_of(config).read(config)
+
+
+__all__ = ["ATTENTION", "FAMILIES", "FFN", "PROJECTIONS", "ArchSpec", "Family", "family_of", "projections", "read_spec"]

@@ -1,0 +1,23 @@
+"""LLaMA 1-3 and its relatives that ship as `LlamaForCausalLM` (SmolLM2, TinyLlama, …)."""
+
+from pipeline.arch.base import ArchSpec, Family, read_llama_like
+
+
+def read(config) -> ArchSpec:
+    bias = bool(config.attention_bias)
+    return read_llama_like(config, qkv_bias=bias, o_bias=bias, mlp_bias=bool(config.mlp_bias))
+
+
+def small_class(config, hidden: int, heads: int) -> str:
+    """LlamaConfig refuses hidden % heads != 0; without biases and sliding window Mistral is the same network."""
+    if hidden % heads == 0:
+        return "LlamaConfig"
+    if config.attention_bias or config.mlp_bias:
+        raise ValueError(
+            f"a LLaMA model with biases cannot have hidden size {hidden} with {heads} heads: "
+            "use export.shape=per_layer, or leave `hidden` out of gates.units"
+        )
+    return "MistralConfig"
+
+
+FAMILY = Family("llama", read, small_class)

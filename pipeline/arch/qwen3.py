@@ -1,0 +1,11 @@
+"""Qwen3: RMSNorm on each query and key head."""
+
+from pipeline.arch.base import ArchSpec, Family, read_llama_like
+
+
+def read(config) -> ArchSpec:
+    bias = bool(config.attention_bias)
+    return read_llama_like(config, qkv_bias=bias, o_bias=bias, qk_norm=True)
+
+
+FAMILY = Family("qwen3", read, lambda config, hidden, heads: "Qwen3Config")

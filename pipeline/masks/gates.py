@@ -1,0 +1,114 @@
+"""One set of gate values, and what they mean for each projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from pipeline.arch import ArchSpec
+
+KINDS = ("heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers")
+
+
+def unit_shape(spec: ArchSpec, kind: str) -> tuple[int, ...]:
+    """Shape of a kind's gates: [L, H], [L, K], [L, F], [D], [L], [L]."""
+    return {
+        "heads": (spec.layers, spec.heads),
+        "kv_groups": (spec.layers, spec.kv_heads),
+        "ffn": (spec.layers, spec.ffn),
+        "hidden": (spec.hidden,),
+        "attn_sublayers": (spec.layers,),
+        "ffn_sublayers": (spec.layers,),
+    }[kind]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Gate values in [0, 1] by kind; None where a kind is not gated (all ones). Shapes as in `unit_shape`."""
+
+    heads: Tensor | None = None
+    kv_groups: Tensor | None = None
+    ffn: Tensor | None = None
+    hidden: Tensor | None = None
+    attn_sublayers: Tensor | None = None
+    ffn_sublayers: Tensor | None = None
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The gated kinds."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def to(self, *args, **kwargs) -> Gates:
+        """Every tensor moved or converted as by `Tensor.to`."""
+        return Gates(**{kind: z.to(*args, **kwargs) for kind, z in self.as_dict().items()})
+
+    def detach(self) -> Gates:
+        """The same values without their graph."""
+        return Gates(**{kind: z.detach() for kind, z in self.as_dict().items()})
+
+    def head_gate(self, spec: ArchSpec) -> Tensor | None:
+        """[L, H]: product of a query head's own gate, its group's and its sublayer's; None if none is gated."""
+        parts = []
+        if self.heads is not None:
+            parts.append(self.heads)
+        if self.kv_groups is not None:
+            parts.append(self.kv_groups.repeat_interleave(spec.group_size, dim=1))
+        if self.attn_sublayers is not None:
+            parts.append(self.attn_sublayers[:, None].expand(-1, spec.heads))
+        return _product(parts)
+
+    def ffn_gate(self) -> Tensor | None:
+        """[L, F]: product of a unit's gate and its sublayer's; None if neither is gated."""
+        if self.ffn is None and self.ffn_sublayers is not None:
+            raise AssertionError("ffn_sublayers without ffn: use `full` to fill in ones first")
+        parts = [p for p in (self.ffn, None if self.ffn_sublayers is None else self.ffn_sublayers[:, None])
+                 if p is not None]  # fmt: skip
+        return _product(parts)
+
+    def full(self, spec: ArchSpec) -> Gates:
+        """The same gates with ones for every kind that is not gated."""
+        present = self.as_dict()
+        like = next(iter(present.values()), torch.ones(()))
+        return Gates(**{k: present.get(k, like.new_ones(unit_shape(spec, k))) for k in KINDS})
+
+
+def kept_parameters(spec: ArchSpec, open_: Mapping[str, Tensor]) -> Tensor:
+    """Expected number of kept prunable parameters when each unit is open independently.
+
+    A group's K and V rows stay while the group is open and any of its query heads is. With probabilities this is an
+    expectation, with 0/1 values the exact count of the exported model.
+
+    Args:
+        spec: the architecture.
+        open_: probability (or 0/1) of each kind in `KINDS`, shapes as in `unit_shape`.
+
+    Returns:
+        Scalar tensor, differentiable in the probabilities.
+    """
+    hidden = open_["hidden"].sum()
+    attn, group = open_["attn_sublayers"][:, None], open_["kv_groups"]
+    heads = open_["heads"].unflatten(1, (spec.kv_heads, spec.group_size))
+    any_head = 1 - (1 - heads).prod(-1)
+    kept_groups = (attn * group * any_head).sum()
+    kept_heads = ((attn * group)[..., None] * heads).sum()
+    kept_ffn = (open_["ffn_sublayers"][:, None] * open_["ffn"]).sum()
+    return (
+        kept_heads * spec.head_cost(hidden) + kept_groups * spec.group_cost(hidden) + kept_ffn * spec.ffn_cost(hidden)
+    )
+
+
+def sparsity_of(spec: ArchSpec, gates: Gates) -> float:
+    """Removed share of the prunable parameters when every unit with a nonzero gate is kept."""
+    open_ = {k: (z != 0).double() for k, z in gates.detach().full(spec).as_dict().items()}
+    return 1.0 - float(kept_parameters(spec, open_)) / spec.prunable
+
+
+def _product(parts: list[Tensor]) -> Tensor | None:
+    if not parts:
+        return None
+    out = parts[0]
+    for part in parts[1:]:
+        out = out * part
+    return out

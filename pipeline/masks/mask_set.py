@@ -1,0 +1,168 @@
+"""The learned gates of one run: log-alpha by kind, sampling, the constraint by projection, settling to 0/1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.arch import ArchSpec
+from pipeline.config import ConfigError, GateConfig
+from pipeline.masks import hard_concrete as hc
+from pipeline.masks.gates import KINDS, Gates, kept_parameters, unit_shape
+from pipeline.masks.selection import most_removed, select_units
+
+_REACH = 60.0
+"""Largest shift of log-alpha that the projection looks for."""
+
+
+def gated_kinds(spec: ArchSpec, units: list[str]) -> list[str]:
+    """The kinds that get gates: without grouped queries a head is its own KV group, so one gate serves both."""
+    kinds = [k for k in KINDS if k in units]
+    if spec.group_size == 1 and "heads" in kinds and "kv_groups" in kinds:
+        kinds.remove("kv_groups")
+    return kinds
+
+
+def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:
+    """Raise `ConfigError` if the selected units cannot reach the target, or cannot be removed in the shape asked."""
+    if config.shape == "uniform" and {"attn_sublayers", "ffn_sublayers"} & set(config.units):
+        raise ConfigError("gates.units: whole sublayers need gates.shape=per_layer (no stock model lacks a sublayer)")
+    most = most_removed(spec, gated_kinds(spec, config.units), config.shape)
+    if target > most:
+        raise ConfigError(
+            f"sparsity.target {target:g} is out of reach: removing {', '.join(config.units)} takes away at most "
+            f"{most:.3f} of this model; add units to gates.units or lower the target"
+        )
+
+
+class MaskSet(nn.Module):
+    """Hard-concrete gates of a model.
+
+    Args:
+        spec: the architecture.
+        config: which units, temperature, initial drop rate, clamp, shape.
+
+    Attributes:
+        log_alpha: float32 parameters by kind, shapes as in `unit_shape`.
+        fixed: gates that no longer change once settled, else None.
+        noise: current scale of the sampling noise.
+    """
+
+    def __init__(self, spec: ArchSpec, config: GateConfig):
+        super().__init__()
+        self.spec, self.config = spec, config
+        start = hc.log_alpha_for(1 - config.init_drop_rate, config.temperature, config.noise)
+        self.kinds = gated_kinds(spec, config.units)
+        self.log_alpha = nn.ParameterDict(
+            {k: nn.Parameter(torch.full(unit_shape(spec, k), float(start))) for k in self.kinds}
+        )
+        self.fixed: Gates | None = None
+        self.noise = config.noise
+
+    def sample(self, generator: torch.Generator) -> Gates:
+        """Sampled gates, differentiable in log-alpha; the settled ones once settled."""
+        if self.fixed is not None:
+            return self.fixed
+        gates = {}
+        for kind, la in self.log_alpha.items():
+            u = torch.rand(la.shape, generator=generator).to(la.device)
+            gates[kind] = hc.sample(la, u, self.config.temperature, self.noise)
+        return Gates(**gates)
+
+    @torch.no_grad()
+    def deterministic(self) -> Gates:
+        """Noise-free gates; as many as are expected to be closed are 0, those with the lowest log-alpha."""
+        if self.fixed is not None:
+            return self.fixed
+        gates = {}
+        for kind, la in self.log_alpha.items():
+            z = hc.sample(la, torch.full_like(la, 0.5), self.config.temperature)
+            closed = round(float((1 - self._open(la)).sum()))
+            if closed:
+                z.view(-1)[la.flatten().topk(closed, largest=False).indices] = 0.0
+            gates[kind] = z
+        return Gates(**gates)
+
+    def expected_sparsity(self) -> Tensor:
+        """Expected removed share of the prunable parameters, a scalar differentiable in log-alpha."""
+        if self.fixed is not None:
+            probabilities = {k: (z != 0).double() for k, z in self.fixed.as_dict().items()}
+        else:
+            probabilities = {k: self._open(la) for k, la in self.log_alpha.items()}
+        return 1.0 - self._kept(probabilities) / self.spec.prunable
+
+    @torch.no_grad()
+    def project(self, target: float) -> None:
+        """Shift log-alpha so that the expected sparsity is `target`: one shift for all units, found by bisection.
+
+        In the uniform shape each layer gets its own shift such that all layers keep the same expected share of a kind.
+        """
+        if self.fixed is not None:
+            return
+        shift = _bisect(lambda c: self._expected_at(c), target)
+        for kind, la in self.log_alpha.items():
+            if self.config.shape == "uniform" and kind in ("heads", "kv_groups", "ffn"):
+                wanted = self._open(la.double() + shift).mean()
+                la.add_(_bisect_rows(lambda x: self._open(x), la.double(), wanted)[:, None])
+            else:
+                la.add_(shift)
+
+    @torch.no_grad()
+    def settle(self, target: float, ffn_multiple: int, hidden_multiple: int) -> None:
+        """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape."""
+        gates = select_units(self.spec, self.scores(), target, self.config.shape, ffn_multiple, hidden_multiple)
+        self.fixed = gates.to(next(iter(self.log_alpha.values())).device)
+        for la in self.log_alpha.values():
+            la.requires_grad_(False)
+            la.grad = None
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Clamp log-alpha to ±`gates.clamp` if that is set (the paper: log 100)."""
+        if self.config.clamp:
+            for la in self.log_alpha.values():
+                la.clamp_(-self.config.clamp, self.config.clamp)
+
+    def scores(self) -> dict[str, Tensor]:
+        """log-alpha by kind, detached: how much a unit deserves to stay."""
+        return {k: la.detach() for k, la in self.log_alpha.items()}
+
+    def _open(self, log_alpha: Tensor) -> Tensor:
+        return hc.probability_open(log_alpha, self.config.temperature, self.noise)
+
+    def _kept(self, probabilities: dict[str, Tensor]) -> Tensor:
+        like = next(iter(probabilities.values()))
+        ones = {k: like.new_ones(unit_shape(self.spec, k), dtype=torch.float64) for k in KINDS}
+        return kept_parameters(self.spec, {**ones, **{k: p.double() for k, p in probabilities.items()}})
+
+    def _expected_at(self, shift: float) -> float:
+        probabilities = {}
+        for kind, la in self.log_alpha.items():
+            p = self._open(la.double() + shift)
+            if self.config.shape == "uniform" and kind in ("heads", "kv_groups", "ffn"):
+                p = p.mean().expand_as(p)
+            probabilities[kind] = p
+        return 1.0 - float(self._kept(probabilities)) / self.spec.prunable
+
+
+def _bisect(expected_sparsity, target: float) -> float:
+    """The shift at which the (falling) expected sparsity equals the target."""
+    low, high = -_REACH, _REACH
+    for _ in range(60):
+        middle = (low + high) / 2
+        if expected_sparsity(middle) > target:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _bisect_rows(open_probability, rows: Tensor, wanted: Tensor) -> Tensor:
+    """[L] shifts at which each row's mean probability equals `wanted`."""
+    low = torch.full_like(rows[:, 0], -_REACH)
+    high = -low
+    for _ in range(60):
+        middle = (low + high) / 2
+        short = open_probability(rows + middle[:, None]).mean(1) < wanted
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return (low + high) / 2

@@ -1,0 +1,178 @@
+"""From scores to a structure: which units stay so that the removed share meets a target exactly.
+
+Used when gates settle to 0/1 during training and when a snapshot is exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from pipeline.arch import ArchSpec
+from pipeline.masks.gates import Gates, kept_parameters, sparsity_of, unit_shape
+
+TOLERANCE = 0.003
+"""Largest distance from the target that rounding to multiples may cause before the multiple is halved."""
+
+
+def select_units(
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: str, ffn_multiple: int = 1,
+    hidden_multiple: int = 1,
+) -> Gates:  # fmt: skip
+    """0/1 gates that keep the units with the highest scores at the target sparsity.
+
+    Args:
+        spec: the architecture.
+        scores: a score for each unit of the kinds that may be removed (comparable across kinds), as in `unit_shape`.
+        target: removed share of the prunable parameters.
+        shape: "uniform" (the same counts in every layer) or "per_layer".
+        ffn_multiple, hidden_multiple: counts are rounded to these, halved while the target would be missed by more
+            than `TOLERANCE`.
+
+    Returns:
+        `Gates` of float32 zeros and ones for the given kinds.
+
+    Raises:
+        ValueError: uniform shape with sublayer scores, which no stock architecture can hold.
+    """
+    scores = {k: s.detach().double().cpu() for k, s in scores.items()}
+    if shape == "uniform" and ({"attn_sublayers", "ffn_sublayers"} & set(scores)):
+        raise ValueError("whole sublayers cannot be removed in the uniform shape: use the per_layer shape")
+    wanted = _threshold(spec, scores, target, {})
+    fixed = {}
+    if "hidden" in scores:
+        count = _round(int(wanted["hidden"].sum()), hidden_multiple, spec.hidden)
+        fixed["hidden"] = _top(scores["hidden"], count)
+    if shape == "per_layer":
+        return _as_gates(_threshold(spec, scores, target, fixed))
+    return _as_gates(_uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple))
+
+
+def most_removed(spec: ArchSpec, units: list[str], shape: str) -> float:
+    """The largest sparsity that removing `units` can reach (uniform layers keep one group and one FFN unit each)."""
+    open_ = {}
+    for kind in units:
+        kept = torch.zeros(unit_shape(spec, kind))
+        if kind == "hidden":
+            kept[0] = 1
+        elif shape == "uniform" and kind in ("kv_groups", "ffn"):
+            kept[:, 0] = 1
+        elif shape == "uniform" and kind == "heads":
+            kept[:, :: spec.group_size] = 1
+        open_[kind] = kept
+    if shape == "uniform" and "heads" in units and spec.group_size == 1:
+        open_["heads"][:, 1:] = 0
+    return sparsity_of(spec, Gates(**open_))
+
+
+def _threshold(spec: ArchSpec, scores: Mapping, target: float, fixed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keep every unit above one common score such that the sparsity is as near to the target as units allow."""
+    free = {k: s for k, s in scores.items() if k not in fixed}
+    if not free:
+        return dict(fixed)
+    order = torch.cat([s.flatten() for s in free.values()]).sort().values
+
+    def kept(index: int) -> dict[str, Tensor]:
+        limit = order[index - 1] if index else order[0] - 1
+        chosen = {k: (s > limit).double() for k, s in free.items()}
+        if "hidden" in chosen and not chosen["hidden"].any():
+            chosen["hidden"] = _top(scores["hidden"], 1)
+        return {**chosen, **fixed}
+
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if _sparsity(spec, kept(middle)) < target:
+            low = middle + 1
+        else:
+            high = middle
+    near = min((i for i in (low - 1, low) if i >= 0), key=lambda i: abs(_sparsity(spec, kept(i)) - target))
+    return kept(near)
+
+
+def _uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple) -> dict[str, Tensor]:
+    """The uniform structure nearest to the counts that `wanted` has on average and within reach of the target."""
+    alive = _group_view(spec, wanted)
+    mean_groups = float(alive.any(-1).double().sum(1).mean())
+    mean_heads = float(alive.double().sum() / alive.any(-1).double().sum().clamp(min=1))
+    # With one query head a group (no grouped queries) head gates decide the groups.
+    groups_free = "kv_groups" in scores or ("heads" in scores and spec.group_size == 1)
+    groups = range(1, spec.kv_heads + 1) if groups_free else [spec.kv_heads]
+    heads = range(1, spec.group_size + 1) if "heads" in scores else [spec.group_size]
+    count_hidden = int(wanted["hidden"].sum()) if "hidden" in wanted else spec.hidden
+    hidden = {_round(count_hidden + i * hidden_multiple, hidden_multiple, spec.hidden) for i in (-1, 0, 1)}
+    candidates = []
+    for k, q, d in product(groups, heads, sorted(hidden) if "hidden" in scores else [spec.hidden]):
+        f = _ffn_width(spec, k, q, d, target, ffn_multiple) if "ffn" in scores else spec.ffn
+        miss = abs(_uniform_sparsity(spec, k, q, d, f) - target)
+        change = abs(k - mean_groups) / spec.kv_heads + abs(q - mean_heads) / spec.group_size
+        change += abs(d - count_hidden) / spec.hidden
+        candidates.append((max(0.0, miss - TOLERANCE), change, miss, (k, q, d, f)))
+    k, q, d, f = min(candidates)[-1]
+    return _fill(spec, scores, k, q, d, f)
+
+
+def _ffn_width(spec: ArchSpec, k: int, q: int, d: int, target: float, multiple: int) -> int:
+    """FFN units a layer may keep beside k groups of q heads and d hidden dimensions, as a multiple where it fits."""
+    attention = k * q * spec.head_cost(d) + k * spec.group_cost(d)
+    exact = ((1 - target) * spec.prunable / spec.layers - attention) / spec.ffn_cost(d)
+    while True:
+        width = _round(round(exact), multiple, spec.ffn, round(exact / multiple) * multiple)
+        if multiple == 1 or abs(_uniform_sparsity(spec, k, q, d, width) - target) <= TOLERANCE:
+            return width
+        multiple //= 2
+
+
+def _uniform_sparsity(spec: ArchSpec, k: int, q: int, d: int, f: int) -> float:
+    kept = k * q * spec.head_cost(d) + k * spec.group_cost(d) + f * spec.ffn_cost(d)
+    return 1 - spec.layers * kept / spec.prunable
+
+
+def _fill(spec: ArchSpec, scores: Mapping, k: int, q: int, d: int, f: int) -> dict[str, Tensor]:
+    """The best k groups of q heads, f FFN units of every layer, and d hidden dimensions."""
+    kept = {}
+    if "hidden" in scores:
+        kept["hidden"] = _top(scores["hidden"], d)
+    if "ffn" in scores:
+        kept["ffn"] = _top(scores["ffn"], f)
+    if "heads" in scores:
+        in_group = scores["heads"].unflatten(1, (spec.kv_heads, spec.group_size))
+        kept_heads = _top(in_group, q)
+        group_score = scores["kv_groups"] if "kv_groups" in scores else in_group.amax(-1)
+        kept_groups = _top(group_score, k)
+        kept["heads"] = (kept_heads * kept_groups[..., None]).flatten(1)
+        if "kv_groups" in scores:
+            kept["kv_groups"] = kept_groups
+    elif "kv_groups" in scores:
+        kept["kv_groups"] = _top(scores["kv_groups"], k)
+    return kept
+
+
+def _group_view(spec: ArchSpec, kept: Mapping[str, Tensor]) -> Tensor:
+    """[L, K, G] bool: the kept query heads by group."""
+    gates = _as_gates(kept).full(spec)
+    return gates.head_gate(spec).unflatten(1, (spec.kv_heads, spec.group_size)) != 0
+
+
+def _top(scores: Tensor, count: int) -> Tensor:
+    """Ones at the `count` highest scores along the last dimension, zeros elsewhere."""
+    kept = torch.zeros_like(scores, dtype=torch.float64)
+    return kept.scatter_(-1, scores.topk(count, dim=-1).indices, 1.0)
+
+
+def _round(count: int, multiple: int, most: int, rounded: int | None = None) -> int:
+    """`count` to the nearest multiple, at least one of it and at most `most` (which always is allowed)."""
+    rounded = round(count / multiple) * multiple if rounded is None else rounded
+    return min(max(rounded, min(multiple, most)), most)
+
+
+def _sparsity(spec: ArchSpec, kept: Mapping[str, Tensor]) -> float:
+    open_ = _as_gates(kept, torch.float64).full(spec).as_dict()
+    return 1.0 - float(kept_parameters(spec, open_)) / spec.prunable
+
+
+def _as_gates(kept: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Gates:
+    return Gates(**{k: v.to(dtype) for k, v in kept.items()})

@@ -1,0 +1,191 @@
+"""The paired forward: one pass over a Hugging Face model in which each layer serves teacher and student in turn.
+
+The decoder layers are wrapped; transformers' own forward drives the student's stream, and the teacher's stream rides
+along in a `_Pass`. Each layer adds its distillation term on the spot, so no list of hidden states is ever kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from pipeline.arch import ArchSpec
+from pipeline.config import LoraConfig, LossConfig
+from pipeline.distill import head_cross_entropy, head_kl, layer_loss
+from pipeline.layers import View, activate, install, lora_parameters
+
+
+@dataclass
+class Losses:
+    """Terms of one paired forward: the weighted total (to call backward on) and its parts, float32 scalars."""
+
+    total: Tensor
+    layer: Tensor
+    output: Tensor
+
+
+@dataclass
+class _Pass:
+    """What the wrapped layers share during one forward."""
+
+    student: View
+    teacher: View | None = None
+    loss: LossConfig | None = None
+    teacher_stream: Tensor | None = None
+    layer_terms: list[Tensor] = field(default_factory=list)
+
+
+class PairedDecoderLayer(nn.Module):
+    """A decoder layer that runs the teacher's hidden state (no grad), then the student's, and adds their distance."""
+
+    def __init__(self, layer: nn.Module, index: int):
+        super().__init__()
+        self.layer, self.index = layer, index
+        self.checkpointing = False
+        self.current: _Pass | None = None
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        """hidden_states [B, T, D] of the student to its output; the teacher's stream is read and replaced in place."""
+        p = self.current
+        if p.teacher is None or p.loss is None or p.loss.layer_weight == 0:
+            if p.teacher is not None:
+                p.teacher_stream = self._teacher(p, kwargs)
+            return self._student(hidden_states, p.student, kwargs)
+        p.teacher_stream = teacher = self._teacher(p, kwargs)
+        student = self._student(hidden_states, p.student, kwargs)
+        if not p.student.layers[self.index].removed:
+            p.layer_terms.append(layer_loss(student, teacher, p.student.hidden, p.loss.layer))
+        return student
+
+    def _teacher(self, p: _Pass, kwargs: dict) -> Tensor:
+        with torch.no_grad():
+            activate(self.layer, p.teacher.layers[self.index])
+            return self.layer(p.teacher_stream, **kwargs)
+
+    def _student(self, hidden: Tensor, view: View, kwargs: dict) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            # Inside the checkpointed function, so that the recomputation in backward sees the student again.
+            activate(self.layer, view.layers[self.index])
+            return self.layer(x, **kwargs)
+
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(run, hidden, use_reentrant=False)
+        return run(hidden)
+
+
+class PairedModel(nn.Module):
+    """A frozen Hugging Face causal LM whose layers compute teacher and student together.
+
+    Args:
+        model: an unmodified transformers model of a supported family; its projections and layers are wrapped in place.
+        spec: its architecture.
+        lora: rank and targets of the student's LoRA.
+        checkpointing: recompute each student layer in the backward pass (non-reentrant).
+    """
+
+    def __init__(self, model: nn.Module, spec: ArchSpec, lora: LoraConfig, checkpointing: bool = False):
+        super().__init__()
+        model.requires_grad_(False)
+        model.eval()
+        self.spec, self.model = spec, model
+        self.scaling = lora.alpha / lora.rank
+        install(model.model.layers, lora)
+        model.model.layers = nn.ModuleList(
+            PairedDecoderLayer(layer, index) for index, layer in enumerate(model.model.layers)
+        )
+        for layer in self.layers:
+            layer.checkpointing = checkpointing
+        model.set_attn_implementation(_register_attention(model.config._attn_implementation))
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The wrapped decoder layers."""
+        return self.model.model.layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute type: that of the frozen weights."""
+        return self.model.dtype
+
+    def lora(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """The student's LoRA parameters by "layer.projection"."""
+        return lora_parameters([wrapped.layer for wrapped in self.layers])
+
+    def forward(self, input_ids: Tensor, student: View, teacher: View | None, loss: LossConfig) -> Losses:
+        """Distil the student from the teacher on one batch, or fit the next token where there is no teacher.
+
+        Args:
+            input_ids: [B, T].
+            student: view with gradient.
+            teacher: view without, or None for the language-model loss.
+            loss: weights and forms of the terms.
+        """
+        p = _Pass(student, teacher, loss)
+        embedded = self.model.get_input_embeddings()(input_ids)
+        if teacher is not None:
+            p.teacher_stream = _masked(embedded, teacher.hidden)
+        final = self._stream(_masked(embedded, student.hidden), p)
+        weight, width = self.model.lm_head.weight, final.shape[-1]
+        if teacher is None:
+            output = head_cross_entropy(
+                final[:, :-1].reshape(-1, width), input_ids[:, 1:].reshape(-1), weight, loss.chunk
+            )
+            return Losses(output, output.new_zeros(()), output)
+        with torch.no_grad():
+            target = self.model.model.norm(p.teacher_stream)
+        output = head_kl(final.flatten(0, 1), target.flatten(0, 1), weight, loss.temperature, loss.chunk)
+        terms = torch.stack(p.layer_terms) if p.layer_terms else output.new_zeros(1)
+        layer = terms.sum() if loss.layer_reduction == "sum" else terms.mean()
+        return Losses(loss.layer_weight * layer + loss.kl_weight * output, layer, output)
+
+    def logits(self, input_ids: Tensor, view: View) -> Tensor:
+        """Logits [B, T, V] of one view, in full."""
+        embedded = self.model.get_input_embeddings()(input_ids)
+        return self.model.lm_head(self._stream(_masked(embedded, view.hidden), _Pass(view)))
+
+    def _stream(self, embedded: Tensor, p: _Pass) -> Tensor:
+        with self._in_pass(p):
+            return self.model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+
+    @contextmanager
+    def _in_pass(self, p: _Pass):
+        for layer in self.layers:
+            layer.current = p
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.current = None
+
+
+def _masked(embedded: Tensor, hidden: Tensor | None) -> Tensor:
+    return embedded if hidden is None else embedded * hidden.to(embedded.dtype)
+
+
+def _register_attention(base: str) -> str:
+    """Register transformers' attention `base` with ragged KV groups allowed; returns the new implementation's name."""
+    name = f"nuteprune_{base}"
+    AttentionInterface.register(name, _ragged(base))
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
+    return name
+
+
+def _ragged(base: str) -> Callable:
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if query.shape[1] == 0:
+            return query.transpose(1, 2), None
+        if module.kv_index is not None:
+            key, value = key[:, module.kv_index], value[:, module.kv_index]
+        return inner(module, query, key, value, attention_mask, **kwargs)
+
+    if base == "eager":
+        from transformers.models.llama.modeling_llama import eager_attention_forward as inner
+    else:
+        inner = AttentionInterface()[base]
+    return attention
