@@ -36,8 +36,8 @@ def layer_loss(student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, kin
 class _ChunkedHeadLoss(torch.autograd.Function):
     """Loss on full-vocabulary logits of which only `chunk` tokens' worth exists at a time.
 
-    The head is frozen, so the gradient of the hidden states is computed chunk by chunk in the forward pass and scaled in
-    the backward pass; no logits are kept and none are computed twice.
+    The head is frozen, so the gradient of the hidden states is computed chunk by chunk in the forward pass and scaled
+    in the backward pass; no logits are kept and none are computed twice.
     """
 
     @staticmethod
