@@ -38,22 +38,20 @@ def kept(file: Path) -> bytes | None:
             panels.append((label, [_count(layer, total) for layer in layers], total))
     if not panels:
         return None
-    figure = Figure(figsize=(WIDTH, 0.6 + 1.7 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.6 + 1.8 * len(panels)), layout="constrained")
     for axis, (label, counts, total) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-        positions = range(len(counts))
         if total:
-            axis.bar(positions, [total] * len(counts), color="#d9dee3", width=0.8, label=f"before: {total}")
-        mean = sum(counts) / len(counts)
-        axis.bar(positions, counts, color="#2b6cb0", width=0.8, label=f"kept: {mean:,.1f} on average")
-        axis.set_ylabel(label)
+            axis.bar(range(len(counts)), [total] * len(counts), color="#d9dee3", width=0.8)
+        axis.bar(range(len(counts)), counts, color="#2b6cb0", width=0.8)
+        before = f" of {total:,}" if total else ""
+        axis.set_title(f"{label}: {sum(counts) / len(counts):,.1f}{before} kept on average", size=10, loc="left")
         axis.margins(x=0.01)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(loc="lower left", fontsize=8, framealpha=0.9, ncols=2)
     axis.set_xlabel("layer")
     hidden = facts["kept"].get("hidden")
     if hidden and original.get("hidden"):
         total = original["hidden"]
-        figure.suptitle(f"Hidden dimensions: {_count(hidden, total)} of {total} kept", size=10)
+        figure.suptitle(f"Hidden dimensions: {_count(hidden, total):,} of {total:,} kept", size=10)
     return _png(figure)
 
 
@@ -108,7 +106,7 @@ def _read_metrics(file: Path) -> dict[int, dict]:
         except (ValueError, KeyError, TypeError):
             lost += 1
     if lost:
-        log.warning("%s: %d lines are not metrics and were left out", file, lost)
+        log.warning("%s: lines left out because they are not metrics: %d", file, lost)
     return steps
 
 

@@ -22,6 +22,8 @@ ROWS = (
     ("decode tokens/s", "decode_tokens_per_s"),
 )
 """Lines of the table: label and key in `report["ratio"]`."""
+_ABSENT = object()
+"""Stands for a number that was not measured; None stands for one that is not finite."""
 
 
 def write(report: dict, output: Path, run_dir: Path | None) -> dict:
@@ -103,9 +105,6 @@ def _rows(report: dict) -> list[list[str]]:
         if values[0] is not _ABSENT:
             rows.append([label, *(_number(value) for value in values)] + ([_fraction(ratio[key])] if ratio else []))
     return rows
-
-
-_ABSENT = object()
 
 
 def _value(model: dict, key: str) -> object:

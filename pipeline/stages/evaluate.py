@@ -13,7 +13,7 @@ from pipeline import report
 from pipeline.config import Config, ConfigError
 from pipeline.data import text_tokens
 from pipeline.measure import SIZES, SPEEDS, environment, perplexity, sample, sizes, speed
-from pipeline.tasks import lm_eval_tasks
+from pipeline.tasks import lm_eval_tasks, load_tasks
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,14 @@ def run(config: Config) -> dict:
     settings = config.evaluate
     paths, output = _model_paths(config), _output(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tasks = load_tasks(settings.tasks)  # first, so that a mistake in them costs no evaluation
     entries, models, streams = [], [], []
     for name, path in zip(_names(paths), paths, strict=True):
         model, tokenizer, folder = load_model(path, config)
         tokens = _tokens(config, tokenizer)
         streams.append(tokens)
         entry = {"name": name, "path": path, **sizes(model, folder)}
-        entries.append(entry | _quality(model.to(device), tokenizer, tokens, config, name))
+        entries.append(entry | _quality(model.to(device), tokenizer, tokens, tasks, config, name))
         if settings.speed:
             models.append(model.to("cpu"))
     if settings.speed:
@@ -84,15 +85,20 @@ def load_model(path: str, config: Config) -> tuple[PreTrainedModel, PreTrainedTo
 
 
 def _quality(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor, config: Config, name: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: torch.LongTensor,
+    tasks: list,
+    config: Config,
+    name: str,
 ) -> dict:
     """Everything measured of one model but its speed."""
     settings = config.evaluate
     log.info("evaluating %s", name)
     label = f"perplexity of {name}" if config.tracking.progress else None
     result = {"perplexity": perplexity(model, tokens, settings.window, settings.stride, settings.blocks, label)}
-    if settings.tasks:
-        result["tasks"] = lm_eval_tasks(model, tokenizer, settings.tasks, settings.task_limit, settings.fewshot)
+    if tasks:
+        result["tasks"] = lm_eval_tasks(model, tokenizer, tasks, settings.task_limit, settings.fewshot)
     if settings.sample_prompt:
         result["sample"] = sample(model, tokenizer, settings.sample_prompt)
     return result

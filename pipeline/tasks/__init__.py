@@ -19,66 +19,75 @@ BATCH = 8
 
 
 def lm_eval_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[str], limit: int, fewshot: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list, limit: int, fewshot: int
 ) -> dict[str, dict]:
     """Score a model with lm-evaluation-harness in this process.
 
     Args:
         model: causal language model on its device.
         tokenizer: its tokenizer.
-        tasks: names that lm-eval knows, names of the tasks that ship here (`local_mc`), or paths of task files.
+        tasks: from `load_tasks`; they may be used for one model after another.
         limit: examples per task; 0 takes all.
         fewshot: examples shown before each question.
 
     Returns:
         By task (groups too): `metrics` {name: {"value", "stderr" (None where lm-eval has none)}}, `version`, `fewshot`
         and `examples`.
-
-    Raises:
-        ConfigError: a task that is unknown, unreadable or cannot be fetched.
     """
-    # Imported here: lm-eval takes seconds to import and most evaluations do without it.
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     with _quiet():
-        manager, loaded = _load(tasks)
         results = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
-            tasks=loaded,
+            tasks=tasks,
             num_fewshot=fewshot,
             limit=limit or None,
             log_samples=False,
-            task_manager=manager,
+            task_manager=TaskManager(include_defaults=False),  # the tasks are loaded: nothing to look up
         )
     return {name: _summary(results, name) for name in results["results"]}
 
 
-def _load(tasks: list[str]) -> tuple:
-    """lm-eval's TaskManager and the task (or group) objects of the given names and files."""
+def load_tasks(tasks: list[str]) -> list:
+    """Task (or group) objects of lm-eval with their data, fetched where it is on the hub.
+
+    Args:
+        tasks: names that lm-eval knows, names of the tasks that ship here (`local_mc`), or paths of task files.
+
+    Raises:
+        ConfigError: a task that is unknown, unreadable or cannot be fetched.
+    """
+    if not tasks:
+        return []
+    # Imported here and above: lm-eval takes seconds to import and most evaluations do without it.
     from lm_eval.tasks import TaskManager
 
     files = {task: _task_file(task) for task in tasks}
-    # Indexing lm-eval's own thousands of task files takes seconds: only where a name asks for them.
-    manager = TaskManager(include_defaults=None in files.values())
-    loaded = []
-    for task, file in files.items():
-        try:
-            built = manager.load([task if file is None else _from_file(file)])
-        except KeyError:
-            raise ConfigError(
-                f"evaluate.tasks: lm-eval knows no task '{task}': give a name it knows, {', '.join(shipped())}, "
-                "or the path of a task file (.yaml)"
-            ) from None
-        except Exception as error:
-            # Tasks are foreign code that fetches foreign data: whatever goes wrong in one is told by its name.
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise ConfigError(
-                f"evaluate.tasks: task '{task}' cannot be loaded (without a hub use {', '.join(shipped())} or a task "
-                f"file with local data): {reason}"
-            ) from error
-        loaded += [built["groups"][task]] if task in built.get("groups", {}) else built["tasks"].values()
-    return manager, loaded
+    with _quiet():
+        # Indexing lm-eval's own thousands of task files takes seconds too: only where a name asks for them.
+        manager = TaskManager(include_defaults=None in files.values())
+        return [item for task, file in files.items() for item in _load(manager, task, file)]
+
+
+def _load(manager, task: str, file: Path | None) -> list:
+    """The objects of one name or file: a group, which brings its tasks with it, or the tasks of a tag, or one task."""
+    if file is None and task not in manager.all_tasks:
+        raise ConfigError(
+            f"evaluate.tasks: lm-eval knows no task '{task}': give a name it knows, {', '.join(shipped())}, "
+            "or the path of a task file (.yaml)"
+        )
+    try:
+        built = manager.load([task if file is None else _from_file(file)])
+    except Exception as error:
+        # Tasks are foreign code that fetches foreign data: whatever goes wrong in one is told by its name.
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"evaluate.tasks: task '{task}' cannot be loaded (without a hub use {', '.join(shipped())} or a task "
+            f"file with local data): {reason}"
+        ) from error
+    return [built["groups"][task]] if task in built.get("groups", {}) else list(built["tasks"].values())
 
 
 def shipped() -> list[str]:
@@ -141,15 +150,17 @@ def _summary(results: dict, name: str) -> dict:
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep lm-eval's and `datasets`' bars and advice off the terminal; errors still come as exceptions."""
-    log = logging.getLogger("lm_eval")
-    level, off = log.level, datasets.are_progress_bars_disabled()
-    log.setLevel(logging.ERROR)
+    """Keep the bars, advice and retries of lm-eval and the hub off the terminal; errors still come as exceptions."""
+    logs = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    levels, off = [log.level for log in logs], datasets.are_progress_bars_disabled()
+    for log in logs:
+        log.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
         if not off:
             datasets.enable_progress_bars()
