@@ -1,0 +1,141 @@
+"""The public calls: argument checks, the search for removed units, the choice of a backend."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from kernels import torch_path
+
+BACKENDS = ("torch", "triton")
+ENV = "NUTEPRUNE_KERNELS"
+
+
+def masked_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    in_gate: Tensor | None = None,
+    out_gate: Tensor | None = None,
+    backend: str | None = None,
+    *,
+    keep_in: Tensor | None = None,
+    keep_out: Tensor | None = None,
+    compact_in: bool = False,
+    compact_out: bool = False,
+) -> Tensor:
+    """y = ((x⊙m_in)Wᵀ + s((x⊙m_in)Aᵀ)Bᵀ + b)⊙m_out, skipping the units whose gate is exactly 0.
+
+    Args:
+        x: [..., K], or [..., len(keep_in)] with `compact_in`.
+        weight: [N, K], frozen, in x's dtype; gets no gradient.
+        bias: [N], frozen.
+        lora_a, lora_b: [R, K] and [N, R], both or neither; any float dtype.
+        scaling: s, LoRA's alpha / rank.
+        in_gate, out_gate: [K] and [N]; any float dtype. Exact zeros get gradient 0 (they come from a clamp).
+        backend: "torch", "triton" or None (environment variable NUTEPRUNE_KERNELS if set, else triton on a GPU).
+        keep_in, keep_out: sorted int64 indices of the kept units; the others count as gate 0. Found here where a gate
+            is given without its list (on a GPU that waits for the device: pass the list if you know it).
+        compact_in: x holds only the kept inputs. compact_out: return only the kept outputs. Each needs its list.
+
+    Returns:
+        [..., N] with exact zeros at removed outputs, or [..., len(keep_out)] with `compact_out`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
+    """
+    _check(x, weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, compact_in, compact_out)
+    keep_in = _resolve_keep(in_gate, keep_in, weight.shape[1])
+    keep_out = _resolve_keep(out_gate, keep_out, weight.shape[0])
+    apply = _implementation(x, backend)
+    return apply(
+        x,
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        in_gate,
+        out_gate,
+        keep_in,
+        keep_out,
+        float(scaling),
+        compact_in and keep_in is not None,
+        compact_out and keep_out is not None,
+    )
+
+
+def _implementation(x: Tensor, backend: str | None):
+    if choose_backend(x, backend) == "torch":
+        return torch_path.masked_lora_linear
+    from kernels import masked_lora
+
+    return masked_lora.masked_lora_linear
+
+
+def choose_backend(x: Tensor, backend: str | None = None) -> str:
+    """ "torch" or "triton" for a tensor: the argument, else NUTEPRUNE_KERNELS, else by device.
+
+    Raises:
+        ValueError: the name is neither.
+    """
+    chosen = backend or os.environ.get(ENV) or None
+    if chosen is None:
+        on_gpu = x.is_cuda and x.dtype != torch.float64  # is_cuda holds for ROCm too
+        return "triton" if on_gpu and importlib.util.find_spec("triton") else "torch"
+    if chosen not in BACKENDS:
+        raise ValueError(f"kernel backend {chosen!r} is unknown: use one of {', '.join(BACKENDS)} (or unset {ENV})")
+    return chosen
+
+
+def _resolve_keep(gate: Tensor | None, keep: Tensor | None, size: int) -> Tensor | None:
+    """The kept units, or None when there is nothing to skip."""
+    if keep is None:
+        # A data-dependent size would break a compiled graph and cannot exist on meta: gates of 0 still multiply there.
+        if gate is None or gate.is_meta or torch.compiler.is_compiling():
+            return None
+        keep = gate.detach().nonzero().flatten()
+    return None if keep.numel() == size else keep
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+
+
+def _check_keep(name: str, keep: Tensor | None, size: int, compact: bool) -> None:
+    if keep is None:
+        if compact:
+            raise ValueError(f"compact_{name.removeprefix('keep_')} needs {name}")
+    elif keep.dim() != 1 or keep.dtype != torch.int64 or keep.numel() > size:
+        raise ValueError(
+            f"{name} must be a 1-D int64 tensor of at most {size} indices, got {keep.dtype} {list(keep.shape)}"
+        )
+
+
+def _check(x, weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, compact_in, compact_out) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [N, K], got shape {list(weight.shape)}")
+    n, k = weight.shape
+    _check_keep("keep_in", keep_in, k, compact_in)
+    _check_keep("keep_out", keep_out, n, compact_out)
+    width = keep_in.numel() if compact_in else k
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise ValueError(f"x has shape {list(x.shape)}, expected its last dimension to be {width}")
+    _check_shape("bias", bias, (n,))
+    _check_shape("in_gate", in_gate, (k,))
+    _check_shape("out_gate", out_gate, (n,))
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("lora_a and lora_b come together: pass both or neither")
+    if lora_a is not None:
+        rank = lora_a.shape[0] if lora_a.dim() == 2 else 0
+        _check_shape("lora_a", lora_a, (rank, k))
+        _check_shape("lora_b", lora_b, (n, rank))
+    if weight.dtype != x.dtype:
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: cast one of them")
+    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("in_gate", in_gate), ("out_gate", out_gate)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
