@@ -80,6 +80,10 @@ class GateConfig:
     init_drop_rate: float = opt(0.01, "Initial probability that a unit is dropped (init: drop_rate).", gt=0, lt=1)
     init_spread: float = opt(2.0, "Standard deviation of the initial log-alpha (init: importance).", gt=0)
     importance_batches: int = opt(16, "Batches over which the Taylor importance is summed.", ge=1)
+    optimizer: Literal["adam", "sgd"] = opt(
+        "sgd", "`sgd`: momentum on gradients divided by their root mean square over a kind's units, so that units move "
+        "in proportion to what they matter; `adam`: AdamW as in the paper."
+    )  # fmt: skip
     lr: float = opt(0.05, "Learning rate of log-alpha.", ge=0)
     temperature: float = opt(2 / 3, "Temperature of the hard-concrete distribution.", gt=0)
     noise: float = opt(1.0, "Scale of the sampling noise at the start (1: hard concrete as published).", ge=0, le=1)

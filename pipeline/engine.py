@@ -1,0 +1,102 @@
+"""The optimizer side of a run: parameter groups, learning rates, clipping, and skipping of steps that went wrong."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.masks import MaskSet
+from pipeline.masks.schedule import lora_lr_at
+from pipeline.pairing import PairedModel
+
+_GATE_MOMENTUM = 0.9
+
+
+class Multipliers(nn.Module):
+    """λ₁, λ₂ of the augmented Lagrangian λ₁(ŝ−t) + λ₂(ŝ−t)² (paper, eq. 6), moved by gradient ascent."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(2))
+
+    def penalty(self, expected: Tensor, target: float) -> Tensor:
+        """The constraint's term of the loss; `expected` is the expected sparsity."""
+        gap = (expected - target).float()
+        return self.values[0] * gap + self.values[1] * gap.square()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: the LoRA gradient's norm, and whether the step was skipped as not finite."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Engine:
+    """Optimizers of LoRA, gates and multipliers in one process.
+
+    Args:
+        model: holds the LoRA parameters.
+        masks: holds log-alpha.
+        multipliers: the Lagrangian's multipliers, or None under the projection.
+        config: learning rates, clipping, limits.
+        total: steps of the run.
+    """
+
+    def __init__(self, model: PairedModel, masks: MaskSet, multipliers: Multipliers | None, config: Config, total: int):
+        self.config, self.total, self.masks = config, total, masks
+        train, gates = config.train, config.gates
+        self.lora = [p for pair in model.lora().values() for p in pair]
+        self.alphas = list(masks.log_alpha.values())
+        self.optimizers = {
+            "lora": torch.optim.AdamW(
+                self.lora, lr=train.lora_lr, betas=(0.9, train.beta2), weight_decay=train.weight_decay, fused=True
+            ),
+            "gates": torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
+            if gates.optimizer == "adam"
+            else torch.optim.SGD(self.alphas, lr=gates.lr, momentum=_GATE_MOMENTUM),
+        }
+        if multipliers is not None:
+            self.optimizers["multipliers"] = torch.optim.AdamW(
+                multipliers.parameters(), lr=config.sparsity.multiplier_lr, weight_decay=0.0, maximize=True
+            )
+        self.multipliers = multipliers
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's share of the loss."""
+        loss.backward()
+
+    def step(self, step: int) -> StepResult:
+        """Clip and apply the gradients of optimizer step `step`; a step with a NaN or infinite gradient is skipped."""
+        for group in self.optimizers["lora"].param_groups:
+            group["lr"] = lora_lr_at(self.config, step, self.total)
+        limit = self.config.train.grad_clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.lora, limit))
+        finite = math.isfinite(norm) and all(bool(a.grad.isfinite().all()) for a in self.alphas if a.grad is not None)
+        if finite:
+            if self.config.gates.optimizer == "sgd":
+                _normalize([a.grad for a in self.alphas if a.grad is not None])
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+            self.masks.clamp()
+        self.discard()
+        return StepResult(norm, not finite)
+
+    def discard(self) -> None:
+        """Forget accumulated gradients."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _normalize(gradients: list[Tensor]) -> None:
+    """Divide each kind's gradient by its root mean square over the units in play (those with a nonzero gradient)."""
+    for gradient in gradients:
+        in_play = gradient[gradient != 0]
+        if len(in_play):
+            gradient.div_(in_play.square().mean().sqrt())

@@ -1,0 +1,67 @@
+"""First-order Taylor importance of the gates (Molchanov et al. 2017, Michel et al. 2019), and log-alpha from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pipeline.arch import ArchSpec
+from pipeline.config import LossConfig
+from pipeline.layers import build_view
+from pipeline.masks import Gates, unit_shape
+from pipeline.pairing import PairedModel
+
+
+def taylor_importance(model: PairedModel, kinds: list[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Sum over batches of |∂L/∂z| at z = 1, with L the intact model's language-model loss.
+
+    Args:
+        model: the paired model (its LoRA is left out: the base alone is judged).
+        kinds: gated kinds.
+        batches: token ids [B, T].
+
+    Returns:
+        Importance by kind, float32, shapes as in `unit_shape`.
+    """
+    device = next(model.parameters()).device
+    total = {k: torch.zeros(unit_shape(model.spec, k), device=device) for k in kinds}
+    for ids in batches:
+        gates = Gates(**{k: torch.ones_like(v).requires_grad_() for k, v in total.items()})
+        view = build_view(model.spec, gates, {}, 1.0, model.dtype)
+        loss = model(ids.to(device), view, None, LossConfig()).total
+        gradients = torch.autograd.grad(loss, list(gates.as_dict().values()))
+        for kind, gradient in zip(gates.as_dict(), gradients, strict=True):
+            total[kind] += gradient.abs()
+    return total
+
+
+def initial_log_alpha(spec: ArchSpec, importance: dict[str, Tensor], spread: float) -> dict[str, Tensor]:
+    """log-alpha whose order is that of importance per parameter over all kinds together.
+
+    The ranks are mapped to a normal distribution of standard deviation `spread`, so the start does not depend on the
+    scale of the loss.
+    """
+    costs = unit_costs(spec)
+    density = {k: v.double() / costs[k] for k, v in importance.items()}
+    flat = torch.cat([d.flatten() for d in density.values()])
+    ranks = flat.argsort().argsort().double()
+    normal = torch.special.ndtri((ranks + 0.5) / len(flat)) * spread
+    parts = normal.split([d.numel() for d in density.values()])
+    return {k: p.reshape(d.shape).float() for (k, d), p in zip(density.items(), parts, strict=True)}
+
+
+def unit_costs(spec: ArchSpec) -> dict[str, float]:
+    """Parameters that leave with one unit of each kind, in the intact model."""
+    d = spec.hidden
+    head, group, ffn = spec.head_cost(d), spec.group_cost(d), spec.ffn_cost(d)
+    with_group = spec.group_size == 1
+    return {
+        "heads": head + (group if with_group else 0),
+        "kv_groups": group + spec.group_size * head,
+        "ffn": ffn,
+        "hidden": spec.prunable / d,
+        "attn_sublayers": spec.heads * head + spec.kv_heads * group,
+        "ffn_sublayers": spec.ffn * ffn,
+    }

@@ -1,0 +1,79 @@
+"""Loading a pretrained model of a supported family, with one clear line for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from pipeline.arch import ArchSpec, read_spec
+from pipeline.config import ConfigError, ModelConfig
+
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: there is none, or it has more tokens than the model's vocabulary.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.path {path}: no usable tokenizer there ({_first_line(error)})") from None
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"model.path {path}: the tokenizer has {len(tokenizer)} tokens but the model only {vocab_size}: "
+            "they do not belong together"
+        )
+    return tokenizer
+
+
+def read_config(path: str) -> tuple[object, ArchSpec]:
+    """transformers' configuration of a model and its `ArchSpec`; raises `ConfigError` as `load_model` does."""
+    if not path:
+        raise ConfigError("model.path is empty: set it to a model directory or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        if Path(path).exists():
+            raise ConfigError(f"model.path {path}: no readable config.json there ({_first_line(error)})") from None
+        raise ConfigError(
+            f"model.path {path}: neither a directory here nor a model the hub would give ({_first_line(error)})"
+        ) from None
+    try:
+        return config, read_spec(config)
+    except ValueError as error:
+        raise ConfigError(f"model.path {path}: {error}") from None
+
+
+def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[nn.Module, ArchSpec]:
+    """The pretrained model, unmodified, in `config.dtype` on `device`, and its architecture.
+
+    Raises:
+        ConfigError: no such model, unsupported family, or missing, damaged or incomplete weights.
+    """
+    _, spec = read_config(config.path)
+    directory = Path(config.path)
+    if directory.is_dir() and not any(p for pattern in WEIGHT_FILES for p in directory.glob(pattern)):
+        raise ConfigError(f"model.path {config.path}: config.json but no weights (*.safetensors) there")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, SafetensorError, struct.error, RuntimeError, ValueError, ImportError) as error:
+        raise ConfigError(f"model.path {config.path}: the weights cannot be loaded ({_first_line(error)})") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(f"model.path {config.path}: {len(missing)} weights are missing, first {missing[0]}")
+    return model.to(device), spec
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
