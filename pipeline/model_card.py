@@ -72,7 +72,8 @@ def model_card(config: Config, fold: Fold, shape: str, dtype: str, result: Resul
 def base_licence(base: str) -> str | None:
     """The `license:` entry of the base model's card, None where it has none."""
     card = cached_file(base, "README.md", _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)  # fmt: skip
+                       _raise_exceptions_for_connection_errors=False,
+                       _raise_exceptions_for_gated_repo=False)  # fmt: skip
     if card is None:
         return None
     front = re.match(r"---\n(.*?)\n---", Path(card).read_text(encoding="utf-8"), re.DOTALL)

@@ -27,12 +27,13 @@ PREFIX = "ragged_"
 class RaggedConfig:
     """What the configurations below add: the widths of each layer.
 
-    `heads_per_group[layer]` lists the query heads of each KV group ([] for a layer without attention), `ffn_sizes[layer]`
-    is the FFN width (0 for none). `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are the maxima.
+    `heads_per_group[layer]` lists the query heads of each KV group ([] for a layer without attention),
+    `ffn_sizes[layer]` is the FFN width (0 for none). `num_attention_heads`, `num_key_value_heads` and
+    `intermediate_size` are the maxima.
     """
 
     def validate_architecture(self):
-        """The layers' own widths must fit; LLaMA's rule hidden % heads == 0 does not apply with an explicit head_dim."""
+        """The layers' own widths must fit; LLaMA's hidden % heads == 0 does not apply with an explicit head_dim."""
         if not len(self.heads_per_group) == len(self.ffn_sizes) == self.num_hidden_layers:
             raise ValueError(f"heads_per_group and ffn_sizes must have {self.num_hidden_layers} entries, one per layer")
         if any(count < 1 for groups in self.heads_per_group for count in groups):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline import modeling_ragged
-from pipeline.arch import ArchSpec, read_spec
+from pipeline.arch import ArchSpec
 from pipeline.checkpoint import MANIFEST, Run, atomic_directory, load_run
 from pipeline.config import Config, ConfigError
 from pipeline.data import packed_blocks
@@ -32,6 +33,7 @@ from pipeline.folding import (
 from pipeline.layers import LoraWeights, build_view
 from pipeline.masks import Gates, select_units, sparsity_of
 from pipeline.model_card import Result, kept_record, model_card
+from pipeline.models import load_model, load_tokenizer, read_config
 from pipeline.pairing import PairedModel
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ COUNT_TOLERANCE = 1e-3
 SUBLAYERS = ("attn_sublayers", "ffn_sublayers")
 
 
-class ExportError(ConfigError):
+class ExportError(RuntimeError):
     """The small model does not compute what the masked model computes, or has another size: nothing was written."""
 
 
@@ -72,8 +74,7 @@ def run(config: Config) -> Path:
     output = output_directory(config, trained)
     student = choose_student(trained, config.export.sparsity)
     shape = trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
-    base, dtype = load_base(trained.config, config.export.dtype)
-    spec = read_spec(base.config)
+    base, spec, dtype = load_base(trained.config, config.export.dtype)
     multiples = (config.export.ffn_multiple, config.export.hidden_multiple)
     gates = structure(spec, student.gates, student.scores, student.target, shape, multiples)
     scaling = trained.config.lora.alpha / trained.config.lora.rank
@@ -82,7 +83,7 @@ def run(config: Config) -> Path:
         small_config(base.config, fold, shape)  # fails early where no stock class can hold the sizes
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    tokenizer = AutoTokenizer.from_pretrained(trained.config.model.path)
+    tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
     tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
     with atomic_directory(output) as directory:
         tokenizer.save_pretrained(directory)
@@ -165,19 +166,13 @@ def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:
     return sum(int(((x != 0) != (y != 0)).sum()) for x, y in pairs)
 
 
-def load_base(config: Config, dtype: str) -> tuple[PreTrainedModel, torch.dtype]:
-    """The base model in float32, and the type of the exported weights (`as_base`: that of the base's files)."""
-    path = config.model.path
+def load_base(config: Config, dtype: str) -> tuple[PreTrainedModel, ArchSpec, torch.dtype]:
+    """The base model in float32, its architecture, and the type of the exported weights (`as_base`: its files' own)."""
     # Flash attention has no float32; every implementation computes the same function.
     attention = "eager" if config.model.attention == "eager" else "sdpa"
-    try:
-        found = AutoConfig.from_pretrained(path)
-        read_spec(found)
-        saved = found.dtype or torch.float32
-        base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the base model '{path}': {' '.join(str(error).split())}") from error
-    return base, saved if dtype == "as_base" else getattr(torch, dtype)
+    found, _ = read_config(config.model.path)
+    base, spec = load_model(replace(config.model, dtype="float32", attention=attention))
+    return base, spec, (found.dtype or torch.float32) if dtype == "as_base" else getattr(torch, dtype)
 
 
 def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
@@ -212,6 +207,8 @@ def write_model(
         save(model.to(dtype))
         model = reload()
         cast_difference = largest_difference(model, tokens, wanted)
+        if not math.isfinite(cast_difference):
+            raise ExportError(f"the weights overflow in {dtype}: nothing was exported, use export.dtype=bfloat16")
     untied = model.lm_head.weight.numel() if fold.unties else 0
     log.info("logits differ by %.1e of the largest one on %d tokens (cast to %s: %.1e)", difference, tokens.numel(),
              str(dtype).removeprefix("torch."), cast_difference)  # fmt: skip
@@ -234,10 +231,10 @@ def masked_logits(base: PreTrainedModel, config: Config, fold: Fold, gates: Gate
 def largest_difference(model: PreTrainedModel, tokens: Tensor, wanted: list[Tensor]) -> float:
     """Largest difference of the model's logits from the wanted ones, over the largest wanted logit."""
     model.eval()
-    difference = max(
-        float((model(block[None]).logits[0] - logits).abs().max()) for block, logits in zip(tokens, wanted, strict=True)
-    )
-    return difference / max(float(logits.abs().max()) for logits in wanted)
+    pairs = zip(tokens, wanted, strict=True)
+    differences = torch.stack([(model(block[None]).logits[0] - logits).abs().max() for block, logits in pairs])
+    largest = torch.stack([logits.abs().max() for logits in wanted]).max()
+    return float(differences.max() / largest)  # a NaN stays one, which Python's max would lose
 
 
 def check_logits(model: PreTrainedModel, tokens: Tensor, wanted: list[Tensor]) -> float:
@@ -245,8 +242,8 @@ def check_logits(model: PreTrainedModel, tokens: Tensor, wanted: list[Tensor]) -
     difference = largest_difference(model, tokens, wanted)
     if not difference <= LOGIT_TOLERANCE:
         raise ExportError(
-            f"the small model's logits differ from the masked model's by {difference:.1e} of the largest logit (allowed: "
-            f"{LOGIT_TOLERANCE:g}); nothing was exported, please report this with the run's config.yaml"
+            f"the small model's logits differ from the masked model's by {difference:.1e} of the largest logit "
+            f"(allowed: {LOGIT_TOLERANCE:g}); nothing was exported, please report this with the run's config.yaml"
         )
     return difference
 
