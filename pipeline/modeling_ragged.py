@@ -1,0 +1,166 @@
+"""LLaMA, Mistral, Qwen2 and Qwen3 whose decoder layers differ in attention heads, KV groups and FFN width.
+
+Saved beside the weights of a model that NutePrune exported with shape `per_layer`; loads with `trust_remote_code=True`.
+Everything is transformers' own; only the projections' shapes differ, and K and V are repeated by group where groups
+hold unequal numbers of query heads.
+"""
+
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, cat, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+PREFIX = "ragged_"
+
+
+class RaggedConfig:
+    """What the configurations below add: the widths of each layer.
+
+    `heads_per_group[layer]` lists the query heads of each KV group ([] for a layer without attention),
+    `ffn_sizes[layer]` is the FFN width (0 for none). `num_attention_heads`, `num_key_value_heads` and
+    `intermediate_size` are the maxima.
+    """
+
+    def validate_architecture(self):
+        """The layers' own widths must fit; LLaMA's hidden % heads == 0 does not apply with an explicit head_dim."""
+        if not len(self.heads_per_group) == len(self.ffn_sizes) == self.num_hidden_layers:
+            raise ValueError(f"heads_per_group and ffn_sizes must have {self.num_hidden_layers} entries, one per layer")
+        if any(count < 1 for groups in self.heads_per_group for count in groups):
+            raise ValueError("heads_per_group: each KV group must hold at least one query head")
+
+
+class Absent(nn.Module):
+    """A projection with no inputs or no outputs left: its bias, or zeros [..., width], for any input."""
+
+    def __init__(self, width: int, bias: nn.Parameter | None):
+        super().__init__()
+        self.width, self.bias = width, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = x.new_zeros(*x.shape[:-1], self.width)
+        return zeros if self.bias is None else zeros + self.bias
+
+
+class RaggedForCausalLM:
+    """Mixed in before a stock `…ForCausalLM`: gives each layer its own widths once the stock model is built."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer, groups, ffn in zip(self.model.layers, config.heads_per_group, config.ffn_sizes, strict=True):
+            _resize_attention(layer.self_attn, groups)
+            _resize_ffn(layer.mlp, ffn)
+        self.set_attn_implementation(self.config._attn_implementation)
+
+    def set_attn_implementation(self, attn_implementation: str, **kwargs):
+        """As in transformers; the implementation is wrapped so that it takes unequal groups."""
+        super().set_attn_implementation(_ragged(attn_implementation), **kwargs)
+
+
+def _resize_attention(attention: nn.Module, groups: list[int]) -> None:
+    width, size = sum(groups) * attention.head_dim, len(groups) * attention.head_dim
+    attention.heads_per_group = groups
+    attention.num_key_value_groups = groups[0] if len(set(groups)) == 1 else 1
+    if groups:
+        for linear, rows in ((attention.q_proj, width), (attention.k_proj, size), (attention.v_proj, size)):
+            _cut(linear, rows, linear.in_features)
+        _cut(attention.o_proj, attention.o_proj.out_features, width)
+        return
+    attention.q_proj = Absent(0, None)
+    # One head of zeros: a cache measures its length by keys, and an empty tensor has none.
+    attention.k_proj = attention.v_proj = Absent(attention.head_dim, None)
+    attention.o_proj = Absent(attention.o_proj.out_features, attention.o_proj.bias)
+
+
+def _resize_ffn(mlp: nn.Module, size: int) -> None:
+    if size:
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            _cut(linear, size, linear.in_features)
+        _cut(mlp.down_proj, mlp.down_proj.out_features, size)
+        return
+    mlp.gate_proj = mlp.up_proj = Absent(0, None)
+    mlp.down_proj = Absent(mlp.down_proj.out_features, mlp.down_proj.bias)
+
+
+def _cut(linear: nn.Linear, rows: int, columns: int) -> None:
+    """Keep the first rows and columns: the initial values, device (meta too) and type stay what they were."""
+    linear.weight = nn.Parameter(linear.weight.detach()[:rows, :columns].clone())
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach()[:rows].clone())
+    linear.out_features, linear.in_features = rows, columns
+
+
+def _ragged(base: str | None) -> str:
+    """Register attention `base` (and its mask) with unequal groups allowed; returns the new implementation's name."""
+    base = (base or "eager").removeprefix(PREFIX)
+    inner = eager_attention_forward if base == "eager" else AttentionInterface()[base]
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if query.shape[1] == 0:
+            return query.transpose(1, 2), None
+        if len(set(module.heads_per_group)) > 1:
+            key, value = _per_head(key, module.heads_per_group), _per_head(value, module.heads_per_group)
+        return inner(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(PREFIX + base, attention)
+    AttentionMaskInterface.register(PREFIX + base, AttentionMaskInterface()[base])
+    return PREFIX + base
+
+
+def _per_head(states: Tensor, groups: list[int]) -> Tensor:
+    """[B, K, T, P] to [B, H, T, P]: group g repeated groups[g] times."""
+    return cat([states[:, g : g + 1].expand(-1, count, -1, -1) for g, count in enumerate(groups)], dim=1)
+
+
+@strict
+class RaggedLlamaConfig(RaggedConfig, LlamaConfig):
+    model_type = "nuteprune_llama"
+    heads_per_group: list[list[int]] | None = None
+    ffn_sizes: list[int] | None = None
+
+
+@strict
+class RaggedMistralConfig(RaggedConfig, MistralConfig):
+    model_type = "nuteprune_mistral"
+    heads_per_group: list[list[int]] | None = None
+    ffn_sizes: list[int] | None = None
+
+
+@strict
+class RaggedQwen2Config(RaggedConfig, Qwen2Config):
+    model_type = "nuteprune_qwen2"
+    heads_per_group: list[list[int]] | None = None
+    ffn_sizes: list[int] | None = None
+
+
+@strict
+class RaggedQwen3Config(RaggedConfig, Qwen3Config):
+    model_type = "nuteprune_qwen3"
+    heads_per_group: list[list[int]] | None = None
+    ffn_sizes: list[int] | None = None
+
+
+class RaggedLlamaForCausalLM(RaggedForCausalLM, LlamaForCausalLM):
+    config_class = RaggedLlamaConfig
+
+
+class RaggedMistralForCausalLM(RaggedForCausalLM, MistralForCausalLM):
+    config_class = RaggedMistralConfig
+
+
+class RaggedQwen2ForCausalLM(RaggedForCausalLM, Qwen2ForCausalLM):
+    config_class = RaggedQwen2Config
+
+
+class RaggedQwen3ForCausalLM(RaggedForCausalLM, Qwen3ForCausalLM):
+    config_class = RaggedQwen3Config

@@ -1,0 +1,272 @@
+"""Export: from a finished prune run to a physically smaller Hugging Face model, checked against the masked model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from pipeline import modeling_ragged
+from pipeline.arch import ArchSpec
+from pipeline.checkpoint import MANIFEST, Run, atomic_directory, load_run
+from pipeline.config import Config, ConfigError
+from pipeline.data import packed_blocks
+from pipeline.folding import (
+    Fold,
+    exported_parameters,
+    fold_model,
+    kept_units,
+    model_class,
+    plan_fold,
+    small_config,
+)
+from pipeline.layers import LoraWeights, build_view
+from pipeline.masks import Gates, select_units, sparsity_of
+from pipeline.model_card import Result, kept_record, model_card
+from pipeline.models import load_model, load_tokenizer, read_config
+from pipeline.pairing import PairedModel
+
+log = logging.getLogger(__name__)
+
+RECORD = "nuteprune.json"
+LOGIT_TOLERANCE = 1e-3
+"""Largest difference of two float32 logits, relative to the largest logit."""
+POINT = 0.01
+"""The exported sparsity may be this far from the target."""
+COUNT_TOLERANCE = 1e-3
+"""The counted and the computed sparsity may be this far apart."""
+SUBLAYERS = ("attn_sublayers", "ffn_sublayers")
+
+
+class ExportError(RuntimeError):
+    """The small model does not compute what the masked model computes, or has another size: nothing was written."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """What is exported: gates, scores and LoRA of the final student or of a snapshot, and the sparsity wanted."""
+
+    gates: Gates
+    scores: Mapping[str, Tensor]
+    lora: LoraWeights
+    target: float
+
+
+def run(config: Config) -> Path:
+    """Export the run in `config.run_dir`; returns the directory of the small model.
+
+    Raises:
+        ConfigError: no finished run there, an output directory that is not ours to replace, a sparsity the run has no
+            snapshot of, or a structure that the asked shape cannot hold.
+        ExportError: the small model failed its checks.
+    """
+    trained = load_run(config.run_dir)
+    output = output_directory(config, trained)
+    student = choose_student(trained, config.export.sparsity)
+    shape = trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
+    base, spec, dtype = load_base(trained.config, config.export.dtype)
+    multiples = (config.export.ffn_multiple, config.export.hidden_multiple)
+    gates = structure(spec, student.gates, student.scores, student.target, shape, multiples)
+    scaling = trained.config.lora.alpha / trained.config.lora.rank
+    try:
+        fold = plan_fold(spec, gates, student.lora, scaling)
+        small_config(base.config, fold, shape)  # fails early where no stock class can hold the sizes
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
+    tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
+    with atomic_directory(output) as directory:
+        tokenizer.save_pretrained(directory)
+        result = write_model(directory, base, trained.config, fold, gates, shape, dtype, tokens, student.target,
+                             config.export.shard_size)  # fmt: skip
+        write_record(directory, trained.config, fold, shape, dtype, result)
+    log.info("exported %s: %.2f%% of the prunable parameters removed, %s parameters left (%s before)", output,
+             100 * result.sparsity, f"{result.parameters:,}", f"{result.base_parameters:,}")  # fmt: skip
+    return output
+
+
+def output_directory(config: Config, trained: Run) -> Path:
+    """Where the model goes; raises `ConfigError` if something else than an earlier export is there."""
+    output = Path(config.export.output) if config.export.output else trained.directory / "export"
+    if output.resolve() == Path(trained.config.model.path).resolve():
+        raise ConfigError(f"export.output {output} is the base model itself: choose another directory")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"export.output {output} is a file: choose a directory")
+    ours = (output / MANIFEST).is_file() and (output / RECORD).is_file()
+    if output.is_dir() and any(output.iterdir()) and not ours:
+        raise ConfigError(f"export.output {output} holds files that are not an earlier export: choose another one")
+    return output
+
+
+def choose_student(trained: Run, sparsity: float) -> Student:
+    """The final student (sparsity 0), or whatever the run has nearest to a sparsity; see `ExportConfig.sparsity`."""
+    final = Student(trained.gates, trained.scores, trained.lora, trained.config.sparsity.target)
+    if not sparsity:
+        return final
+    rungs = [(trained.sparsity, final)]
+    rungs += [(s.sparsity, Student(s.gates, s.scores, s.lora, sparsity)) for s in trained.snapshots]
+    reached, nearest = min(rungs, key=lambda rung: abs(rung[0] - sparsity))
+    if abs(reached - sparsity) > POINT:
+        known = ", ".join(f"{r:.3f}" for r in sorted(r for r, _ in rungs))
+        raise ConfigError(f"export.sparsity {sparsity:g}: the run has no snapshot within one point; it has {known}")
+    return replace(nearest, target=sparsity)
+
+
+def structure(
+    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: str, multiples: tuple[int, int]
+) -> Gates:
+    """Gates of the model to export: the run's own if they fit the shape and the target, else chosen by score.
+
+    A unit that stays keeps its gate's value, or gets 1 where the run had removed it.
+
+    Args:
+        spec: the architecture.
+        gates, scores: the run's gates and log-alpha.
+        target: wanted sparsity.
+        shape: "uniform" or "per_layer".
+        multiples: of the FFN width and of the hidden size.
+
+    Raises:
+        ConfigError: whole sublayers are removed but the shape is uniform, or the target is missed.
+    """
+    if shape == "uniform" and any((gates.as_dict()[k] == 0).any() for k in SUBLAYERS if k in gates.as_dict()):
+        raise ConfigError("the run removed whole sublayers, which no stock model lacks: use export.shape=per_layer")
+    fits = shape == "per_layer" or kept_units(spec, gates).is_uniform(spec)
+    if fits and abs(sparsity_of(spec, gates) - target) <= POINT:
+        return gates
+    if shape == "uniform":
+        scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
+    chosen = select_units(spec, scores, target, shape, *multiples).as_dict()
+    values = {k: torch.where(z == 0, torch.ones_like(z), z) for k, z in gates.as_dict().items()}
+    settled = Gates(**{k: v * chosen[k] if k in chosen else v for k, v in values.items()})
+    reached = sparsity_of(spec, settled)
+    log.info("%d units change to fit the %s shape at %.2f%%", changed_units(spec, gates, settled), shape, 100 * reached)
+    if abs(reached - target) > POINT:
+        raise ConfigError(
+            f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: lower export.ffn_multiple and "
+            "export.hidden_multiple, or gate more kinds of units"
+        )
+    return settled
+
+
+def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:
+    """Query heads, FFN units and hidden dimensions that are in one of two structures only."""
+    a, b = before.full(spec), after.full(spec)
+    pairs = ((a.head_gate(spec), b.head_gate(spec)), (a.ffn_gate(), b.ffn_gate()), (a.hidden, b.hidden))
+    return sum(int(((x != 0) != (y != 0)).sum()) for x, y in pairs)
+
+
+def load_base(config: Config, dtype: str) -> tuple[PreTrainedModel, ArchSpec, torch.dtype]:
+    """The base model in float32, its architecture, and the type of the exported weights (`as_base`: its files' own)."""
+    # Flash attention has no float32; every implementation computes the same function.
+    attention = "eager" if config.model.attention == "eager" else "sdpa"
+    found, _ = read_config(config.model.path)
+    base, spec = load_model(replace(config.model, dtype="float32", attention=attention))
+    return base, spec, (found.dtype or torch.float32) if dtype == "as_base" else getattr(torch, dtype)
+
+
+def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
+    """About `count` tokens [N, T] of the run's own training text, in blocks no longer than those of training."""
+    length = min(config.data.seq_len, count)
+    documents = min(config.data.documents or count, count)  # a document has at least one token
+    blocks = packed_blocks(replace(config.data, documents=documents, seq_len=length), tokenizer, vocab)
+    return blocks[: -(-count // length)]
+
+
+def write_model(
+    directory: Path, base: PreTrainedModel, config: Config, fold: Fold, gates: Gates, shape: str, dtype: torch.dtype,
+    tokens: Tensor, target: float, shard_size: str,
+) -> Result:  # fmt: skip
+    """Fold the base into a small model, save it and check what was saved; consumes the base.
+
+    The check is on float32 weights read back from the directory; they are cast, and saved again, only after it.
+    """
+    before, cls = base.num_parameters(), model_class(small := small_config(base.config, fold, shape))
+    generation, attention = base.generation_config, base.config._attn_implementation
+    wanted = masked_logits(base, config, fold, gates, tokens)
+    model = fold_model(base, small, fold, partial(tqdm, desc="folding layers", unit="layer"))
+    save = partial(_save, directory, shape=shape, shard_size=shard_size, generation=generation)
+    save(model)
+    del model
+    reload = partial(cls.from_pretrained, directory, dtype=torch.float32, attn_implementation=attention)
+    model = reload()
+    sparsity = check_count(fold.spec, gates, model)
+    difference = check_logits(model, tokens, wanted)
+    cast_difference = 0.0
+    if dtype != torch.float32:
+        save(model.to(dtype))
+        model = reload()
+        cast_difference = largest_difference(model, tokens, wanted)
+        if not math.isfinite(cast_difference):
+            raise ExportError(f"the weights overflow in {dtype}: nothing was exported, use export.dtype=bfloat16")
+    untied = model.lm_head.weight.numel() if fold.unties else 0
+    log.info("logits differ by %.1e of the largest one on %d tokens (cast to %s: %.1e)", difference, tokens.numel(),
+             str(dtype).removeprefix("torch."), cast_difference)  # fmt: skip
+    if untied:
+        log.warning("hidden gates between 0 and 1: the output head was untied, which adds %s parameters", f"{untied:,}")
+    return Result(target, sparsity, model.num_parameters(), before, untied, difference, cast_difference, tokens.numel())
+
+
+@torch.no_grad()
+def masked_logits(base: PreTrainedModel, config: Config, fold: Fold, gates: Gates, tokens: Tensor) -> list[Tensor]:
+    """Logits [T, V] of the masked model for each block of tokens; the base is as it was afterwards."""
+    paired = PairedModel(base, fold.spec, config.lora)
+    view = build_view(fold.spec, gates.to(torch.float32), fold.lora, fold.scaling, torch.float32)
+    logits = [paired.logits(block[None], view)[0] for block in tokens]
+    base.model.layers = nn.ModuleList(wrapped.layer for wrapped in paired.layers)
+    return logits
+
+
+@torch.no_grad()
+def largest_difference(model: PreTrainedModel, tokens: Tensor, wanted: list[Tensor]) -> float:
+    """Largest difference of the model's logits from the wanted ones, over the largest wanted logit."""
+    model.eval()
+    pairs = zip(tokens, wanted, strict=True)
+    differences = torch.stack([(model(block[None]).logits[0] - logits).abs().max() for block, logits in pairs])
+    largest = torch.stack([logits.abs().max() for logits in wanted]).max()
+    return float(differences.max() / largest)  # a NaN stays one, which Python's max would lose
+
+
+def check_logits(model: PreTrainedModel, tokens: Tensor, wanted: list[Tensor]) -> float:
+    """`largest_difference`, with `ExportError` where it is above `LOGIT_TOLERANCE` or not a number."""
+    difference = largest_difference(model, tokens, wanted)
+    if not difference <= LOGIT_TOLERANCE:
+        raise ExportError(
+            f"the small model's logits differ from the masked model's by {difference:.1e} of the largest logit "
+            f"(allowed: {LOGIT_TOLERANCE:g}); nothing was exported, please report this with the run's config.yaml"
+        )
+    return difference
+
+
+def check_count(spec: ArchSpec, gates: Gates, model: PreTrainedModel) -> float:
+    """Removed share of the prunable parameters, counted from tensors; `ExportError` if the gates promise another."""
+    counted, promised = 1 - exported_parameters(model) / spec.prunable, sparsity_of(spec, gates)
+    if abs(counted - promised) > COUNT_TOLERANCE:
+        raise ExportError(f"the small model lacks {counted:.4f} of the parameters, its gates say {promised:.4f}")
+    return counted
+
+
+def write_record(directory: Path, config: Config, fold: Fold, shape: str, dtype: torch.dtype, result: Result) -> None:
+    """Write README.md and nuteprune.json."""
+    card = model_card(config, fold, shape, str(dtype).removeprefix("torch."), result)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    record = json.dumps(kept_record(config, fold, result))
+    (directory / RECORD).write_text(record + "\n", encoding="utf-8")
+
+
+def _save(directory: Path, model: PreTrainedModel, *, shape: str, shard_size: str, generation) -> None:
+    model.save_pretrained(directory, max_shard_size=shard_size)
+    # Copied as it is: transformers refuses to save some of the generation configs that it loads.
+    generation.to_json_file(directory / "generation_config.json", use_diff=True)
+    if shape == "per_layer":
+        shutil.copyfile(modeling_ragged.__file__, directory / "modeling_ragged.py")

@@ -1,0 +1,438 @@
+"""The exported model computes what the masked model computes, in all families and both shapes, and loads anywhere."""
+
+import json
+import random
+import string
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from pipeline import folding
+from pipeline.arch import PROJECTIONS, ArchSpec, read_spec
+from pipeline.checkpoint import save_run, verify
+from pipeline.config import ConfigError, load_config
+from pipeline.folding import exported_parameters, fold_model, kept_units, plan_fold, small_config
+from pipeline.layers import build_view
+from pipeline.masks import Gates, sparsity_of, unit_shape
+from pipeline.pairing import PairedModel
+from pipeline.stages import export
+from pipeline.teachers import Snapshot
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SHAPES = ("uniform", "per_layer")
+VOCAB, LAYERS = 61, 4
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "max_position_embeddings": 128,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+EXTRA = {
+    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    "qwen3": {"attention_bias": True},
+}
+BIASED_LLAMA = {"attention_bias": True, "mlp_bias": True}
+
+
+def base_model(family: str, tied: bool = False, seed: int = 0, **options) -> transformers.PreTrainedModel:
+    """A tiny model whose every parameter is random: norms are not ones, biases not zeros."""
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    cls = getattr(transformers, names[family] + "Config")
+    config = cls(**SIZES, **{**EXTRA[family], **options}, tie_word_embeddings=tied)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.rand_like(p) + 0.5 if "norm" in name else torch.randn_like(p) * 0.25)
+    return model
+
+
+def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int = 37, empty: bool = True) -> Gates:
+    """Gates with zeros of every kind the shape allows; `hidden` dimensions stay (an odd number by default)."""
+    g = torch.Generator().manual_seed(1)
+    heads, groups = torch.ones(unit_shape(spec, "heads")), torch.ones(unit_shape(spec, "kv_groups"))
+    ffn, residual = torch.ones(unit_shape(spec, "ffn")), torch.zeros(spec.hidden)
+    residual[torch.randperm(spec.hidden, generator=g)[:hidden]] = 1
+    sublayers = {}
+    for layer in range(spec.layers):
+        if shape == "uniform":
+            groups[layer, layer % spec.kv_heads] = 0
+            ffn[layer, torch.randperm(spec.ffn, generator=g)[:13]] = 0
+        else:
+            heads[layer] = (torch.rand(spec.heads, generator=g) > 0.4).float()
+            ffn[layer] = (torch.rand(spec.ffn, generator=g) > 0.3).float()
+    if shape == "per_layer":
+        heads[1] = torch.tensor([1.0, 0, 1, 1, 0, 0])
+        sublayers = {"attn_sublayers": torch.ones(spec.layers), "ffn_sublayers": torch.ones(spec.layers)}
+        if empty:  # the first layer without attention, a layer without FFN, one with neither
+            sublayers["attn_sublayers"][[0, 3]] = 0
+            sublayers["ffn_sublayers"][[2, 3]] = 0
+    gates = {"heads": heads, "kv_groups": groups, "ffn": ffn, "hidden": residual, **sublayers}
+    if fractional:
+        gates = {k: z * (0.5 + 0.5 * torch.rand(z.shape, generator=g)) for k, z in gates.items()}
+    return Gates(**gates)
+
+
+def random_lora(model, rank: int = 3, skip: tuple[str, ...] = ("k_proj",)) -> dict:
+    """LoRA pairs on all projections but those in `skip`."""
+    g = torch.Generator().manual_seed(2)
+    pairs = {}
+    for index, layer in enumerate(model.model.layers):
+        for name, (owner, attribute) in folding.projections(layer).items():
+            if name not in skip:
+                n, k = getattr(owner, attribute).weight.shape
+                pairs[f"{index}.{name}"] = (
+                    torch.randn(rank, k, generator=g) * 0.2, torch.randn(n, rank, generator=g) * 0.2
+                )  # fmt: skip
+    return pairs
+
+
+def run_config(tmp_path, **overrides):
+    """A resolved configuration of a run over the files that `on_disk` writes."""
+    keys = {"model.path": tmp_path / "base", "run_dir": tmp_path / "run", "data.source": tmp_path / "text.txt",
+            "data.seq_len": 16, "lora.rank": 3, "lora.alpha": 6, "export.check_tokens": 40,
+            "export.ffn_multiple": 1, "export.hidden_multiple": 1, **overrides}  # fmt: skip
+    return load_config(None, [f"{k}={v}" for k, v in keys.items()])
+
+
+def on_disk(tmp_path, model) -> None:
+    """Write the base model with a tokenizer, and a text."""
+    model.save_pretrained(tmp_path / "base")
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *string.ascii_letters, "Ġ"])}
+    tokenizer = Tokenizer(models.BPE(words, []))  # one token a letter
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    (tmp_path / "text.txt").write_text("".join(random.Random(0).choices(string.ascii_letters + " ", k=300)))
+
+
+def trained(tmp_path, family: str, gates_of, snapshots=(), base=None, **overrides):
+    """A finished run on disk; returns its configuration, the base model, gates and LoRA."""
+    model = base or base_model(family)
+    spec = read_spec(model.config)
+    on_disk(tmp_path, model)
+    gates = gates_of(spec)
+    lora = random_lora(model)
+    sparsity = sparsity_of(spec, gates)
+    target = overrides.pop("sparsity.target", round(sparsity, 4))
+    config = run_config(tmp_path, **{"sparsity.target": target}, **overrides)
+    scores = {
+        k: z + torch.rand(z.shape, generator=torch.Generator().manual_seed(4)) for k, z in gates.as_dict().items()
+    }
+    made = [s(spec, lora) for s in snapshots]
+    save_run(tmp_path / "run", config, spec, gates, scores, lora, made, {"sparsity": sparsity, "steps": 5})
+    return config, model, gates, lora
+
+
+def masked_logits(model, gates: Gates, lora, ids, scaling: float = 2.0) -> torch.Tensor:
+    """Logits of the masked model by the paired forward (wraps the model)."""
+    spec = read_spec(model.config)
+    paired = PairedModel(model, spec, load_config(None, ["lora.rank=3", "lora.alpha=6"]).lora)
+    with torch.no_grad():
+        return paired.logits(ids, build_view(spec, gates, lora, scaling, torch.float32))
+
+
+def some_ids(batch: int = 2, length: int = 19) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+def loaded(directory, **options):
+    options = {"trust_remote_code": True, "dtype": torch.float32, **options}
+    return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+
+
+def assert_close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-5) -> None:
+    assert float((got - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Every family exported in both shapes: {(family, shape): (directory, wanted logits, gates)}."""
+    made = {}
+    for family in FAMILIES:
+        for shape in SHAPES:
+            tmp_path = tmp_path_factory.mktemp(f"{family}-{shape}")
+            config, model, gates, lora = trained(tmp_path, family, lambda s, k=shape: some_gates(s, k),
+                                                 **{"gates.shape": shape})  # fmt: skip
+            directory = export.run(config)
+            made[family, shape] = (directory, masked_logits(model, gates, lora, some_ids()), gates)
+    return made
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_the_masked_model(exports, family, shape):
+    directory, wanted, _ = exports[family, shape]
+    for attention in ("sdpa", "eager"):
+        with torch.no_grad():
+            assert_close(loaded(directory, attn_implementation=attention)(some_ids()).logits, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_on_disk_are_those_the_gates_promise(exports, family, shape):
+    directory, _, gates = exports[family, shape]
+    spec = read_spec(base_model(family).config)
+    tensors = load_file(directory / "model.safetensors")
+    counted = sum(t.numel() for name, t in tensors.items() if any(p in name for p in PROJECTIONS)
+                  and not name.endswith(("o_proj.bias", "down_proj.bias")))  # fmt: skip
+    assert 1 - counted / spec.prunable == pytest.approx(sparsity_of(spec, gates), abs=1e-9)
+    record = json.loads((directory / "nuteprune.json").read_text())
+    assert record["parameters"] == sum(t.numel() for t in tensors.values())
+    assert record["original"] == {"heads": 6, "kv_heads": 3, "ffn": 40, "hidden": 48}
+    assert [len(u) for u in record["kept"]["ffn"]] == [int((z != 0).sum()) for z in gates.full(spec).ffn_gate()]
+    verify(directory)
+
+
+LOADER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+jobs, ids = torch.load(sys.argv[1])
+out = {}
+for directory, trust in jobs:
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer("ac")["input_ids"] == [3, 5]
+    with torch.no_grad():
+        out[directory] = model(ids).logits
+ours = [m for m in sys.modules if m.split(".")[0] in ("pipeline", "kernels")]
+assert not ours, ours
+torch.save(out, sys.argv[2])
+"""
+
+
+def test_fresh_process_without_this_project(exports, tmp_path):
+    jobs = [(str(directory), shape == "per_layer" or None) for (_, shape), (directory, _, _) in exports.items()]
+    jobs = [(d, bool(trust)) for d, trust in jobs]
+    torch.save((jobs, some_ids()), tmp_path / "jobs.pt")
+    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-I", "-c", LOADER, tmp_path / "jobs.pt", tmp_path / "out.pt"],
+                          cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out = torch.load(tmp_path / "out.pt")
+    for directory, wanted, _ in exports.values():
+        assert_close(out[str(directory)], wanted)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_per_layer_generates_with_cache_and_left_padding(exports, family, attention):
+    model = loaded(exports[family, "per_layer"][0], attn_implementation=attention)
+    ids = some_ids(length=9)
+    mask = torch.ones_like(ids)
+    ids[1, :4], mask[1, :4] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    cached, plain = (model.generate(ids, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert_close(torch.stack(cached.logits), torch.stack(plain.logits))
+    alone = model.generate(ids[1:, 4:], **{**options, "attention_mask": mask[1:, 4:]})
+    assert_close(torch.stack(alone.logits)[:, 0], torch.stack(cached.logits)[:, 1])
+    static = model.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    assert_close(torch.stack(static.logits), torch.stack(plain.logits))
+
+
+def test_per_layer_keeps_its_attention_when_it_is_changed_and_saved_again(exports, tmp_path):
+    directory, wanted, _ = exports["llama", "per_layer"]
+    model = loaded(directory)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert_close(model(some_ids()).logits, wanted)
+    model.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert_close(loaded(tmp_path / "again")(some_ids()).logits, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fractional", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fold_is_exact(family, tied, fractional, shape):
+    model = base_model(family, tied)
+    spec, lora = read_spec(model.config), random_lora(model)
+    gates = some_gates(spec, shape, fractional)
+    wanted = masked_logits(base_model(family, tied), gates, lora, some_ids())
+    fold = plan_fold(spec, gates, lora, 2.0)
+    config = small_config(model.config, fold, shape)
+    small = fold_model(model, config, fold)
+    assert config.tie_word_embeddings == (tied and not fractional)
+    assert exported_parameters(small) == round(spec.prunable * (1 - sparsity_of(spec, gates)))
+    assert all(p.dtype == torch.float32 for p in small.parameters())
+    again = folding.model_class(config)(config).eval()
+    again.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert_close(again(some_ids()).logits, wanted)
+
+
+@pytest.mark.parametrize(("shape", "hidden"), [("uniform", 40), ("per_layer", 37)])
+def test_llama_with_all_biases(shape, hidden):
+    gates_of = lambda spec: some_gates(spec, shape, hidden=hidden)  # noqa: E731
+    model, same = base_model("llama", **BIASED_LLAMA), base_model("llama", **BIASED_LLAMA)
+    spec, lora = read_spec(model.config), random_lora(model)
+    wanted = masked_logits(same, gates_of(spec), lora, some_ids())
+    fold = plan_fold(spec, gates_of(spec), lora, 2.0)
+    config = small_config(model.config, fold, shape)
+    small = folding.model_class(config)(config).eval()
+    small.load_state_dict(fold_model(model, config, fold).state_dict())
+    with torch.no_grad():
+        assert_close(small(some_ids()).logits, wanted)
+
+
+def test_the_stock_class_and_the_base_settings_are_carried_over(exports):
+    configs = {f: loaded(exports[f, "uniform"][0]).config for f in FAMILIES}
+    llama, mistral = configs["llama"], configs["mistral"]
+    assert llama.model_type == "mistral"  # LlamaConfig refuses 37 % 4
+    assert llama.sliding_window is None
+    assert llama.rope_parameters["rope_theta"] == 5000.0
+    assert (llama.bos_token_id, llama.eos_token_id, llama.max_position_embeddings) == (1, 2, 128)
+    assert mistral.sliding_window == 7
+    assert [configs[f].model_type for f in FAMILIES[1:]] == list(FAMILIES[1:])
+    assert (llama.hidden_size, llama.num_attention_heads, llama.num_key_value_heads) == (37, 4, 2)
+    assert (llama.head_dim, llama.intermediate_size) == (8, 27)
+    assert configs["qwen2"].layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+
+
+def test_card_says_how_it_was_made(exports):
+    card = (exports["qwen2", "uniform"][0] / "README.md").read_text()
+    for part in ("license: apache-2.0", "target ", "from_pretrained(path)", "`text.txt`", "| 0 | 4 | 2 | 27 |"):
+        assert part in card
+    assert "trust_remote_code=True" in (exports["qwen2", "per_layer"][0] / "README.md").read_text()
+
+
+def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog):
+    config, model, gates, lora = trained(
+        tmp_path,
+        "llama",
+        lambda s: some_gates(s, "uniform"),
+        **{"export.dtype": "bfloat16", "export.shard_size": "20KB"},
+    )
+    with caplog.at_level("INFO", logger="pipeline"):
+        directory = export.run(config)
+    shards = list(directory.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert {t.dtype for s in shards for t in load_file(s).values()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert_close(loaded(directory)(some_ids()).logits, masked_logits(model, gates, lora, some_ids()), 0.2)
+    assert "cast to bfloat16" in caplog.text
+    assert "after the cast to bfloat16" in (directory / "README.md").read_text()
+
+
+def test_weights_that_overflow_float16_are_refused(tmp_path):
+    base = base_model("llama")
+    base.model.layers[0].mlp.down_proj.weight.data.mul_(1e6)
+    config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "uniform"), base=base,
+                         **{"export.dtype": "float16"})  # fmt: skip
+    with pytest.raises(export.ExportError, match=r"export\.dtype=bfloat16"):
+        export.run(config)
+
+
+def test_untied_head_is_reported(tmp_path, caplog):
+    config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "uniform"), base=base_model("llama", tied=True))
+    directory = export.run(config)
+    assert f"adds {VOCAB * 37:,} parameters" in caplog.text
+    assert "untying" in (directory / "README.md").read_text()
+
+
+def test_refuses_when_logits_differ_and_leaves_nothing(tmp_path, monkeypatch):
+    config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "uniform"))
+    honest = folding.fold_layer
+
+    def corrupt(fold, layer, index):
+        state = honest(fold, layer, index)
+        if index == 2:
+            state["mlp.up_proj.weight"][0, 0] += 3.0
+        return state
+
+    monkeypatch.setattr(folding, "fold_layer", corrupt)
+    with pytest.raises(export.ExportError, match="logits differ"):
+        export.run(config)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["pruned"]
+
+
+def test_ladder_rung_is_exported_from_the_same_run(tmp_path):
+    def rung(zeros):
+        def make(spec, lora):
+            gates = {"kv_groups": torch.ones(LAYERS, 3), "ffn": torch.ones(LAYERS, 40)}
+            gates["ffn"][:, :zeros] = 0
+            scores = {k: z + torch.linspace(0, 0.1, z.numel()).view_as(z) for k, z in gates.items()}
+            half = {k: tuple(t.bfloat16() for t in pair) for k, pair in lora.items()}
+            return Snapshot(zeros, sparsity_of(spec, Gates(**gates)), Gates(**gates), scores, half)
+
+        return make
+
+    final = lambda s: rung(24)(s, {}).gates  # noqa: E731
+    config, model, _, lora = trained(tmp_path, "mistral", final, [rung(4), rung(12)])
+    spec = read_spec(model.config)
+    wanted = rung(12)(spec, lora)
+    config = replace(config, export=replace(config.export, sparsity=round(wanted.sparsity, 2)))
+    small = loaded(export.run(config))
+    assert small.config.intermediate_size == 28
+    with torch.no_grad():
+        assert_close(small(some_ids()).logits, masked_logits(model, wanted.gates, wanted.lora, some_ids()))
+    config = replace(config, export=replace(config.export, sparsity=0.9))
+    with pytest.raises(ConfigError, match=r"no snapshot within one point; it has 0\.\d+, 0\.\d+, 0\.\d+"):
+        export.run(config)
+
+
+def test_structure_is_chosen_anew_where_the_shape_differs(tmp_path, caplog):
+    ragged = lambda s: some_gates(s, "per_layer", empty=False)  # noqa: E731
+    config, model, gates, _ = trained(
+        tmp_path, "qwen2", ragged, **{"gates.shape": "per_layer", "export.shape": "uniform"}
+    )
+    with caplog.at_level("INFO", logger="pipeline"):
+        small = loaded(export.run(config))
+    assert "units change to fit the uniform shape" in caplog.text
+    spec = read_spec(model.config)
+    assert abs(1 - exported_parameters(small) / spec.prunable - config.sparsity.target) <= 0.01
+    kept = json.loads((tmp_path / "run" / "export" / "nuteprune.json").read_text())["kept"]
+    hidden = gates.hidden[kept["hidden"]]
+    assert ((hidden != 0) & (hidden != 1)).any()  # units that were there keep their fractional gate
+
+
+def test_run_that_missed_its_target_is_cut_to_it():
+    spec = read_spec(base_model("llama").config)
+    gates = some_gates(spec, "uniform")
+    scores = {k: torch.rand(z.shape) for k, z in gates.as_dict().items()}
+    chosen = export.structure(spec, gates, scores, 0.3, "uniform", (1, 1))
+    assert abs(sparsity_of(spec, chosen) - 0.3) <= 0.01
+    assert kept_units(spec, chosen).is_uniform(spec)
+    before, after = gates.full(spec).ffn_gate(), chosen.full(spec).ffn_gate()
+    stayed = (before != 0) & (after != 0)
+    assert torch.equal(before[stayed], after[stayed])
+    assert (after[(before == 0) & (after != 0)] == 1).all()
+    same = export.structure(spec, gates, scores, sparsity_of(spec, gates), "uniform", (16, 16))
+    assert same is gates
+
+
+def test_removed_sublayers_need_the_per_layer_shape(tmp_path):
+    config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "per_layer"),
+                         **{"gates.shape": "per_layer", "export.shape": "uniform"})  # fmt: skip
+    with pytest.raises(ConfigError, match=r"use export\.shape=per_layer"):
+        export.run(config)
+
+
+def test_output_directory_is_only_replaced_if_it_is_ours(tmp_path):
+    config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "uniform"))
+    directory = export.run(config)
+    assert export.run(config) == directory
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    for output, message in (("mine", "not an earlier export"), ("base", "the base model"), ("text.txt", "is a file")):
+        elsewhere = replace(config, export=replace(config.export, output=str(tmp_path / output)))
+        with pytest.raises(ConfigError, match=message):
+            export.run(elsewhere)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_run_directory_without_a_run(tmp_path):
+    with pytest.raises(ConfigError, match="no finished prune run"):
+        export.run(run_config(tmp_path))
