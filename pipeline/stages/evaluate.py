@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from pipeline import report
 from pipeline.config import Config, ConfigError
 from pipeline.data import text_tokens
-from pipeline.measure import SIZES, SPEEDS, environment, perplexity, sample, sizes, speed
+from pipeline.measure import SIZES, environment, perplexity, sample, sizes, speed, speed_ratio
 from pipeline.tasks import lm_eval_tasks, load_tasks
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def run(config: Config) -> dict:
     """Evaluate the base model and the export (or `evaluate.models`) and write the report.
 
-    Models are measured one after the other, except that their speeds are measured in turns (A B A B), for which all of
+    Models are measured one after the other, except that their speeds are measured in turns, for which all of
     them are on the device together; without `evaluate.speed` only one is in memory at a time.
 
     Returns:
@@ -145,7 +145,7 @@ def _output(config: Config) -> Path:
 
 def _names(paths: list[str]) -> list[str]:
     """Short names: the last part of each path, or the paths themselves where two share it."""
-    short = [Path(path).resolve().name for path in paths]
+    short = [Path(path).name or path for path in paths]
     return short if len(set(short)) == len(short) else paths
 
 
@@ -153,6 +153,5 @@ def _ratio(first: dict, last: dict) -> dict:
     """The last model's sizes, perplexity and speeds over the first's."""
     pairs = {key: (first[key], last[key]) for key in SIZES}
     pairs["perplexity"] = (first["perplexity"]["perplexity"], last["perplexity"]["perplexity"])
-    if "speed" in first:
-        pairs |= {key: (first["speed"][key], last["speed"][key]) for key in SPEEDS}
-    return {key: after / before if before else None for key, (before, after) in pairs.items()}
+    ratio = {key: after / before if before else None for key, (before, after) in pairs.items()}
+    return ratio | (speed_ratio(first["speed"], last["speed"]) if "speed" in first else {})
