@@ -105,10 +105,11 @@ def _check_head(model: PreTrainedModel, ids: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
-def speed(models: list[PreTrainedModel], prompt_tokens: int, new_tokens: int, repeats: int = 3) -> list[dict]:
+def speed(models: list[PreTrainedModel], prompt_tokens: int, new_tokens: int, repeats: int = 5) -> list[dict]:
     """Speed of greedy generation for one sequence, as the median of several repetitions after a warm-up.
 
-    The models take turns (A B A B …), so that a machine that slows down slows all of them and their ratio holds.
+    The models take turns (A B, B A, A B, …), first in a prefill and then in decoding, so that a machine that slows down
+    slows all of them: compare the rates of one round (`speed_ratio`) rather than medians.
 
     Args:
         models: on their devices.
@@ -117,23 +118,45 @@ def speed(models: list[PreTrainedModel], prompt_tokens: int, new_tokens: int, re
         repeats: measured rounds.
 
     Returns:
-        Per model `prefill_tokens_per_s`, `decode_tokens_per_s`, their `…_range` [slowest, fastest], `prompt_tokens`,
-        `new_tokens`, `repeats`, `device` and `threads`.
+        Per model `prefill_tokens_per_s`, `decode_tokens_per_s`, their `…_rounds` (the rate of each round),
+        `prompt_tokens`, `new_tokens`, `repeats`, `device` and `threads`.
     """
     vocabulary = min(model.get_input_embeddings().num_embeddings for model in models)
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
     for model in models:
         _time_generation(model, prompt, min(new_tokens, 4))
-    rounds = [[_time_generation(model, prompt, new_tokens) for model in models] for _ in range(repeats)]
-    results = []
-    for index, model in enumerate(models):
-        result = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats,
-                  "device": model.device.type, "threads": torch.get_num_threads()}  # fmt: skip
-        for part, (key, count) in enumerate(zip(SPEEDS, (prompt_tokens, new_tokens), strict=True)):
-            rates = [count / times[index][part] for times in rounds]
-            result |= {key: statistics.median(rates), f"{key}_range": [min(rates), max(rates)]}
-        results.append(result)
-    return results
+    rates: list[dict[str, list[float]]] = [{key: [] for key in SPEEDS} for _ in models]
+    for turn in range(repeats):
+        order = range(len(models)) if turn % 2 == 0 else range(len(models) - 1, -1, -1)
+        for index in order:
+            seconds, _ = _time_generation(models[index], prompt, 0)
+            rates[index]["prefill_tokens_per_s"].append(prompt_tokens / seconds)
+        for index in order:
+            _, seconds = _time_generation(models[index], prompt, new_tokens)
+            rates[index]["decode_tokens_per_s"].append(new_tokens / seconds)
+    return [
+        {
+            **{key: statistics.median(rounds) for key, rounds in measured.items()},
+            **{f"{key}_rounds": rounds for key, rounds in measured.items()},
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "repeats": repeats,
+            "device": model.device.type,
+            "threads": torch.get_num_threads(),
+        }
+        for model, measured in zip(models, rates, strict=True)
+    ]
+
+
+def speed_ratio(before: dict, after: dict) -> dict:
+    """How much faster `after` is than `before` (results of one `speed` call): the median of the rounds' ratios.
+
+    Rounds are paired because the two measurements of one are close in time, whatever the machine did between rounds.
+    """
+    return {
+        key: statistics.median(b / a for a, b in zip(before[f"{key}_rounds"], after[f"{key}_rounds"], strict=True))
+        for key in SPEEDS
+    }
 
 
 def _time_generation(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:

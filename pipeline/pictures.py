@@ -46,7 +46,8 @@ def kept(file: Path) -> bytes | None:
         before = f" of {total:,}" if total else ""
         axis.set_title(f"{label}: {sum(counts) / len(counts):,.1f}{before} kept on average", size=10, loc="left")
         axis.margins(x=0.01)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.get_major_locator().set_params(integer=True)
     axis.set_xlabel("layer")
     hidden = facts["kept"].get("hidden")
     if hidden and original.get("hidden"):

@@ -145,8 +145,9 @@ def _conditions(report: dict) -> str:
     score = first["perplexity"]
     how = "side by side" if score["stride"] == score["window"] else "sliding"
     lines = [
-        f"Perplexity of `{report['text']}`: {score['blocks']} windows of {score['window']} tokens, stride "
-        f"{score['stride']} ({how}), mean over {score['tokens']:,} predicted tokens, weights in {report['dtype']}."
+        f"Perplexity of `{report['text']}`: {score['blocks']} window{'s' * (score['blocks'] > 1)} of {score['window']} "
+        f"tokens, stride {score['stride']} ({how}), mean over {score['tokens']:,} predicted tokens, weights in "
+        f"{report['dtype']}."
     ]
     if not report["held_out"]:
         lines.append("This is the text the model was pruned on, not a held-out one.")
@@ -157,7 +158,8 @@ def _conditions(report: dict) -> str:
         lines.append(
             f"Speed: one sequence, {measured['prompt_tokens']} prompt tokens, {measured['new_tokens']} greedy steps "
             f"with the KV cache, median of {measured['repeats']} rounds in which the models took turns, on "
-            f"{measured['device']} with {measured['threads']} CPU threads."
+            f"{measured['device']} (CPU threads: {measured['threads']}); "
+            "the ratio is the median of the rounds' ratios."
         )
     return " ".join(lines)
 

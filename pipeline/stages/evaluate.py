@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from transformers.utils import cached_file
 from pipeline import report
 from pipeline.config import Config, ConfigError
 from pipeline.data import text_tokens
-from pipeline.measure import SIZES, SPEEDS, environment, perplexity, sample, sizes, speed
+from pipeline.measure import SIZES, environment, perplexity, sample, sizes, speed, speed_ratio
 from pipeline.tasks import lm_eval_tasks, load_tasks
+from pipeline.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ log = logging.getLogger(__name__)
 def run(config: Config) -> dict:
     """Evaluate the base model and the export (or `evaluate.models`) and write the report.
 
-    Models are measured one after the other, except that their speeds are measured in turns (A B A B), for which all of
+    Models are measured one after the other, except that their speeds are measured in turns, for which all of
     them are on the device together; without `evaluate.speed` only one is in memory at a time.
 
     Returns:
@@ -56,6 +58,8 @@ def run(config: Config) -> dict:
         "dtype": config.model.dtype,
         "environment": environment(device),
     }
+    if config.run_dir:
+        _to_tensorboard(result, config)
     return report.write(result, output, Path(config.run_dir) if config.run_dir else None)
 
 
@@ -145,7 +149,7 @@ def _output(config: Config) -> Path:
 
 def _names(paths: list[str]) -> list[str]:
     """Short names: the last part of each path, or the paths themselves where two share it."""
-    short = [Path(path).resolve().name for path in paths]
+    short = [Path(path).name or path for path in paths]
     return short if len(set(short)) == len(short) else paths
 
 
@@ -153,9 +157,19 @@ def _ratio(first: dict, last: dict) -> dict:
     """The last model's sizes, perplexity and speeds over the first's."""
     pairs = {key: (first[key], last[key]) for key in SIZES}
     pairs["perplexity"] = (first["perplexity"]["perplexity"], last["perplexity"]["perplexity"])
-    if "speed" in first:
-        pairs |= {key: (first["speed"][key], last["speed"][key]) for key in SPEEDS}
-    return {key: after / before if before else None for key, (before, after) in pairs.items()}
+    ratio = {key: after / before if before else None for key, (before, after) in pairs.items()}
+    return ratio | (speed_ratio(first["speed"], last["speed"]) if "speed" in first else {})
+
+
+def _to_tensorboard(result: dict, config: Config) -> None:
+    """The report's numbers as `eval/MODEL/…` scalars beside the run's own."""
+    tracking = replace(config.tracking, progress=False, log_every=1)
+    with Tracker(config.run_dir, tracking, total_steps=1, stage="eval") as tracker:
+        for model in result["models"]:
+            values = {key: model[key] for key in SIZES} | model.get("speed", {})
+            values["perplexity"] = model["perplexity"]["perplexity"]
+            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+            tracker.log(0, {f"{model['name']}/{key}": value for key, value in numbers.items()})
 
 
 def summary(config: Config, result: dict) -> str:

@@ -152,10 +152,16 @@ def test_speed_counts_and_leaves_no_hooks(model):
     for result in (first, second):
         assert (result["prompt_tokens"], result["new_tokens"], result["repeats"]) == (16, 4, 3)
         for key in measure.SPEEDS:
-            slowest, fastest = result[f"{key}_range"]
-            assert 0 < slowest <= result[key] <= fastest
+            rounds = result[f"{key}_rounds"]
+            assert len(rounds) == 3
+            assert 0 < min(rounds) <= result[key] <= max(rounds)
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+def test_speed_ratio_pairs_the_rounds():
+    before, after = ({f"{key}_rounds": rounds for key in measure.SPEEDS} for rounds in ([1, 10, 4], [2, 5, 8]))
+    assert set(measure.speed_ratio(before, after).values()) == {2}
 
 
 def test_sample_is_the_greedy_continuation(model, tokenizer):
