@@ -32,6 +32,8 @@ class RaggedConfig:
     `intermediate_size` are the maxima.
     """
 
+    base_model_tp_plan = None  # unequal groups cannot be split evenly over devices
+
     def validate_architecture(self):
         """The layers' own widths must fit; LLaMA's hidden % heads == 0 does not apply with an explicit head_dim."""
         if not len(self.heads_per_group) == len(self.ffn_sizes) == self.num_hidden_layers:

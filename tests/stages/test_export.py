@@ -32,6 +32,7 @@ SIZES = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": LAYERS,
     "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "max_position_embeddings": 128,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "rms_norm_eps": 0.1,  # large, so that a wrong epsilon shows
 }  # fmt: skip
 EXTRA = {
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
@@ -211,8 +212,7 @@ torch.save(out, sys.argv[2])
 
 
 def test_fresh_process_without_this_project(exports, tmp_path):
-    jobs = [(str(directory), shape == "per_layer" or None) for (_, shape), (directory, _, _) in exports.items()]
-    jobs = [(d, bool(trust)) for d, trust in jobs]
+    jobs = [(str(directory), shape == "per_layer") for (_, shape), (directory, _, _) in exports.items()]
     torch.save((jobs, some_ids()), tmp_path / "jobs.pt")
     environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-I", "-c", LOADER, tmp_path / "jobs.pt", tmp_path / "out.pt"],
@@ -411,6 +411,13 @@ def test_run_that_missed_its_target_is_cut_to_it():
     assert (after[(before == 0) & (after != 0)] == 1).all()
     same = export.structure(spec, gates, scores, sparsity_of(spec, gates), "uniform", (16, 16))
     assert same is gates
+
+
+def test_target_that_the_shape_cannot_meet():
+    spec = read_spec(base_model("llama").config)
+    gates = Gates(kv_groups=torch.ones(LAYERS, 3))
+    with pytest.raises(ConfigError, match=r"export\.ffn_multiple"):
+        export.structure(spec, gates, {"kv_groups": torch.rand(LAYERS, 3)}, 0.07, "uniform", (16, 16))
 
 
 def test_removed_sublayers_need_the_per_layer_shape(tmp_path):
