@@ -163,7 +163,8 @@ def _c4_texts(documents: int) -> Iterator[str]:
         rows = datasets.load_dataset(C4, "en", split="train", streaming=True)
         for row in rows.take(documents):
             yield row["text"]
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    # The hub's client lets through what its HTTP library raises, and that library changes with its version.
+    except Exception as error:
         raise ConfigError(
             f"cannot read {C4} from the hub ({_one_line(error)}): give a local path in data.source"
         ) from error

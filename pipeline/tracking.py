@@ -160,16 +160,20 @@ def heat_map(values: torch.Tensor) -> torch.Tensor:
 
 
 def _drop_lines(path: Path, stage: str, first_step: int) -> None:
-    """Take the lines of a stage from `first_step` on, and a last line cut short, out of metrics.jsonl."""
+    """Take the lines of a stage from `first_step` on out of metrics.jsonl, and what a crash left half written."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _is_kept(json.loads(line), stage, first_step)]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and _is_kept(line, stage, first_step)]
     if kept != lines:
         fresh = path.with_suffix(".tmp")
         fresh.write_text("".join(kept), encoding="utf-8")
         os.replace(fresh, path)
 
 
-def _is_kept(line: dict, stage: str, first_step: int) -> bool:
-    return line["step"] < first_step or not any(key.startswith(f"{stage}/") for key in line)
+def _is_kept(line: str, stage: str, first_step: int) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return entry["step"] < first_step or not any(key.startswith(f"{stage}/") for key in entry)

@@ -95,17 +95,26 @@ class MaskSet(nn.Module):
     def project(self, target: float) -> None:
         """Shift log-alpha so that the expected sparsity is `target`: one shift for all units, found by bisection.
 
-        In the uniform shape each layer gets its own shift such that all layers keep the same expected share of a kind.
+        In the uniform shape each layer is first shifted on its own, so that all layers keep the same expected share.
         """
         if self.fixed is not None:
             return
-        shift = _bisect(lambda c: self._expected_at(c), target)
-        for kind, la in self.log_alpha.items():
-            if self.config.shape == "uniform" and kind in ("heads", "kv_groups", "ffn"):
-                wanted = self._open(la.double() + shift).mean()
-                la.add_(_bisect_rows(lambda x: self._open(x), la.double(), wanted)[:, None])
-            else:
-                la.add_(shift)
+        if self.config.shape == "uniform":
+            self._level_layers(_bisect(lambda c: self._expected_at(c, level=True), target))
+        shift = _bisect(self._expected_at, target)
+        for la in self.log_alpha.values():
+            la.add_(shift)
+
+    def _level_layers(self, shift: float) -> None:
+        """Give every layer the expected share of each kind that the model would have on average after `shift`."""
+        for la in self._by_layer():
+            wanted = self._open(la.double() + shift).mean()
+            la.add_(_bisect_rows(self._open, la.double(), wanted)[:, None])
+        for kind in set(self.kinds) & {"hidden"}:
+            self.log_alpha[kind].add_(shift)
+
+    def _by_layer(self) -> list[Tensor]:
+        return [self.log_alpha[k] for k in self.kinds if k in ("heads", "kv_groups", "ffn")]
 
     @torch.no_grad()
     def settle(self, target: float, ffn_multiple: int, hidden_multiple: int) -> None:
@@ -135,13 +144,12 @@ class MaskSet(nn.Module):
         ones = {k: like.new_ones(unit_shape(self.spec, k), dtype=torch.float64) for k in KINDS}
         return kept_parameters(self.spec, {**ones, **{k: p.double() for k, p in probabilities.items()}})
 
-    def _expected_at(self, shift: float) -> float:
+    def _expected_at(self, shift: float, level: bool = False) -> float:
+        """Expected sparsity after adding `shift` to every log-alpha; `level`: with all layers of a kind alike."""
         probabilities = {}
         for kind, la in self.log_alpha.items():
             p = self._open(la.double() + shift)
-            if self.config.shape == "uniform" and kind in ("heads", "kv_groups", "ffn"):
-                p = p.mean().expand_as(p)
-            probabilities[kind] = p
+            probabilities[kind] = p.mean().expand_as(p) if level and kind != "hidden" else p
         return 1.0 - float(self._kept(probabilities)) / self.spec.prunable
 
 

@@ -49,7 +49,7 @@ def test_resume_drops_what_is_done_again(tmp_path):
         for step in range(5):
             tracker.log(step, {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "prune/lo')  # killed while writing
+        file.write('\0\0\0\n{"step": 5, "prune/lo')  # killed while writing
     with Tracker(tmp_path, QUIET, total_steps=6, first_step=2) as tracker:
         for step in range(2, 6):
             tracker.log(step, {"loss": 3.0})

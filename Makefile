@@ -1,0 +1,53 @@
+# Everything a user or a CI machine runs. Wants only git, make, a C compiler and Python 3.10 or newer with venv.
+
+PYTHON ?= python3
+TESTS ?= tests
+WORKERS ?= 2
+
+BIN := .venv/bin
+VENV := .venv/.installed
+MODEL := models/smollm2-135m/manifest.json
+TEXT := models/demo-text/heldout.txt
+
+# DeepSpeed builds its operators where they are needed, never at installation.
+export DS_BUILD_OPS = 0
+
+.PHONY: help venv demo test lint format clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV) ## set up .venv with this package and its tools
+
+demo: $(VENV) $(MODEL) $(TEXT) ## prune the real SmolLM2-135M by a fifth and compare before and after
+	$(BIN)/python -m pipeline demo
+
+test: $(VENV) $(MODEL) ## run the tests; TESTS=tests/unit runs some
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+lint: $(VENV) ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV) ## mend style where a tool can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what make made: .venv, models, caches
+	rm -rf .venv models build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+# The stamp is written last: an installation cut short is taken up again.
+$(VENV): setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is older than 3.10: make venv PYTHON=python3.12, say"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+$(MODEL): pipeline/fetch.py | $(VENV)
+	$(BIN)/python -m pipeline.fetch --out $(@D)
+	@touch $@
+
+$(TEXT): pipeline/fetch.py | $(VENV)
+	$(BIN)/python -m pipeline.fetch --text $(@D)

@@ -1,0 +1,126 @@
+"""Pictures of the report as PNG bytes: what each layer kept, and loss and sparsity over the steps."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+WIDTH = 9.0
+"""Inches; at 100 dots per inch the width of a rendered Markdown page, so that labels are read at their own size."""
+UNITS = {"kv_groups": ("KV groups", "kv_heads"), "heads": ("query heads", "heads"), "ffn": ("FFN units", "ffn")}
+"""Per-layer units in drawing order: label, and their key among the original counts."""
+
+
+def kept(file: Path) -> bytes | None:
+    """Bars of the units that each layer kept, over the count it had, from an export's nuteprune.json.
+
+    Args:
+        file: JSON with `kept` {unit: per layer a count, flags or indices; `hidden` for the model}, `original` counts.
+
+    Returns:
+        The picture; None where there is no such file or it lists no units.
+    """
+    if not file.is_file():
+        return None
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    original = facts.get("original", {})
+    panels = []
+    for unit, (label, key) in UNITS.items():
+        layers = facts.get("kept", {}).get(unit)
+        if isinstance(layers, list) and layers:
+            total = original.get(key)
+            panels.append((label, [_count(layer, total) for layer in layers], total))
+    if not panels:
+        return None
+    figure = Figure(figsize=(WIDTH, 0.6 + 1.8 * len(panels)), layout="constrained")
+    for axis, (label, counts, total) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        if total:
+            axis.bar(range(len(counts)), [total] * len(counts), color="#d9dee3", width=0.8)
+        axis.bar(range(len(counts)), counts, color="#2b6cb0", width=0.8)
+        before = f" of {total:,}" if total else ""
+        axis.set_title(f"{label}: {sum(counts) / len(counts):,.1f}{before} kept on average", size=10, loc="left")
+        axis.margins(x=0.01)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("layer")
+    hidden = facts["kept"].get("hidden")
+    if hidden and original.get("hidden"):
+        total = original["hidden"]
+        figure.suptitle(f"Hidden dimensions: {_count(hidden, total):,} of {total:,} kept", size=10)
+    return _png(figure)
+
+
+def _count(kept_units: int | list, total: int | None) -> int:
+    """Kept units given as a count, as flags (one per unit), or as indices."""
+    if isinstance(kept_units, int):
+        return kept_units
+    flags = all(isinstance(unit, bool) for unit in kept_units) or (
+        len(kept_units) == total and set(kept_units) <= {0, 1} and len(kept_units) > 2
+    )
+    return sum(map(bool, kept_units)) if flags else len(kept_units)
+
+
+def training(file: Path) -> bytes | None:
+    """Loss and sparsity (expected and target) over the steps, from a run's metrics.jsonl.
+
+    Args:
+        file: a JSON object a line with `step` and `prune/…` numbers. A step that was run again after a resume counts as
+            it was last; lines cut off by a crash are left out.
+
+    Returns:
+        The picture; None where there is no such file or it holds no loss.
+    """
+    steps = _read_metrics(file) if file.is_file() else {}
+    loss = _series(steps, "prune/loss")
+    if not loss[0]:
+        return None
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    above.plot(*loss, color="#2b6cb0", linewidth=1.2)
+    above.set_ylabel("loss")
+    if min(loss[1]) > 0 and max(loss[1]) > 20 * min(loss[1]):
+        above.set_yscale("log")
+    expected, target = (_series(steps, f"prune/{name}_sparsity") for name in ("expected", "target"))
+    below.plot(*_percent(expected), color="#c05621", linewidth=1.6, label="expected")
+    below.plot(*_percent(target), color="black", linewidth=1.0, linestyle="--", label="target")
+    below.set_ylabel("sparsity (%)")
+    below.set_xlabel("step")
+    below.legend(loc="lower right", fontsize=9)
+    for axis in (above, below):
+        axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _read_metrics(file: Path) -> dict[int, dict]:
+    steps: dict[int, dict] = {}
+    lost = 0
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            steps.setdefault(int(entry["step"]), {}).update(entry)
+        except (ValueError, KeyError, TypeError):
+            lost += 1
+    if lost:
+        log.warning("%s: lines left out because they are not metrics: %d", file, lost)
+    return steps
+
+
+def _series(steps: dict[int, dict], key: str) -> tuple[list[int], list[float]]:
+    """The steps that have a number under a key, in order, and the numbers."""
+    found = [(step, steps[step][key]) for step in sorted(steps) if isinstance(steps[step].get(key), (int, float))]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _percent(series: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
+    return series[0], [100 * value for value in series[1]]
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()

@@ -1,0 +1,194 @@
+"""The evaluation's report on disk: report.json, report.md, pictures and the manifest; and the table of the demo."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+from pipeline import pictures
+
+log = logging.getLogger(__name__)
+
+ROWS = (
+    ("parameters", "parameters"),
+    ("  without embeddings", "parameters_non_embedding"),
+    ("bytes on disk", "bytes"),
+    ("perplexity", "perplexity"),
+    ("prefill tokens/s", "prefill_tokens_per_s"),
+    ("decode tokens/s", "decode_tokens_per_s"),
+)
+"""Lines of the table: label and key in `report["ratio"]`."""
+_ABSENT = object()
+"""Stands for a number that was not measured; None stands for one that is not finite."""
+
+
+def write(report: dict, output: Path, run_dir: Path | None) -> dict:
+    """Write the report's files into `output`, each by renaming a finished one; `manifest.json` comes last.
+
+    Args:
+        report: the result of the evaluate stage.
+        output: directory of report.json, report.md, kept.png (where the last model is an export of ours) and
+            training.png (where the run has a metrics.jsonl); made if need be.
+        run_dir: the run's directory, for its metrics.
+
+    Returns:
+        The report as written: numbers that JSON cannot hold (infinite, NaN) are None, `pictures` lists the images.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    # A report that is being replaced is not complete.
+    (output / "manifest.json").unlink(missing_ok=True)
+    images = {
+        "kept.png": pictures.kept(Path(report["models"][-1]["path"]) / "nuteprune.json"),
+        "training.png": pictures.training(run_dir / "metrics.jsonl") if run_dir else None,
+    }
+    images = {name: image for name, image in images.items() if image}
+    report = _finite(report | {"pictures": sorted(images)})
+    files = {
+        **images,
+        "report.json": (json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
+        "report.md": markdown(report).encode(),
+    }
+    manifest = {"stage": "evaluate", "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
+    for name, data in {**files, "manifest.json": (json.dumps(manifest, indent=2) + "\n").encode()}.items():
+        _write_atomic(output / name, data)
+    log.info("report: %s", output / "report.md")
+    return report
+
+
+def table(report: dict) -> str:
+    """Sizes, perplexity and speed as aligned plain text: one column a model, then the last over the first."""
+    rows = _rows(report)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for label, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([label.ljust(widths[0]), *padded]))
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def markdown(report: dict) -> str:
+    """The whole report as Markdown."""
+    parts = ["# Evaluation", _markdown_table(_rows(report)), _conditions(report)]
+    if any("tasks" in model for model in report["models"]):
+        parts += ["## Tasks", _markdown_table(_task_rows(report)), "Score ± standard error, as lm-eval gives them."]
+    if report["prompt"]:
+        parts += ["## Samples", f"Greedy continuations of `{report['prompt']}`:"]
+        # Indented blocks: a model may write anything, fences of its own included.
+        parts += [
+            f"**{title}**\n\n" + "\n".join(f"    {line}" for line in model["sample"].splitlines() or [""])
+            for title, model in zip(_titles(report), report["models"], strict=True)
+        ]
+    if "kept.png" in report["pictures"]:
+        parts += ["## What each layer kept", "![Kept units of each layer](kept.png)"]
+    if "training.png" in report["pictures"]:
+        parts += ["## Loss and sparsity over time", "![Loss and sparsity over the steps](training.png)"]
+    parts += ["## Models", "\n".join(_model_lines(report)), "## Measured with", "\n".join(_environment_lines(report))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _titles(report: dict) -> list[str]:
+    """Column titles: before and after for a pair, the models' names otherwise."""
+    names = [model["name"] for model in report["models"]]
+    return ["before", "after"] if len(names) == 2 else names
+
+
+def _rows(report: dict) -> list[list[str]]:
+    """The table's cells; rows that nothing was measured for are left out."""
+    ratio = report["ratio"]
+    rows = [["", *_titles(report), *(["ratio"] if ratio else [])]]
+    for label, key in ROWS:
+        values = [_value(model, key) for model in report["models"]]
+        if values[0] is not _ABSENT:
+            rows.append([label, *(_number(value) for value in values)] + ([_fraction(ratio[key])] if ratio else []))
+    return rows
+
+
+def _value(model: dict, key: str) -> object:
+    if key == "perplexity":
+        return model["perplexity"]["perplexity"]
+    return model.get(key, model.get("speed", {}).get(key, _ABSENT))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "infinite"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+
+
+def _fraction(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _task_rows(report: dict) -> list[list[str]]:
+    rows = [["task", "version", "few-shot", "examples", "metric", *_titles(report)]]
+    for name, task in report["models"][0]["tasks"].items():
+        for metric in task["metrics"]:
+            scores = [model["tasks"][name]["metrics"][metric] for model in report["models"]]
+            facts = [str(task[key]) if task[key] is not None else "-" for key in ("version", "fewshot", "examples")]
+            rows.append([name, *facts, metric, *(_score(score) for score in scores)])
+    return rows
+
+
+def _score(score: dict) -> str:
+    value = score["value"]
+    text = f"{value:.4f}" if isinstance(value, (int, float)) else str(value)
+    return text if score["stderr"] is None else f"{text} ± {score['stderr']:.4f}"
+
+
+def _conditions(report: dict) -> str:
+    """How perplexity and speed were measured, in sentences."""
+    first = report["models"][0]
+    score = first["perplexity"]
+    how = "side by side" if score["stride"] == score["window"] else "sliding"
+    lines = [
+        f"Perplexity of `{report['text']}`: {score['blocks']} windows of {score['window']} tokens, stride "
+        f"{score['stride']} ({how}), mean over {score['tokens']:,} predicted tokens, weights in {report['dtype']}."
+    ]
+    if not report["held_out"]:
+        lines.append("This is the text the model was pruned on, not a held-out one.")
+    if not report["same_tokens"]:
+        lines.append("The models' tokenizers differ, so their perplexities per token cannot be compared.")
+    if "speed" in first:
+        measured = first["speed"]
+        lines.append(
+            f"Speed: one sequence, {measured['prompt_tokens']} prompt tokens, {measured['new_tokens']} greedy steps "
+            f"with the KV cache, median of {measured['repeats']} rounds in which the models took turns, on "
+            f"{measured['device']} with {measured['threads']} CPU threads."
+        )
+    return " ".join(lines)
+
+
+def _model_lines(report: dict) -> list[str]:
+    return [f"- {title}: `{m['path']}`" for title, m in zip(_titles(report), report["models"], strict=True)]
+
+
+def _environment_lines(report: dict) -> list[str]:
+    return [f"- {key}: {value}" for key, value in report["environment"].items() if value is not None]
+
+
+def _markdown_table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cell.strip().replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
+def _finite(tree: object) -> object:
+    """A copy of nested dicts and lists in which numbers that are not finite are None."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def _write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,158 @@
+"""The evaluate stage: perplexity, speed, lm-eval tasks and a sample of each model, and a report that compares them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from pipeline import report
+from pipeline.config import Config, ConfigError
+from pipeline.data import text_tokens
+from pipeline.measure import SIZES, SPEEDS, environment, perplexity, sample, sizes, speed
+from pipeline.tasks import lm_eval_tasks, load_tasks
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> dict:
+    """Evaluate the base model and the export (or `evaluate.models`) and write the report.
+
+    Models are measured one after the other, except that their speeds are measured in turns (A B A B), for which all of
+    them are on the device together; without `evaluate.speed` only one is in memory at a time.
+
+    Returns:
+        The report, as written to `report.json`; see `pipeline.report.write` for the directory.
+
+    Raises:
+        ConfigError: a missing model, text, task or output directory; a text shorter than one window.
+    """
+    settings = config.evaluate
+    paths, output = _model_paths(config), _output(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tasks = load_tasks(settings.tasks)  # first, so that a mistake in them costs no evaluation
+    entries, models, streams = [], [], []
+    for name, path in zip(_names(paths), paths, strict=True):
+        model, tokenizer, folder = load_model(path, config)
+        tokens = _tokens(config, tokenizer)
+        streams.append(tokens)
+        entry = {"name": name, "path": path, **sizes(model, folder)}
+        entries.append(entry | _quality(model.to(device), tokenizer, tokens, tasks, config, name))
+        if settings.speed:
+            models.append(model.to("cpu"))
+    if settings.speed:
+        for entry, measured in zip(entries, _speeds(models, device, config), strict=True):
+            entry["speed"] = measured
+    result = {
+        "models": entries,
+        "ratio": _ratio(entries[0], entries[-1]) if len(entries) > 1 else {},
+        "text": settings.text or config.data.source,
+        "held_out": bool(settings.text) and settings.text != config.data.source,
+        "same_tokens": all(torch.equal(streams[0], other) for other in streams[1:]),
+        "prompt": settings.sample_prompt,
+        "dtype": config.model.dtype,
+        "environment": environment(device),
+    }
+    return report.write(result, output, Path(config.run_dir) if config.run_dir else None)
+
+
+def load_model(path: str, config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+    """A causal language model in `model.dtype`, its tokenizer, and the local directory that holds its files.
+
+    Code that came with a model is run only from a local directory whose config.json asks for it (`auto_map`), which is
+    how a `per_layer` export brings its modelling file.
+
+    Raises:
+        ConfigError: no model or tokenizer there.
+    """
+    try:
+        folder = Path(cached_file(path, "config.json")).parent
+        own_code = Path(path).is_dir() and '"auto_map"' in (folder / "config.json").read_text(encoding="utf-8")
+        if own_code:
+            log.info("%s brings its own modelling file (auto_map), which is run", path)
+        kwargs = {"trust_remote_code": own_code}
+        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, config.model.dtype), attn_implementation=config.model.attention, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"cannot load the model '{path}' for evaluation: {reason}") from error
+    return model.eval(), tokenizer, folder
+
+
+def _quality(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: torch.LongTensor,
+    tasks: list,
+    config: Config,
+    name: str,
+) -> dict:
+    """Everything measured of one model but its speed."""
+    settings = config.evaluate
+    log.info("evaluating %s", name)
+    label = f"perplexity of {name}" if config.tracking.progress else None
+    result = {"perplexity": perplexity(model, tokens, settings.window, settings.stride, settings.blocks, label)}
+    if tasks:
+        result["tasks"] = lm_eval_tasks(model, tokenizer, tasks, settings.task_limit, settings.fewshot)
+    if settings.sample_prompt:
+        result["sample"] = sample(model, tokenizer, settings.sample_prompt)
+    return result
+
+
+def _speeds(models: list[PreTrainedModel], device: torch.device, config: Config) -> list[dict]:
+    try:
+        on_device = [model.to(device) for model in models]
+        return speed(on_device, config.evaluate.prompt_tokens, config.evaluate.new_tokens)
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            "the models do not fit on the device together, which measuring their speeds in turns needs: "
+            "set evaluate.speed=false or name fewer in evaluate.models"
+        ) from None
+
+
+def _tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.LongTensor:
+    """The text for perplexity as tokens `[n]`: `evaluate.text`, or else the text the run is trained on."""
+    if config.evaluate.text:
+        return text_tokens(config.evaluate.text, config.evaluate.text_field, tokenizer)
+    log.warning("evaluate.text is empty: perplexity is of the training text (%s), not held out", config.data.source)
+    return text_tokens(config.data.source, config.data.text_field, tokenizer, config.data.documents)
+
+
+def _model_paths(config: Config) -> list[str]:
+    """Models to evaluate, the base first."""
+    if config.evaluate.models:
+        return list(config.evaluate.models)
+    if not config.model.path:
+        raise ConfigError("model.path: name the base model, or the models to evaluate in evaluate.models")
+    if not (config.export.output or config.run_dir):
+        raise ConfigError("run_dir: name the run whose export is evaluated, or set evaluate.models")
+    export = Path(config.export.output or Path(config.run_dir) / "export")
+    if not (export / "config.json").is_file():
+        raise ConfigError(f"no exported model at {export}: run the export stage first, or set evaluate.models")
+    return [config.model.path, str(export)]
+
+
+def _output(config: Config) -> Path:
+    if not (config.evaluate.output or config.run_dir):
+        raise ConfigError("evaluate.output: name the directory of the report (or set run_dir)")
+    return Path(config.evaluate.output or Path(config.run_dir) / "evaluate")
+
+
+def _names(paths: list[str]) -> list[str]:
+    """Short names: the last part of each path, or the paths themselves where two share it."""
+    short = [Path(path).resolve().name for path in paths]
+    return short if len(set(short)) == len(short) else paths
+
+
+def _ratio(first: dict, last: dict) -> dict:
+    """The last model's sizes, perplexity and speeds over the first's."""
+    pairs = {key: (first[key], last[key]) for key in SIZES}
+    pairs["perplexity"] = (first["perplexity"]["perplexity"], last["perplexity"]["perplexity"])
+    if "speed" in first:
+        pairs |= {key: (first["speed"][key], last["speed"][key]) for key in SPEEDS}
+    return {key: after / before if before else None for key, (before, after) in pairs.items()}

@@ -1,0 +1,301 @@
+"""The evaluate stage on tiny random models with a real tokenizer: numbers against plain computations, files, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline import measure, report
+from pipeline.config import Config, ConfigError, EvaluateConfig, ModelConfig, TrackingConfig
+from pipeline.stages import evaluate
+from pipeline.tasks import lm_eval_tasks, load_tasks
+
+TEXT = "\n".join(f"Line {i}: the quick brown fox jumps over the lazy dog {i * i} times." for i in range(40))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A byte-level BPE tokenizer of 300 tokens, trained here."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<eos>"])
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
+
+
+def save_llama(path, tokenizer, ffn: int, seed: int) -> str:
+    """A random two-layer llama (grouped queries, tied embeddings) with its tokenizer in a directory."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=24, intermediate_size=ffn, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer) -> str:
+    return save_llama(tmp_path_factory.mktemp("models") / "base", tokenizer, ffn=40, seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.LongTensor:
+    return torch.randint(300, (141,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def settings(tmp_path, base, tokenizer) -> Config:
+    """A run directory with an export, metrics and a text, and the configuration that evaluates it."""
+    run = tmp_path / "run"
+    save_llama(run / "export", tokenizer, ffn=24, seed=1)
+    (tmp_path / "held_out.txt").write_text(TEXT)
+    steps = [
+        {"step": i, "prune/loss": 3.0 - i / 10, "prune/expected_sparsity": i / 50, "prune/target_sparsity": i / 49}
+        for i in range(10)
+    ]
+    (run / "metrics.jsonl").write_text("\n".join([*map(json.dumps, steps), '{"step": 10, "pru']))
+    kept = {"kv_groups": [[True, True], [True, False]], "heads": [[0, 1, 2, 3], [0, 1]], "ffn": [24, 24]}
+    original = {"heads": 4, "kv_heads": 2, "ffn": 40, "hidden": 24}
+    (run / "export" / "nuteprune.json").write_text(json.dumps({"kept": kept, "layers": 2, "original": original}))
+    return Config(
+        run_dir=str(run),
+        model=ModelConfig(path=base),
+        tracking=TrackingConfig(progress=False),
+        evaluate=EvaluateConfig(
+            text=str(tmp_path / "held_out.txt"), window=64, blocks=3, prompt_tokens=8, new_tokens=3,
+            tasks=["local_mc"], task_limit=4,
+        ),
+    )  # fmt: skip
+
+
+def changed(config: Config, **values) -> Config:
+    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **values))
+
+
+@torch.no_grad()
+def token_nll(model, context: torch.Tensor) -> float:
+    """-log p(last token | those before it), computed the plain way in float64."""
+    return -model(context[None]).logits[0, -2].double().log_softmax(-1)[context[-1]].item()
+
+
+def test_perplexity_of_blocks_equals_plain_computation(model, tokens, monkeypatch):
+    monkeypatch.setattr(measure, "LOGIT_CHUNK", 7)  # chunks that do not divide the window
+    got = measure.perplexity(model, tokens, window=32, stride=0, blocks=0)
+    nlls = [token_nll(model, tokens[b : b + i + 1]) for b in range(0, 128, 32) for i in range(1, 32)]
+    mean = sum(nlls) / len(nlls)
+    assert got["nll"] == pytest.approx(mean, rel=1e-5)
+    assert got["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    # 141 tokens hold four blocks of 32; the remaining 13 tokens are left out.
+    assert (got["tokens"], got["blocks"], got["window"], got["stride"]) == (4 * 31, 4, 32, 32)
+
+
+def test_perplexity_scores_the_first_blocks_only(model, tokens):
+    first = measure.perplexity(model, tokens[:64], 32, 32, 0)
+    limited = measure.perplexity(model, tokens, 32, 32, 2)
+    assert limited == first
+    assert (limited["blocks"], limited["tokens"]) == (2, 62)
+
+
+def test_sliding_window_equals_plain_computation(model, tokens):
+    window, stride = 32, 12
+    got = measure.perplexity(model, tokens, window, stride, 0)
+    nlls = []
+    for position in range(1, len(tokens)):
+        # The first window that holds the token starts at the smallest multiple of the stride that reaches it.
+        begin = max(0, math.ceil((position + 1 - window) / stride)) * stride
+        nlls.append(token_nll(model, tokens[begin : position + 1]))
+    assert got["tokens"] == len(tokens) - 1
+    assert got["nll"] == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "window", "stride"), [(141, 32, 12), (32, 32, 5), (33, 32, 1), (100, 32, 31), (96, 32, 16)]
+)
+def test_sliding_window_scores_each_token_once(n, window, stride):
+    spans = measure._spans(n, window, stride, 0)
+    scored = [position for _, end, count in spans for position in range(end - count, end)]
+    assert scored == list(range(1, n))
+    assert all(end - begin <= window and count <= end - begin for begin, end, count in spans)
+    assert all(end - begin - count >= window - stride for begin, end, count in spans[1:])
+
+
+def test_perplexity_refuses_logits_that_are_scaled(model, tokens):
+    hook = model.register_forward_hook(lambda _module, _args, out: out.__class__(logits=out.logits * 0.5))
+    try:
+        with pytest.raises(ConfigError, match="scales or caps"):
+            measure.perplexity(model, tokens, 32, 0, 0)
+    finally:
+        hook.remove()
+
+
+def test_speed_counts_and_leaves_no_hooks(model):
+    first, second = measure.speed([model, model], prompt_tokens=16, new_tokens=4, repeats=3)
+    for result in (first, second):
+        assert (result["prompt_tokens"], result["new_tokens"], result["repeats"]) == (16, 4, 3)
+        for key in measure.SPEEDS:
+            slowest, fastest = result[f"{key}_range"]
+            assert 0 < slowest <= result[key] <= fastest
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_sample_is_the_greedy_continuation(model, tokenizer):
+    ids = tokenizer("the quick", return_tensors="pt").input_ids
+    grown = ids
+    with torch.no_grad():
+        for _ in range(6):
+            token = model(grown).logits[0, -1].argmax()
+            grown = torch.cat([grown, token.view(1, 1)], 1)
+            if token == tokenizer.eos_token_id:
+                break
+    expected = tokenizer.decode(grown[0, ids.shape[1] :], skip_special_tokens=True)
+    assert measure.sample(model, tokenizer, "the quick", 6) == expected
+
+
+def test_local_task_runs_and_matches_plain_scores(model, tokenizer):
+    task = lm_eval_tasks(model, tokenizer, load_tasks(["local_mc"]), limit=0, fewshot=0)["local_mc"]
+    right = 0
+    rows = [json.loads(line) for line in (Path(report.__file__).parent / "tasks/local_mc.jsonl").open()]
+    for row in rows:
+        prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
+        scores = []
+        for choice in row["choices"]:
+            ids = torch.tensor([prompt + tokenizer(f" {choice}").input_ids])
+            with torch.no_grad():
+                log_p = model(ids).logits[0, :-1].double().log_softmax(-1)
+            scores.append(log_p.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item())
+        right += scores.index(max(scores)) == row["answer"]
+    assert (task["version"], task["fewshot"], task["examples"]) == (1.0, 0, 60)
+    assert task["metrics"]["acc"]["value"] == pytest.approx(right / 60)
+    assert task["metrics"]["acc"]["stderr"] > 0
+    assert all(len(set(row["choices"])) == 4 and row["answer"] in range(4) for row in rows)
+
+
+def test_task_file_of_the_user_and_limit(model, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "mine.jsonl").write_text('{"q": "one?", "a": 0}\n{"q": "two?", "a": 1}\n')
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: mine.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['yes', 'no']\ndoc_to_target: '{{a}}'\n"
+        "metric_list: [{metric: acc}]\nmetadata: {version: 2}\n"
+    )
+    monkeypatch.chdir(tmp_path.parent)
+    task = lm_eval_tasks(model, tokenizer, load_tasks([str(tmp_path / "mine.yaml")]), limit=1, fewshot=0)["mine"]
+    assert (task["version"], task["examples"]) == (2, 1)
+
+
+def test_report_files(settings, base, caplog):
+    result = evaluate.run(settings)
+    folder = Path(settings.run_dir) / "evaluate"
+    assert json.loads((folder / "report.json").read_text()) == result
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert sorted(files) == ["kept.png", "report.json", "report.md", "training.png"]
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in files.items())
+    assert {file.name for file in folder.iterdir()} == {*files, "manifest.json"}
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in files if name.endswith("png"))
+    assert "not metrics: 1" in caplog.text
+
+    before, after = result["models"]
+    # Per layer: q, o 24x24 each, k, v 24x12 each, three FFN matrices, two norms; then the final norm.
+    assert before["parameters_non_embedding"] == 2 * (2 * 576 + 2 * 288 + 3 * 24 * 40 + 48) + 24
+    assert before["parameters"] == before["parameters_non_embedding"] + 300 * 24
+    assert before["bytes"] == (Path(base) / "model.safetensors").stat().st_size
+    assert result["ratio"]["parameters"] == after["parameters"] / before["parameters"]
+    assert result["ratio"]["decode_tokens_per_s"] > 0
+    assert before["perplexity"]["blocks"] == 3
+    assert before["tasks"]["local_mc"]["examples"] == 4
+    assert result["held_out"]
+    assert result["same_tokens"]
+
+    text = (folder / "report.md").read_text()
+    assert "3 windows of 64 tokens, stride 64" in text
+    assert all(f"]({name})" in text for name in ("kept.png", "training.png"))
+    lines = report.table(result).splitlines()
+    assert lines[0].split() == ["before", "after", "ratio"]
+    assert [line.split("  ")[0] for line in lines[2:]] == [
+        "parameters", "", "bytes on disk", "perplexity", "prefill tokens/s", "decode tokens/s",
+    ]  # fmt: skip
+
+
+def test_one_model_without_speed_tasks_or_sample(settings, base, tmp_path):
+    config = changed(settings, models=[base], speed=False, tasks=[], sample_prompt="", output=str(tmp_path / "out"))
+    result = evaluate.run(config)
+    assert result["ratio"] == {}
+    assert not {"speed", "tasks", "sample"} & set(result["models"][0])
+    assert result["pictures"] == ["training.png"]
+    assert "ratio" not in report.table(result)
+
+
+def test_infinite_perplexity_is_written_as_valid_json(settings, tmp_path, base):
+    result = evaluate.run(changed(settings, speed=False, models=[base, base]))
+    # The same model twice scores the same twice, with the same task objects.
+    assert result["models"][0] == result["models"][1]
+    result["models"][1]["perplexity"] |= {"perplexity": math.inf, "nll": math.nan}
+    written = report.write(result, tmp_path / "out", None)
+    assert json.loads((tmp_path / "out/report.json").read_text()) == written
+    assert "infinite" in report.table(written)
+
+
+ERRORS = {
+    "no such model": ({"models": ["missing/dir/model"]}, "cannot load the model 'missing/dir/model'"),
+    "short text": ({"window": 100_000}, "less than one window of 100000"),
+    "stride": ({"stride": 65}, "evaluate.stride 65"),
+    "no such task": ({"tasks": ["no_such_task"]}, "no task 'no_such_task'"),
+    "no such task file": ({"tasks": ["none.yaml"]}, "task file 'none.yaml' not found"),
+    "no such text": ({"text": "none.txt"}, "none.txt"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), ERRORS.values(), ids=ERRORS)
+def test_mistakes_are_one_line(settings, values, message):
+    with pytest.raises(ConfigError) as caught:
+        evaluate.run(changed(settings, **values))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (Path(settings.run_dir) / "evaluate" / "manifest.json").exists()
+
+
+def test_missing_export_names_the_stage(settings, tmp_path):
+    with pytest.raises(ConfigError, match="run the export stage first"):
+        evaluate.run(dataclasses.replace(settings, run_dir=str(tmp_path / "other")))
+
+
+def test_unreachable_task_is_named(tmp_path):
+    file = tmp_path / "gone.yaml"
+    file.write_text("task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\n"
+                    "test_split: test\noutput_type: multiple_choice\n")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"gone.yaml' cannot be loaded") as caught:
+        load_tasks([str(file)])
+    assert "\n" not in str(caught.value)
+
+
+def test_own_modelling_file_is_run_from_a_local_directory_only_with_auto_map(settings, tokenizer, tmp_path, caplog):
+    folder = tmp_path / "per_layer"
+    save_llama(folder, tokenizer, ffn=24, seed=1)
+    code = "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    (folder / "modeling_own.py").write_text(code)
+    facts = json.loads((folder / "config.json").read_text())
+    facts["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (folder / "config.json").write_text(json.dumps(facts))
+    with caplog.at_level("INFO"):
+        loaded, _, _ = evaluate.load_model(str(folder), settings)
+    assert type(loaded).__name__ == "Own"
+    assert "own modelling file" in caplog.text

@@ -1,0 +1,194 @@
+"""Gates: the distribution, exact counts, the constraint in any budget, the structures that selection gives."""
+
+import pytest
+import torch
+from conftest import CONFIGS, tiny_config, tiny_model
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from pipeline.arch import projections, read_spec
+from pipeline.config import ConfigError, GateConfig, load_config
+from pipeline.masks import KINDS, Gates, MaskSet, check_target, kept_parameters, select_units, sparsity_of, unit_shape
+from pipeline.masks import hard_concrete as hc
+from pipeline.masks.schedule import noise_at, settle_step, target_at, warmup_steps
+
+SPEC = read_spec(tiny_config("llama"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prunable_parameters_are_those_of_the_projections(name):
+    model = tiny_model(name)
+    counted = 0
+    for layer in model.model.layers:
+        for projection, (owner, attribute) in projections(layer).items():
+            linear = getattr(owner, attribute)
+            counted += linear.weight.numel()
+            # The biases of o and down belong to the residual stream: they leave with no head and no FFN unit.
+            if linear.bias is not None and projection not in ("o_proj", "down_proj"):
+                counted += linear.bias.numel()
+    assert read_spec(model.config).prunable == counted
+
+
+def test_unsupported_family_names_the_supported_ones():
+    from transformers import GPT2Config
+
+    with pytest.raises(ValueError, match=r"gpt2.*llama, mistral, qwen2, qwen3"):
+        read_spec(GPT2Config())
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.3, 0.05])
+def test_samples_are_open_as_often_as_the_closed_form_says(noise):
+    log_alpha = torch.tensor([-3.0, -1.7, -1.6, 0.0, 2.0])[:, None].expand(5, 200_000)
+    u = torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(0))
+    z = hc.sample(log_alpha, u, 2 / 3, noise)
+    assert ((z >= 0) & (z <= 1)).all()
+    expected = hc.probability_open(log_alpha[:, 0], 2 / 3, noise)
+    torch.testing.assert_close((z > 0).float().mean(1), expected, atol=4e-3, rtol=0)
+
+
+def test_log_alpha_for_inverts_probability_open():
+    p = torch.tensor([0.01, 0.5, 0.99])
+    torch.testing.assert_close(hc.probability_open(hc.log_alpha_for(p, 2 / 3, 0.5), 2 / 3, 0.5), p, atol=1e-5, rtol=0)
+
+
+def random_gates(generator: torch.Generator, units) -> Gates:
+    return Gates(**{k: (torch.rand(unit_shape(SPEC, k), generator=generator) > 0.3).float() for k in units})
+
+
+@hypothesis_settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31), st.sets(st.sampled_from(KINDS), min_size=1))
+def test_kept_parameters_is_the_count_of_kept_rows_and_columns(seed, units):
+    gates = random_gates(torch.Generator().manual_seed(seed), units)
+    full = gates.full(SPEC)
+    heads = full.head_gate(SPEC) != 0
+    hidden = int(full.hidden.sum())
+    counted = 0
+    for layer in range(SPEC.layers):
+        groups = heads[layer].reshape(SPEC.kv_heads, -1).any(-1).sum()
+        counted += SPEC.head_dim * hidden * 2 * (int(heads[layer].sum()) + int(groups))
+        counted += 3 * hidden * int((full.ffn_gate()[layer] != 0).sum())
+    assert sparsity_of(SPEC, gates) == pytest.approx(1 - counted / SPEC.prunable, abs=1e-12)
+
+
+def test_expected_count_is_the_mean_over_samples():
+    generator = torch.Generator().manual_seed(0)
+    p = {k: torch.rand(unit_shape(SPEC, k), generator=generator, dtype=torch.float64) for k in KINDS}
+    draws = [
+        kept_parameters(SPEC, {k: (torch.rand(v.shape, generator=generator) < v).double() for k, v in p.items()})
+        for _ in range(3000)
+    ]
+    mean = torch.stack(draws).mean()
+    assert float(mean) == pytest.approx(float(kept_parameters(SPEC, p)), rel=0.03)
+
+
+UNIT_SETS = [
+    (["kv_groups", "ffn"], "uniform"),
+    (["heads", "kv_groups", "ffn", "hidden"], "uniform"),
+    (["heads", "ffn", "hidden"], "per_layer"),
+    (["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"], "per_layer"),
+]
+
+
+def mask_set(units, shape, spec=SPEC, seed=0) -> MaskSet:
+    masks = MaskSet(spec, GateConfig(units=units, shape=shape))
+    generator = torch.Generator().manual_seed(seed)
+    for la in masks.log_alpha.values():
+        la.data.normal_(0, 2, generator=generator)
+    return masks
+
+
+@pytest.mark.parametrize(("units", "shape"), UNIT_SETS)
+@pytest.mark.parametrize("noise", [1.0, 0.05])
+def test_projection_holds_the_target(units, shape, noise):
+    masks = mask_set(units, shape)
+    masks.noise = noise
+    for target in (0.02, 0.2, 0.5):
+        masks.project(target)
+        assert masks.expected_sparsity().item() == pytest.approx(target, abs=1e-4)
+
+
+def test_projection_in_the_uniform_shape_keeps_equal_shares_in_every_layer():
+    masks = mask_set(["kv_groups", "ffn"], "uniform")
+    masks.project(0.4)
+    share = hc.probability_open(masks.log_alpha["ffn"], masks.config.temperature, masks.noise).mean(1)
+    torch.testing.assert_close(share, share.mean().expand_as(share), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("units", "shape"), UNIT_SETS)
+def test_settled_gates_are_zero_or_one_and_expected_sparsity_is_their_count(units, shape):
+    spec = read_spec(tiny_config("llama", hidden_size=96, intermediate_size=256, num_attention_heads=12))
+    masks = mask_set(units, shape, spec)
+    masks.settle(0.3, 1, 1)
+    for z in masks.fixed.as_dict().values():
+        assert set(z.unique().tolist()) <= {0.0, 1.0}
+    assert masks.expected_sparsity().item() == pytest.approx(sparsity_of(spec, masks.fixed), abs=1e-9)
+    assert sparsity_of(spec, masks.fixed) == pytest.approx(0.3, abs=0.01)
+    assert masks.sample(torch.Generator()) is masks.fixed
+
+
+def test_deterministic_gates_close_as_many_units_as_expected():
+    masks = mask_set(["ffn"], "per_layer")
+    masks.project(0.3)
+    z = masks.deterministic().ffn
+    probability = hc.probability_open(masks.log_alpha["ffn"].detach(), masks.config.temperature, masks.noise)
+    assert (z == 0).sum() >= round(float((1 - probability).sum()))
+    assert masks.log_alpha["ffn"][z == 0].max() <= masks.log_alpha["ffn"][z > 0].min()
+
+
+def test_gates_closed_by_the_clamp_have_no_gradient():
+    masks = mask_set(["ffn"], "per_layer")
+    masks.project(0.5)
+    z = masks.sample(torch.Generator().manual_seed(0)).ffn
+    z.sum().backward()
+    assert (masks.log_alpha["ffn"].grad[z.detach() == 0] == 0).all()
+    assert (masks.log_alpha["ffn"].grad != 0).any()
+
+
+@pytest.mark.parametrize("target", [0.1, 0.2, 0.35, 0.5, 0.7])
+def test_uniform_selection_keeps_equal_counts_and_meets_the_target(target):
+    spec = read_spec(
+        tiny_config("llama", hidden_size=96, intermediate_size=256, num_attention_heads=12, num_key_value_heads=4)
+    )
+    scores = {k: torch.randn(unit_shape(spec, k)) for k in ("heads", "kv_groups", "ffn", "hidden")}
+    gates = select_units(spec, scores, target, "uniform", 16, 8)
+    in_groups = gates.head_gate(spec).unflatten(1, (spec.kv_heads, spec.group_size)).sum(-1)
+    assert len(in_groups[in_groups > 0].unique()) == 1
+    assert len((in_groups > 0).sum(1).unique()) == 1
+    assert len(gates.ffn.sum(1).unique()) == 1
+    assert sparsity_of(spec, gates) == pytest.approx(target, abs=0.01)
+
+
+def test_per_layer_selection_keeps_the_highest_scores():
+    scores = {"ffn": torch.randn(unit_shape(SPEC, "ffn")), "heads": torch.randn(unit_shape(SPEC, "heads"))}
+    gates = select_units(SPEC, scores, 0.3, "per_layer")
+    kept = torch.cat([s[gates.as_dict()[k] == 1] for k, s in scores.items()])
+    removed = torch.cat([s[gates.as_dict()[k] == 0] for k, s in scores.items()])
+    assert kept.min() > removed.max()
+
+
+def test_a_target_out_of_reach_is_refused_with_what_is_possible():
+    with pytest.raises(ConfigError, match=r"out of reach: removing kv_groups takes away at most 0\.\d+"):
+        check_target(SPEC, GateConfig(units=["kv_groups"]), 0.9)
+    with pytest.raises(ConfigError, match="per_layer"):
+        check_target(SPEC, GateConfig(units=["ffn", "ffn_sublayers"]), 0.2)
+    check_target(SPEC, GateConfig(units=["kv_groups", "ffn"]), 0.5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cubic"])
+def test_schedule_rises_to_the_target_and_stays(schedule):
+    config = load_config(None, [f"sparsity.schedule={schedule}", "sparsity.target=0.4", "sparsity.warmup=0.5"])
+    path = [target_at(config, step, 60) for step in range(60)]
+    assert warmup_steps(config, 60) == 30
+    assert path == sorted(path)
+    assert path[29:] == [0.4] * 31
+    assert 0 < path[0] < 0.4
+    assert settle_step(config, 60) >= 30
+
+
+def test_noise_falls_geometrically_until_the_gates_settle():
+    config = load_config(None, ["gates.noise=1.0", "gates.noise_end=0.01", "gates.settle=0.5"])
+    path = [noise_at(config, step, 100) for step in range(100)]
+    assert path[0] == 1.0
+    assert path[49] == pytest.approx(0.01)
+    assert path[24] / path[23] == pytest.approx(path[10] / path[9])

@@ -1,0 +1,194 @@
+"""The paired forward against two separate passes, on every family; the losses against plain formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CONFIGS, VOCAB, tiny_model
+
+from pipeline.arch import read_spec
+from pipeline.config import GateConfig, LoraConfig, LossConfig
+from pipeline.distill import head_cross_entropy, head_kl, layer_loss
+from pipeline.layers import build_view
+from pipeline.masks import MaskSet
+from pipeline.pairing import PairedModel
+
+ALL_UNITS = ["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"]
+IDS = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3))
+
+
+class Pair:
+    """A paired tiny model with a student and a teacher view in which some units of each kind are removed."""
+
+    def __init__(self, name, checkpointing=False, skip=True, attention="sdpa"):
+        hf = tiny_model(name)
+        hf.set_attn_implementation(attention)
+        self.spec = read_spec(hf.config)
+        self.model = PairedModel(hf, self.spec, LoraConfig(rank=3), checkpointing)
+        generator = torch.Generator().manual_seed(0)
+        for a, b in self.model.lora().values():
+            a.data.normal_(0, 0.3, generator=generator)
+            b.data.normal_(0, 0.3, generator=generator)
+        self.masks = MaskSet(self.spec, GateConfig(units=ALL_UNITS, shape="per_layer"))
+        for la in self.masks.log_alpha.values():
+            la.data.normal_(0, 2, generator=generator)
+        self.masks.project(0.35)
+        gates = self.masks.sample(torch.Generator().manual_seed(5))
+        assert any(((z > 0) & (z < 1)).any() for z in gates.as_dict().values())
+        assert any((z == 0).any() for z in gates.as_dict().values())
+        self.student = build_view(self.spec, gates, self.model.lora(), 1.0, torch.float32, skip_removed=skip)
+        old = {k: (a.detach() * 0.5, b.detach() * 0.5) for k, (a, b) in self.model.lora().items()}
+        self.masks.project(0.1)
+        self.teacher = build_view(self.spec, self.masks.deterministic(), old, 1.0, torch.float32, skip_removed=skip)
+
+    def gradients(self, loss):
+        parameters = [*self.masks.parameters(), *(t for pair in self.model.lora().values() for t in pair)]
+        return torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+
+
+def separate_passes(pair: Pair, loss: LossConfig):
+    """The same loss from two whole passes that keep every layer's hidden state and all logits."""
+    states = {}
+
+    def streams(view, name):
+        kept = []
+        hooks = [l.layer.register_forward_hook(lambda m, a, out: kept.append(out)) for l in pair.model.layers]
+        logits = pair.model.logits(IDS, view)
+        for hook in hooks:
+            hook.remove()
+        states[name] = kept
+        return logits
+
+    with torch.no_grad():
+        target = streams(pair.teacher, "teacher")
+    logits = streams(pair.student, "student")
+    terms = []
+    for view, s, t in zip(pair.student.layers, states["student"], states["teacher"], strict=True):
+        if view.removed:
+            continue
+        kept = pair.student.hidden.detach() != 0
+        squared = (s - t)[..., kept].square().mean(-1)
+        if loss.layer == "normalized":
+            squared = squared / t[..., kept].square().mean(-1)
+        terms.append(squared.mean())
+    layer = torch.stack(terms).sum() if loss.layer_reduction == "sum" else torch.stack(terms).mean()
+    t = loss.temperature
+    kl = t**2 * F.kl_div((logits / t).log_softmax(-1), (target / t).softmax(-1), reduction="sum") / IDS.numel()
+    return loss.layer_weight * layer + loss.kl_weight * kl
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_without_gates_and_lora_the_model_is_untouched(name):
+    hf = tiny_model(name)
+    with torch.no_grad():
+        expected = hf(IDS).logits
+        model = PairedModel(hf, read_spec(hf.config), LoraConfig())
+        view = build_view(model.spec, None, model.lora(), model.scaling, torch.float32)
+        assert torch.equal(model.logits(IDS, view), expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", ["normalized", "raw"])
+def test_paired_loss_equals_two_separate_passes(name, kind):
+    pair = Pair(name)
+    loss = LossConfig(layer=kind, layer_reduction="sum" if kind == "raw" else "mean", temperature=2 / 3, chunk=7)
+    expected = separate_passes(pair, loss)
+    paired = pair.model(IDS, pair.student, pair.teacher, loss).total
+    torch.testing.assert_close(paired, expected, rtol=1e-6, atol=0)
+    for a, b in zip(pair.gradients(paired), pair.gradients(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max() + 1e-3))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_removed_units_cost_nothing_and_change_nothing(name):
+    results = []
+    for skip in (True, False):
+        pair = Pair(name, skip=skip)
+        total = pair.model(IDS, pair.student, pair.teacher, LossConfig()).total
+        results.append((total, pair.gradients(total)))
+    (skipped, gradients), (dense, expected) = results
+    torch.testing.assert_close(skipped, dense, rtol=1e-5, atol=0)
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max() + 1e-3))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_checkpointing_gives_the_same_loss_and_gradients(attention):
+    results = []
+    for checkpointing in (False, True):
+        pair = Pair("llama", checkpointing, attention=attention)
+        total = pair.model(IDS, pair.student, pair.teacher, LossConfig()).total
+        results.append((total, pair.gradients(total)))
+    assert torch.equal(results[0][0], results[1][0])
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_list_of_hidden_states_is_kept():
+    """The teacher's stream lives for one layer: the number of live [B, T, D] tensors does not grow with depth."""
+    import gc
+    import weakref
+
+    pair = Pair("llama")
+    alive, most = [], 0
+
+    def watch(module, args, output):
+        nonlocal most
+        if not output.requires_grad:
+            alive.append(weakref.ref(output))
+        gc.collect()
+        most = max(most, sum(r() is not None for r in alive))
+
+    for layer in pair.model.layers:
+        layer.layer.register_forward_hook(watch)
+    pair.model(IDS, pair.student, pair.teacher, LossConfig())
+    assert len(alive) == 3
+    assert most <= 2
+
+
+def test_no_teacher_is_the_language_model_loss():
+    pair = Pair("qwen2")
+    loss = pair.model(IDS, pair.student, None, LossConfig(chunk=5)).total
+    logits = pair.model.logits(IDS, pair.student)
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for a, b in zip(pair.gradients(loss), pair.gradients(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max() + 1e-3))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+def test_chunked_kl_equals_the_whole_in_double(chunk):
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(11, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(31, 8, generator=generator, dtype=torch.float64)
+    whole = (
+        4
+        * F.kl_div((student @ weight.T / 2).log_softmax(-1), (teacher @ weight.T / 2).softmax(-1), reduction="sum")
+        / 11
+    )
+    chunked = head_kl(student, teacher, weight, 2.0, chunk)
+    torch.testing.assert_close(chunked.double(), whole, rtol=1e-5, atol=0)
+    (a,), (b,) = torch.autograd.grad(chunked, student), torch.autograd.grad(whole, student)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_full_logits_never_exist_at_once(monkeypatch):
+    shapes = []
+    original = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None: shapes.append((len(x), len(w))) or original(x, w, b))
+    hidden, weight = torch.randn(50, 8, requires_grad=True), torch.randn(31, 8)
+    head_kl(hidden, torch.randn(50, 8), weight, 1.0, 16).backward()
+    head_cross_entropy(hidden, torch.randint(0, 31, (50,)), weight, 16).backward()
+    assert shapes
+    assert max(rows for rows, _ in shapes) == 16
+
+
+def test_a_massive_activation_does_not_rule_the_normalized_layer_loss():
+    torch.manual_seed(0)
+    teacher = torch.randn(1, 20, 16)
+    student = teacher + 0.1 * torch.randn(1, 20, 16)
+    plain = layer_loss(student, teacher, None, "normalized")
+    teacher[0, 0] *= 1000
+    student[0, 0] *= 1000
+    torch.testing.assert_close(layer_loss(student, teacher, None, "normalized"), plain)
+    assert layer_loss(student, teacher, None, "raw") > 1000 * plain

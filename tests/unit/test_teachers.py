@@ -1,0 +1,105 @@
+"""The teacher bank: what is recorded, who teaches when, and that a teacher in force costs nothing."""
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from pipeline.arch import read_spec
+from pipeline.config import TeacherConfig
+from pipeline.masks import Gates, unit_shape
+from pipeline.teachers import TeacherBank
+
+SPEC = read_spec(tiny_config("llama"))
+
+
+def bank(**config) -> TeacherBank:
+    return TeacherBank(SPEC, TeacherConfig(**config), 1.0, torch.device("cpu"), torch.float32)
+
+
+def record(b: TeacherBank, sparsity: float, step: int = 0) -> bool:
+    gates = Gates(ffn=torch.rand(unit_shape(SPEC, "ffn")))
+    lora = {"0.q_proj": (torch.randn(2, SPEC.hidden), torch.randn(SPEC.heads * SPEC.head_dim, 2))}
+    return b.record(step, sparsity, gates, {"ffn": torch.randn(unit_shape(SPEC, "ffn"))}, lora)
+
+
+def test_one_snapshot_for_each_interval_that_is_passed():
+    b = bank()
+    kept = [s for s in (0.004, 0.0101, 0.013, 0.0199, 0.02, 0.05, 0.051, 0.29, 0.2901) if record(b, s)]
+    assert kept == [0.0101, 0.02, 0.05, 0.29]
+
+
+def test_every_percent_of_a_slow_rise_is_recorded_once():
+    b = bank()
+    for step in range(1, 501):
+        record(b, step / 1000)
+    assert [round(s.sparsity, 6) for s in b.snapshots] == [i / 100 for i in range(1, 51)]
+
+
+def test_while_rising_the_teacher_is_ten_intervals_behind():
+    b = bank()
+    for percent in range(1, 31):
+        record(b, percent / 100)
+        index = b.choose(percent / 100, 0, reached=100, total=200)
+        if percent <= 10:
+            assert index is None
+        else:
+            assert b.snapshots[index].sparsity == pytest.approx((percent - 10) / 100)
+
+
+def test_after_the_target_the_walk_goes_from_the_sparsest_usable_back_to_intact():
+    b = bank()
+    for percent in range(1, 21):
+        record(b, percent / 100)
+    chosen = [b.choose(0.2, step, reached=40, total=73) for step in range(40, 73)]
+    labels = [0.0 if i is None else b.snapshots[i].sparsity for i in chosen]
+    assert labels[0] == pytest.approx(0.10)
+    assert labels == sorted(labels, reverse=True)
+    assert labels[-1] == 0.0
+    assert len(set(labels)) == 11
+    counts = [labels.count(value) for value in set(labels)]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_short_runs_with_holes_and_fewer_steps_than_teachers_still_walk():
+    b = bank()
+    for percent in (3, 8, 14, 19, 24, 30):
+        record(b, percent / 100)
+    chosen = [b.choose(0.3, step, reached=10, total=12) for step in (10, 11)]
+    assert b.snapshots[chosen[0]].sparsity == pytest.approx(0.19)
+    assert chosen[1] is not chosen[0]
+    assert bank().choose(0.3, 5, reached=2, total=4) is None
+
+
+def test_intact_mode_never_uses_a_snapshot():
+    b = bank(mode="intact")
+    record(b, 0.01)
+    assert b.choose(0.5, 0, 1, 10) is None
+
+
+def test_snapshots_keep_gates_exactly_and_lora_as_bf16_on_the_host():
+    b = bank()
+    record(b, 0.02)
+    s = b.snapshots[0]
+    assert s.gates.ffn.dtype == torch.float32
+    assert s.lora["0.q_proj"][0].dtype == torch.bfloat16
+    expected = 2 * s.gates.ffn.nbytes + sum(t.nbytes for t in s.lora["0.q_proj"])
+    assert b.nbytes == s.nbytes == expected
+
+
+def test_a_snapshot_does_not_follow_the_student():
+    b, lora = bank(), {"0.q_proj": (torch.ones(2, 24), torch.ones(36, 2))}
+    gates = Gates(ffn=torch.ones(unit_shape(SPEC, "ffn")))
+    b.record(0, 0.02, gates, {}, lora)
+    lora["0.q_proj"][0].zero_()
+    gates.ffn.zero_()
+    assert (b.snapshots[0].lora["0.q_proj"][0] == 1).all()
+    assert (b.snapshots[0].gates.ffn == 1).all()
+
+
+def test_activating_the_same_teacher_again_copies_nothing():
+    b = bank()
+    record(b, 0.02)
+    first = b.activate(0)
+    assert b.activate(0) is first
+    assert b.activate(None) is not first
+    assert b.activate(None) is b.activate(None)
