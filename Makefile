@@ -21,7 +21,9 @@ help: ## list the targets
 venv: $(VENV) ## set up .venv with this package and its tools
 
 demo: $(VENV) $(MODEL) $(TEXT) ## prune the real SmolLM2-135M by a fifth and compare before and after
-	$(BIN)/python -m pipeline demo
+	$(BIN)/nuteprune prune recipe=demo
+	$(BIN)/nuteprune export recipe=demo
+	$(BIN)/nuteprune evaluate recipe=demo
 
 test: $(VENV) $(MODEL) ## run the tests; TESTS=tests/unit runs some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code: 0, 1 for a failed run, 2 for a user's mistake."""
+    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake) or 75 (preempted, saved)."""
     args = parser().parse_args(argv)
     quiet_libraries()
     overrides = list(args.overrides)
@@ -47,14 +47,15 @@ def main(argv: list[str] | None = None) -> int:
             overrides.append(f"{key}={value}")
     try:
         config = load_config(args.config, overrides)
-        importlib.import_module(f"pipeline.stages.{args.stage}").run(config)
+        stage = importlib.import_module(f"pipeline.stages.{args.stage}")
+        sys.stdout.write(stage.summary(config, stage.run(config)) + "\n")
     except ConfigError as error:
         sys.stderr.write(f"nuteprune: {error}\n")
         return 2
     except RuntimeError as error:
         if type(error).__module__.startswith("pipeline."):
             sys.stderr.write(f"nuteprune: {error}\n")
-            return 1
+            return getattr(error, "exit_code", 1)
         raise
     return 0
 
@@ -63,9 +64,16 @@ def quiet_libraries() -> None:
     """Our own log on stderr; of the libraries only warnings and worse."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("pipeline").setLevel(logging.INFO)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Imported here, so that --help answers at once.
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        # Otherwise DeepSpeed, which transformers imports, warns that it found no accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 if __name__ == "__main__":

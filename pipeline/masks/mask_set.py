@@ -120,6 +120,10 @@ class MaskSet(nn.Module):
     def settle(self, target: float, ffn_multiple: int, hidden_multiple: int) -> None:
         """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape."""
         gates = select_units(self.spec, self.scores(), target, self.config.shape, ffn_multiple, hidden_multiple)
+        self.fix(gates)
+
+    def fix(self, gates: Gates) -> None:
+        """Use `gates` from now on; log-alpha no longer learns."""
         self.fixed = gates.to(next(iter(self.log_alpha.values())).device)
         for la in self.log_alpha.values():
             la.requires_grad_(False)

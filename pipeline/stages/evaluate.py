@@ -156,3 +156,15 @@ def _ratio(first: dict, last: dict) -> dict:
     if "speed" in first:
         pairs |= {key: (first["speed"][key], last["speed"][key]) for key in SPEEDS}
     return {key: after / before if before else None for key, (before, after) in pairs.items()}
+
+
+def summary(config: Config, result: dict) -> str:
+    """The table, a continuation of each model, and where to look next."""
+    lines = [report.table(result), ""]
+    if config.evaluate.sample_prompt:
+        lines += [f"{m['name']}: {config.evaluate.sample_prompt}{m['sample']!r}" for m in result["models"]] + [""]
+    lines += [f"model: {m['path']}" for m in result["models"][-1:]]
+    lines.append(f"report: {_output(config) / 'report.md'}")
+    if config.run_dir:
+        lines.append(f"TensorBoard: tensorboard --logdir {Path(config.run_dir) / 'tensorboard'}")
+    return "\n".join(lines)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from pipeline import modeling_ragged
 from pipeline.arch import ArchSpec
-from pipeline.checkpoint import MANIFEST, Run, atomic_directory, load_run
+from pipeline.checkpoint import MANIFEST, atomic_directory
 from pipeline.config import Config, ConfigError
 from pipeline.data import packed_blocks
 from pipeline.folding import (
@@ -35,6 +35,7 @@ from pipeline.masks import Gates, select_units, sparsity_of
 from pipeline.model_card import Result, kept_record, model_card
 from pipeline.models import load_model, load_tokenizer, read_config
 from pipeline.pairing import PairedModel
+from pipeline.rundir import Run, load_run
 
 log = logging.getLogger(__name__)
 
@@ -298,3 +299,8 @@ def _save(directory: Path, model: PreTrainedModel, *, plan: Plan, generation: Ge
     generation.to_json_file(directory / "generation_config.json", use_diff=True)
     if plan.shape == "per_layer":
         shutil.copyfile(modeling_ragged.__file__, directory / "modeling_ragged.py")
+
+
+def summary(config: Config, result: Path) -> str:
+    """What the command line prints at the end."""
+    return f"exported model: {result}\nnext: nuteprune evaluate --config {config.run_dir}/config.yaml"

@@ -12,17 +12,20 @@ from pathlib import Path
 import torch
 import yaml
 
-from pipeline.checkpoint import save_config, save_run
-from pipeline.config import Config, ConfigError
+from pipeline.checkpoint import Checkpoints, atomic_directory
+from pipeline.config import Config
 from pipeline.data import BatchStream, packed_blocks
 from pipeline.distributed import World, discover
 from pipeline.engine import Engine, Multipliers
 from pipeline.importance import initial_log_alpha, taylor_importance
 from pipeline.layers import View, build_view
+from pipeline.lifecycle import Preempted, is_finished, prepare_directory, stop_signals
 from pipeline.masks import Gates, MaskSet, check_target, sparsity_of
 from pipeline.masks.schedule import noise_at, settle_step, target_at, warmup_steps
 from pipeline.models import load_model, load_tokenizer
 from pipeline.pairing import PairedModel
+from pipeline.resume import load_state, save_state
+from pipeline.rundir import save_run
 from pipeline.teachers import TeacherBank
 from pipeline.tracking import Tracker
 
@@ -45,6 +48,7 @@ class State:
     engine: Engine
     bank: TeacherBank
     stream: BatchStream
+    checkpoints: Checkpoints
     total: int
     step: int = 0
     bad_in_a_row: int = 0
@@ -52,23 +56,71 @@ class State:
 
 
 def run(config: Config) -> Path:
-    """Prune `config.model` into `config.run_dir`; returns the directory of the finished student."""
-    if not config.run_dir:
-        raise ConfigError("run_dir is empty: set it to the directory this run may write to")
-    world = discover()
+    """Prune `config.model` into `config.run_dir`; returns the directory of the finished student.
+
+    Started again on the same directory it goes on from the newest checkpoint that verifies, or returns at once if the
+    student is finished.
+
+    Raises:
+        ConfigError: a mistake in the configuration, the model, the data or the run directory.
+        PruneFailed: too many steps in a row were not finite.
+        Preempted: SIGTERM or SIGUSR1 came; the state is saved.
+    """
+    run_dir = prepare_directory(config, outputs=("checkpoints", "pruned"))
+    if is_finished(run_dir / "pruned"):
+        log.info("already finished: %s", run_dir / "pruned")
+        return run_dir / "pruned"
     torch.manual_seed(config.seed)
-    state = build(config, world)
-    run_dir = Path(config.run_dir)
-    with _tracker(state, run_dir) as tracker:
-        save_config(run_dir / "config.yaml", config)
+    state = build(config, discover())
+    resume(state)
+    with _tracker(state, run_dir) as tracker, stop_signals() as stop:
         if state.step == 0:
             start_gates(state)
         while state.step < state.total:
             began = time.perf_counter()
             metrics = train_step(state)
-            state.step += 1
             report(state, tracker, metrics, time.perf_counter() - began)
+            state.step += 1
+            every = config.checkpoint.every
+            if stop.received or (every and state.step % every == 0 and state.step < state.total):
+                save_checkpoint(state)
+            if stop.received:
+                raise Preempted(f"{stop.received} at step {state.step} of {state.total}: saved; start again to go on")
         return finish(state, tracker, run_dir)
+
+
+def resume(state: State) -> None:
+    """Restore the newest checkpoint that verifies, if there is one."""
+    if state.config.checkpoint.resume == "never":
+        return
+    path, skipped = state.checkpoints.newest_valid()
+    for reason in skipped:
+        log.warning("checkpoint skipped: %s", reason)
+    if path is None:
+        if skipped:
+            log.warning("no checkpoint is whole: starting anew")
+        return
+    counters = load_state(path, *_parts(state))
+    state.step, state.bad_in_a_row, state.bad_total = (counters[k] for k in ("step", "bad_in_a_row", "bad_total"))
+    log.info("resumed at step %d from %s", state.step, path)
+
+
+def save_checkpoint(state: State) -> None:
+    """Write the state after the current step, then drop checkpoints beyond `checkpoint.keep`."""
+    counters = {"step": state.step, "bad_in_a_row": state.bad_in_a_row, "bad_total": state.bad_total}
+    earlier = next(iter(state.checkpoints.newest_first()), None)
+    with atomic_directory(state.checkpoints.path(state.step)) as tmp:
+        save_state(tmp, state.config, *_parts(state), counters, earlier)
+    state.checkpoints.prune()
+
+
+def _parts(state: State) -> tuple:
+    return state.masks, state.multipliers, state.model.lora(), state.engine.optimizers, state.bank
+
+
+def summary(config: Config, result: Path) -> str:
+    """What the command line prints at the end."""
+    return f"pruned student: {result}\nnext: nuteprune export --config {config.run_dir}/config.yaml"
 
 
 def build(config: Config, world: World) -> State:
@@ -85,7 +137,8 @@ def build(config: Config, world: World) -> State:
     engine = Engine(model, masks, multipliers, config, total)
     bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
     log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks), total)
-    return State(config, world, model, masks, multipliers, engine, bank, stream, total)
+    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep)
+    return State(config, world, model, masks, multipliers, engine, bank, stream, checkpoints, total)
 
 
 def start_gates(state: State) -> None:
@@ -191,7 +244,8 @@ def update(state: State, loss: float) -> dict[str, float]:
 
 def last_good(state: State) -> str:
     """Where a failed run can go on from."""
-    return "the start of the run (no checkpoint yet)"
+    path, _ = state.checkpoints.newest_valid()
+    return str(path) if path else "the start of the run (no checkpoint yet)"
 
 
 def report(state: State, tracker: Tracker, metrics: dict[str, float], seconds: float) -> None:
@@ -205,7 +259,7 @@ def report(state: State, tracker: Tracker, metrics: dict[str, float], seconds: f
         "teacher_bank_mb": state.bank.nbytes / 1e6,
     }
     tracker.log(state.step, metrics)
-    if state.step % config.tracking.image_every == 0 or state.step == state.total:
+    if state.step % config.tracking.image_every == 0 or state.step == state.total - 1:
         gates = state.masks.deterministic().full(state.model.spec)
         tracker.images(state.step, {"heads": gates.head_gate(state.model.spec), "ffn": gates.ffn_gate()})
     teacher = f"{metrics['teacher_sparsity']:.1%}" if metrics["teacher_sparsity"] else "intact"

@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline import folding
 from pipeline.arch import PROJECTIONS, ArchSpec, read_spec
-from pipeline.checkpoint import save_run, verify
+from pipeline.checkpoint import verify
 from pipeline.config import ConfigError, load_config
 from pipeline.folding import exported_parameters, fold_model, kept_units, plan_fold, small_config
 from pipeline.layers import build_view
 from pipeline.masks import Gates, sparsity_of, unit_shape
 from pipeline.pairing import PairedModel
+from pipeline.rundir import save_run
 from pipeline.stages import export
 from pipeline.teachers import Snapshot
 

@@ -1,0 +1,79 @@
+"""What every long stage does around its loop: own its run directory, know when it is done, leave on a signal."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.checkpoint import CheckpointError, verify
+from pipeline.config import Config, ConfigError
+from pipeline.resume import check_same_run
+from pipeline.rundir import save_config
+
+log = logging.getLogger(__name__)
+
+
+class Preempted(RuntimeError):
+    """A signal asked the run to end; its state is saved and the same command goes on from there."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: try again."""
+
+
+def prepare_directory(config: Config, outputs: tuple[str, ...]) -> Path:
+    """Check that the run directory is this run's and write the resolved configuration there.
+
+    With checkpoint.resume=never, what an earlier run left in `outputs` (below the run directory) is deleted.
+    """
+    if not config.run_dir:
+        raise ConfigError("run_dir is empty: set it to the directory this run may write to")
+    run_dir = Path(config.run_dir)
+    if config.checkpoint.resume == "auto":
+        check_same_run(run_dir, config)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if config.checkpoint.resume == "never":
+            for name in outputs:
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+        save_config(run_dir / "config.yaml", config)
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
+    return run_dir
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a stage's output directory is there and whole."""
+    if not output.is_dir():
+        return False
+    try:
+        verify(output)
+    except CheckpointError as error:
+        log.warning("%s is damaged and will be made again: %s", output, error)
+        return False
+    return True
+
+
+@dataclass
+class _Stop:
+    received: str = ""
+
+
+@contextmanager
+def stop_signals() -> Iterator[_Stop]:
+    """Note SIGTERM and SIGUSR1 instead of dying, so that the step in hand is finished and saved."""
+    stop = _Stop()
+
+    def note(number, _frame):
+        stop.received = signal.Signals(number).name
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,118 @@
+"""The state of a running prune stage on disk: enough to go on bit for bit, independent of the number of ranks.
+
+Gate samples and data order are functions of (seed, step), so no random-number state is needed beyond the step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.checkpoint import CheckpointError
+from pipeline.config import Config, ConfigError, load_config, to_dict
+from pipeline.masks import Gates, MaskSet
+from pipeline.rundir import (
+    load_adapter,
+    load_gates,
+    load_snapshots,
+    save_adapter,
+    save_config,
+    save_gates,
+    save_snapshots,
+)
+from pipeline.teachers import TeacherBank
+
+FREE_SECTIONS = ("checkpoint", "tracking", "export", "evaluate")
+"""Sections that may change between two starts of one run."""
+
+
+def save_state(
+    directory: Path, config: Config, masks: MaskSet, multipliers: nn.Module | None,
+    lora: Mapping[str, tuple[Tensor, Tensor]], optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank,
+    counters: dict[str, int], earlier: Path | None,
+) -> None:  # fmt: skip
+    """Write everything `load_state` needs into a directory; teachers are linked from the checkpoint `earlier`."""
+    save_config(directory / "config.yaml", config)
+    save_gates(directory / "gates.safetensors", masks.fixed or Gates(), masks.scores())
+    save_adapter(directory / "adapter", lora, config)
+    save_snapshots(directory / "teachers", bank.snapshots, earlier / "teachers" if earlier else None)
+    tensors = _optimizer_tensors(optimizers)
+    if multipliers is not None:
+        tensors["multipliers"] = multipliers.values.detach().cpu()
+    save_file(tensors, directory / "optimizer.safetensors")
+    (directory / "state.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
+
+
+def load_state(
+    directory: Path, masks: MaskSet, multipliers: nn.Module | None, lora: Mapping[str, tuple[Tensor, Tensor]],
+    optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank,
+) -> dict[str, int]:  # fmt: skip
+    """Restore in place what `save_state` wrote; returns the counters."""
+    gates, scores = load_gates(directory / "gates.safetensors")
+    with torch.no_grad():
+        for kind, value in scores.items():
+            masks.log_alpha[kind].copy_(value)
+        for key, pair in load_adapter(directory / "adapter").items():
+            for own, value in zip(lora[key], pair, strict=True):
+                own.copy_(value)
+        tensors = load_file(directory / "optimizer.safetensors")
+        if multipliers is not None:
+            multipliers.values.copy_(tensors.pop("multipliers"))
+    for name, optimizer in optimizers.items():
+        own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        _restore_optimizer(optimizer, own)
+    bank.snapshots = load_snapshots(directory / "teachers")
+    if gates.as_dict():
+        masks.fix(gates)
+    return json.loads((directory / "state.json").read_text(encoding="utf-8"))
+
+
+def check_same_run(run_dir: Path, config: Config) -> None:
+    """Raise `ConfigError` naming the first setting in which a run directory was made with another configuration."""
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        return
+    old, new = _flat(to_dict(load_config(saved))), _flat(to_dict(config))
+    for key, value in new.items():
+        if key.split(".")[0] in (*FREE_SECTIONS, "run_dir", "recipe"):
+            continue
+        if old[key] != value:
+            raise ConfigError(
+                f"run_dir {run_dir} belongs to a run with {key}={old[key]!r}, not {value!r}: choose another run_dir, "
+                "or checkpoint.resume=never to start it anew"
+            )
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _optimizer_tensors(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Optimizer states as tensors named "optimizer.parameter.entry"."""
+    tensors = {}
+    for name, optimizer in optimizers.items():
+        for index, entries in optimizer.state_dict()["state"].items():
+            for key, value in entries.items():
+                if value is not None:
+                    tensors[f"{name}.{index}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state = optimizer.state_dict()
+    state["state"] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".")
+        state["state"].setdefault(int(index), {})[key] = value
+    known = sum(len(group["params"]) for group in state["param_groups"])
+    if any(index >= known for index in state["state"]):
+        raise CheckpointError("optimizer.safetensors belongs to a model with more parameters")
+    optimizer.load_state_dict(state)

@@ -1,0 +1,216 @@
+"""The prune stage on a tiny model: it reaches the target in any budget, resumes bit for bit, and fails clearly."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config import load_config
+from pipeline.lifecycle import Preempted
+from pipeline.rundir import load_run
+from pipeline.stages import prune
+
+
+def metrics(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Losses, gates, teachers and LoRA of two finished runs are bit-identical."""
+    lines = [
+        [{k: v for k, v in m.items() if k not in ("prune/tokens_per_s", "prune/peak_memory_gb")} for m in metrics(d)]
+        for d in (a, b)
+    ]
+    assert lines[0] == lines[1]
+    files = sorted(p.relative_to(a) for p in (a / "pruned").rglob("*.safetensors"))
+    assert len(files) > 3
+    for file in files:
+        left, right = load_file(a / file), load_file(b / file)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[k], right[k]) for k in left), file
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per_layer"])
+@pytest.mark.parametrize(("steps", "target"), [(60, 0.2), (60, 0.5), (133, 0.35)])
+def test_any_budget_holds_the_schedule_and_reaches_the_target(settings, steps, target, shape):
+    config = load_config(None, [*settings, f"train.steps={steps}", f"sparsity.target={target}", f"gates.shape={shape}",
+                                "train.batch_size=2", "model.dtype=float32"])  # fmt: skip
+    prune.run(config)
+    run = load_run(config.run_dir)
+    lines = metrics(config.run_dir)
+    assert len(lines) == steps
+    for m in lines:
+        assert m["prune/expected_sparsity"] == pytest.approx(m["prune/target_sparsity"], abs=0.01)
+    settled = [m for m in lines if m["step"] > 0.6 * steps + 1]
+    assert all(abs(m["prune/expected_sparsity"] - run.sparsity) < 1e-6 for m in settled)
+    assert run.sparsity == pytest.approx(target, abs=0.01)
+    teachers = [m["prune/teacher_sparsity"] for m in lines]
+    assert max(teachers) > 0
+    assert teachers[-1] == 0
+
+
+def test_adapter_opens_in_peft(settings, model_dir):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(None, settings)
+    out = prune.run(config)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), out / "adapter")
+    for key, (a, b) in load_run(config.run_dir).lora.items():
+        layer, name = key.split(".")
+        block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+        module = getattr(getattr(model.base_model.model.model.layers[int(layer)], block), name)
+        assert torch.equal(module.lora_A["default"].weight, a)
+        assert torch.equal(module.lora_B["default"].weight, b)
+        assert module.scaling["default"] == 1.0
+
+
+@pytest.mark.parametrize("mode", ["intact", "none"])
+def test_other_teachers_record_nothing(settings, mode):
+    config = load_config(None, [*settings, f"teacher.mode={mode}"])
+    prune.run(config)
+    assert load_run(config.run_dir).snapshots == []
+    assert {m["prune/teacher_sparsity"] for m in metrics(config.run_dir)} == {0.0}
+
+
+def test_micro_batches_give_the_step_of_the_whole_batch(settings, tmp_path):
+    losses = []
+    for micro in (0, 2):
+        config = load_config(None, [*settings, f"run_dir={tmp_path / str(micro)}", f"train.micro_batch={micro}",
+                                    "gates.noise=0.0", "gates.noise_end=0.0", "gates.lr=0.0"])  # fmt: skip
+        prune.run(config)
+        losses.append([m["prune/loss"] for m in metrics(config.run_dir)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_the_papers_recipe_runs_with_its_lagrangian(settings):
+    config = load_config(None, [*settings, "recipe=paper", "train.steps=30", "gates.units=[heads,ffn,hidden]"])
+    prune.run(config)
+    lines = metrics(config.run_dir)
+    assert lines[-1]["prune/lambda_1"] != 0
+    assert all(math.isfinite(m["prune/loss"]) for m in lines)
+
+
+def test_ten_bad_steps_end_the_run_and_name_the_last_good_checkpoint(settings, monkeypatch):
+    config = load_config(None, [*settings, "checkpoint.every=5"])
+    original = prune.accumulate
+
+    def broken(state, teacher, target):
+        sums = original(state, teacher, target)
+        return sums | {"loss": float("nan")} if state.step >= 7 else sums
+
+    monkeypatch.setattr(prune, "accumulate", broken)
+    with pytest.raises(prune.PruneFailed, match=r"10 steps in a row .*step-00000015"):
+        prune.run(config)
+
+
+def test_one_bad_gradient_is_skipped_counted_and_logged(settings, monkeypatch, caplog):
+    config = load_config(None, settings)
+    original = prune.accumulate
+
+    def broken(state, teacher, target):
+        sums = original(state, teacher, target)
+        if state.step == 4:
+            next(iter(state.model.lora().values()))[0].grad.fill_(float("inf"))
+        return sums
+
+    monkeypatch.setattr(prune, "accumulate", broken)
+    prune.run(config)
+    assert metrics(config.run_dir)[-1]["prune/skipped_steps"] == 1
+    assert "step 4 skipped" in caplog.text
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_next_start_ends_bit_identical(settings, tmp_path, monkeypatch, sig):
+    whole = load_config(None, [*settings, f"run_dir={tmp_path / 'whole'}"])
+    prune.run(whole)
+    cut = load_config(None, [*settings, f"run_dir={tmp_path / 'cut'}"])
+    original = prune.train_step
+
+    def signalled(state):
+        if state.step == 17:
+            os.kill(os.getpid(), sig)
+        return original(state)
+
+    monkeypatch.setattr(prune, "train_step", signalled)
+    with pytest.raises(Preempted, match="at step 18 of 60"):
+        prune.run(cut)
+    monkeypatch.undo()
+    prune.run(cut)
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_kill_9_at_random_points_loses_nothing(settings, tmp_path):
+    overrides = [*settings, "checkpoint.every=6"]
+    whole = load_config(None, [*overrides, f"run_dir={tmp_path / 'whole'}"])
+    prune.run(whole)
+    cut = tmp_path / "cut"
+    command = [sys.executable, "-m", "pipeline", "prune", *overrides, f"run_dir={cut}"]
+    rng = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=Path(prune.__file__).parents[2], stderr=subprocess.PIPE, text=True)
+        start = len(metrics(cut)) if (cut / "metrics.jsonl").exists() else 0
+        until = start + rng.randint(7, 14)
+        while process.poll() is None and not ((cut / "metrics.jsonl").exists() and len(metrics_lines(cut)) >= until):
+            time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read()
+        process.kill()
+        process.wait()
+    assert list((cut / "checkpoints").glob("step-*"))
+    subprocess.run(command, cwd=Path(prune.__file__).parents[2], check=True, capture_output=True)
+    same_run(tmp_path / "whole", cut)
+
+
+def metrics_lines(run_dir: Path) -> list[str]:
+    return (run_dir / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_damaged_checkpoint_is_skipped_with_the_reason(settings, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    config = load_config(None, [*settings, "checkpoint.every=10", "checkpoint.keep=3"])
+    original = prune.train_step
+
+    def stopping(state):
+        if state.step == 33:
+            raise KeyboardInterrupt
+        return original(state)
+
+    monkeypatch.setattr(prune, "train_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        prune.run(config)
+    monkeypatch.undo()
+    saved = Path(config.run_dir) / "checkpoints"
+    assert sorted(p.name for p in saved.iterdir()) == ["step-00000010", "step-00000020", "step-00000030"]
+    newest = saved / "step-00000030" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    flipped = saved / "step-00000020" / "gates.safetensors"
+    data = bytearray(flipped.read_bytes())
+    data[-1] ^= 1
+    flipped.write_bytes(bytes(data))
+    prune.run(config)
+    assert "optimizer.safetensors has" in caplog.text
+    assert "does not match its sha256" in caplog.text
+    assert "resumed at step 10" in caplog.text
+    whole = load_config(None, [*settings, f"run_dir={tmp_path / 'whole'}"])
+    prune.run(whole)
+    same_run(tmp_path / "whole", Path(config.run_dir))
+
+
+def test_a_finished_run_returns_at_once(settings, caplog):
+    config = load_config(None, settings)
+    out = prune.run(config)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert prune.run(config) == out
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    shutil.rmtree(out)
+    assert prune.run(config) == out
