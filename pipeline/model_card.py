@@ -96,7 +96,7 @@ def _body(config: Config, name: str, shape: str, dtype: str, result: Result) -> 
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"model = AutoModelForCausalLM.from_pretrained(path{trust})",
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        f"tokenizer = AutoTokenizer.from_pretrained(path{trust})",
         "```",
         "",
         "| | |",

@@ -5,20 +5,10 @@ Everything is transformers' own; only the projections' shapes differ, and K and 
 hold unequal numbers of query heads.
 """
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, cat, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 PREFIX = "ragged_"
@@ -31,6 +21,9 @@ class RaggedConfig:
     `ffn_sizes[layer]` is the FFN width (0 for none). `num_attention_heads`, `num_key_value_heads` and
     `intermediate_size` are the maxima.
     """
+
+    heads_per_group, ffn_sizes = (), ()
+    base_model_tp_plan = None  # unequal groups cannot be split evenly over devices
 
     def validate_architecture(self):
         """The layers' own widths must fit; LLaMA's hidden % heads == 0 does not apply with an explicit head_dim."""
@@ -123,44 +116,36 @@ def _per_head(states: Tensor, groups: list[int]) -> Tensor:
 
 
 @strict
-class RaggedLlamaConfig(RaggedConfig, LlamaConfig):
+class RaggedLlamaConfig(RaggedConfig, transformers.LlamaConfig):
     model_type = "nuteprune_llama"
-    heads_per_group: list[list[int]] | None = None
-    ffn_sizes: list[int] | None = None
 
 
 @strict
-class RaggedMistralConfig(RaggedConfig, MistralConfig):
+class RaggedMistralConfig(RaggedConfig, transformers.MistralConfig):
     model_type = "nuteprune_mistral"
-    heads_per_group: list[list[int]] | None = None
-    ffn_sizes: list[int] | None = None
 
 
 @strict
-class RaggedQwen2Config(RaggedConfig, Qwen2Config):
+class RaggedQwen2Config(RaggedConfig, transformers.Qwen2Config):
     model_type = "nuteprune_qwen2"
-    heads_per_group: list[list[int]] | None = None
-    ffn_sizes: list[int] | None = None
 
 
 @strict
-class RaggedQwen3Config(RaggedConfig, Qwen3Config):
+class RaggedQwen3Config(RaggedConfig, transformers.Qwen3Config):
     model_type = "nuteprune_qwen3"
-    heads_per_group: list[list[int]] | None = None
-    ffn_sizes: list[int] | None = None
 
 
-class RaggedLlamaForCausalLM(RaggedForCausalLM, LlamaForCausalLM):
+class RaggedLlamaForCausalLM(RaggedForCausalLM, transformers.LlamaForCausalLM):
     config_class = RaggedLlamaConfig
 
 
-class RaggedMistralForCausalLM(RaggedForCausalLM, MistralForCausalLM):
+class RaggedMistralForCausalLM(RaggedForCausalLM, transformers.MistralForCausalLM):
     config_class = RaggedMistralConfig
 
 
-class RaggedQwen2ForCausalLM(RaggedForCausalLM, Qwen2ForCausalLM):
+class RaggedQwen2ForCausalLM(RaggedForCausalLM, transformers.Qwen2ForCausalLM):
     config_class = RaggedQwen2Config
 
 
-class RaggedQwen3ForCausalLM(RaggedForCausalLM, Qwen3ForCausalLM):
+class RaggedQwen3ForCausalLM(RaggedForCausalLM, transformers.Qwen3ForCausalLM):
     config_class = RaggedQwen3Config

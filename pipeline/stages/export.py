@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from pipeline import modeling_ragged
 from pipeline.arch import ArchSpec
@@ -46,6 +46,8 @@ POINT = 0.01
 """The exported sparsity may be this far from the target."""
 COUNT_TOLERANCE = 1e-3
 """The counted and the computed sparsity may be this far apart."""
+FLOAT32_ATTENTION = ("sdpa", "eager")
+"""Flash attention has no float32; all of them compute the same function."""
 SUBLAYERS = ("attn_sublayers", "ffn_sublayers")
 
 
@@ -61,6 +63,33 @@ class Student:
     scores: Mapping[str, Tensor]
     lora: LoraWeights
     target: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a base model becomes the small one.
+
+    Attributes:
+        config: the run's configuration.
+        gates, fold: gate values of the masked model, and what they and LoRA do to the weights.
+        shape: "uniform" or "per_layer".
+        dtype: type of the exported weights.
+        target: sparsity wanted.
+        shard_size: largest safetensors file.
+    """
+
+    config: Config
+    gates: Gates
+    fold: Fold
+    shape: str
+    dtype: torch.dtype
+    target: float
+    shard_size: str
+
+    @property
+    def dtype_name(self) -> str:
+        """The type's name without `torch.`."""
+        return str(self.dtype).removeprefix("torch.")
 
 
 def run(config: Config) -> Path:
@@ -85,12 +114,12 @@ def run(config: Config) -> Path:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
+    plan = Plan(trained.config, gates, fold, shape, dtype, student.target, config.export.shard_size)
     tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
     with atomic_directory(output) as directory:
         tokenizer.save_pretrained(directory)
-        result = write_model(directory, base, trained.config, fold, gates, shape, dtype, tokens, student.target,
-                             config.export.shard_size)  # fmt: skip
-        write_record(directory, trained.config, fold, shape, dtype, result)
+        result = write_model(directory, base, plan, tokens)
+        write_record(directory, plan, result)
     log.info("exported %s: %.2f%% of the prunable parameters removed, %s parameters left (%s before)", output,
              100 * result.sparsity, f"{result.parameters:,}", f"{result.base_parameters:,}")  # fmt: skip
     return output
@@ -169,8 +198,7 @@ def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:
 
 def load_base(config: Config, dtype: str) -> tuple[PreTrainedModel, ArchSpec, torch.dtype]:
     """The base model in float32, its architecture, and the type of the exported weights (`as_base`: its files' own)."""
-    # Flash attention has no float32; every implementation computes the same function.
-    attention = "eager" if config.model.attention == "eager" else "sdpa"
+    attention = config.model.attention if config.model.attention in FLOAT32_ATTENTION else "sdpa"
     found, _ = read_config(config.model.path)
     base, spec = load_model(replace(config.model, dtype="float32", attention=attention))
     return base, spec, (found.dtype or torch.float32) if dtype == "as_base" else getattr(torch, dtype)
@@ -184,45 +212,45 @@ def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
     return blocks[: -(-count // length)]
 
 
-def write_model(
-    directory: Path, base: PreTrainedModel, config: Config, fold: Fold, gates: Gates, shape: str, dtype: torch.dtype,
-    tokens: Tensor, target: float, shard_size: str,
-) -> Result:  # fmt: skip
+def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tensor) -> Result:
     """Fold the base into a small model, save it and check what was saved; consumes the base.
 
     The check is on float32 weights read back from the directory; they are cast, and saved again, only after it.
     """
-    before, cls = base.num_parameters(), model_class(small := small_config(base.config, fold, shape))
-    generation, attention = base.generation_config, base.config._attn_implementation
-    wanted = masked_logits(base, config, fold, gates, tokens)
-    model = fold_model(base, small, fold, partial(tqdm, desc="folding layers", unit="layer"))
-    save = partial(_save, directory, shape=shape, shard_size=shard_size, generation=generation)
+    fold, before = plan.fold, base.num_parameters()
+    config = small_config(base.config, fold, plan.shape)
+    wanted = masked_logits(base, plan, tokens)
+    model = fold_model(base, config, fold, partial(tqdm, desc="folding layers", unit="layer", disable=None))
+    save = partial(_save, directory, plan=plan, generation=base.generation_config)
     save(model)
     del model
-    reload = partial(cls.from_pretrained, directory, dtype=torch.float32, attn_implementation=attention)
+    attention = plan.config.model.attention if plan.config.model.attention in FLOAT32_ATTENTION else "sdpa"
+    reload = partial(model_class(config).from_pretrained, directory, dtype=torch.float32, attn_implementation=attention)
     model = reload()
-    sparsity = check_count(fold.spec, gates, model)
+    sparsity = check_count(fold.spec, plan.gates, model)
     difference = check_logits(model, tokens, wanted)
     cast_difference = 0.0
-    if dtype != torch.float32:
-        save(model.to(dtype))
+    if plan.dtype != torch.float32:
+        save(model.to(plan.dtype))
         model = reload()
         cast_difference = largest_difference(model, tokens, wanted)
         if not math.isfinite(cast_difference):
-            raise ExportError(f"the weights overflow in {dtype}: nothing was exported, use export.dtype=bfloat16")
-    untied = model.lm_head.weight.numel() if fold.unties else 0
+            raise ExportError(f"the weights overflow in {plan.dtype_name}: use export.dtype=bfloat16")
     log.info("logits differ by %.1e of the largest one on %d tokens (cast to %s: %.1e)", difference, tokens.numel(),
-             str(dtype).removeprefix("torch."), cast_difference)  # fmt: skip
+             plan.dtype_name, cast_difference)  # fmt: skip
+    untied = model.lm_head.weight.numel() if fold.unties else 0
     if untied:
         log.warning("hidden gates between 0 and 1: the output head was untied, which adds %s parameters", f"{untied:,}")
-    return Result(target, sparsity, model.num_parameters(), before, untied, difference, cast_difference, tokens.numel())
+    return Result(plan.target, sparsity, model.num_parameters(), before, untied, difference, cast_difference,
+                  tokens.numel())  # fmt: skip
 
 
 @torch.no_grad()
-def masked_logits(base: PreTrainedModel, config: Config, fold: Fold, gates: Gates, tokens: Tensor) -> list[Tensor]:
-    """Logits [T, V] of the masked model for each block of tokens; the base is as it was afterwards."""
-    paired = PairedModel(base, fold.spec, config.lora)
-    view = build_view(fold.spec, gates.to(torch.float32), fold.lora, fold.scaling, torch.float32)
+def masked_logits(base: PreTrainedModel, plan: Plan, tokens: Tensor) -> list[Tensor]:
+    """Logits [T, V] of the masked model for each block of tokens; the base keeps its weights."""
+    fold = plan.fold
+    paired = PairedModel(base, fold.spec, plan.config.lora)
+    view = build_view(fold.spec, plan.gates.to(torch.float32), fold.lora, fold.scaling, torch.float32)
     logits = [paired.logits(block[None], view)[0] for block in tokens]
     base.model.layers = nn.ModuleList(wrapped.layer for wrapped in paired.layers)
     return logits
@@ -257,19 +285,19 @@ def check_count(spec: ArchSpec, gates: Gates, model: PreTrainedModel) -> float:
     return counted
 
 
-def write_record(directory: Path, config: Config, fold: Fold, shape: str, dtype: torch.dtype, result: Result) -> None:
+def write_record(directory: Path, plan: Plan, result: Result) -> None:
     """Write README.md and nuteprune.json."""
-    card = model_card(config, fold, shape, str(dtype).removeprefix("torch."), result)
+    card = model_card(plan.config, plan.fold, plan.shape, plan.dtype_name, result)
     (directory / "README.md").write_text(card, encoding="utf-8")
-    record = json.dumps(kept_record(config, fold, result))
+    record = json.dumps(kept_record(plan.config, plan.fold, result))
     (directory / RECORD).write_text(record + "\n", encoding="utf-8")
 
 
-def _save(directory: Path, model: PreTrainedModel, *, shape: str, shard_size: str, generation) -> None:
-    model.save_pretrained(directory, max_shard_size=shard_size)
+def _save(directory: Path, model: PreTrainedModel, *, plan: Plan, generation: GenerationConfig) -> None:
+    model.save_pretrained(directory, max_shard_size=plan.shard_size)
     # Copied as it is: transformers refuses to save some of the generation configs that it loads.
     generation.to_json_file(directory / "generation_config.json", use_diff=True)
-    if shape == "per_layer":
+    if plan.shape == "per_layer":
         shutil.copyfile(modeling_ragged.__file__, directory / "modeling_ragged.py")
 
 

@@ -33,6 +33,7 @@ SIZES = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": LAYERS,
     "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "max_position_embeddings": 128,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "rms_norm_eps": 0.1,  # large, so that a wrong epsilon shows
 }  # fmt: skip
 EXTRA = {
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
@@ -201,7 +202,7 @@ jobs, ids = torch.load(sys.argv[1])
 out = {}
 for directory, trust in jobs:
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
     assert tokenizer("ac")["input_ids"] == [3, 5]
     with torch.no_grad():
         out[directory] = model(ids).logits
@@ -212,13 +213,14 @@ torch.save(out, sys.argv[2])
 
 
 def test_fresh_process_without_this_project(exports, tmp_path):
-    jobs = [(str(directory), shape == "per_layer" or None) for (_, shape), (directory, _, _) in exports.items()]
-    jobs = [(d, bool(trust)) for d, trust in jobs]
+    jobs = [(str(directory), shape == "per_layer") for (_, shape), (directory, _, _) in exports.items()]
     torch.save((jobs, some_ids()), tmp_path / "jobs.pt")
     environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-I", "-c", LOADER, tmp_path / "jobs.pt", tmp_path / "out.pt"],
-                          cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+                          cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+                          stdin=subprocess.DEVNULL)  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "trust_remote_code" not in done.stdout + done.stderr  # nobody was asked
     out = torch.load(tmp_path / "out.pt")
     for directory, wanted, _ in exports.values():
         assert_close(out[str(directory)], wanted)
@@ -306,7 +308,8 @@ def test_card_says_how_it_was_made(exports):
     card = (exports["qwen2", "uniform"][0] / "README.md").read_text()
     for part in ("license: apache-2.0", "target ", "from_pretrained(path)", "`text.txt`", "| 0 | 4 | 2 | 27 |"):
         assert part in card
-    assert "trust_remote_code=True" in (exports["qwen2", "per_layer"][0] / "README.md").read_text()
+    # The tokenizer needs it too: transformers reads the model's configuration to find the tokenizer's class.
+    assert (exports["qwen2", "per_layer"][0] / "README.md").read_text().count("trust_remote_code=True") == 2
 
 
 def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog):
@@ -412,6 +415,13 @@ def test_run_that_missed_its_target_is_cut_to_it():
     assert (after[(before == 0) & (after != 0)] == 1).all()
     same = export.structure(spec, gates, scores, sparsity_of(spec, gates), "uniform", (16, 16))
     assert same is gates
+
+
+def test_target_that_the_shape_cannot_meet():
+    spec = read_spec(base_model("llama").config)
+    gates = Gates(kv_groups=torch.ones(LAYERS, 3))
+    with pytest.raises(ConfigError, match=r"export\.ffn_multiple"):
+        export.structure(spec, gates, {"kv_groups": torch.rand(LAYERS, 3)}, 0.07, "uniform", (16, 16))
 
 
 def test_removed_sublayers_need_the_per_layer_shape(tmp_path):
