@@ -203,7 +203,7 @@ class Config:
 
 STAGE_SECTIONS = {
     "prune": ["model", "data", "train", "gates", "sparsity", "lora", "teacher", "loss", "checkpoint", "tracking"],
-    "export": ["model", "data", "export"],
+    "export": ["export"],
     "evaluate": ["model", "data", "evaluate"],
 }
 """The sections each stage reads; `--help` of a stage lists these."""
@@ -370,6 +370,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    elif hint is str and value is None:
+        return ""  # `key=` on the command line
     elif hint in (int, str, bool) and type(value) is hint:
         return value
     expected = _type_name(hint)

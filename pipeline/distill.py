@@ -13,8 +13,8 @@ def layer_loss(student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, kin
     """Distance of two residual streams after one layer, a float32 scalar.
 
     raw: mean squared error over tokens and kept hidden dimensions (the paper's eq. 8).
-    normalized: the same per token divided by the teacher's mean square at that token, so that a few tokens with massive
-    activations do not rule the sum.
+    normalized: the same per token, divided by the larger of the teacher's and the student's mean square at that token,
+    so that a few tokens with massive activations, right or wrong, do not rule the sum (each counts at most 4).
 
     Args:
         student, teacher: [B, T, D].
@@ -29,7 +29,8 @@ def layer_loss(student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, kin
         count = kept.sum().clamp(min=1)
     squared = difference.square().sum(-1) / count
     if kind == "normalized":
-        squared = squared / (reference.square().sum(-1) / count + _EPS)
+        own = (difference.detach() + reference).square().sum(-1)
+        squared = squared / (torch.maximum(reference.square().sum(-1), own) / count + _EPS)
     return squared.mean()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +14,8 @@ from pipeline.masks import hard_concrete as hc
 from pipeline.masks.gates import KINDS, Gates, kept_parameters, unit_shape
 from pipeline.masks.selection import most_removed, select_units
 
-_REACH = 60.0
-"""Largest shift of log-alpha that the projection looks for."""
+_MARGIN = 60.0
+"""How far beyond the spread of log-alpha the projection looks for its shift."""
 
 
 def gated_kinds(spec: ArchSpec, units: list[str]) -> list[str]:
@@ -100,8 +103,8 @@ class MaskSet(nn.Module):
         if self.fixed is not None:
             return
         if self.config.shape == "uniform":
-            self._level_layers(_bisect(lambda c: self._expected_at(c, level=True), target))
-        shift = _bisect(self._expected_at, target)
+            self._level_layers(self._bisect(partial(self._expected_at, level=True), target))
+        shift = self._bisect(self._expected_at, target)
         for la in self.log_alpha.values():
             la.add_(shift)
 
@@ -112,6 +115,18 @@ class MaskSet(nn.Module):
             la.add_(_bisect_rows(self._open, la.double(), wanted)[:, None])
         for kind in set(self.kinds) & {"hidden"}:
             self.log_alpha[kind].add_(shift)
+
+    def _bisect(self, expected_sparsity: Callable[[float], float], target: float) -> float:
+        """The shift at which the (falling) expected sparsity equals the target."""
+        high = _MARGIN + max(float(la.abs().max()) for la in self.log_alpha.values())
+        low = -high
+        for _ in range(60):
+            middle = (low + high) / 2
+            if expected_sparsity(middle) > target:
+                low = middle
+            else:
+                high = middle
+        return (low + high) / 2
 
     def _by_layer(self) -> list[Tensor]:
         return [self.log_alpha[k] for k in self.kinds if k in ("heads", "kv_groups", "ffn")]
@@ -157,22 +172,10 @@ class MaskSet(nn.Module):
         return 1.0 - float(self._kept(probabilities)) / self.spec.prunable
 
 
-def _bisect(expected_sparsity, target: float) -> float:
-    """The shift at which the (falling) expected sparsity equals the target."""
-    low, high = -_REACH, _REACH
-    for _ in range(60):
-        middle = (low + high) / 2
-        if expected_sparsity(middle) > target:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
 def _bisect_rows(open_probability, rows: Tensor, wanted: Tensor) -> Tensor:
     """[L] shifts at which each row's mean probability equals `wanted`."""
-    low = torch.full_like(rows[:, 0], -_REACH)
-    high = -low
+    high = rows.abs().amax(1) + _MARGIN
+    low = -high
     for _ in range(60):
         middle = (low + high) / 2
         short = open_probability(rows + middle[:, None]).mean(1) < wanted

@@ -68,7 +68,8 @@ def separate_passes(pair: Pair, loss: LossConfig):
         kept = pair.student.hidden.detach() != 0
         squared = (s - t)[..., kept].square().mean(-1)
         if loss.layer == "normalized":
-            squared = squared / t[..., kept].square().mean(-1)
+            squares = [x.detach()[..., kept].square().mean(-1) for x in (s, t)]
+            squared = squared / torch.maximum(*squares)
         terms.append(squared.mean())
     layer = torch.stack(terms).sum() if loss.layer_reduction == "sum" else torch.stack(terms).mean()
     t = loss.temperature
@@ -192,3 +193,6 @@ def test_a_massive_activation_does_not_rule_the_normalized_layer_loss():
     student[0, 0] *= 1000
     torch.testing.assert_close(layer_loss(student, teacher, None, "normalized"), plain)
     assert layer_loss(student, teacher, None, "raw") > 1000 * plain
+    student[0, 0] = 1000 * torch.randn(16)
+    teacher[0, 0] = torch.randn(16)
+    assert layer_loss(student, teacher, None, "normalized") < plain + 4 / 20

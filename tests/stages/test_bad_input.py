@@ -1,0 +1,159 @@
+"""Every mistake of a user is one clear line on stderr, exit code 2, and nothing half-written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+
+from pipeline.__main__ import main
+from pipeline.checkpoint import Checkpoints
+from pipeline.config import load_config
+from pipeline.stages import prune
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line that the command line prints for a mistake."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("nuteprune: ")]
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("gates.lrr=1", r"unknown key 'gates.lrr'; did you mean 'gates.lr'"),
+        ("target=0.3", "did you mean 'sparsity.target'"),
+        ("trian.steps=3", "unknown key 'trian'; did you mean 'train'"),
+        ("train.steps=many", "train.steps: expected int, got 'many'"),
+        ("train.steps=1.5", "train.steps: expected int, got 1.5"),
+        ("tracking.progress=3", "tracking.progress: expected bool, got 3"),
+        ("gates.units=[head]", "gates.units: expected .*; did you mean 'heads'"),
+        ("sparsity.target=0", "sparsity.target: must be greater than 0 and less than 1, got 0"),
+        ("sparsity.target=1.2", "sparsity.target: must be greater than 0 and less than 1, got 1.2"),
+        ("sparsity.target=-0.1", "sparsity.target: must be greater than 0"),
+        ("train=3", "'train' is a section"),
+        ("recipe=papr", "recipe 'papr' not found: use one of .*paper"),
+        ("no_equals_sign", "write it as key.sub=value"),
+        ("model.path=", "model.path is empty"),
+        ("run_dir=", "run_dir is empty"),
+        ("model.path=/nowhere/model", "/nowhere/model: neither a directory here nor a model the hub would give"),
+        ("data.source=/nowhere/text.jsonl", "/nowhere/text.jsonl"),
+        ("gates.units=[kv_groups]", "at most .* of this model; add units to gates.units or lower the target"),
+        ("data.seq_len=100000", "100000"),
+    ],
+)
+def test_settings(settings, tmp_path, capsys, override, message):
+    extra = ["sparsity.target=0.7"] if "kv_groups" in override else []
+    line = refused(capsys, "prune", *settings, *extra, override)
+    assert re.search(message, line), line
+    assert not (tmp_path / "run" / "pruned").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_config_file(tmp_path, capsys):
+    assert "cannot read" in refused(capsys, "prune", "--config", str(tmp_path / "none.yaml"))
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("train: {steps: 3\nx")
+    assert "not valid YAML (line" in refused(capsys, "prune", "--config", str(bad))
+    bad.write_text("- 3\n")
+    assert "key: value" in refused(capsys, "prune", "--config", str(bad))
+    bad.write_text("trainn: {steps: 3}\n")
+    assert "bad.yaml: unknown key 'trainn'; did you mean 'train'" in refused(capsys, "prune", "--config", str(bad))
+
+
+def test_empty_data(settings, tmp_path, capsys):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert "holds no text" in refused(capsys, "prune", *settings, f"data.source={empty}")
+
+
+@pytest.mark.parametrize("kind", ["no weights", "damaged weights", "half the weights", "no tokenizer", "big tokenizer",
+                                  "unsupported", "no config"])  # fmt: skip
+def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
+    broken = tmp_path / "model"
+    shutil.copytree(model_dir, broken)
+    weights = broken / "model.safetensors"
+    expected = {
+        "no weights": "no weights", "damaged weights": "weights cannot be loaded", "half the weights": "are missing",
+        "no tokenizer": "no usable tokenizer", "big tokenizer": "do not belong together",
+        "unsupported": "'gpt2' is not supported: use one of llama, mistral, qwen2, qwen3",
+        "no config": "no readable config.json",
+    }[kind]  # fmt: skip
+    if kind == "no weights":
+        weights.unlink()
+    elif kind == "damaged weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif kind == "half the weights":
+        tensors = load_file(weights)
+        save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, weights, metadata={"format": "pt"})
+    elif kind == "no tokenizer":
+        for path in broken.glob("tokenizer*"):
+            path.unlink()
+    elif kind == "big tokenizer":
+        tiny_model("llama", vocab_size=100).save_pretrained(broken)
+    elif kind == "unsupported":
+        (broken / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    else:
+        (broken / "config.json").unlink()
+    assert expected in refused(capsys, "prune", *settings, f"model.path={broken}")
+
+
+def test_run_directory_of_another_configuration(settings, capsys):
+    assert main(["prune", *settings, "train.steps=5"]) == 0
+    line = refused(capsys, "prune", *settings, "train.steps=6")
+    assert "belongs to a run with train.steps=5, not 6" in line
+    assert "resume=never" in line
+    assert main(["prune", *settings, "train.steps=6", "checkpoint.resume=never"]) == 0
+
+
+def test_unwritable_output(settings, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written to" in refused(capsys, "prune", *settings, f"run_dir={tmp_path / 'file' / 'run'}")
+
+
+def test_export_of_a_missing_or_damaged_run(settings, tmp_path, capsys):
+    assert "run `nuteprune prune` first" in refused(capsys, "export", f"run_dir={tmp_path / 'nothing'}")
+    config = load_config(None, [*settings, "train.steps=5"])
+    gates = prune.run(config) / "gates.safetensors"
+    gates.write_bytes(gates.read_bytes()[:-3])
+    assert "is damaged" in refused(capsys, "export", f"run_dir={config.run_dir}")
+    assert not (tmp_path / "run" / "export").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a full disk is made with a small tmpfs, which only root may mount")
+def test_full_disk_while_saving_leaves_the_old_checkpoint(settings, tmp_path, capsys, caplog):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=True)
+    try:
+        arguments = [*settings, f"run_dir={disk}", "checkpoint.every=2", "tracking.tensorboard=false", "lora.rank=24",
+                     "sparsity.warmup=0.9"]  # fmt: skip
+        line = refused(capsys, "prune", *arguments)
+        assert "No space left on device" in line
+        assert "earlier checkpoints are intact" in line
+        newest, skipped = Checkpoints(disk / "checkpoints", keep=2).newest_valid()
+        assert newest is not None
+        assert not skipped
+        assert not list((disk / "checkpoints").glob(".step-*"))
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        caplog.set_level("INFO")
+        assert main(["prune", *arguments]) == 0
+        assert f"resumed at step {int(newest.name.removeprefix('step-'))} " in caplog.text
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_evaluate_of_a_missing_model(tmp_path, capsys):
+    assert "nowhere" in refused(capsys, "evaluate", f"run_dir={tmp_path}", "evaluate.models=[/nowhere]")
+    assert not list(Path(tmp_path).glob("evaluate*"))
