@@ -3,6 +3,8 @@
 PYTHON ?= python3
 TESTS ?= tests
 WORKERS ?= 2
+TRAIN ?= data/c4_300.jsonl
+TEST ?= data/wikitext2_raw_test.txt
 
 BIN := .venv/bin
 VENV := .venv/.installed
@@ -12,11 +14,11 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test bench bench-quality lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV) ## set up .venv with this package and its tools
 
@@ -27,6 +29,12 @@ demo: $(VENV) $(MODEL) $(TEXT) ## prune the real SmolLM2-135M by a fifth and com
 
 test: $(VENV) $(MODEL) ## run the tests; TESTS=tests/unit runs some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+bench: $(VENV) $(MODEL) ## time a training step against sparsity
+	$(BIN)/python -m pipeline.bench.steps
+
+bench-quality: $(VENV) $(MODEL) ## perplexity against a baseline; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt
+	$(BIN)/python -m pipeline.bench.quality --train "$(TRAIN)" --test "$(TEST)" $(BENCH_ARGS)
 
 lint: $(VENV) ## check style
 	$(BIN)/ruff check .

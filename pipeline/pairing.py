@@ -146,8 +146,12 @@ class PairedModel(nn.Module):
 
     def logits(self, input_ids: Tensor, view: View) -> Tensor:
         """Logits [B, T, V] of one view, in full."""
+        return self.model.lm_head(self.hidden(input_ids, view))
+
+    def hidden(self, input_ids: Tensor, view: View) -> Tensor:
+        """Final hidden states [B, T, D] of one view, after the last norm."""
         embedded = self.model.get_input_embeddings()(input_ids)
-        return self.model.lm_head(self._stream(_masked(embedded, view.hidden), _Pass(view)))
+        return self._stream(_masked(embedded, view.hidden), _Pass(view))
 
     def _stream(self, embedded: Tensor, p: _Pass) -> Tensor:
         with self._in_pass(p):

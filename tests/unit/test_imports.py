@@ -21,6 +21,7 @@ LEVELS = [
     {"lifecycle"},
     {"stages"},
     {"__main__"},
+    {"bench"},
 ]  # fmt: skip
 """From the bottom up: a room may import from rooms below its own, never from its own level or above."""
 
