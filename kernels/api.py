@@ -131,7 +131,7 @@ def _check(x, weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_a and lora_b come together: pass both or neither")
     if lora_a is not None:
-        rank = lora_a.shape[0] if lora_a.dim() == 2 else 0
+        rank = max(1, lora_a.shape[0])
         _check_shape("lora_a", lora_a, (rank, k))
         _check_shape("lora_b", lora_b, (n, rank))
     if weight.dtype != x.dtype:

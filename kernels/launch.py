@@ -1,0 +1,186 @@
+"""From tensors to kernel launches: strides, padding, index lists, tile sizes.
+
+Letters: M tokens, K inputs (summed), N outputs, R rank; n and k are the kept ones.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import triton_kernels
+from kernels.tuning import INTERPRETING, REDUCE, Config, bucket, choose
+
+FUSED_RANK = 16  # up to here u = xAᵀ rides along in the matmul (1/8 of a 128-wide tile); above it has its own launch
+REDUCE_PROGRAMS = 512  # about four a multiprocessor on the cards aimed at; a constant keeps sums equal across cards
+
+
+class Operand(NamedTuple):
+    """One masked LoRA product: x [M, K] (or the kept columns of it), w [N, K], a [R, K], b [N, R], any strides."""
+
+    x: Tensor
+    w: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    in_gate: Tensor | None
+    out_gate: Tensor | None
+    keep_in: Tensor | None
+    keep_out: Tensor | None
+    scaling: float
+    compact_in: bool
+    compact_out: bool
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """(n, k)"""
+        n, k = self.w.shape
+        return n if self.keep_out is None else len(self.keep_out), k if self.keep_in is None else len(self.keep_in)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.a is None else self.a.shape[0]
+
+    def transposed(self, grad: Tensor) -> "Operand":
+        """The product that gives dx from `grad` [M, N]: same expression, roles of inputs and outputs swapped."""
+        a, b = (None, None) if self.a is None else (self.b.t(), self.a.t())
+        gates, keeps = (self.out_gate, self.in_gate), (self.keep_out, self.keep_in)
+        return Operand(grad, self.w.t(), None, a, b, *gates, *keeps, self.scaling, self.compact_out, self.compact_in)
+
+
+def guard(x: Tensor):
+    """Makes x's card current for a launch."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's input precision: fp32 follows torch's TF32 switch, else splits each operand in three (about fp32)."""
+    if dtype != torch.float32 or INTERPRETING or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def padded(rank: int) -> int:
+    """tl.dot needs powers of two from 16 on."""
+    return max(16, 1 << max(rank - 1, 0).bit_length())
+
+
+def empty_outputs(op: Operand) -> tuple[Tensor, Tensor]:
+    """(y, u) for a launch: y [M, N] zeroed where units are skipped, u [M, R]."""
+    n, m = op.w.shape[0], op.x.shape[0]
+    if op.keep_out is not None and not op.compact_out:
+        y = op.x.new_zeros(m, n)
+    else:
+        y = op.x.new_empty(m, op.kept[0])
+    return y, op.x.new_empty(m, op.rank)
+
+
+def tensors(op: Operand, u: Tensor | None, y: Tensor) -> tuple:
+    """The pointer arguments of `matmul`, None for what is absent."""
+    return (op.x, op.w, op.bias, op.a, op.b, u, y, op.in_gate, op.out_gate, op.keep_in, op.keep_out)
+
+
+def numbers(op: Operand, y: Tensor) -> tuple:
+    """The scalar arguments of `matmul`."""
+    lora = (0, 0, 0, 0) if op.a is None else (*op.a.stride(), *op.b.stride())
+    return (op.x.shape[0], *op.kept, op.rank, op.scaling, *op.x.stride(), *op.w.stride(), *lora, y.stride(0))
+
+
+def flags(op: Operand, fuse_u: bool, config: Config) -> dict:
+    """The compile-time arguments of one product in `matmul`."""
+    return {
+        "COMPACT_X": op.compact_in or op.keep_in is None,
+        "COMPACT_Y": op.compact_out or op.keep_out is None,
+        "FUSE_U": fuse_u,
+        "EVEN_K": op.kept[1] % config.bk == 0,
+        "RANK": padded(op.rank),
+    }
+
+
+def tile(op: Operand, config: Config) -> dict:
+    """The compile-time arguments that all products of a launch share."""
+    sizes = {"BM": config.bm, "BN": config.bn, "BK": config.bk, "INTERPRET": INTERPRETING}
+    return sizes | {"PRECISION": precision(op.x.dtype), "num_warps": config.warps, "num_stages": config.stages}
+
+
+def programs(op: Operand, config: Config) -> int:
+    return -(-op.x.shape[0] // config.bm) * -(-op.kept[0] // config.bn)
+
+
+def key(kind: str, op: Operand) -> str:
+    """What a tuned config is remembered under: everything that changes the generated code or the number of tiles."""
+    n, k = op.kept
+    absent = "".join("-" if t is None else "+" for t in (op.a, op.in_gate, op.out_gate, op.keep_in, op.keep_out))
+    layout = "n" if op.w.stride(-1) == 1 else "t"
+    name = str(op.x.dtype).removeprefix("torch.")
+    return f"{kind} {name} {layout}{absent} m{bucket(op.x.shape[0])} n{bucket(n)} k{bucket(k)} r{padded(op.rank)}"
+
+
+def _launch(op: Operand, u: Tensor | None, y: Tensor, fuse_u: bool, config: Config) -> None:
+    with guard(op.x):
+        triton_kernels.matmul[(programs(op, config),)](
+            *tensors(op, u, y), *numbers(op, y), **flags(op, fuse_u, config), **tile(op, config)
+        )
+
+
+def skinny(op: Operand) -> Tensor:
+    """u = (x⊙m_in)Aᵀ [M, R]: the same matmul with A in W's place."""
+    product = op._replace(w=op.a, bias=None, a=None, b=None, out_gate=None, keep_out=None, compact_out=True)
+    u = op.x.new_empty(op.x.shape[0], op.rank)
+    if u.numel():
+        bn = padded(op.rank)
+        config = Config(32, bn, 64, 3, 4) if op.x.element_size() == 2 else Config(32, bn, 32, 3, 4)
+        _launch(product, None, u, False, config)
+    return u
+
+
+def fuses_u(op: Operand) -> bool:
+    """Whether the matmul itself produces u."""
+    return 0 < op.rank <= FUSED_RANK
+
+
+def matmul(op: Operand) -> tuple[Tensor, Tensor]:
+    """(y, u) of one product; u is [M, 0] without LoRA, and unset where no output is kept (nothing reads it then)."""
+    y, u = empty_outputs(op)
+    if not op.x.shape[0] or not op.kept[0]:
+        return y, u
+    if op.rank and not fuses_u(op):
+        u = skinny(op)
+
+    def run(config: Config) -> None:
+        _launch(op, u if op.rank else None, y, fuses_u(op), config)
+
+    run(choose(key("matmul", op), op.x.dtype, op.x.device, run))
+    return y, u
+
+
+def column_reduce(
+    p: Tensor, q: Tensor | None, t: Tensor | None, keep: Tensor | None, compact: bool
+) -> tuple[Tensor, Tensor]:
+    """(pᵀq [n, R], Σ_m p⊙t [n]) in fp32 over the kept columns of p and t; zeros-sized where q or t is None."""
+    m, rank = p.shape[0], 0 if q is None else q.shape[1]
+    n = p.shape[1] if keep is None or compact else len(keep)
+    columns = max(1, -(-n // REDUCE.bn))
+    splits = max(1, min(-(-m // (4 * REDUCE.bm)), REDUCE_PROGRAMS // columns))
+    chunk = -(-m // (splits * REDUCE.bm)) * REDUCE.bm
+    outer = torch.empty(splits, n, rank, device=p.device, dtype=torch.float32)
+    dots = torch.empty(splits, n if t is not None else 0, device=p.device, dtype=torch.float32)
+    if n and m:
+        strides = (*p.stride(), *(t.stride() if t is not None else (0, 0)))
+        with guard(p):
+            triton_kernels.column_reduce[(columns, splits)](
+                *(p, q, t, outer, dots, keep, m, n, rank, chunk, *strides),
+                COMPACT=compact or keep is None,
+                RANK=padded(rank),
+                BM=REDUCE.bm,
+                BC=REDUCE.bn,
+                PRECISION=precision(p.dtype),
+                INTERPRET=INTERPRETING,
+                num_warps=REDUCE.warps,
+                num_stages=REDUCE.stages,
+            )
+    else:
+        outer.zero_()
+        dots.zero_()
+    return outer.sum(0), dots.sum(0)
