@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import triton_kernels
-from kernels.tuning import INTERPRETING, REDUCE, Config, bucket, choose
+from kernels import triton_kernels, tuning
+from kernels.tuning import INTERPRETING, Config, bucket, choose, configs
 
 FUSED_RANK = 16  # up to here u = xAᵀ rides along in the matmul (1/8 of a 128-wide tile); above it has its own launch
 REDUCE_PROGRAMS = 512  # about four a multiprocessor on the cards aimed at; a constant keeps sums equal across cards
@@ -76,15 +76,12 @@ def empty_outputs(op: Operand) -> tuple[Tensor, Tensor]:
     return y, op.x.new_empty(m, op.rank)
 
 
-def tensors(op: Operand, u: Tensor | None, y: Tensor) -> tuple:
-    """The pointer arguments of `matmul`, None for what is absent."""
-    return (op.x, op.w, op.bias, op.a, op.b, u, y, op.in_gate, op.out_gate, op.keep_in, op.keep_out)
-
-
-def numbers(op: Operand, y: Tensor) -> tuple:
-    """The scalar arguments of `matmul`."""
+def run_time(op: Operand, u: Tensor | None, y: Tensor) -> tuple:
+    """The run-time arguments of one product in `matmul`: pointers (None for what is absent), sizes, strides."""
     lora = (0, 0, 0, 0) if op.a is None else (*op.a.stride(), *op.b.stride())
-    return (op.x.shape[0], *op.kept, op.rank, op.scaling, *op.x.stride(), *op.w.stride(), *lora, y.stride(0))
+    pointers = (op.x, op.w, op.bias, op.a, op.b, u, y, op.in_gate, op.out_gate, op.keep_in, op.keep_out)
+    sizes = (op.x.shape[0], *op.kept, op.rank, op.scaling)
+    return (*pointers, *sizes, *op.x.stride(), *op.w.stride(), *lora, y.stride(0))
 
 
 def flags(op: Operand, fuse_u: bool, config: Config) -> dict:
@@ -117,21 +114,27 @@ def key(kind: str, op: Operand) -> str:
     return f"{kind} {name} {layout}{absent} m{bucket(op.x.shape[0])} n{bucket(n)} k{bucket(k)} r{padded(op.rank)}"
 
 
+def matmul_call(op: Operand, u: Tensor | None, y: Tensor, fuse_u: bool, config: Config) -> tuple[tuple, dict]:
+    """(positional, keyword) arguments of `triton_kernels.matmul`."""
+    return (run_time(op, u, y),), flags(op, fuse_u, config) | tile(op, config)
+
+
 def _launch(op: Operand, u: Tensor | None, y: Tensor, fuse_u: bool, config: Config) -> None:
+    positional, keywords = matmul_call(op, u, y, fuse_u, config)
     with guard(op.x):
-        triton_kernels.matmul[(programs(op, config),)](
-            *tensors(op, u, y), *numbers(op, y), **flags(op, fuse_u, config), **tile(op, config)
-        )
+        triton_kernels.matmul[(programs(op, config),)](*positional, **keywords)
+
+
+def skinny_operand(op: Operand) -> Operand:
+    """u = (x⊙m_in)Aᵀ as a product without LoRA: A in W's place."""
+    return op._replace(w=op.a, bias=None, a=None, b=None, out_gate=None, keep_out=None, compact_out=True)
 
 
 def skinny(op: Operand) -> Tensor:
-    """u = (x⊙m_in)Aᵀ [M, R]: the same matmul with A in W's place."""
-    product = op._replace(w=op.a, bias=None, a=None, b=None, out_gate=None, keep_out=None, compact_out=True)
+    """u = (x⊙m_in)Aᵀ [M, R] in a launch of its own."""
     u = op.x.new_empty(op.x.shape[0], op.rank)
     if u.numel():
-        bn = padded(op.rank)
-        config = Config(32, bn, 64, 3, 4) if op.x.element_size() == 2 else Config(32, bn, 32, 3, 4)
-        _launch(product, None, u, False, config)
+        _launch(skinny_operand(op), None, u, False, tuning.skinny(padded(op.rank), op.x.dtype))
     return u
 
 
@@ -140,46 +143,90 @@ def fuses_u(op: Operand) -> bool:
     return 0 < op.rank <= FUSED_RANK
 
 
+def has_tiles(op: Operand) -> bool:
+    return op.x.shape[0] > 0 and op.kept[0] > 0
+
+
+def scattered(op: Operand) -> bool:
+    """Whether an index list runs along W's contiguous dimension, so that its tiles are gathered element by element."""
+    return op.keep_in is not None or (op.keep_out is not None and op.w.stride(1) != 1)
+
+
+def prepare(op: Operand) -> tuple[Tensor, Tensor]:
+    """(y, u) for a launch, u computed already where the matmul will not do it."""
+    y, u = empty_outputs(op)
+    return y, skinny(op) if op.rank and not fuses_u(op) else u
+
+
 def matmul(op: Operand) -> tuple[Tensor, Tensor]:
     """(y, u) of one product; u is [M, 0] without LoRA, and unset where no output is kept (nothing reads it then)."""
-    y, u = empty_outputs(op)
-    if not op.x.shape[0] or not op.kept[0]:
-        return y, u
-    if op.rank and not fuses_u(op):
-        u = skinny(op)
+    y, u = prepare(op)
+    if has_tiles(op):
+
+        def run(config: Config) -> None:
+            _launch(op, u if op.rank else None, y, fuses_u(op), config)
+
+        options = configs(op.x.dtype, scattered(op), op.x.device)
+        run(choose(key("matmul", op), options, op.x.device, run))
+    return y, u
+
+
+def pair_call(teacher: Operand, student: Operand, outputs: tuple, config: Config) -> tuple[int, tuple, dict]:
+    """(programs, positional, keyword) arguments of `triton_kernels.matmul_pair`; outputs are (y, u) of each half."""
+    (y_t, u_t), (y_s, u_s) = outputs
+    halves = (
+        run_time(teacher, u_t if teacher.rank else None, y_t),
+        run_time(student, u_s if student.rank else None, y_s),
+    )
+    tiles = programs(teacher, config), programs(student, config)
+    keywords = {f"T_{name}": value for name, value in flags(teacher, fuses_u(teacher), config).items()}
+    keywords |= flags(student, fuses_u(student), config) | tile(student, config)
+    return sum(tiles), (*halves, *tiles), keywords
+
+
+def matmul_pair(teacher: Operand, student: Operand) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """((y, u) of the teacher, (y, u) of the student) in one launch over the same W."""
+    outputs = prepare(teacher), prepare(student)
 
     def run(config: Config) -> None:
-        _launch(op, u if op.rank else None, y, fuses_u(op), config)
+        grid, positional, keywords = pair_call(teacher, student, outputs, config)
+        with guard(student.x):
+            triton_kernels.matmul_pair[(grid,)](*positional, **keywords)
 
-    run(choose(key("matmul", op), op.x.dtype, op.x.device, run))
-    return y, u
+    options = configs(student.x.dtype, scattered(teacher) or scattered(student), student.x.device)
+    if has_tiles(teacher) or has_tiles(student):
+        run(choose(f"{key('pair', teacher)} {key('', student)}", options, student.x.device, run))
+    return outputs
+
+
+def reduce_call(
+    p: Tensor, q: Tensor | None, t: Tensor | None, keep: Tensor | None, compact: bool
+) -> tuple[tuple[int, int], tuple, dict]:
+    """(grid, positional, keyword arguments) of `triton_kernels.column_reduce`; positions 3 and 4 are its outputs."""
+    m, rank = p.shape[0], 0 if q is None else q.shape[1]
+    n = p.shape[1] if keep is None or compact else len(keep)
+    bm, bn, _, stages, warps = tuning.reduction(p.dtype)
+    columns = max(1, -(-n // bn))
+    splits = max(1, min(-(-m // (4 * bm)), REDUCE_PROGRAMS // columns))
+    chunk = -(-m // (splits * bm)) * bm
+    outer = p.new_empty(splits, n, rank, dtype=torch.float32)
+    dots = p.new_empty(splits, n if t is not None else 0, dtype=torch.float32)
+    strides = (*p.stride(), *(t.stride() if t is not None else (0, 0)))
+    keywords = {"COMPACT": compact or keep is None, "RANK": padded(rank), "BM": bm, "BC": bn}
+    keywords |= {"PRECISION": precision(p.dtype), "INTERPRET": INTERPRETING}
+    keywords |= {"num_warps": warps, "num_stages": stages}
+    return (columns, splits), (p, q, t, outer, dots, keep, m, n, rank, chunk, *strides), keywords
 
 
 def column_reduce(
     p: Tensor, q: Tensor | None, t: Tensor | None, keep: Tensor | None, compact: bool
 ) -> tuple[Tensor, Tensor]:
-    """(pᵀq [n, R], Σ_m p⊙t [n]) in fp32 over the kept columns of p and t; zeros-sized where q or t is None."""
-    m, rank = p.shape[0], 0 if q is None else q.shape[1]
-    n = p.shape[1] if keep is None or compact else len(keep)
-    columns = max(1, -(-n // REDUCE.bn))
-    splits = max(1, min(-(-m // (4 * REDUCE.bm)), REDUCE_PROGRAMS // columns))
-    chunk = -(-m // (splits * REDUCE.bm)) * REDUCE.bm
-    outer = torch.empty(splits, n, rank, device=p.device, dtype=torch.float32)
-    dots = torch.empty(splits, n if t is not None else 0, device=p.device, dtype=torch.float32)
-    if n and m:
-        strides = (*p.stride(), *(t.stride() if t is not None else (0, 0)))
+    """(pᵀq [n, R], Σ_m p⊙t [n]) in fp32 over the kept columns of p and t; of size 0 where q or t is None."""
+    grid, positional, keywords = reduce_call(p, q, t, keep, compact)
+    outer, dots = positional[3:5]
+    if outer.shape[1] and p.shape[0]:
         with guard(p):
-            triton_kernels.column_reduce[(columns, splits)](
-                *(p, q, t, outer, dots, keep, m, n, rank, chunk, *strides),
-                COMPACT=compact or keep is None,
-                RANK=padded(rank),
-                BM=REDUCE.bm,
-                BC=REDUCE.bn,
-                PRECISION=precision(p.dtype),
-                INTERPRET=INTERPRETING,
-                num_warps=REDUCE.warps,
-                num_stages=REDUCE.stages,
-            )
+            triton_kernels.column_reduce[grid](*positional, **keywords)
     else:
         outer.zero_()
         dots.zero_()

@@ -6,7 +6,7 @@ Letters: M tokens, K inputs, N outputs, R rank.
 import torch
 from torch import Tensor
 
-from kernels.launch import Operand, column_reduce, matmul, skinny
+from kernels.launch import Operand, column_reduce, matmul, matmul_pair, skinny
 from kernels.torch_path import rows, spread
 from kernels.tuning import INTERPRETING
 
@@ -23,10 +23,33 @@ def forward_op(*args) -> tuple[Tensor, Tensor]:
 
 
 @forward_op.register_fake
-def _(x, weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, scaling, compact_in, compact_out):
+def _fake_outputs(
+    x, weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, scaling, compact_in, compact_out
+):
     n = keep_out.shape[0] if compact_out else weight.shape[0]
     rank = 0 if lora_a is None else lora_a.shape[0]
     return x.new_empty(x.shape[0], n), x.new_empty(x.shape[0], rank)
+
+
+_TEACHER = ", ".join(argument.replace(" ", " teacher_") for argument in _OPERAND.split(", "))
+
+
+@torch.library.custom_op(
+    "nuteprune::masked_lora_pair_forward",
+    mutates_args=(),
+    schema=f"({_OPERAND}, {_TEACHER}) -> (Tensor, Tensor, Tensor)",
+)
+def pair_forward_op(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """(student's y, student's u, teacher's y) in one launch; the first half of `args` is the student's."""
+    half = len(args) // 2
+    (y_teacher, _), (y, u) = matmul_pair(Operand(*args[half:]), Operand(*args[:half]))
+    return y, u, y_teacher
+
+
+@pair_forward_op.register_fake
+def _(*args):
+    half = len(args) // 2
+    return *_fake_outputs(*args[:half]), _fake_outputs(*args[half:])[0]
 
 
 @torch.library.custom_op(
@@ -100,58 +123,88 @@ class MaskedLoraLinear(torch.autograd.Function):
     and 0 at units whose gate is 0 or that are removed. W and b get none. Saved: x, W itself (ZeRO-3 partitions it in
     between), A, B, the gates, the index lists, u [M, R], and y only when out_gate needs a gradient (do not modify y in
     place then). Gates multiply in fp32; sums are fp32.
+
+    Arguments: those of `Operand`, x in any number of dimensions.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        in_gate: Tensor | None,
-        out_gate: Tensor | None,
-        keep_in: Tensor | None,
-        keep_out: Tensor | None,
-        *options,
-    ) -> Tensor:
-        lists = (keep_in, keep_out, *options)
-        y, u = forward_op(rows(x), weight, bias, lora_a, lora_b, in_gate, out_gate, *lists)
+    def forward(ctx, x: Tensor, *args) -> Tensor:
+        y, u = forward_op(rows(x), *args)
         y = y.view(*x.shape[:-1], y.shape[-1])
-        saved_y = y if ctx.needs_input_grad[6] else None
-        ctx.save_for_backward(x, weight, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, u, saved_y)
-        ctx.options = options
+        _save(ctx, x, args, u, y)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, u, y = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6)]
-        y = None if y is None else rows(y)
-        operand = (rows(x), weight, None, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, *ctx.options)
-        grads = backward_op(rows(grad), u, y, *operand, needs)
-        leaves = (x, lora_a, lora_b, in_gate, out_gate)
-        d_x, d_a, d_b, d_in, d_out = (
-            d.to(leaf.dtype) if need else None for d, leaf, need in zip(grads, leaves, needs, strict=True)
-        )
-        d_x = None if d_x is None else d_x.view(x.shape)
-        return d_x, None, None, d_a, d_b, d_in, d_out, None, None, None, None, None
+        return _student_grads(ctx, grad)
 
 
-def masked_lora_linear(x: Tensor, *args) -> Tensor:
-    """The triton path, with the resolved positional arguments of `MaskedLoraLinear.forward`.
+class MaskedLoraLinearPair(torch.autograd.Function):
+    """(y of the student, y of the teacher): `MaskedLoraLinear` twice over one W; no gradient for the teacher.
+
+    Arguments: the student's `Operand`, then the teacher's.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *args) -> tuple[Tensor, Tensor]:
+        student, (x_teacher, *teacher) = args[:11], args[11:]
+        y, u, y_teacher = pair_forward_op(rows(x), *student, rows(x_teacher), *teacher)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        y_teacher = y_teacher.view(*x_teacher.shape[:-1], y_teacher.shape[-1])
+        _save(ctx, x, student, u, y)
+        ctx.mark_non_differentiable(y_teacher)
+        return y, y_teacher
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        return *_student_grads(ctx, grad), *(None,) * 12
+
+
+def _save(ctx, x: Tensor, args: tuple, u: Tensor, y: Tensor) -> None:
+    weight, _, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, *options = args
+    saved_y = y if ctx.needs_input_grad[6] else None
+    ctx.save_for_backward(x, weight, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, u, saved_y)
+    ctx.options = options
+
+
+def _student_grads(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of `Operand`'s twelve fields, each in the dtype of its leaf."""
+    x, weight, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, u, y = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6)]
+    y = None if y is None else rows(y)
+    operand = (rows(x), weight, None, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, *ctx.options)
+    grads = backward_op(rows(grad), u, y, *operand, needs)
+    leaves = (x, lora_a, lora_b, in_gate, out_gate)
+    d_x, d_a, d_b, d_in, d_out = (
+        d.to(leaf.dtype) if need else None for d, leaf, need in zip(grads, leaves, needs, strict=True)
+    )
+    d_x = None if d_x is None else d_x.view(x.shape)
+    return d_x, None, None, d_a, d_b, d_in, d_out, None, None, None, None, None
+
+
+def masked_lora_linear(x: Tensor, weight: Tensor, *args) -> Tensor:
+    """The triton path, with the resolved positional arguments of `Operand`.
 
     Raises:
-        ValueError: a dtype or a device that triton cannot take.
+        ValueError: a dtype, device or size that the kernels cannot take.
     """
-    check_runs(x)
-    return MaskedLoraLinear.apply(x, *args)
+    check_runs(x, weight)
+    return MaskedLoraLinear.apply(x, weight, *args)
 
 
-def check_runs(x: Tensor) -> None:
-    """ValueError if the kernels cannot take a tensor like `x`."""
+def masked_lora_linear_pair(teacher: tuple, student: tuple) -> tuple[Tensor, Tensor]:
+    """(y of the teacher, y of the student) in one launch, each from the resolved arguments of `Operand`."""
+    for x, weight, *_ in (teacher, student):
+        check_runs(x, weight)
+    y, y_teacher = MaskedLoraLinearPair.apply(*student, *teacher)
+    return y_teacher, y
+
+
+def check_runs(x: Tensor, weight: Tensor) -> None:
+    """ValueError if the kernels cannot take these operands."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f'the triton kernels take float32, float16 and bfloat16, not {x.dtype}: use backend="torch"')
     if x.device.type == "cpu" and not INTERPRETING:
         raise ValueError('the triton kernels need a GPU: use backend="torch" on CPU (or TRITON_INTERPRET=1 to debug)')
+    if weight.numel() >= 2**31:
+        raise ValueError(f'weight {list(weight.shape)} is too large for 32-bit offsets: use backend="torch"')

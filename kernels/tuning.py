@@ -23,26 +23,46 @@ class Config(NamedTuple):
     warps: int
 
 
-# Every entry fits the 163 KiB of shared memory of an A100 (and so the 227 KiB of an H100) at rank 16.
-CONFIGS_16BIT = (
-    Config(
-        128, 128, 64, 3, 8
-    ),  # the safe middle: two programs a multiprocessor on H100, all models' sizes are multiples
-    Config(128, 256, 64, 3, 8),  # most reuse per byte of shared memory: long batches and wide layers
+# Every entry compiles for the cards it is offered to without spilling a register, at rank 16 with gates and bias, and
+# fits the 163 KiB of shared memory of an A100; tests/kernels/test_kernels_compile.py holds that.
+DENSE_16BIT = (
+    Config(128, 128, 64, 3, 8),  # the safe middle: two programs a multiprocessor, divides all the models' sizes
     Config(64, 128, 64, 4, 4),  # few tokens or few kept units: more programs, so that no multiprocessor idles
 )
-# fp32 runs as three TF32 products: twice the bytes and more registers, hence half the tile.
-CONFIGS_32BIT = (
-    Config(64, 64, 32, 3, 4),
-    Config(128, 64, 32, 3, 8),  # many tokens: W's tile is used by twice the rows
-)
+# Most reuse per byte: long batches and wide layers. wgmma reads operands from shared memory; on sm_80 this one spills.
+HOPPER_16BIT = (Config(128, 256, 64, 3, 8),)
+# Gathered tiles hold one offset per element in registers: half the depth.
+SCATTERED_16BIT = (Config(128, 128, 32, 3, 8), Config(64, 128, 32, 3, 4))
+# fp32 runs as three TF32 products: twice the bytes and more registers, hence half the tile; the taller for many tokens.
+DENSE_32BIT = (Config(64, 64, 32, 3, 4), Config(128, 64, 32, 3, 8))
+SCATTERED_32BIT = (Config(64, 32, 32, 3, 4), Config(128, 64, 16, 3, 8))
 INTERPRETER = Config(32, 32, 32, 1, 4)  # small, so that the odd shapes of the tests cross tile borders
-REDUCE = Config(64, 64, 0, 3, 4)  # bm rows a step, bn columns: bound by memory, so one size will do
 
 
-def configs(dtype: torch.dtype) -> Sequence[Config]:
-    """The tile sizes to choose from for operands of `dtype`."""
-    return CONFIGS_32BIT if dtype == torch.float32 else CONFIGS_16BIT
+def skinny(rank: int, dtype: torch.dtype) -> Config:
+    """For xAᵀ alone: few columns, so short tiles (the rows are all there is to spread over the card)."""
+    return Config(32, rank, 32 if dtype == torch.float32 else 64, 2, 4)
+
+
+def reduction(dtype: torch.dtype) -> Config:
+    """For the column reduction, bm rows a step and bn columns: bound by memory, so one size will do."""
+    return Config(32 if dtype == torch.float32 else 64, 64, 0, 3, 4)
+
+
+def options(dtype: torch.dtype, scattered: bool, capability: int) -> tuple[Config, ...]:
+    """The tile sizes to choose from on an NVIDIA card of compute capability 80, 90, … (0: any other card)."""
+    if dtype == torch.float32:
+        return SCATTERED_32BIT if scattered else DENSE_32BIT
+    if scattered:
+        return SCATTERED_16BIT
+    return DENSE_16BIT + HOPPER_16BIT if capability == 90 else DENSE_16BIT
+
+
+def configs(dtype: torch.dtype, scattered: bool, device: torch.device) -> tuple[Config, ...]:
+    """The tile sizes to choose from on `device`."""
+    nvidia = device.type == "cuda" and not torch.version.hip
+    major, minor = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
+    return options(dtype, scattered, 10 * major + minor)
 
 
 def bucket(tokens: int) -> int:
@@ -66,8 +86,8 @@ class Tuner:
     def _read(self) -> dict[str, Config]:
         try:
             return {key: Config(*value) for key, value in json.loads(self.path.read_text()).items()}
-        except (FileNotFoundError, json.JSONDecodeError, TypeError):
-            return {}  # nothing measured yet, or a file of another version: measure again
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}  # nothing measured yet, or not a file of ours: measure again
 
     def _write(self) -> None:
         """Keep what other processes measured meanwhile; replace atomically. A read-only home costs only the memory."""
@@ -80,10 +100,10 @@ class Tuner:
         except OSError:
             return
 
-    def pick(self, key: str, options: Sequence[Config], measure: Callable[[Config], float]) -> Config:
+    def pick(self, key: str, choices: Sequence[Config], measure: Callable[[Config], float]) -> Config:
         """The remembered config of `key` if it is still an option, else the one with the smallest `measure` (ms)."""
-        if self.chosen.get(key) not in options:
-            self.chosen[key] = min(options, key=measure)
+        if self.chosen.get(key) not in choices:
+            self.chosen[key] = min(choices, key=measure)
             self._write()
         return self.chosen[key]
 
@@ -93,13 +113,13 @@ def tuner_of(card: str) -> Tuner:
     return Tuner(card)
 
 
-def choose(key: str, dtype: torch.dtype, device: torch.device, launch: Callable[[Config], None]) -> Config:
+def choose(key: str, choices: Sequence[Config], device: torch.device, launch: Callable[[Config], None]) -> Config:
     """The config for a launch on `device`; measures on first use, except when interpreting or capturing a graph."""
     if INTERPRETING:
         return INTERPRETER
-    options, tuner = configs(dtype), tuner_of(torch.cuda.get_device_name(device))
+    tuner = tuner_of(torch.cuda.get_device_name(device))
     if key not in tuner.chosen and torch.cuda.is_current_stream_capturing():
-        return options[0]
+        return choices[0]
     from triton.testing import do_bench
 
-    return tuner.pick(key, options, lambda config: do_bench(lambda: launch(config), warmup=5, rep=20))
+    return tuner.pick(key, choices, lambda config: do_bench(lambda: launch(config), warmup=5, rep=20))
