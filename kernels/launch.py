@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels import triton_kernels, tuning
 from kernels.tuning import INTERPRETING, Config, bucket, choose, configs
 
-FUSED_RANK = 16  # up to here u = xAᵀ rides along in the matmul (1/8 of a 128-wide tile); above it has its own launch
+FUSED_RANK = 16  # up to here u = xAᵀ rides along in the matmul (1/8 of a 128-wide tile), else it is a launch before it
 REDUCE_PROGRAMS = 512  # about four a multiprocessor on the cards aimed at; a constant keeps sums equal across cards
 
 
@@ -91,7 +91,7 @@ def flags(op: Operand, fuse_u: bool, config: Config) -> dict:
         "COMPACT_Y": op.compact_out or op.keep_out is None,
         "FUSE_U": fuse_u,
         "EVEN_K": op.kept[1] % config.bk == 0,
-        "RANK": padded(op.rank),
+        "RANK": FUSED_RANK,
     }
 
 

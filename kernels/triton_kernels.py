@@ -36,6 +36,28 @@ def _tile_of(pid, m_tiles, n_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _add_lora(
+    acc,
+    u_tile,
+    b,
+    units,
+    col_ok,
+    ranks,
+    rank,
+    scaling,
+    stride_bn,
+    stride_br,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """acc + s·u Bᵀ for some ranks. s goes into B, so that one accumulator serves both products."""
+    b_ptr = b + (units[None, :] * stride_bn + ranks[:, None] * stride_br)
+    b_tile = tl.load(b_ptr, mask=(ranks < rank)[:, None] & col_ok[None, :], other=0.0)
+    b_tile = (b_tile.to(tl.float32) * scaling).to(u_tile.dtype)
+    return _dot(u_tile, b_tile, acc, PRECISION, INTERPRET)
+
+
+@triton.jit
 def _matmul_tile(
     pid,
     x,
@@ -74,7 +96,8 @@ def _matmul_tile(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One [BM, BN] tile of y. u = (x⊙m_in)Aᵀ [M, rank] is computed beside it (FUSE_U, stored once) or read."""
+    """One [BM, BN] tile of y. u = (x⊙m_in)Aᵀ [M, rank] is computed beside it (FUSE_U: rank <= RANK, stored once) or
+    read, RANK columns at a time."""
     pid_m, pid_n = _tile_of(pid, (M + BM - 1) // BM, (n_kept + BN - 1) // BN, 8)
     # Tokens times features can pass 2³¹, so the tile's first row is a 64-bit shift of the base pointer; offsets inside
     # a tile and inside W stay 32 bits wide, for scattered tiles keep one per element in registers.
@@ -116,20 +139,19 @@ def _matmul_tile(
             a_ptr = a + (ranks[None, :] * stride_ar + sources[:, None] * stride_ak)
             a_tile = tl.load(a_ptr, mask=rank_ok[None, :] & k_ok[:, None], other=0.0).to(x_tile.dtype)
             u_acc = _dot(x_tile, a_tile, u_acc, PRECISION, INTERPRET)
-    if b is not None:
-        u_ptr = u + (rows[:, None] * rank + ranks[None, :])
-        u_ok = row_ok[:, None] & rank_ok[None, :]
-        if FUSE_U:
-            u_tile = u_acc.to(x.dtype.element_ty)
-            if pid_n == 0:
-                tl.store(u_ptr, u_tile, mask=u_ok)
-        else:
-            u_tile = tl.load(u_ptr, mask=u_ok, other=0.0)
-        b_ptr = b + (units[None, :] * stride_bn + ranks[:, None] * stride_br)
-        b_tile = tl.load(b_ptr, mask=rank_ok[:, None] & col_ok[None, :], other=0.0)
-        # s goes into B so that one accumulator serves both products (a second one spills at 128x256)
-        b_tile = (b_tile.to(tl.float32) * scaling).to(x.dtype.element_ty)
-        acc = _dot(u_tile, b_tile, acc, PRECISION, INTERPRET)
+    if FUSE_U:
+        u_tile = u_acc.to(x.dtype.element_ty)
+        if pid_n == 0:
+            tl.store(u + (rows[:, None] * rank + ranks[None, :]), u_tile, mask=row_ok[:, None] & rank_ok[None, :])
+        acc = _add_lora(acc, u_tile, b, units, col_ok, ranks, rank, scaling, stride_bn, stride_br, PRECISION, INTERPRET)
+    elif b is not None:
+        for r0 in range(0, rank, RANK):
+            some = r0 + ranks
+            u_ok = row_ok[:, None] & (some < rank)[None, :]
+            u_tile = tl.load(u + (rows[:, None] * rank + some[None, :]), mask=u_ok, other=0.0)
+            acc = _add_lora(
+                acc, u_tile, b, units, col_ok, some, rank, scaling, stride_bn, stride_br, PRECISION, INTERPRET
+            )
     if bias is not None:
         acc += tl.load(bias + units, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     if out_gate is not None:

@@ -34,14 +34,15 @@ HOPPER_16BIT = (Config(128, 256, 64, 3, 8),)
 # Gathered tiles hold one offset per element in registers: half the depth.
 SCATTERED_16BIT = (Config(128, 128, 32, 3, 8), Config(64, 128, 32, 3, 4))
 # fp32 runs as three TF32 products: twice the bytes and more registers, hence half the tile; the taller for many tokens.
-DENSE_32BIT = (Config(64, 64, 32, 3, 4), Config(128, 64, 32, 3, 8))
-SCATTERED_32BIT = (Config(64, 32, 32, 3, 4), Config(128, 64, 16, 3, 8))
+DENSE_32BIT = (Config(64, 64, 16, 3, 4), Config(128, 64, 32, 3, 8))
+SCATTERED_32BIT = (Config(64, 32, 16, 3, 4), Config(128, 64, 16, 3, 8))
 INTERPRETER = Config(32, 32, 32, 1, 4)  # small, so that the odd shapes of the tests cross tile borders
 
 
 def skinny(rank: int, dtype: torch.dtype) -> Config:
     """For xAᵀ alone: few columns, so short tiles (the rows are all there is to spread over the card)."""
-    return Config(32, rank, 32 if dtype == torch.float32 else 64, 2, 4)
+    bn = min(rank, 64)
+    return Config(32, bn, 32, 2, 8) if dtype == torch.float32 else Config(32, bn, 64, 2, 4)
 
 
 def reduction(dtype: torch.dtype) -> Config:

@@ -21,10 +21,10 @@ SHARED_MEMORY = {
     ("dtype", "variants"),
     [
         ("bfloat16", ["bare", "both"]),
-        ("bfloat16", ["gates", "rows"]),
-        ("bfloat16", ["compact", "columns"]),
+        ("bfloat16", ["gates", "rows", "compact"]),
         ("float16", ["gates"]),
-        ("float32", ["bare", "both"]),
+        ("float32", ["rows", "both"]),
+        ("float32", ["bare", "compact"]),
     ],
 )
 def test_tensor_cores_no_spills_fits_in_shared_memory(dtype, variants):

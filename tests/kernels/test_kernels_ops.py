@@ -126,3 +126,18 @@ def test_tuner_survives_a_stale_or_broken_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("tokens", "want"), [(0, 16), (1, 16), (17, 32), (2048, 2048), (2049, 4096)])
 def test_bucket(tokens, want):
     assert bucket(tokens) == want
+
+
+def test_bench_runs_without_a_gpu(tmp_path, monkeypatch, capsys):
+    from kernels import bench
+
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU the bench runs at full size: run it by hand")
+    monkeypatch.setattr(bench, "REDUCED", {"tiny": [("down", 64, 32, "in")]})
+    monkeypatch.setattr("sys.argv", ["bench", "--quick", "--json", str(tmp_path / "bench.json")])
+    bench.main()
+    assert "| tiny | down | 256 | 8 | 50% |" in capsys.readouterr().out
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert record["machine"]["card"] == "not measured"
+    assert [row["sparsity"] for row in record["rows"]] == [0.0, 0.25, 0.5]
+    assert all(row["ours"]["forward_ms"] > 0 for row in record["rows"])
