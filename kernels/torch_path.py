@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BLOCK = 1 << 17  # elements of a block in the sums over tokens: 512 KiB in fp32
+
 
 class Folded(NamedTuple):
     """Kept part of one projection with its gates multiplied in; k and n are the kept inputs and outputs."""
@@ -91,12 +93,27 @@ def fold(
     return Folded(w, a, b, m_in, m_out, merged)
 
 
+def _column_dots(p: Tensor, q: Tensor) -> Tensor:
+    """Σ_m p⊙q [D], in fp32 at least.
+
+    On CPU in blocks that stay in the cache: an activation-sized temporary costs more in page faults (6 ms for
+    1,024 x 1,536 in fp32) than the sum itself (0.3 ms).
+    """
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    step = max(1, BLOCK // max(1, p.shape[1])) if p.device.type == "cpu" else max(1, p.shape[0])
+    total = p.new_zeros(p.shape[1], dtype=dtype)
+    for start in range(0, p.shape[0], step):
+        block = slice(start, start + step)
+        total += (p[block] * q[block]).sum(0, dtype=dtype)
+    return total
+
+
 def _gate_grad(value: Tensor, grad: Tensor, gate: Tensor, keep: Tensor | None, size: int) -> Tensor:
     """Σ_m value⊙grad / gate in the gate's dtype [size]; 0 where the gate is 0 or the unit removed.
 
     `value` and `grad` hold gate·v and ∂L/∂(gate·v) (in either order), so dividing by the gate leaves ∂L/∂gate.
     """
-    total = (value * grad).sum(0, dtype=torch.promote_types(value.dtype, torch.float32))
+    total = _column_dots(value, grad)
     kept = pick(gate, 0, keep, total.dtype)
     return spread(torch.where(kept != 0, total / kept, torch.zeros_like(total)).to(gate.dtype), 0, keep, size)
 
