@@ -174,6 +174,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, half: Half) -> None:
         _check_shape("lora_b", lora_b, (n, rank))
     if weight.dtype != x.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: cast one of them")
-    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("in_gate", in_gate), ("out_gate", out_gate)):
-        if tensor is not None and tensor.device != x.device:
+    for name, tensor in {"weight": weight, "bias": bias, **half._asdict()}.items():
+        if isinstance(tensor, Tensor) and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
