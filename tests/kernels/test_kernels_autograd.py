@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from kernels_cases import Case, build, value_and_grads
+from kernels_cases import Case, as_double, assert_near, build, value_and_grads
 from torch.utils.checkpoint import checkpoint
 
-from kernels import masked_lora_linear
+from kernels import masked_lora_linear, reference
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -66,3 +66,14 @@ def test_gates_that_vanish_in_half_precision_have_no_gradient(call):
             kwargs[name][0] = 1e-9
     got = value_and_grads(call, kwargs)
     assert all(value.isfinite().all() for value in got.values())
+
+
+def test_lists_may_hold_units_whose_gate_is_zero(call):
+    """A caller may keep yesterday's list: zeros inside it still multiply, and get no gradient."""
+    kwargs = build(Case(in_kind="half", out_kind="half"))
+    stale = {"keep_in": torch.arange(1, 33), "keep_out": torch.arange(16)}
+    kwargs.update({name: keep.to(kwargs["x"].device) for name, keep in stale.items()})
+    got = value_and_grads(call, kwargs)
+    want = value_and_grads(reference.masked_lora_linear, as_double(kwargs), got["upstream"])
+    for name, value in want.items():
+        assert_near(name, got[name], value, 1e-5)
