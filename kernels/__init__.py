@@ -7,7 +7,7 @@ For the same reason there is no `__version__`: transformers must not take this p
 
 from importlib import import_module
 
-__all__ = ["masked_lora_linear", "masked_lora_linear_pair"]
+__all__ = ["Half", "masked_lora_linear", "masked_lora_linear_pair"]
 
 
 def __getattr__(name: str):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,32 +49,68 @@ def masked_lora_linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
     """
-    _check(x, weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, compact_in, compact_out)
-    keep_in = _resolve_keep(in_gate, keep_in, weight.shape[1])
-    keep_out = _resolve_keep(out_gate, keep_out, weight.shape[0])
-    apply = _implementation(x, backend)
-    return apply(
-        x,
-        weight,
-        bias,
-        lora_a,
-        lora_b,
-        in_gate,
-        out_gate,
-        keep_in,
-        keep_out,
-        float(scaling),
-        compact_in and keep_in is not None,
-        compact_out and keep_out is not None,
-    )
+    half = Half(lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, scaling, compact_in, compact_out)
+    return _implementation(x, backend).masked_lora_linear(*_operand(x, weight, bias, half))
+
+
+class Half(NamedTuple):
+    """What differs between teacher and student in a pair; see `masked_lora_linear`."""
+
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    in_gate: Tensor | None = None
+    out_gate: Tensor | None = None
+    keep_in: Tensor | None = None
+    keep_out: Tensor | None = None
+    scaling: float = 1.0
+    compact_in: bool = False
+    compact_out: bool = False
+
+
+def masked_lora_linear_pair(
+    x_teacher: Tensor,
+    x_student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    teacher: tuple = Half(),
+    student: tuple = Half(),
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`masked_lora_linear` for both halves of a pair over one weight: in triton one launch, in torch two calls.
+
+    Args:
+        x_teacher, x_student: [..., K] each; the leading dimensions may differ.
+        weight, bias: shared, frozen.
+        teacher, student: `Half`, or a tuple with its first fields. The teacher gets no gradient.
+        backend: as in `masked_lora_linear`.
+
+    Returns:
+        (y of the teacher, y of the student).
+
+    Raises:
+        ValueError: as `masked_lora_linear`.
+    """
+    halves = _operand(x_teacher, weight, bias, Half(*teacher)), _operand(x_student, weight, bias, Half(*student))
+    return _implementation(x_student, backend).masked_lora_linear_pair(*halves)
+
+
+def _operand(x: Tensor, weight: Tensor, bias: Tensor | None, half: Half) -> tuple:
+    """The twelve positional arguments of every backend: checked, and with nothing left to skip where nothing is."""
+    _check(x, weight, bias, half)
+    keep_in = _resolve_keep(half.in_gate, half.keep_in, weight.shape[1])
+    keep_out = _resolve_keep(half.out_gate, half.keep_out, weight.shape[0])
+    compact = half.compact_in and keep_in is not None, half.compact_out and keep_out is not None
+    return x, weight, bias, *half[:4], keep_in, keep_out, float(half.scaling), *compact
 
 
 def _implementation(x: Tensor, backend: str | None):
+    """The module that holds both calls."""
     if choose_backend(x, backend) == "torch":
-        return torch_path.masked_lora_linear
+        return torch_path
     from kernels import masked_lora
 
-    return masked_lora.masked_lora_linear
+    return masked_lora
 
 
 def choose_backend(x: Tensor, backend: str | None = None) -> str:
@@ -116,7 +153,8 @@ def _check_keep(name: str, keep: Tensor | None, size: int, compact: bool) -> Non
         )
 
 
-def _check(x, weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, compact_in, compact_out) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, half: Half) -> None:
+    lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, _, compact_in, compact_out = half
     if weight.dim() != 2:
         raise ValueError(f"weight must be [N, K], got shape {list(weight.shape)}")
     n, k = weight.shape
@@ -131,11 +169,11 @@ def _check(x, weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_a and lora_b come together: pass both or neither")
     if lora_a is not None:
-        rank = lora_a.shape[0] if lora_a.dim() == 2 else 0
+        rank = max(1, lora_a.shape[0])
         _check_shape("lora_a", lora_a, (rank, k))
         _check_shape("lora_b", lora_b, (n, rank))
     if weight.dtype != x.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: cast one of them")
-    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("in_gate", in_gate), ("out_gate", out_gate)):
-        if tensor is not None and tensor.device != x.device:
+    for name, tensor in {"weight": weight, "bias": bias, **half._asdict()}.items():
+        if isinstance(tensor, Tensor) and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")

@@ -1,11 +1,14 @@
 """Random problems, and one comparison of value and every gradient with the fp64 reference, for all kernel tests."""
 
+import os
 from dataclasses import dataclass
 
 import torch
 
 from kernels import reference
 
+# TRITON_INTERPRET=0 on a machine with a GPU runs the same tests on the real thing.
+DEVICE = "cuda" if os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available() else "cpu"
 GRADS = ("x", "lora_a", "lora_b", "in_gate", "out_gate")
 # Largest error allowed, as a share of the largest magnitude of the reference tensor (inputs are O(1)).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -61,6 +64,11 @@ def _strided(tensor: torch.Tensor) -> torch.Tensor:
 
 def build(case: Case) -> dict:
     """Keyword arguments of `masked_lora_linear` for a case; the five differentiable ones are leaves."""
+    with torch.device(DEVICE):
+        return _build(case)
+
+
+def _build(case: Case) -> dict:
     torch.manual_seed(case.seed)
     dtype, lora_dtype = case.dtype, case.lora_dtype or case.dtype
     in_gate, keep_in = _gate(case.in_kind, case.k, case.gate_dtype or dtype)
@@ -98,9 +106,9 @@ def value_and_grads(fn, kwargs: dict, upstream: torch.Tensor | None = None) -> d
     """{"y": …, "x": dx, …} for the leaves of `kwargs`; `upstream` is ∂L/∂y (drawn at random if None, as "upstream")."""
     y = fn(**kwargs)
     if upstream is None:
-        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     names = [n for n in GRADS if kwargs.get(n) is not None and kwargs[n].requires_grad]
-    grads = torch.autograd.grad(y, [kwargs[n] for n in names], upstream.to(y.dtype))
+    grads = torch.autograd.grad(y, [kwargs[n] for n in names], upstream.to(y))
     return {"y": y.detach(), "upstream": upstream, **dict(zip(names, grads, strict=True))}
 
 

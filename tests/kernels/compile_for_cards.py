@@ -1,0 +1,135 @@
+"""Compiles every kernel configuration for sm_80 and sm_90 without a GPU; prints one JSON line per compilation.
+
+Run in a process of its own: TRITON_INTERPRET must not be set. The calls are those that the launchers would make at the
+sizes of LLaMA-7B's down projection, through triton's own JIT and its specialisation; only the driver is a stand-in.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from kernels import launch, triton_kernels, tuning
+
+M, N, K = 2048, 4096, 11008
+CARDS = (80, 90)
+# (gates and bias, a list of kept inputs, a list of kept outputs, inputs compact)
+VARIANTS = {
+    "bare": (False, False, False, False),
+    "gates": (True, False, False, False),
+    "rows": (True, False, True, False),
+    "compact": (True, True, False, True),
+    "both": (True, True, True, False),
+}
+
+
+class Card:
+    """What triton's JIT asks of a driver in order to compile."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """cuobjdump's REG, STACK and LOCAL of the one kernel in a cubin; spilled registers appear as stack."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
+
+
+def report(label: str, capability: int, kernel, positional: tuple, keywords: dict) -> None:
+    driver.set_active(Card(capability))
+    built = kernel.warmup(*positional, **keywords, grid=(1,))
+    ptx = built.asm["ptx"]
+    line = {
+        "label": label,
+        "capability": capability,
+        "tensor_cores": "wgmma.mma_async" in ptx or "mma.sync" in ptx,
+        "wgmma": "wgmma.mma_async" in ptx,
+        "async_copies": "cp.async" in ptx,
+        "shared": built.metadata.shared,
+        **resource_usage(built.asm["cubin"]),
+    }
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def operand(dtype: torch.dtype, variant: str, rank: int) -> launch.Operand:
+    """A product on the meta device."""
+    gated, keep_in, keep_out, compact = VARIANTS[variant]
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    gates = (meta(N), meta(K, dtype=torch.float32), meta(N, dtype=torch.float32)) if gated else (None,) * 3
+    lists = [meta(size // 2, dtype=torch.int64) if kept else None for size, kept in ((K, keep_in), (N, keep_out))]
+    x = meta(M, K // 2 if compact else K)
+    lora = (meta(rank, K), meta(N, rank))
+    return launch.Operand(x, meta(N, K), gates[0], *lora, *gates[1:], *lists, 0.5, compact, False)
+
+
+def matmuls(dtype: torch.dtype, variant: str, rank: int) -> None:
+    """Forward and dx, in every tile size that could be chosen."""
+    forward = operand(dtype, variant, rank)
+    for name, op in (("y", forward), ("dx", forward.transposed(forward.x.new_empty(M, N)))):
+        y, u = launch.empty_outputs(op)
+        for capability in CARDS:
+            for config in tuning.options(dtype, launch.scattered(op), capability):
+                call = launch.matmul_call(op, u, y, launch.fuses_u(op), config)
+                report(f"{name} {dtype} {variant} r{rank} {tuple(config)}", capability, triton_kernels.matmul, *call)
+
+
+def pairs(dtype: torch.dtype, variant: str) -> None:
+    """Teacher with index lists, student with another set of flags, at rank 16."""
+    halves = operand(dtype, variant, rank=16), operand(dtype, "gates", rank=16)
+    outputs = [launch.empty_outputs(half) for half in halves]
+    for capability in CARDS:
+        for config in tuning.options(dtype, any(map(launch.scattered, halves)), capability):
+            call = launch.pair_call(*halves, outputs, config)[1:]
+            report(f"pair {dtype} {variant} {tuple(config)}", capability, triton_kernels.matmul_pair, *call)
+
+
+def small_kernels(dtype: torch.dtype, variant: str) -> None:
+    """The separate xAᵀ of a large rank, and the reductions of the small gradients."""
+    op = operand(dtype, variant, rank=64)
+    u = op.x.new_empty(M, 64)
+    for capability in CARDS:
+        call = launch.matmul_call(launch.skinny_operand(op), None, u, False, tuning.skinny(64, dtype))
+        report(f"skinny {dtype} {variant}", capability, triton_kernels.matmul, *call)
+        call = launch.reduce_call(op.x, u, op.x, op.keep_in, op.compact_in)[1:]
+        report(f"reduce {dtype} {variant}", capability, triton_kernels.column_reduce, *call)
+
+
+def main(dtype_name: str, *variants: str) -> None:
+    dtype = getattr(torch, dtype_name)
+    for variant in variants:
+        matmuls(dtype, variant, rank=16)
+        if variant == "rows":
+            matmuls(dtype, variant, rank=64)
+        small_kernels(dtype, variant)
+        if variant in ("bare", "both"):
+            pairs(dtype, variant)
+
+
+if __name__ == "__main__":
+    assert not tuning.INTERPRETING
+    main(*sys.argv[1:])

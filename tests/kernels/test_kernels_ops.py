@@ -1,0 +1,145 @@
+"""What surrounds the kernels: custom ops, the pair form, tuning."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from kernels_cases import Case, as_double, assert_near, build, value_and_grads
+
+from kernels import Half, masked_lora_linear, masked_lora_linear_pair, reference
+from kernels.tuning import Config, Tuner, bucket, options
+
+pytest.importorskip("triton", reason="triton has no build for this platform")
+
+HALF = ("lora_a", "lora_b", "in_gate", "out_gate", "keep_in", "keep_out", "scaling", "compact_in", "compact_out")
+ORDER = ("x", "weight", "bias", *HALF)
+
+
+def positional(kwargs: dict) -> list:
+    """The twelve resolved arguments of the custom ops."""
+    args = {name: value.detach() if torch.is_tensor(value) else value for name, value in kwargs.items()}
+    for gate, keep in (("in_gate", "keep_in"), ("out_gate", "keep_out")):
+        if args[keep] is None and args[gate] is not None:
+            args[keep] = args[gate].nonzero().flatten()
+    return [args.get(name) for name in ORDER]
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_custom_ops_keep_their_contract(compact):
+    from kernels.masked_lora import backward_op, forward_op, pair_forward_op
+
+    args = positional(build(Case(in_kind="half", out_kind="half", compact_in=compact, compact_out=compact)))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(forward_op, tuple(args), test_utils=checks)
+    torch.library.opcheck(pair_forward_op, (*args, *args), test_utils=checks)
+    y, u = forward_op(*args)
+    for needs in ([True] * 5, [False, True, False, True, False]):
+        torch.library.opcheck(backward_op, (torch.randn_like(y), u, y, *args, needs), test_utils=checks)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_under_torch_compile(backend):
+    kwargs = build(Case(in_kind="half", out_kind="half"))
+    call = partial(masked_lora_linear, backend=backend)
+    want = value_and_grads(call, kwargs)
+    got = value_and_grads(torch.compile(call, backend="aot_eager", fullgraph=True), kwargs, want["upstream"])
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value)
+
+
+def test_meta_device_through_the_custom_op():
+    kwargs = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in build(Case(in_kind="half")).items()}
+    y = masked_lora_linear(**kwargs, backend="triton")
+    assert y.shape == (7, 17)
+    names = ["x", "lora_a", "lora_b", "in_gate"]
+    for name, grad in zip(names, torch.autograd.grad(y.sum(), [kwargs[n] for n in names]), strict=True):
+        assert grad.is_meta
+        assert grad.shape == kwargs[name].shape
+
+
+TEACHERS = {
+    "bare": Case(lead=(7,), rank=0),
+    "sparser": Case(lead=(2, 35), rank=17, in_kind="half", out_kind="half"),
+    "nothing kept": Case(lead=(3,), in_kind="zero", out_kind="zero"),
+    "no tokens": Case(lead=(0,), in_kind="half"),
+    "compact": Case(lead=(3,), in_kind="half", out_kind="half", compact_in=True, compact_out=True),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_pair_equals_two_calls(name, backend):
+    student = build(Case(lead=(40,), k=33, n=70, rank=4, in_kind="half", out_kind="soft", seed=1))
+    teacher = build(Case(**{**vars(TEACHERS[name]), "n": 70}))
+    teacher.update(weight=student["weight"], bias=student["bias"])
+    halves = [Half(**{field: kwargs.get(field, None) for field in HALF}) for kwargs in (teacher, student)]
+
+    def pair(**leaves):
+        y_teacher, y = masked_lora_linear_pair(
+            *(teacher["x"], leaves["x"], leaves["weight"], leaves["bias"]),
+            teacher=halves[0],
+            student=halves[1]._replace(**{field: leaves[field] for field in HALF}),
+            backend=backend,
+        )
+        assert not y_teacher.requires_grad
+        want = reference.masked_lora_linear(**as_double(teacher))
+        assert_near("teacher", y_teacher, want.detach(), 1e-5)
+        return y
+
+    got = value_and_grads(pair, student)
+    want = value_and_grads(reference.masked_lora_linear, as_double(student), got["upstream"])
+    for key in want:
+        if key != "upstream":
+            assert_near(key, got[key], want[key], 1e-5)
+
+
+def test_tuner_measures_once_and_remembers_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path))
+    choices = options(torch.bfloat16, False, 90)
+    measured = []
+
+    def measure(config: Config) -> float:
+        measured.append(config)
+        return -config.bn
+
+    first = Tuner("A Card/80GB")
+    widest = max(choices, key=lambda config: config.bn)
+    assert first.pick("key", choices, measure) == widest
+    assert measured == list(choices)
+    assert [path.name for path in tmp_path.iterdir()] == ["kernels-A-Card-80GB.json"]
+    second = Tuner("A Card/80GB")
+    assert second.pick("key", choices, measure) == widest
+    assert len(measured) == len(choices)
+
+
+def test_tuner_survives_a_stale_or_broken_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path))
+    choices = options(torch.bfloat16, False, 80)
+    path = Tuner("card").path
+    path.write_text(json.dumps({"key": [1, 1, 1, 1, 1]}))
+    assert Tuner("card").pick("key", choices, lambda config: config.bm) == choices[1]
+    path.write_text("{")
+    assert Tuner("card").pick("key", choices, lambda config: config.bm) == choices[1]
+    path.write_text("[]")
+    assert Tuner("card").chosen == {}
+
+
+@pytest.mark.parametrize(("tokens", "want"), [(0, 16), (1, 16), (17, 32), (2048, 2048), (2049, 4096)])
+def test_bucket(tokens, want):
+    assert bucket(tokens) == want
+
+
+def test_bench_runs_without_a_gpu(tmp_path, monkeypatch, capsys):
+    from kernels import bench
+
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU the bench runs at full size: run it by hand")
+    monkeypatch.setattr(bench, "REDUCED", {"tiny": [("down", 64, 32, "in")]})
+    monkeypatch.setattr("sys.argv", ["bench", "--quick", "--json", str(tmp_path / "bench.json")])
+    bench.main()
+    assert "| tiny | down | 256 | 8 | 50% |" in capsys.readouterr().out
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert record["machine"]["card"] == "not measured"
+    assert [row["sparsity"] for row in record["rows"]] == [0.0, 0.25, 0.5]
+    assert all(row["ours"]["forward_ms"] > 0 for row in record["rows"])
