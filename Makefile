@@ -14,7 +14,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo test bench bench-quality lint format clean
+.PHONY: help venv demo test bench bench-kernels bench-quality lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,7 +22,7 @@ help: ## list the targets
 
 venv: $(VENV) ## set up .venv with this package and its tools
 
-demo: $(VENV) $(MODEL) $(TEXT) ## prune the real SmolLM2-135M by a fifth and compare before and after
+demo: $(VENV) $(MODEL) $(TEXT) ## prune the real SmolLM2-135M by a fifth, compare before and after; HUB=1: from the hub
 	$(BIN)/nuteprune prune recipe=demo
 	$(BIN)/nuteprune export recipe=demo
 	$(BIN)/nuteprune evaluate recipe=demo
@@ -32,6 +32,9 @@ test: $(VENV) $(MODEL) ## run the tests; TESTS=tests/unit runs some
 
 bench: $(VENV) $(MODEL) ## time a training step against sparsity
 	$(BIN)/python -m pipeline.bench.steps
+
+bench-kernels: $(VENV) ## time the fused projections against eager torch, peft and the bare GEMM
+	$(BIN)/python -m kernels.bench
 
 bench-quality: $(VENV) $(MODEL) ## perplexity against a baseline; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt
 	$(BIN)/python -m pipeline.bench.quality --train "$(TRAIN)" --test "$(TEST)" $(BENCH_ARGS)
@@ -56,7 +59,7 @@ $(VENV): setup.py
 	@touch $@
 
 $(MODEL): pipeline/fetch.py | $(VENV)
-	$(BIN)/python -m pipeline.fetch --out $(@D)
+	$(BIN)/python -m pipeline.fetch --out $(@D) $(if $(HUB),--from-hub)
 	@touch $@
 
 $(TEXT): pipeline/fetch.py | $(VENV)

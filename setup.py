@@ -30,7 +30,7 @@ setup(
         "torch>=2.6",
         "tqdm>=4.66",
         "transformers>=5.0",
-        "triton>=3.2; platform_system == 'Linux'",
+        "triton>=3.3; platform_system == 'Linux'",
     ],
     extras_require={"dev": ["hypothesis>=6.100", "ninja", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"]},
     entry_points={"console_scripts": ["nuteprune=pipeline.__main__:main"]},
