@@ -145,6 +145,12 @@ class MaskSet(nn.Module):
             la.grad = None
 
     @torch.no_grad()
+    def restart(self, log_alpha: dict[str, Tensor]) -> None:
+        """Set log-alpha by kind."""
+        for kind, value in log_alpha.items():
+            self.log_alpha[kind].copy_(value)
+
+    @torch.no_grad()
     def clamp(self) -> None:
         """Clamp log-alpha to ±`gates.clamp` if that is set (the paper: log 100)."""
         if self.config.clamp:

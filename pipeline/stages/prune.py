@@ -21,7 +21,7 @@ from pipeline.importance import initial_log_alpha, taylor_importance
 from pipeline.layers import View, build_view
 from pipeline.lifecycle import Preempted, is_finished, prepare_directory, stop_signals
 from pipeline.masks import Gates, MaskSet, check_target, sparsity_of
-from pipeline.masks.schedule import noise_at, settle_step, target_at, warmup_steps
+from pipeline.masks.schedule import noise_at, reestimate_steps, settle_step, target_at, warmup_steps
 from pipeline.models import load_model, load_tokenizer
 from pipeline.pairing import PairedModel
 from pipeline.resume import load_state, save_state
@@ -143,13 +143,18 @@ def build(config: Config, world: World) -> State:
 
 def start_gates(state: State) -> None:
     """Give log-alpha its start: from importance on the first batches, or one drop rate for all (already there)."""
-    if state.config.gates.init == "drop_rate":
-        return
-    batches = (state.stream.batch(i) for i in range(state.config.gates.importance_batches))
-    importance = taylor_importance(state.model, state.masks.kinds, batches)
-    start = initial_log_alpha(state.model.spec, importance, state.config.gates.init_spread)
-    for kind, value in start.items():
-        state.masks.log_alpha[kind].data.copy_(value)
+    if state.config.gates.init == "importance":
+        batches = (state.stream.batch(i) for i in range(state.config.gates.importance_batches))
+        importance = taylor_importance(state.model, state.masks.kinds, batches)
+        state.masks.restart(initial_log_alpha(state.model.spec, importance, state.config.gates.init_spread))
+
+
+def reestimate(state: State) -> None:
+    """Rank the open units anew by their importance to the student as it is now; closed ones stay below them."""
+    settings, masks = state.config.gates, state.masks
+    batches = (state.stream.batch(state.step + i) for i in range(settings.reestimate_batches))
+    importance = taylor_importance(state.model, masks.kinds, batches, masks.deterministic(), state.model.lora())
+    masks.restart(initial_log_alpha(state.model.spec, importance, settings.init_spread, masks.scores()))
 
 
 def train_step(state: State) -> dict[str, float]:
@@ -183,6 +188,8 @@ def constrain(state: State) -> float:
     config, masks = state.config, state.masks
     target = target_at(config, state.step, state.total)
     masks.noise = noise_at(config, state.step, state.total)
+    if state.step in reestimate_steps(config, state.total):
+        reestimate(state)
     if config.sparsity.constraint == "projection":
         masks.project(target)
     if masks.fixed is None and state.step >= settle_step(config, state.total):
