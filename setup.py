@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["pipeline*", "kernels*"]),
-    package_data={"pipeline": ["recipes/*.yaml", "tasks/*", "stages/*.md"]},
+    package_data={"pipeline": ["recipes/*.yaml", "tasks/*"]},
     install_requires=[
         "accelerate>=1.0",
         "datasets>=4.0",

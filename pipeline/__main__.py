@@ -38,7 +38,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake) or 75 (preempted, saved)."""
-    args = parser().parse_args(argv)
+    args, rest = parser().parse_known_args(argv)
+    if any(word.startswith("-") for word in rest):
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides += rest  # settings may stand before and behind --config
     quiet_libraries()
     overrides = list(args.overrides)
     for flag, key in SHORTCUTS.get(args.stage, {}).items():

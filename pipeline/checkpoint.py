@@ -34,7 +34,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in target.parent.glob(f".{target.name}.*-*"):  # by a process that was killed here
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         write_manifest(temporary)
@@ -46,9 +47,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         _fsync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"cannot write {target}: {reason}; free space or choose another directory (earlier checkpoints are intact)"
+            f"cannot write {target}: {reason}; free space or choose another directory (what was saved before is intact)"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -131,6 +132,12 @@ class Checkpoints:
                 continue
             return path, skipped
         return None, skipped
+
+    def drop_newer_than(self, path: Path | None) -> None:
+        """Delete the checkpoints that were skipped for `path`: they must not count as kept, nor lend their files."""
+        for other in self.newest_first():
+            if path is None or other.name > path.name:
+                shutil.rmtree(other)
 
     def prune(self) -> None:
         """Delete all but the newest `keep` checkpoints, and what killed saves left behind."""

@@ -11,6 +11,7 @@ import difflib
 import operator
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -89,8 +90,8 @@ class GateConfig:
         "in proportion to what they matter; `adam`: AdamW as in the paper."
     )  # fmt: skip
     lr: float = opt(
-        2.5, "Learning rate of log-alpha; for `sgd` divided by the steps until the gates settle, so that it says how far "
-        "a unit may move in a run of any length.", ge=0
+        2.5, "Learning rate of log-alpha; for `sgd` divided by the steps until the gates settle, so that it says how "
+        "far a unit may move in a run of any length.", ge=0
     )  # fmt: skip
     temperature: float = opt(0.1, "Temperature of the hard-concrete distribution (the paper: 2/3).", gt=0)
     noise: float = opt(0.1, "Scale of the sampling noise at the start (1: hard concrete as published).", ge=0, le=1)
@@ -98,6 +99,11 @@ class GateConfig:
     clamp: float = opt(0.0, "Clamp log-alpha to [-clamp, clamp] after each step; 0: no clamp.", ge=0)
     settle: float = opt(0.45, "Share of the steps after which the gates become exactly 0 or 1 and stay; 1: never.",
                         gt=0, le=1)  # fmt: skip
+
+    ffn_multiple: int = opt(
+        16, "Settled FFN widths (uniform shape) are multiples of this, halved where the target would be missed.", ge=1
+    )
+    hidden_multiple: int = opt(16, "The settled hidden size is a multiple of this, halved where it would miss.", ge=1)
 
 
 @dataclass(frozen=True)
@@ -166,9 +172,8 @@ class ExportConfig:
         "as_trained", "Shape of the exported model; `as_trained` takes `gates.shape` of the run."
     )
     sparsity: float = opt(0.0, "Export the run's snapshot at this sparsity; 0: the final student.", ge=0, lt=1)
-    ffn_multiple: int = opt(16, "FFN widths are rounded to this multiple (halved where the target would be missed).",
-                            ge=1)  # fmt: skip
-    hidden_multiple: int = opt(16, "The hidden size is rounded to this multiple (halved where it would miss).", ge=1)
+    ffn_multiple: int = opt(0, "FFN widths are rounded to this multiple; 0: gates.ffn_multiple of the run.", ge=0)
+    hidden_multiple: int = opt(0, "The hidden size is rounded to this multiple; 0: as in the run.", ge=0)
     dtype: Literal["as_base", "float32", "bfloat16", "float16"] = opt("as_base", "Type of the exported weights.")
     shard_size: str = opt("5GB", "Largest safetensors file.")
     check_tokens: int = opt(512, "Tokens of real text on which logits are compared before the export finishes.", ge=8)
@@ -214,18 +219,17 @@ class Config:
 STAGE_SECTIONS = {
     "prune": ["model", "data", "train", "gates", "sparsity", "lora", "teacher", "loss", "checkpoint", "tracking"],
     "export": ["export"],
-    "evaluate": ["model", "data", "evaluate"],
+    "evaluate": ["model", "data", "export", "evaluate", "tracking"],
 }
 """The sections each stage reads; `--help` of a stage lists these."""
 
 
-def load_config(path: str | Path | None, overrides: list[str] = (), recipe: str | None = None) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Build a `Config` from its recipe, then the YAML file, then `key.sub=value` overrides (later wins).
 
     Args:
         path: YAML file of the user, or None.
         overrides: strings `key.sub=value`; the value is read as YAML.
-        recipe: recipe when neither the file nor the overrides name one.
 
     Raises:
         ConfigError: unreadable file, unknown key, wrong type or value out of range.
@@ -245,13 +249,23 @@ def load_config(path: str | Path | None, overrides: list[str] = (), recipe: str 
         for part in reversed(key.split(".")):
             nested = {part: nested}
         layers.append((f"override '{item}'", nested))
-    name = next((tree["recipe"] for _, tree in reversed(layers) if "recipe" in tree), recipe or "default")
+    name = str(next((tree["recipe"] for _, tree in reversed(layers) if tree.get("recipe")), "default"))
     tree: dict = {}
     for source, layer in [(f"recipe {name}", read_yaml(recipe_path(name))), *layers]:
         _check_keys(Config, layer, source, "")
         tree = _merge(tree, layer)
     tree["recipe"] = name
-    return build(Config, tree, "")
+    return _consistent(build(Config, tree, ""))
+
+
+def _consistent(config: Config) -> Config:
+    """Checks over several fields."""
+    if not config.loss.layer_weight and not config.loss.kl_weight:
+        raise ConfigError("loss.layer_weight and loss.kl_weight are both 0: nothing would be learned; set one of them")
+    for key, value in (("lora.targets", config.lora.targets), ("gates.units", config.gates.units)):
+        if not value:
+            raise ConfigError(f"{key} is empty: name at least one")
+    return config
 
 
 def recipe_path(name: str) -> Path:
@@ -297,6 +311,14 @@ def build(cls: type, tree: dict, prefix: str) -> Any:
 def to_dict(config: Config) -> dict:
     """The resolved configuration as plain nested dicts, as saved in the run directory."""
     return dataclasses.asdict(config)
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with `section.field` keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def describe(sections: list[str]) -> str:

@@ -21,7 +21,8 @@ def layer_loss(student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, kin
         hidden_gate: [D] of the student, or None; removed dimensions do not count.
         kind: "raw" or "normalized".
     """
-    difference, reference = (student - teacher).float(), teacher.float()
+    reference = teacher.float()
+    difference = student.float() - reference
     count = difference.shape[-1]
     if hidden_gate is not None:
         kept = (hidden_gate.detach() != 0).float()

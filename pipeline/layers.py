@@ -64,12 +64,10 @@ class View:
     Attributes:
         layers: one `LayerView` per decoder layer.
         hidden: [D] gate of the residual stream, or None.
-        label: name for logs, e.g. "intact" or "12.0%".
     """
 
     layers: list[LayerView]
     hidden: Tensor | None = None
-    label: str = ""
 
 
 class MaskedLoRALinear(nn.Module):
@@ -133,7 +131,7 @@ def activate(layer: nn.Module, view: LayerView) -> None:
 
 
 def build_view(
-    spec: ArchSpec, gates: Gates | None, lora: LoraWeights, scaling: float, dtype: torch.dtype, label: str = "",
+    spec: ArchSpec, gates: Gates | None, lora: LoraWeights, scaling: float, dtype: torch.dtype,
     skip_removed: bool = True,
 ) -> View:  # fmt: skip
     """The view of given gates and LoRA weights.
@@ -144,7 +142,6 @@ def build_view(
         lora: LoRA pairs by "layer.projection"; cast to `dtype` here, once.
         scaling: alpha / rank.
         dtype: compute type.
-        label: for logs.
         skip_removed: leave units whose gate is exactly 0 out of the computation; False multiplies them by 0.
     """
     heads = ffn = hidden = None
@@ -159,7 +156,7 @@ def build_view(
         pairs = {n: tuple(t.to(dtype) for t in lora[f"{index}.{n}"]) for n in (*ATTENTION, *FFN)
                  if f"{index}.{n}" in lora}  # fmt: skip
         layers.append(_layer_view(spec, head_gate, ffn_gate, residual, pairs, scaling, skip_removed))
-    return View(layers, hidden, label)
+    return View(layers, hidden)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.checkpoint import CheckpointError, verify
@@ -25,10 +25,11 @@ class Preempted(RuntimeError):
     """EX_TEMPFAIL of sysexits.h: try again."""
 
 
-def prepare_directory(config: Config, outputs: tuple[str, ...]) -> Path:
-    """Check that the run directory is this run's and write the resolved configuration there.
+def check_directory(config: Config) -> Path:
+    """The run directory, made if need be, after a check that it is this run's; nothing in it is changed.
 
-    With checkpoint.resume=never, what an earlier run left in `outputs` (below the run directory) is deleted.
+    Raises:
+        ConfigError: none is set, it belongs to another configuration, or it cannot be written to.
     """
     if not config.run_dir:
         raise ConfigError("run_dir is empty: set it to the directory this run may write to")
@@ -37,13 +38,25 @@ def prepare_directory(config: Config, outputs: tuple[str, ...]) -> Path:
         check_same_run(run_dir, config)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if config.checkpoint.resume == "never":
-            for name in outputs:
-                shutil.rmtree(run_dir / name, ignore_errors=True)
-        save_config(run_dir / "config.yaml", config)
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
     return run_dir
+
+
+def claim_directory(config: Config, outputs: tuple[str, ...]) -> None:
+    """Make the run directory this run's, once its model and data are known to be good.
+
+    The resolved configuration is written there (with checkpoint.resume=auto, so that it can be used to go on); with
+    checkpoint.resume=never, what an earlier run left in `outputs` is deleted first.
+    """
+    run_dir = Path(config.run_dir)
+    try:
+        if config.checkpoint.resume == "never":
+            for name in outputs:
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+        save_config(run_dir / "config.yaml", replace(config, checkpoint=replace(config.checkpoint, resume="auto")))
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
 
 
 def is_finished(output: Path) -> bool:
@@ -59,14 +72,16 @@ def is_finished(output: Path) -> bool:
 
 
 @dataclass
-class _Stop:
+class Stop:
+    """Name of the signal that asked the run to end, empty while none did."""
+
     received: str = ""
 
 
 @contextmanager
-def stop_signals() -> Iterator[_Stop]:
+def stop_signals() -> Iterator[Stop]:
     """Note SIGTERM and SIGUSR1 instead of dying, so that the step in hand is finished and saved."""
-    stop = _Stop()
+    stop = Stop()
 
     def note(number, _frame):
         stop.received = signal.Signals(number).name

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.checkpoint import CheckpointError
-from pipeline.config import Config, ConfigError, load_config, to_dict
+from pipeline.config import Config, ConfigError, flatten, read_yaml, to_dict
 from pipeline.masks import Gates, MaskSet
 from pipeline.rundir import (
     load_adapter,
@@ -77,22 +77,15 @@ def check_same_run(run_dir: Path, config: Config) -> None:
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         return
-    old, new = _flat(to_dict(load_config(saved))), _flat(to_dict(config))
+    old, new = flatten(read_yaml(saved)), flatten(to_dict(config))
     for key, value in new.items():
-        if key.split(".")[0] in (*FREE_SECTIONS, "run_dir", "recipe"):
+        if key.split(".")[0] in (*FREE_SECTIONS, "run_dir", "recipe") or old.get(key) == value:
             continue
-        if old[key] != value:
-            raise ConfigError(
-                f"run_dir {run_dir} belongs to a run with {key}={old[key]!r}, not {value!r}: choose another run_dir, "
-                "or checkpoint.resume=never to start it anew"
-            )
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        was = f"{key}={old[key]!r}" if key in old else f"no {key}, from an older version"
+        raise ConfigError(
+            f"run_dir {run_dir} belongs to a run with {was}, not {value!r}: choose another run_dir, "
+            "or checkpoint.resume=never to start it anew"
+        )
 
 
 def _optimizer_tensors(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -167,6 +167,8 @@ def save_run(
 
 def load_run(directory: str | Path) -> Run:
     """Read a finished prune stage; raises `ConfigError` (one line) where it is missing, unfinished or damaged."""
+    if not str(directory):
+        raise ConfigError("run_dir is empty: set it to the directory of a finished prune run")
     pruned = Path(directory) / "pruned"
     if not pruned.is_dir():
         raise ConfigError(
@@ -185,5 +187,6 @@ def load_run(directory: str | Path) -> Run:
 
 
 def save_config(path: Path, config: Config) -> None:
-    """Write the resolved configuration as YAML that `load_config` reads back to the same values."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write the resolved configuration as YAML; read back anywhere it gives the same values."""
+    settings = yaml.safe_dump({**to_dict(config), "recipe": "default"}, sort_keys=False, allow_unicode=True)
+    path.write_text(f"# every field, from recipe {config.recipe}\n{settings}", encoding="utf-8")

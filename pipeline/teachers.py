@@ -107,11 +107,10 @@ class TeacherBank:
 
     def _view(self, index: int | None) -> View:
         if index is None:
-            return build_view(self.spec, None, {}, self.scaling, self.dtype, "intact")
+            return build_view(self.spec, None, {}, self.scaling, self.dtype)
         snapshot = self.snapshots[index]
         lora = {k: tuple(t.to(self.device) for t in pair) for k, pair in snapshot.lora.items()}
-        label = f"{snapshot.sparsity:.1%}"
-        return build_view(self.spec, snapshot.gates.to(self.device), lora, self.scaling, self.dtype, label)
+        return build_view(self.spec, snapshot.gates.to(self.device), lora, self.scaling, self.dtype)
 
     def _interval(self, sparsity: float) -> int:
         return int(sparsity / self.config.interval + _GRID_EPS)

@@ -94,8 +94,13 @@ class Tracker:
             return
         values = {f"{self.stage}/{name}": float(value) for name, value in scalars.items()}
         line = {"step": step} | {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {self._metrics.name}: {error.strerror}; free space and start again"
+            ) from None
         if self._writer is not None:
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)

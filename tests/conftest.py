@@ -98,5 +98,5 @@ def settings(model_dir, text_file, tmp_path):
     return [
         f"run_dir={tmp_path / 'run'}", f"model.path={model_dir}", f"data.source={text_file}", "data.seq_len=32",
         "train.steps=60", "train.batch_size=4", "gates.importance_batches=2", "tracking.progress=false",
-        "export.ffn_multiple=1", "export.hidden_multiple=1",
+        "gates.ffn_multiple=1", "gates.hidden_multiple=1",
     ]  # fmt: skip

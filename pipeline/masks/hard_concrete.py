@@ -28,21 +28,19 @@ def sample(log_alpha: Tensor, uniform: Tensor, temperature: float, noise: float 
     return _stretch(torch.sigmoid((noise * logit + log_alpha) / temperature))
 
 
-def mean_gate(log_alpha: Tensor) -> Tensor:
-    """The deterministic gate ẑ = clamp(σ(log α)(ζ−γ)+γ, 0, 1) (Louizos et al., eq. 13)."""
-    return _stretch(torch.sigmoid(log_alpha))
+def mean_open(log_alpha: Tensor, temperature: float, noise: float = 1.0, points: int = 16) -> Tensor:
+    """E[z | z > 0], of log_alpha's shape, by the midpoint rule over the open part of u."""
+    p = probability_open(log_alpha, temperature, noise)
+    total = torch.zeros_like(log_alpha)
+    for k in range(points):
+        total += sample(log_alpha, 1 - p * (k + 0.5) / points, temperature, noise)
+    return total / points
 
 
 def probability_open(log_alpha: Tensor, temperature: float, noise: float = 1.0) -> Tensor:
     """P(z > 0), of log_alpha's shape: σ((log α − β·log(−γ/ζ))/ν) (eq. 12 with noise scale ν)."""
     shifted = log_alpha - temperature * math.log(-GAMMA / ZETA)
     return torch.sigmoid(shifted / max(noise, 1e-4))
-
-
-def log_alpha_for(probability: Tensor | float, temperature: float, noise: float = 1.0) -> Tensor:
-    """The log-alpha at which P(z > 0) is `probability`: the inverse of `probability_open`."""
-    logit = torch.logit(torch.as_tensor(probability, dtype=torch.float64), eps=1e-9)
-    return (logit * max(noise, 1e-4) + temperature * math.log(-GAMMA / ZETA)).float()
 
 
 def _stretch(s: Tensor) -> Tensor:

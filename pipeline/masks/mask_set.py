@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -11,11 +12,15 @@ from torch import Tensor, nn
 from pipeline.arch import ArchSpec
 from pipeline.config import ConfigError, GateConfig
 from pipeline.masks import hard_concrete as hc
-from pipeline.masks.gates import KINDS, Gates, kept_parameters, unit_shape
+from pipeline.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
 from pipeline.masks.selection import most_removed, select_units
 
+POINT = 0.01
+"""The exported sparsity may be this far from the target."""
 _MARGIN = 60.0
 """How far beyond the spread of log-alpha the projection looks for its shift."""
+_SHIFT_EPS = 1e-8
+"""Width at which its bisection ends."""
 
 
 def gated_kinds(spec: ArchSpec, units: list[str]) -> list[str]:
@@ -26,15 +31,29 @@ def gated_kinds(spec: ArchSpec, units: list[str]) -> list[str]:
     return kinds
 
 
+def multiples(config: GateConfig) -> tuple[int, int]:
+    """Multiples of the FFN width and the hidden size."""
+    return config.ffn_multiple, config.hidden_multiple
+
+
 def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:
     """Raise `ConfigError` if the selected units cannot reach the target, or cannot be removed in the shape asked."""
     if config.shape == "uniform" and {"attn_sublayers", "ffn_sublayers"} & set(config.units):
         raise ConfigError("gates.units: whole sublayers need gates.shape=per_layer (no stock model lacks a sublayer)")
-    most = most_removed(spec, gated_kinds(spec, config.units), config.shape)
+    kinds = gated_kinds(spec, config.units)
+    most = most_removed(spec, kinds, config.shape)
     if target > most:
         raise ConfigError(
             f"sparsity.target {target:g} is out of reach: removing {', '.join(config.units)} takes away at most "
             f"{most:.3f} of this model; add units to gates.units or lower the target"
+        )
+    generator = torch.Generator().manual_seed(0)
+    scores = {k: torch.rand(unit_shape(spec, k), generator=generator) for k in kinds}
+    nearest = sparsity_of(spec, select_units(spec, scores, target, config.shape, *multiples(config)))
+    if abs(nearest - target) > POINT:
+        raise ConfigError(
+            f"sparsity.target {target:g}: {', '.join(config.units)} are so coarse in the {config.shape} shape that the "
+            f"nearest reachable sparsity is {nearest:.3f}; use that, or add ffn to gates.units"
         )
 
 
@@ -54,10 +73,11 @@ class MaskSet(nn.Module):
     def __init__(self, spec: ArchSpec, config: GateConfig):
         super().__init__()
         self.spec, self.config = spec, config
-        start = hc.log_alpha_for(1 - config.init_drop_rate, config.temperature, config.noise)
         self.kinds = gated_kinds(spec, config.units)
+        # As in the public code of Louizos et al.: log-alpha = logit(1 - drop rate), and a little noise to break ties.
+        start = math.log(1 - config.init_drop_rate) - math.log(config.init_drop_rate)
         self.log_alpha = nn.ParameterDict(
-            {k: nn.Parameter(torch.full(unit_shape(spec, k), float(start))) for k in self.kinds}
+            {k: nn.Parameter(start + 0.01 * torch.randn(unit_shape(spec, k))) for k in self.kinds}
         )
         self.fixed: Gates | None = None
         self.noise = config.noise
@@ -74,12 +94,15 @@ class MaskSet(nn.Module):
 
     @torch.no_grad()
     def deterministic(self) -> Gates:
-        """Noise-free gates; as many as are expected to be closed are 0, those with the lowest log-alpha."""
+        """Gates without chance: as many as are expected to be closed are 0, those with the lowest log-alpha.
+
+        The others have the mean that they have while open.
+        """
         if self.fixed is not None:
             return self.fixed
         gates = {}
         for kind, la in self.log_alpha.items():
-            z = hc.sample(la, torch.full_like(la, 0.5), self.config.temperature)
+            z = hc.mean_open(la, self.config.temperature, self.noise)
             closed = round(float((1 - self._open(la)).sum()))
             if closed:
                 z.view(-1)[la.flatten().topk(closed, largest=False).indices] = 0.0
@@ -118,9 +141,13 @@ class MaskSet(nn.Module):
 
     def _bisect(self, expected_sparsity: Callable[[float], float], target: float) -> float:
         """The shift at which the (falling) expected sparsity equals the target."""
-        high = _MARGIN + max(float(la.abs().max()) for la in self.log_alpha.values())
+        most = _MARGIN + max(float(la.abs().max()) for la in self.log_alpha.values())
+        # The last step's shift was right a step ago, so the new one is near 0: look there first.
+        high = 0.1
+        while high < most and not expected_sparsity(high) <= target <= expected_sparsity(-high):
+            high *= 4
         low = -high
-        for _ in range(60):
+        while high - low > _SHIFT_EPS * max(1.0, high):
             middle = (low + high) / 2
             if expected_sparsity(middle) > target:
                 low = middle
@@ -132,9 +159,9 @@ class MaskSet(nn.Module):
         return [self.log_alpha[k] for k in self.kinds if k in ("heads", "kv_groups", "ffn")]
 
     @torch.no_grad()
-    def settle(self, target: float, ffn_multiple: int, hidden_multiple: int) -> None:
+    def settle(self, target: float) -> None:
         """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape."""
-        gates = select_units(self.spec, self.scores(), target, self.config.shape, ffn_multiple, hidden_multiple)
+        gates = select_units(self.spec, self.scores(), target, self.config.shape, *multiples(self.config))
         self.fix(gates)
 
     def fix(self, gates: Gates) -> None:

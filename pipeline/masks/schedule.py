@@ -24,8 +24,10 @@ def warmup_steps(config: Config, total: int) -> int:
 
 
 def settle_step(config: Config, total: int) -> int:
-    """First step at which the gates are settled to 0/1, never before the warm-up's end; `total` or more: never."""
-    return max(round(config.gates.settle * total), warmup_steps(config, total))
+    """First step at which the gates are settled to 0/1: at the warm-up's end at the earliest, never if settle is 1."""
+    if config.gates.settle == 1:
+        return total
+    return min(total - 1, max(round(config.gates.settle * total), warmup_steps(config, total)))
 
 
 def reestimate_steps(config: Config, total: int) -> list[int]:

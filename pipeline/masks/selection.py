@@ -41,13 +41,25 @@ def select_units(
     scores = {k: s.detach().double().cpu() for k, s in scores.items()}
     if shape == "uniform" and ({"attn_sublayers", "ffn_sublayers"} & set(scores)):
         raise ValueError("whole sublayers cannot be removed in the uniform shape: use the per_layer shape")
+    while True:
+        gates = _select(spec, scores, target, shape, ffn_multiple, hidden_multiple)
+        missed = abs(sparsity_of(spec, gates) - target) > TOLERANCE
+        if "hidden" not in scores or hidden_multiple == 1 or not missed:
+            return gates
+        hidden_multiple //= 2
+
+
+def _select(spec, scores, target, shape, ffn_multiple, hidden_multiple) -> Gates:
     wanted = _threshold(spec, scores, target, {})
     fixed = {}
     if "hidden" in scores:
         count = _round(int(wanted["hidden"].sum()), hidden_multiple, spec.hidden)
         fixed["hidden"] = _top(scores["hidden"], count)
     if shape == "per_layer":
-        return _as_gates(_threshold(spec, scores, target, fixed))
+        kept = _threshold(spec, scores, target, fixed)
+        # A head or a group at the threshold is a large step; the small FFN units make up for it.
+        coarse = {k: v for k, v in kept.items() if k != "ffn"}
+        return _as_gates(_threshold(spec, scores, target, coarse) if "ffn" in scores else kept)
     return _as_gates(_uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple))
 
 

@@ -13,7 +13,8 @@ from transformers.utils import cached_file
 from pipeline import report
 from pipeline.config import Config, ConfigError
 from pipeline.data import text_tokens
-from pipeline.measure import SIZES, environment, perplexity, sample, sizes, speed, speed_ratio
+from pipeline.distributed import discover
+from pipeline.measure import SIZES, SPEEDS, environment, perplexity, sample, sizes, speed, speed_ratio
 from pipeline.tasks import lm_eval_tasks, load_tasks
 from pipeline.tracking import Tracker
 
@@ -34,7 +35,7 @@ def run(config: Config) -> dict:
     """
     settings = config.evaluate
     paths, output = _model_paths(config), _output(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = discover().device
     tasks = load_tasks(settings.tasks)  # first, so that a mistake in them costs no evaluation
     entries, models, streams = [], [], []
     for name, path in zip(_names(paths), paths, strict=True):
@@ -58,9 +59,10 @@ def run(config: Config) -> dict:
         "dtype": config.model.dtype,
         "environment": environment(device),
     }
+    written = report.write(result, output, Path(config.run_dir) if config.run_dir else None)
     if config.run_dir:
         _to_tensorboard(result, config)
-    return report.write(result, output, Path(config.run_dir) if config.run_dir else None)
+    return written
 
 
 def load_model(path: str, config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
@@ -166,10 +168,13 @@ def _to_tensorboard(result: dict, config: Config) -> None:
     tracking = replace(config.tracking, progress=False, log_every=1)
     with Tracker(config.run_dir, tracking, total_steps=1, stage="eval") as tracker:
         for model in result["models"]:
-            values = {key: model[key] for key in SIZES} | model.get("speed", {})
+            values = {key: model[key] for key in SIZES} | {
+                key: model["speed"][key] for key in SPEEDS if "speed" in model
+            }
             values["perplexity"] = model["perplexity"]["perplexity"]
-            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-            tracker.log(0, {f"{model['name']}/{key}": value for key, value in numbers.items()})
+            for task, scores in model.get("tasks", {}).items():
+                values |= {f"tasks/{task}/{metric}": score["value"] for metric, score in scores["metrics"].items()}
+            tracker.log(0, {f"{model['name']}/{key}": value for key, value in values.items()})
 
 
 def summary(config: Config, result: dict) -> str:

@@ -31,7 +31,7 @@ from pipeline.folding import (
     small_config,
 )
 from pipeline.layers import LoraWeights, build_view
-from pipeline.masks import Gates, select_units, sparsity_of
+from pipeline.masks import POINT, Gates, multiples, select_units, sparsity_of
 from pipeline.model_card import Result, kept_record, model_card
 from pipeline.models import load_model, load_tokenizer, read_config
 from pipeline.pairing import PairedModel
@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 RECORD = "nuteprune.json"
 LOGIT_TOLERANCE = 1e-3
 """Largest difference of two float32 logits, relative to the largest logit."""
-POINT = 0.01
-"""The exported sparsity may be this far from the target."""
 COUNT_TOLERANCE = 1e-3
 """The counted and the computed sparsity may be this far apart."""
 FLOAT32_ATTENTION = ("sdpa", "eager")
@@ -105,8 +103,9 @@ def run(config: Config) -> Path:
     student = choose_student(trained, config.export.sparsity)
     shape = trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
     base, spec, dtype = load_base(trained.config, config.export.dtype)
-    multiples = (config.export.ffn_multiple, config.export.hidden_multiple)
-    gates = structure(spec, student.gates, student.scores, student.target, shape, multiples)
+    asked = (config.export.ffn_multiple, config.export.hidden_multiple)
+    rounding = tuple(a or b for a, b in zip(asked, multiples(trained.config.gates), strict=True))
+    gates = structure(spec, student.gates, student.scores, student.target, shape, rounding)
     scaling = trained.config.lora.alpha / trained.config.lora.rank
     try:
         fold = plan_fold(spec, gates, student.lora, scaling)
@@ -145,15 +144,16 @@ def choose_student(trained: Run, sparsity: float) -> Student:
         return final
     rungs = [(trained.sparsity, final)]
     rungs += [(s.sparsity, Student(s.gates, s.scores, s.lora, sparsity)) for s in trained.snapshots]
-    reached, nearest = min(rungs, key=lambda rung: abs(rung[0] - sparsity))
-    if abs(reached - sparsity) > POINT:
+    if sparsity > max(reached for reached, _ in rungs) + POINT:
         known = ", ".join(f"{r:.3f}" for r in sorted(r for r, _ in rungs))
-        raise ConfigError(f"export.sparsity {sparsity:g}: the run has no snapshot within one point; it has {known}")
+        raise ConfigError(f"export.sparsity {sparsity:g}: the run never got there; it has {known}")
+    reached, nearest = min(rungs, key=lambda rung: abs(rung[0] - sparsity))
+    log.info("from the run's snapshot at sparsity %.3f", reached)
     return replace(nearest, target=sparsity)
 
 
 def structure(
-    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: str, multiples: tuple[int, int]
+    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: str, rounding: tuple[int, int]
 ) -> Gates:
     """Gates of the model to export: the run's own if they fit the shape and the target, else chosen by score.
 
@@ -164,7 +164,7 @@ def structure(
         gates, scores: the run's gates and log-alpha.
         target: wanted sparsity.
         shape: "uniform" or "per_layer".
-        multiples: of the FFN width and of the hidden size.
+        rounding: multiples of the FFN width and of the hidden size.
 
     Raises:
         ConfigError: whole sublayers are removed but the shape is uniform, or the target is missed.
@@ -176,7 +176,7 @@ def structure(
         return gates
     if shape == "uniform":
         scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
-    chosen = select_units(spec, scores, target, shape, *multiples).as_dict()
+    chosen = select_units(spec, scores, target, shape, *rounding).as_dict()
     values = {k: torch.where(z == 0, torch.ones_like(z), z) for k, z in gates.as_dict().items()}
     settled = Gates(**{k: v * chosen[k] if k in chosen else v for k, v in values.items()})
     reached = sparsity_of(spec, settled)
@@ -294,6 +294,8 @@ def write_record(directory: Path, plan: Plan, result: Result) -> None:
 
 
 def _save(directory: Path, model: PreTrainedModel, *, plan: Plan, generation: GenerationConfig) -> None:
+    for old in directory.glob("model*.safetensors*"):  # an earlier save may have had more shards
+        old.unlink()
     model.save_pretrained(directory, max_shard_size=plan.shard_size)
     # Copied as it is: transformers refuses to save some of the generation configs that it loads.
     generation.to_json_file(directory / "generation_config.json", use_diff=True)

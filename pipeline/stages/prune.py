@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 
 from pipeline.checkpoint import Checkpoints, atomic_directory
-from pipeline.config import Config
+from pipeline.config import Config, flatten, to_dict
 from pipeline.data import BatchStream, packed_blocks
 from pipeline.distributed import World, discover
 from pipeline.engine import Engine, Multipliers
 from pipeline.importance import initial_log_alpha, taylor_importance
 from pipeline.layers import View, build_view
-from pipeline.lifecycle import Preempted, is_finished, prepare_directory, stop_signals
+from pipeline.lifecycle import Preempted, Stop, check_directory, claim_directory, is_finished, stop_signals
 from pipeline.masks import Gates, MaskSet, check_target, sparsity_of
 from pipeline.masks.schedule import noise_at, reestimate_steps, settle_step, target_at, warmup_steps
 from pipeline.models import load_model, load_tokenizer
@@ -66,16 +69,17 @@ def run(config: Config) -> Path:
         PruneFailed: too many steps in a row were not finite.
         Preempted: SIGTERM or SIGUSR1 came; the state is saved.
     """
-    run_dir = prepare_directory(config, outputs=("checkpoints", "pruned"))
-    if is_finished(run_dir / "pruned"):
+    run_dir = check_directory(config)
+    if config.checkpoint.resume == "auto" and is_finished(run_dir / "pruned"):
         log.info("already finished: %s", run_dir / "pruned")
         return run_dir / "pruned"
     torch.manual_seed(config.seed)
     state = build(config, discover())
+    claim_directory(config, outputs=("checkpoints", "pruned"))
     resume(state)
     with _tracker(state, run_dir) as tracker, stop_signals() as stop:
         if state.step == 0:
-            start_gates(state)
+            start_gates(state, stop)
         while state.step < state.total:
             began = time.perf_counter()
             metrics = train_step(state)
@@ -85,7 +89,10 @@ def run(config: Config) -> Path:
             if stop.received or (every and state.step % every == 0 and state.step < state.total):
                 save_checkpoint(state)
             if stop.received:
-                raise Preempted(f"{stop.received} at step {state.step} of {state.total}: saved; start again to go on")
+                raise Preempted(
+                    f"{stop.received} at step {state.step} of {state.total}: saved; start again with "
+                    "checkpoint.resume=auto (the default) to go on"
+                )
         return finish(state, tracker, run_dir)
 
 
@@ -94,6 +101,7 @@ def resume(state: State) -> None:
     if state.config.checkpoint.resume == "never":
         return
     path, skipped = state.checkpoints.newest_valid()
+    state.checkpoints.drop_newer_than(path)
     for reason in skipped:
         log.warning("checkpoint skipped: %s", reason)
     if path is None:
@@ -101,13 +109,13 @@ def resume(state: State) -> None:
             log.warning("no checkpoint is whole: starting anew")
         return
     counters = load_state(path, *_parts(state))
-    state.step, state.bad_in_a_row, state.bad_total = (counters[k] for k in ("step", "bad_in_a_row", "bad_total"))
+    state.step, state.bad_total = counters["step"], counters["bad_total"]
     log.info("resumed at step %d from %s", state.step, path)
 
 
 def save_checkpoint(state: State) -> None:
     """Write the state after the current step, then drop checkpoints beyond `checkpoint.keep`."""
-    counters = {"step": state.step, "bad_in_a_row": state.bad_in_a_row, "bad_total": state.bad_total}
+    counters = {"step": state.step, "bad_total": state.bad_total}
     earlier = next(iter(state.checkpoints.newest_first()), None)
     with atomic_directory(state.checkpoints.path(state.step)) as tmp:
         save_state(tmp, state.config, *_parts(state), counters, earlier)
@@ -141,12 +149,21 @@ def build(config: Config, world: World) -> State:
     return State(config, world, model, masks, multipliers, engine, bank, stream, checkpoints, total)
 
 
-def start_gates(state: State) -> None:
+def start_gates(state: State, stop: Stop) -> None:
     """Give log-alpha its start: from importance on the first batches, or one drop rate for all (already there)."""
-    if state.config.gates.init == "importance":
-        batches = (state.stream.batch(i) for i in range(state.config.gates.importance_batches))
-        importance = taylor_importance(state.model, state.masks.kinds, batches)
-        state.masks.restart(initial_log_alpha(state.model.spec, importance, state.config.gates.init_spread))
+    if state.config.gates.init != "importance":
+        return
+    count = state.config.gates.importance_batches
+
+    def batches() -> Iterator[Tensor]:
+        for number in range(count):
+            if stop.received:
+                raise Preempted(f"{stop.received} while importance was measured: nothing to save yet, start again")
+            yield state.stream.batch(number)
+
+    log.info("measuring the importance of %s on %d batches", ", ".join(state.masks.kinds), count)
+    importance = taylor_importance(state.model, state.masks.kinds, batches())
+    state.masks.restart(initial_log_alpha(state.model.spec, importance, state.config.gates.init_spread))
 
 
 def reestimate(state: State) -> None:
@@ -193,7 +210,7 @@ def constrain(state: State) -> float:
     if config.sparsity.constraint == "projection":
         masks.project(target)
     if masks.fixed is None and state.step >= settle_step(config, state.total):
-        masks.settle(config.sparsity.target, config.export.ffn_multiple, config.export.hidden_multiple)
+        masks.settle(config.sparsity.target)
         log.info("step %d: gates settled at sparsity %.4f", state.step, sparsity_of(state.model.spec, masks.fixed))
     return target
 
@@ -230,7 +247,7 @@ def sample_gates(state: State, micro_batch: int) -> Gates:
 
 def update(state: State, loss: float) -> dict[str, float]:
     """Apply the gradients unless the step is not finite; ten bad steps in a row end the run."""
-    if torch.tensor(loss).isfinite():
+    if math.isfinite(loss):
         result = state.engine.step(state.step)
         skipped, norm = result.skipped, result.grad_norm
     else:
@@ -244,7 +261,8 @@ def update(state: State, loss: float) -> dict[str, float]:
     if state.bad_in_a_row >= state.config.train.max_bad_steps:
         raise PruneFailed(
             f"{state.bad_in_a_row} steps in a row had a NaN or infinite loss or gradient (last: step {state.step}); "
-            f"the last good state is {last_good(state)}; lower train.lora_lr or use model.dtype=float32"
+            f"the last good state is {last_good(state)}; start anew in another run_dir with a lower train.lora_lr, "
+            "or with model.dtype=float32"
         )
     return {"grad_norm": norm, "skipped_steps": float(state.bad_total)}
 
@@ -282,7 +300,7 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak / 1e6
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
 def finish(state: State, tracker: Tracker, run_dir: Path) -> Path:
@@ -297,7 +315,7 @@ def finish(state: State, tracker: Tracker, run_dir: Path) -> Path:
         "skipped_steps": state.bad_total,
         "teachers": [s.sparsity for s in state.bank.snapshots],
     }
-    tracker.hparams(_flat(asdict(state.config)), {"prune/final_sparsity": facts["sparsity"]})
+    tracker.hparams(flatten(to_dict(state.config)), {"prune/final_sparsity": facts["sparsity"]})
     lora = {k: tuple(t.detach() for t in pair) for k, pair in state.model.lora().items()}
     target = save_run(run_dir, state.config, spec, gates, masks.scores(), lora, state.bank.snapshots, facts)
     log.info("pruned to %.2f%%, %d teachers (%.1f MB): %s", 100 * facts["sparsity"], len(state.bank.snapshots),
@@ -306,15 +324,5 @@ def finish(state: State, tracker: Tracker, run_dir: Path) -> Path:
 
 
 def _tracker(state: State, run_dir: Path) -> Tracker:
-    text = yaml.safe_dump(asdict(state.config), sort_keys=False)
+    text = yaml.safe_dump(to_dict(state.config), sort_keys=False)
     return Tracker(run_dir, state.config.tracking, state.total, state.step, state.world.is_main, "prune", text)
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (int, float, bool, str)) else str(value)
-    return flat

@@ -51,14 +51,17 @@ def refused(capsys, *arguments: str) -> str:
         ("data.source=/nowhere/text.jsonl", "/nowhere/text.jsonl"),
         ("gates.units=[kv_groups]", "at most .* of this model; add units to gates.units or lower the target"),
         ("data.seq_len=100000", "100000"),
+        ("recipe=3", "recipe '3' not found"),
+        ("lora.targets=[]", "lora.targets is empty"),
+        ("loss.kl_weight=0", "are both 0"),
     ],
 )
 def test_settings(settings, tmp_path, capsys, override, message):
     extra = ["sparsity.target=0.7"] if "kv_groups" in override else []
+    extra += ["loss.layer_weight=0"] if "kl_weight" in override else []
     line = refused(capsys, "prune", *settings, *extra, override)
     assert re.search(message, line), line
-    assert not (tmp_path / "run" / "pruned").exists()
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not list((tmp_path / "run").glob("*"))
 
 
 def test_config_file(tmp_path, capsys):
@@ -114,7 +117,12 @@ def test_run_directory_of_another_configuration(settings, capsys):
     line = refused(capsys, "prune", *settings, "train.steps=6")
     assert "belongs to a run with train.steps=5, not 6" in line
     assert "resume=never" in line
+    kept = sorted(p for p in Path(load_config(None, settings).run_dir).rglob("*") if p.is_file())
+    refused(capsys, "prune", *settings, "train.steps=6", "checkpoint.resume=never", "model.path=/nowhere")
+    assert all(p.is_file() for p in kept)
     assert main(["prune", *settings, "train.steps=6", "checkpoint.resume=never"]) == 0
+    saved = load_config(Path(load_config(None, settings).run_dir) / "config.yaml")
+    assert (saved.train.steps, saved.checkpoint.resume) == (6, "auto")
 
 
 def test_unwritable_output(settings, tmp_path, capsys):
@@ -123,6 +131,7 @@ def test_unwritable_output(settings, tmp_path, capsys):
 
 
 def test_export_of_a_missing_or_damaged_run(settings, tmp_path, capsys):
+    assert "run_dir is empty" in refused(capsys, "export")
     assert "run `nuteprune prune` first" in refused(capsys, "export", f"run_dir={tmp_path / 'nothing'}")
     config = load_config(None, [*settings, "train.steps=5"])
     gates = prune.run(config) / "gates.safetensors"
@@ -141,7 +150,7 @@ def test_full_disk_while_saving_leaves_the_old_checkpoint(settings, tmp_path, ca
                      "sparsity.warmup=0.9"]  # fmt: skip
         line = refused(capsys, "prune", *arguments)
         assert "No space left on device" in line
-        assert "earlier checkpoints are intact" in line
+        assert "what was saved before is intact" in line
         newest, skipped = Checkpoints(disk / "checkpoints", keep=2).newest_valid()
         assert newest is not None
         assert not skipped

@@ -101,7 +101,7 @@ def run_config(tmp_path, **overrides):
     """A resolved configuration of a run over the files that `on_disk` writes."""
     keys = {"model.path": tmp_path / "base", "run_dir": tmp_path / "run", "data.source": tmp_path / "text.txt",
             "data.seq_len": 16, "lora.rank": 3, "lora.alpha": 6, "export.check_tokens": 40,
-            "export.ffn_multiple": 1, "export.hidden_multiple": 1, **overrides}  # fmt: skip
+            "gates.ffn_multiple": 1, "gates.hidden_multiple": 1, **overrides}  # fmt: skip
     return load_config(None, [f"{k}={v}" for k, v in keys.items()])
 
 
@@ -383,7 +383,7 @@ def test_ladder_rung_is_exported_from_the_same_run(tmp_path):
     with torch.no_grad():
         assert_close(small(some_ids()).logits, masked_logits(model, wanted.gates, wanted.lora, some_ids()))
     config = replace(config, export=replace(config.export, sparsity=0.9))
-    with pytest.raises(ConfigError, match=r"no snapshot within one point; it has 0\.\d+, 0\.\d+, 0\.\d+"):
+    with pytest.raises(ConfigError, match=r"the run never got there; it has 0\.\d+, 0\.\d+, 0\.\d+"):
         export.run(config)
 
 

@@ -47,9 +47,14 @@ def test_samples_are_open_as_often_as_the_closed_form_says(noise):
     torch.testing.assert_close((z > 0).float().mean(1), expected, atol=4e-3, rtol=0)
 
 
-def test_log_alpha_for_inverts_probability_open():
-    p = torch.tensor([0.01, 0.5, 0.99])
-    torch.testing.assert_close(hc.probability_open(hc.log_alpha_for(p, 2 / 3, 0.5), 2 / 3, 0.5), p, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("noise", [1.0, 0.1])
+def test_mean_open_is_the_mean_of_open_samples(noise):
+    log_alpha = torch.tensor([-2.0, -1.0, 0.0, 1.5])
+    u = torch.rand(4, 400_000, generator=torch.Generator().manual_seed(0))
+    z = hc.sample(log_alpha[:, None].expand_as(u), u, 2 / 3, noise)
+    expected = torch.stack([row[row > 0].mean() if (row > 0).any() else torch.tensor(0.0) for row in z])
+    opened = (z > 0).float().mean(1) > 1e-3
+    torch.testing.assert_close(hc.mean_open(log_alpha, 2 / 3, noise)[opened], expected[opened], atol=1e-2, rtol=0)
 
 
 def random_gates(generator: torch.Generator, units) -> Gates:
@@ -91,7 +96,7 @@ UNIT_SETS = [
 
 
 def mask_set(units, shape, spec=SPEC, seed=0) -> MaskSet:
-    masks = MaskSet(spec, GateConfig(units=units, shape=shape))
+    masks = MaskSet(spec, GateConfig(units=units, shape=shape, ffn_multiple=1, hidden_multiple=1))
     generator = torch.Generator().manual_seed(seed)
     for la in masks.log_alpha.values():
         la.data.normal_(0, 2, generator=generator)
@@ -119,7 +124,7 @@ def test_projection_in_the_uniform_shape_keeps_equal_shares_in_every_layer():
 def test_settled_gates_are_zero_or_one_and_expected_sparsity_is_their_count(units, shape):
     spec = read_spec(tiny_config("llama", hidden_size=96, intermediate_size=256, num_attention_heads=12))
     masks = mask_set(units, shape, spec)
-    masks.settle(0.3, 1, 1)
+    masks.settle(0.3)
     for z in masks.fixed.as_dict().values():
         assert set(z.unique().tolist()) <= {0.0, 1.0}
     assert masks.expected_sparsity().item() == pytest.approx(sparsity_of(spec, masks.fixed), abs=1e-9)
@@ -127,13 +132,18 @@ def test_settled_gates_are_zero_or_one_and_expected_sparsity_is_their_count(unit
     assert masks.sample(torch.Generator()) is masks.fixed
 
 
-def test_deterministic_gates_close_as_many_units_as_expected():
+@pytest.mark.parametrize("spread", [0.01, 2.0])
+@pytest.mark.parametrize("noise", [1.0, 0.05])
+def test_deterministic_gates_close_as_many_units_as_expected(noise, spread):
     masks = mask_set(["ffn"], "per_layer")
+    masks.log_alpha["ffn"].data.mul_(spread / 2)
+    masks.noise = noise
     masks.project(0.3)
     z = masks.deterministic().ffn
-    probability = hc.probability_open(masks.log_alpha["ffn"].detach(), masks.config.temperature, masks.noise)
-    assert (z == 0).sum() >= round(float((1 - probability).sum()))
+    probability = hc.probability_open(masks.log_alpha["ffn"].detach(), masks.config.temperature, noise)
+    assert (z == 0).sum() == round(float((1 - probability).sum()))
     assert masks.log_alpha["ffn"][z == 0].max() <= masks.log_alpha["ffn"][z > 0].min()
+    assert z[z > 0].min() > 0.05
 
 
 def test_gates_closed_by_the_clamp_have_no_gradient():
@@ -159,12 +169,12 @@ def test_uniform_selection_keeps_equal_counts_and_meets_the_target(target):
     assert sparsity_of(spec, gates) == pytest.approx(target, abs=0.01)
 
 
-def test_per_layer_selection_keeps_the_highest_scores():
+def test_per_layer_selection_keeps_the_highest_scores_of_a_kind():
     scores = {"ffn": torch.randn(unit_shape(SPEC, "ffn")), "heads": torch.randn(unit_shape(SPEC, "heads"))}
-    gates = select_units(SPEC, scores, 0.3, "per_layer")
-    kept = torch.cat([s[gates.as_dict()[k] == 1] for k, s in scores.items()])
-    removed = torch.cat([s[gates.as_dict()[k] == 0] for k, s in scores.items()])
-    assert kept.min() > removed.max()
+    gates = select_units(SPEC, scores, 0.3, "per_layer").as_dict()
+    for kind, s in scores.items():
+        assert s[gates[kind] == 1].min() > s[gates[kind] == 0].max()
+    assert sparsity_of(SPEC, Gates(**gates)) == pytest.approx(0.3, abs=0.01)
 
 
 def test_a_target_out_of_reach_is_refused_with_what_is_possible():
@@ -172,7 +182,17 @@ def test_a_target_out_of_reach_is_refused_with_what_is_possible():
         check_target(SPEC, GateConfig(units=["kv_groups"]), 0.9)
     with pytest.raises(ConfigError, match="per_layer"):
         check_target(SPEC, GateConfig(units=["ffn", "ffn_sublayers"]), 0.2)
-    check_target(SPEC, GateConfig(units=["kv_groups", "ffn"]), 0.5)
+    with pytest.raises(ConfigError, match=r"so coarse in the uniform shape that the nearest reachable .* is 0\.\d+"):
+        check_target(SPEC, GateConfig(units=["kv_groups"]), 0.1)
+    check_target(SPEC, GateConfig(units=["kv_groups", "ffn"], ffn_multiple=1), 0.5)
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per_layer"])
+@pytest.mark.parametrize("target", [0.1, 0.15, 0.236])
+def test_hidden_alone_reaches_the_target_by_halving_the_multiple(target, shape):
+    spec = read_spec(tiny_config("llama", hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64))
+    gates = select_units(spec, {"hidden": torch.randn(576)}, target, shape, 16, 16)
+    assert sparsity_of(spec, gates) == pytest.approx(target, abs=0.01)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cubic"])
