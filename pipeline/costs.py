@@ -43,7 +43,7 @@ ASSUMPTIONS = (
     "gathered weights: the layer at work and the next one (prefetch); with the head: the head and one layer",
     "ring all-gather: each rank receives (n-1)/n of the weights; NCCL uses all of a node's NICs: 1/G of it each",
     "bandwidths are per GPU and one way; --inter-bandwidth is one GPU's NIC (a node has G of them)",
-    "hpZ: frozen weights never change, so after the first step both gathers stay inside the node (DeepSpeed 0.19.8)",
+    "hpZ: frozen weights never change, so both gathers stay inside the node (counted with DeepSpeed 0.19.8)",
     "step time: weight gathers hide behind compute (the longer of the two counts), the LoRA reduction does not; "
     "the bracket is without any overlap",
     "backward of a frozen weight is dx only (1x its forward); removed units cost nothing (mean kept share)",

@@ -102,7 +102,6 @@ class Plan:
         tried: estimates in order of preference, up to and with the chosen one (all of them where none fits).
         chosen: the first that fits, with hpZ where that is faster; where none fits, the smallest.
         fastest: the fastest of all layouts that fit, where it is not the chosen one.
-        nodes_needed: fewest nodes on which the smallest layout fits, where none fits here; 0: none up to 4,096.
     """
 
     job: Job
@@ -111,7 +110,6 @@ class Plan:
     tried: list[Estimate]
     chosen: Estimate
     fastest: Estimate | None = None
-    nodes_needed: int = 0
 
     @property
     def hours(self) -> float:
@@ -140,8 +138,7 @@ def make_plan(job: Job, tokens_per_document: float, zero: str = "auto") -> Plan:
     options = [estimate(job, layout, steps, kept) for layout in candidates(job, zero)]
     first = next((i for i, option in enumerate(options) if option.fits), None)
     if first is None:
-        smallest = min(options, key=lambda option: option.memory.peak)
-        return Plan(job, steps, kept, options, smallest, nodes_needed=_nodes_needed(job, smallest.layout, steps))
+        return Plan(job, steps, kept, options, min(options, key=lambda option: option.memory.peak))
     chosen = _with_hpz(job, options[first], steps, kept)
     rest = [_with_hpz(job, option, steps, kept) for option in options[first:] if option.fits]
     fastest = min([chosen, *rest], key=lambda option: option.timing.step)
@@ -184,15 +181,6 @@ def _with_hpz(job: Job, option: Estimate, steps: int, kept: tuple[float, float])
     other = estimate(job, replace(layout, hpz=True), steps, kept)
     gain = (other.timing.step, other.timing.serial) < (option.timing.step, option.timing.serial)
     return other if other.fits and gain else option
-
-
-def _nodes_needed(job: Job, layout: Layout, steps: int) -> int:
-    """The fewest nodes (up to 4,096) whose ranks hold the layout at one sequence each."""
-    for nodes in range(job.cluster.nodes, 4097):
-        larger = replace(job, cluster=replace(job.cluster, nodes=nodes))
-        if memory(larger, replace(layout, micro_batch=1), steps).peak <= USABLE * job.cluster.gpu_memory:
-            return nodes
-    return 0
 
 
 def run_settings(plan: Plan, deepspeed: str = "") -> dict:

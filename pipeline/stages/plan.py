@@ -243,8 +243,8 @@ def choice_text(plan: Plan) -> str:
         layout = layout_text(plan.job, plan.fastest.layout)
         lines.append(f"  faster, and fits too: {layout}: {plan.fastest.timing.step:.3f} s a step")
     if not plan.chosen.fits:
-        needed = f"{plan.nodes_needed} nodes of this kind" if plan.nodes_needed else "GPUs with more memory"
-        lines.append(f"  nothing fits: use {needed} (or shorter sequences: data.seq_len)")
+        other = "--zero 3, " if plan.chosen.layout.stage == 2 else ""
+        lines.append(f"  nothing fits: use {other}shorter sequences (data.seq_len), or GPUs with more memory")
     return "\n".join(lines)
 
 
@@ -295,7 +295,6 @@ def as_dict(plan: Plan) -> dict:
         "chosen": figures(plan.chosen),
         "tried": [figures(option) for option in plan.tried],
         "fastest": figures(plan.fastest) if plan.fastest else None,
-        "nodes_needed": plan.nodes_needed,
         "settings": run_settings(plan),
         "deepspeed": deepspeed_settings(plan),
         "assumptions": list(ASSUMPTIONS),
