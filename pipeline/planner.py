@@ -24,7 +24,7 @@ from pipeline.footprint import (
 )
 from pipeline.masks import check_target
 
-_LLAMA = {"model_type": "llama", "tie_word_embeddings": False}
+_LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "dtype": "bfloat16"}
 MODELS = {
     "llama-7b": _LLAMA | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
                           "intermediate_size": 11008, "vocab_size": 32000},
@@ -34,11 +34,11 @@ MODELS = {
                               "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256},
     "llama-3.1-70b": _LLAMA | {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
                                "num_key_value_heads": 8, "intermediate_size": 28672, "vocab_size": 128256},
-    "qwen3-32b": {"model_type": "qwen3", "tie_word_embeddings": False, "hidden_size": 5120, "num_hidden_layers": 64,
-                  "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 25600,
-                  "vocab_size": 151936},
+    "qwen3-32b": _LLAMA | {"model_type": "qwen3", "hidden_size": 5120, "num_hidden_layers": 64,
+                           "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
+                           "intermediate_size": 25600, "vocab_size": 151936},
 }  # fmt: skip
-"""Sizes of public models, by the name `--model` takes: enough of their config.json to plan without it."""
+"""Sizes of public models, by the name `--model` takes: enough of their config.json to plan without it, in bfloat16."""
 
 _UNITS = {
     "bytes": (r"B", "80GB or 80GiB"),

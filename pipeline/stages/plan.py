@@ -59,7 +59,8 @@ def run(config: Config, args: argparse.Namespace, dtype_given: bool = True) -> O
     dtype = str(getattr(model, "dtype", None)).removeprefix("torch.")
     if not dtype_given and dtype in ("float32", "bfloat16", "float16"):
         config = replace(config, model=replace(config.model, dtype=dtype))
-    config = replace(config, model=replace(config.model, path=args.model or config.model.path))
+    if args.model:
+        config = replace(config, model=replace(config.model, path=args.model))
     plan = make_plan(Job(spec, config, cluster), args.tokens_per_document, args.zero)
     files = settings_files(plan, Path(args.out) if args.out else None)
     if args.out:
@@ -110,6 +111,8 @@ def settings_files(plan: Plan, out: Path | None) -> dict[str, str]:
     deepspeed = str(out / "deepspeed.json") if out else "deepspeed.json"
     launch = f"deepspeed --num_nodes {cluster.nodes} --num_gpus {cluster.gpus_per_node} --module pipeline prune"
     head = f"# {launch} --config plan.yaml\n# DeepSpeed settings: {deepspeed}\n"
+    if plan.job.config.model.path.lower() in MODELS:
+        head += "# model.path is a name of the planner: set it to the model's directory or hub id\n"
     return {
         "plan.yaml": head + yaml.safe_dump(run_settings(plan, deepspeed), sort_keys=False),
         "deepspeed.json": json.dumps(deepspeed_settings(plan), indent=2) + "\n",
@@ -128,12 +131,9 @@ def write(files: dict[str, str], out: Path) -> None:
 
 def plan_text(plan: Plan, files: dict[str, str]) -> str:
     """The whole plan, as printed."""
+    job, chosen = plan.job, plan.chosen
     blocks = [
-        headline(plan),
-        memory_text(plan.job, plan.chosen),
-        traffic_text(plan.job, plan.chosen),
-        time_text(plan),
-        choice_text(plan),
+        *(headline(plan), memory_text(job, chosen), traffic_text(job, chosen), time_text(plan), choice_text(plan)),
         "\n".join(f"--- {name} ---\n{text.rstrip()}" for name, text in files.items()),
         "assumptions\n" + "\n".join(f"  - {line}" for line in ASSUMPTIONS),
     ]
@@ -142,8 +142,7 @@ def plan_text(plan: Plan, files: dict[str, str]) -> str:
 
 def headline(plan: Plan) -> str:
     """Model, cluster and batch in three lines."""
-    spec, cluster, config = plan.job.spec, plan.job.cluster, plan.job.config
-    count = total_parameters(spec)
+    spec, cluster, config, count = plan.job.spec, plan.job.cluster, plan.job.config, total_parameters(plan.job.spec)
     return (
         f"{config.model.path}: {count:,} parameters, {count * plan.job.itemsize / GB:.1f} GB in {config.model.dtype} "
         f"({spec.layers} layers, hidden {spec.hidden}, {spec.heads} heads, {spec.kv_heads} KV, ffn {spec.ffn}, "
@@ -159,15 +158,15 @@ def headline(plan: Plan) -> str:
 def layout_text(job: Job, layout: Layout) -> str:
     """A layout in one line."""
     options = [("checkpointing", layout.checkpointing), ("offload", layout.offload), ("hpZ", layout.hpz)]
-    parts = [f"ZeRO-{layout.stage}", f"micro-batch {layout.micro_batch} ({passes(job, layout)} a step)"]
-    return ", ".join(parts + [name for name, on in options if on])
+    size = f"ZeRO-{layout.stage}, micro-batch {layout.micro_batch} ({passes(job, layout)} a step)"
+    return ", ".join([size, *(name for name, on in options if on)])
 
 
 def memory_text(job: Job, chosen: Estimate) -> str:
     """Memory of a rank by part, in GB."""
     need = chosen.memory
-    limit = USABLE * job.cluster.gpu_memory
-    lines = [f"memory of one rank: {need.peak / GB:.2f} GB of {limit / GB:.2f} GB usable"]
+    usable = USABLE * job.cluster.gpu_memory / GB
+    lines = [f"memory of one rank: {need.peak / GB:.2f} GB of {usable:.2f} GB usable"]
     phase = "layer" if sum(need.layer_phase.values()) >= sum(need.head_phase.values()) else "head"
     for title, parts, counts in _memory_groups(need, phase):
         lines.append(f"  {title}: {sum(parts.values()) / GB:.2f} GB{'' if counts else ' (not the peak)'}")
@@ -182,9 +181,10 @@ def memory_text(job: Job, chosen: Estimate) -> str:
 
 
 def _memory_groups(need: Memory, phase: str) -> list[tuple[str, dict[str, float], bool]]:
+    layer = ("while a layer runs", need.layer_phase, phase == "layer")
     return [
         ("all the time", need.resident, True),
-        ("while a layer runs", need.layer_phase, phase == "layer"),
+        layer,
         ("while the output loss runs", need.head_phase, phase == "head"),
     ]
 
@@ -223,8 +223,8 @@ def time_text(plan: Plan) -> str:
         f"time of one step: {t.step:.3f} s (without overlap {t.serial:.3f} s), {rate:,.0f} tokens/s\n"
         f"  compute {t.compute:.3f} s (kept on average: student {student:.1%}, teacher {teacher:.1%}), "
         f"weights {t.gather:.3f} s, LoRA and gates {t.reduce:.3f} s\n"
-        f"run: {plan.steps:,} steps ({source}) and {extra} importance passes: {plan.hours:.1f} hours = "
-        f"{plan.hours / 24:.2f} days, {plan.gpu_hours:,.0f} GPU-hours"
+        f"run: {plan.steps:,} steps ({source}) and {extra} importance passes: {plan.hours:.2f} hours = "
+        f"{plan.hours / 24:.2f} days, {plan.gpu_hours:,.1f} GPU-hours"
     )
 
 
@@ -267,7 +267,7 @@ def table_text(rows: list[tuple[str, Plan]]) -> str:
             layout_text(plan.job, best.layout) + ("" if best.fits else " **does not fit**"),
             f"{best.memory.peak / GB:.1f}", f"{teachers * cluster.gpus_per_node / GB:.1f}",
             f"{best.traffic.gathered / GB:.1f}", f"{best.traffic.ratio:.2f}", f"{best.traffic.inter / GB:.2f}",
-            f"{best.timing.step:.3f}", f"{plan.hours:.1f}", f"{plan.gpu_hours:,.0f}",
+            f"{best.timing.step:.3f}", f"{plan.hours:.2f}", f"{plan.gpu_hours:,.1f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"- {line}" for line in ASSUMPTIONS)])
