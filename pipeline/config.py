@@ -57,7 +57,7 @@ class TrainConfig:
     epochs: float = opt(7.0, "Passes over the data when `steps` is 0.", gt=0)
     batch_size: int = opt(16, "Sequences per optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(0, "Sequences per forward pass on one rank; 0 takes the whole batch at once.", ge=0)
-    lora_lr: float = opt(1e-3, "Peak learning rate of the LoRA weights.", gt=0)
+    lora_lr: float = opt(3e-3, "Peak learning rate of the LoRA weights.", gt=0)
     lora_schedule: Literal["constant", "cosine"] = opt("cosine", "LoRA learning rate after its warm-up.")
     lora_warmup: float = opt(0.03, "Share of the steps over which the LoRA learning rate rises from 0.", ge=0, le=1)
     beta2: float = opt(0.999, "Second-moment decay of AdamW for LoRA.", gt=0, lt=1)
@@ -88,12 +88,15 @@ class GateConfig:
         "sgd", "`sgd`: momentum on gradients divided by their root mean square over a kind's units, so that units move "
         "in proportion to what they matter; `adam`: AdamW as in the paper."
     )  # fmt: skip
-    lr: float = opt(0.05, "Learning rate of log-alpha.", ge=0)
-    temperature: float = opt(2 / 3, "Temperature of the hard-concrete distribution.", gt=0)
-    noise: float = opt(1.0, "Scale of the sampling noise at the start (1: hard concrete as published).", ge=0, le=1)
-    noise_end: float = opt(0.05, "Scale of the sampling noise when the gates settle (geometric path).", ge=0, le=1)
+    lr: float = opt(
+        2.5, "Learning rate of log-alpha; for `sgd` divided by the steps until the gates settle, so that it says how far "
+        "a unit may move in a run of any length.", ge=0
+    )  # fmt: skip
+    temperature: float = opt(0.1, "Temperature of the hard-concrete distribution (the paper: 2/3).", gt=0)
+    noise: float = opt(0.1, "Scale of the sampling noise at the start (1: hard concrete as published).", ge=0, le=1)
+    noise_end: float = opt(0.02, "Scale of the sampling noise when the gates settle (geometric path).", ge=0, le=1)
     clamp: float = opt(0.0, "Clamp log-alpha to [-clamp, clamp] after each step; 0: no clamp.", ge=0)
-    settle: float = opt(0.6, "Share of the steps after which the gates become exactly 0 or 1 and stay; 1: never.",
+    settle: float = opt(0.45, "Share of the steps after which the gates become exactly 0 or 1 and stay; 1: never.",
                         gt=0, le=1)  # fmt: skip
 
 
@@ -123,7 +126,10 @@ class TeacherConfig:
         "numerous", "Earlier snapshots, the intact model, or none (plain language-model loss)."
     )
     interval: float = opt(0.01, "Sparsity between two recorded snapshots.", gt=0, lt=1)
-    lag: int = opt(10, "Intervals the teacher is behind the student while sparsity rises.", ge=1)
+    lag: int = opt(10, "Intervals the teacher is behind the student while sparsity rises, at least.", ge=1)
+    share: float = opt(
+        0.4, "A teacher's sparsity is at most this share of the student's; 1 (the paper): no such limit.", gt=0, le=1
+    )
 
 
 @dataclass(frozen=True)

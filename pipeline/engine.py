@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.masks import MaskSet
-from pipeline.masks.schedule import lora_lr_at
+from pipeline.masks.schedule import lora_lr_at, settle_step
 from pipeline.pairing import PairedModel
 
 _GATE_MOMENTUM = 0.9
@@ -59,7 +59,9 @@ class Engine:
             ),
             "gates": torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
             if gates.optimizer == "adam"
-            else torch.optim.SGD(self.alphas, lr=gates.lr, momentum=_GATE_MOMENTUM),
+            else torch.optim.SGD(
+                self.alphas, lr=gates.lr / min(total, settle_step(config, total)), momentum=_GATE_MOMENTUM
+            ),
         }
         if multipliers is not None:
             self.optimizers["multipliers"] = torch.optim.AdamW(

@@ -48,9 +48,10 @@ class Snapshot:
 class TeacherBank:
     """Records snapshots as sparsity rises and says which of them teaches a step (paper, section 3.3).
 
-    While the sparsity rises the teacher is the densest distance behind: the sparsest snapshot at least `lag` intervals
-    below the student, the intact model before there is one. From the step the target is reached on, the remaining steps
-    walk from the sparsest such snapshot back to the intact model in equal shares.
+    While the sparsity rises the teacher is the sparsest snapshot at least `lag` intervals below the student, the intact
+    model before there is one. From the step the target is reached on, the remaining steps walk from the sparsest such
+    snapshot back to the intact model in equal shares. `share` keeps out snapshots so sparse that, in a short run, they
+    know too little to teach.
 
     Args:
         spec: the architecture.
@@ -90,7 +91,8 @@ class TeacherBank:
         """
         if self.config.mode != "numerous":
             return None
-        limit = student_sparsity - self.config.lag * self.config.interval
+        behind = student_sparsity - self.config.lag * self.config.interval
+        limit = min(behind, self.config.share * student_sparsity)
         usable = [i for i, s in enumerate(self.snapshots) if s.sparsity <= limit + self.config.interval * _GRID_EPS]
         if step < reached:
             return usable[-1] if usable else None

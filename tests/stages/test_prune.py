@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from pipeline.config import load_config
 from pipeline.lifecycle import Preempted
 from pipeline.rundir import load_run
-from pipeline.stages import prune
+from pipeline.stages import export, prune
 
 
 def metrics(run_dir) -> list[dict]:
@@ -150,6 +150,25 @@ def test_a_signal_saves_and_the_next_start_ends_bit_identical(settings, tmp_path
     same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_tensorboard_has_the_scalars_pictures_and_texts(settings, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = load_config(None, [*settings, "sparsity.constraint=lagrangian", "tracking.image_every=20"])
+    prune.run(config)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    scalars = {
+        "loss", "layer_loss", "output_loss", "expected_sparsity", "target_sparsity", "teacher_sparsity", "lambda_1",
+        "lambda_2", "grad_norm", "tokens_per_s", "peak_memory_gb", "teacher_bank_mb",
+    }  # fmt: skip
+    assert {f"prune/{name}" for name in scalars} <= set(tags["scalars"])
+    assert {"prune/heads", "prune/ffn"} <= set(tags["images"])
+    assert len(events.Images("prune/ffn")) == 4
+    assert any("config" in tag for tag in tags["tensors"])
+    assert [s.step for s in events.Scalars("prune/loss")] == list(range(60))
+
+
 def test_kill_9_at_random_points_loses_nothing(settings, tmp_path):
     overrides = [*settings, "checkpoint.every=6"]
     whole = load_config(None, [*overrides, f"run_dir={tmp_path / 'whole'}"])
@@ -169,6 +188,9 @@ def test_kill_9_at_random_points_loses_nothing(settings, tmp_path):
     assert list((cut / "checkpoints").glob("step-*"))
     subprocess.run(command, cwd=Path(prune.__file__).parents[2], check=True, capture_output=True)
     same_run(tmp_path / "whole", cut)
+    exports = [export.run(load_config(None, [*overrides, f"run_dir={d}"])) for d in (tmp_path / "whole", cut)]
+    weights = [(e / "model.safetensors").read_bytes() for e in exports]
+    assert weights[0] == weights[1]
 
 
 def metrics_lines(run_dir: Path) -> list[str]:

@@ -13,7 +13,7 @@ SPEC = read_spec(tiny_config("llama"))
 
 
 def bank(**config) -> TeacherBank:
-    return TeacherBank(SPEC, TeacherConfig(**config), 1.0, torch.device("cpu"), torch.float32)
+    return TeacherBank(SPEC, TeacherConfig(**{"share": 1.0, **config}), 1.0, torch.device("cpu"), torch.float32)
 
 
 def record(b: TeacherBank, sparsity: float, step: int = 0) -> bool:
@@ -68,6 +68,15 @@ def test_short_runs_with_holes_and_fewer_steps_than_teachers_still_walk():
     assert b.snapshots[chosen[0]].sparsity == pytest.approx(0.19)
     assert chosen[1] is not chosen[0]
     assert bank().choose(0.3, 5, reached=2, total=4) is None
+
+
+def test_the_share_keeps_sparse_snapshots_from_teaching():
+    b = bank(share=0.4)
+    for percent in range(1, 51):
+        record(b, percent / 100)
+    assert b.snapshots[b.choose(0.5, 0, 100, 200)].sparsity == pytest.approx(0.20)
+    assert b.snapshots[b.choose(0.5, 100, 100, 200)].sparsity == pytest.approx(0.20)
+    assert b.choose(0.12, 0, 100, 200) == 1
 
 
 def test_intact_mode_never_uses_a_snapshot():
