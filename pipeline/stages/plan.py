@@ -181,10 +181,9 @@ def memory_text(job: Job, chosen: Estimate) -> str:
 
 
 def _memory_groups(need: Memory, phase: str) -> list[tuple[str, dict[str, float], bool]]:
-    layer = ("while a layer runs", need.layer_phase, phase == "layer")
     return [
         ("all the time", need.resident, True),
-        layer,
+        ("while a layer runs", need.layer_phase, phase == "layer"),
         ("while the output loss runs", need.head_phase, phase == "head"),
     ]
 
