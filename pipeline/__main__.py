@@ -17,6 +17,21 @@ STAGES = {
 }
 SHORTCUTS = {"export": {"--sparsity": "export.sparsity"}, "evaluate": {"--blocks": "evaluate.blocks"}}
 """Flags of a stage that stand for one key."""
+PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"
+PLAN_FLAGS = {
+    "--model": ("", "directory, config.json, hub id, or a name such as llama-3.1-70b (default: model.path)"),
+    "--nodes": (1, "nodes"),
+    "--gpus-per-node": (8, "GPUs of a node"),
+    "--gpu-memory": ("80GB", "memory of a GPU"),
+    "--intra-bandwidth": ("450GB/s", "one way per GPU inside a node"),
+    "--inter-bandwidth": ("50GB/s", "one way per GPU between nodes: its NIC's"),
+    "--host-bandwidth": ("50GB/s", "one way per GPU to host memory, for offload"),
+    "--flops": ("990TFLOP/s", "peak of a GPU in the model's type"),
+    "--mfu": (0.4, "share of that peak which is reached"),
+    "--tokens-per-document": (427.0, "assumed length, to count the steps of an epoch (427: mean of C4)"),
+    "--out": ("", "directory for plan.yaml and deepspeed.json"),
+}
+"""Flags of `plan`: default and meaning."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +48,15 @@ def parser() -> argparse.ArgumentParser:
         for flag, key in SHORTCUTS.get(name, {}).items():
             sub.add_argument(flag, metavar="X", help=f"same as {key}=X")
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
+    plan = stages.add_parser("plan", help=PLAN, description=PLAN.capitalize() + ".")
+    for flag, (default, meaning) in PLAN_FLAGS.items():
+        meaning += f" (default {default})" if default else ""
+        plan.add_argument(flag, type=type(default), default=default, metavar="X", help=meaning)
+    plan.add_argument("--zero", choices=("auto", "2", "3"), default="auto", help="ZeRO stage (auto: 2 where it fits)")
+    plan.add_argument("--table", action="store_true", help="a table of well-known models instead of one plan")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--config", help="YAML file with the run's settings")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
     return top
 
 
@@ -51,6 +75,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(args.config, overrides)
         stage = importlib.import_module(f"pipeline.stages.{args.stage}")
+        if args.stage == "plan":
+            typed = args.config is not None or any(o.startswith("model.dtype=") for o in overrides)
+            outcome = stage.run(config, args, typed)
+            sys.stdout.write(outcome.text + "\n")
+            return 0 if outcome.fits else 1
         sys.stdout.write(stage.summary(config, stage.run(config)) + "\n")
     except ConfigError as error:
         sys.stderr.write(f"nuteprune: {error}\n")
