@@ -195,7 +195,7 @@ def run_settings(plan: Plan, deepspeed: str = "") -> dict:
     tree = to_dict(replace(config, train=train))
     if deepspeed and "deepspeed" in {f.name for f in fields(Config)}:
         tree["deepspeed"] = deepspeed
-    return {"recipe": config.recipe} | _difference(tree, to_dict(load_config(None, recipe=config.recipe)))
+    return {"recipe": config.recipe} | _difference(tree, to_dict(load_config(None, [f"recipe={config.recipe}"])))
 
 
 def _difference(tree: dict, base: dict) -> dict:
