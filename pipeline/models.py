@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from pipeline.arch import ArchSpec, read_spec
 from pipeline.config import ConfigError, ModelConfig
+
+log = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
@@ -69,10 +73,39 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple
         )  # fmt: skip
     except (OSError, SafetensorError, struct.error, RuntimeError, ValueError, ImportError) as error:
         raise ConfigError(f"model.path {config.path}: the weights cannot be loaded ({_first_line(error)})") from None
+    _check_whole(config.path, info)
+    return model.to(device), spec
+
+
+def load_any(path: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+    """Any causal language model in `config.dtype` for evaluation, its tokenizer, and the directory of its files.
+
+    Code that came with a model is run only from a local directory whose config.json asks for it (`auto_map`), which is
+    how a `per_layer` export brings its modelling file.
+
+    Raises:
+        ConfigError: no whole model or no tokenizer there.
+    """
+    try:
+        folder = Path(cached_file(path, "config.json")).parent
+        own_code = Path(path).is_dir() and '"auto_map"' in (folder / "config.json").read_text(encoding="utf-8")
+        if own_code:
+            log.info("%s brings its own modelling file (auto_map), which is run", path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=own_code)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
+            trust_remote_code=own_code, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"cannot load the model '{path}' for evaluation: {_first_line(error)}") from error
+    _check_whole(path, info)
+    return model.eval(), tokenizer, folder
+
+
+def _check_whole(path: str, info: dict) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ConfigError(f"model.path {config.path}: {len(missing)} weights are missing, first {missing[0]}")
-    return model.to(device), spec
+        raise ConfigError(f"model {path}: {len(missing)} weights are missing, first {missing[0]}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -10,6 +9,7 @@ import os
 from pathlib import Path
 
 from pipeline import pictures
+from pipeline.checkpoint import MANIFEST, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def write(report: dict, output: Path, run_dir: Path | None) -> dict:
     """
     output.mkdir(parents=True, exist_ok=True)
     # A report that is being replaced is not complete.
-    (output / "manifest.json").unlink(missing_ok=True)
+    (output / MANIFEST).unlink(missing_ok=True)
     images = {
         "kept.png": pictures.kept(Path(report["models"][-1]["path"]) / "nuteprune.json"),
         "training.png": pictures.training(run_dir / "metrics.jsonl") if run_dir else None,
@@ -52,9 +52,9 @@ def write(report: dict, output: Path, run_dir: Path | None) -> dict:
         "report.json": (json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(),
         "report.md": markdown(report).encode(),
     }
-    manifest = {"stage": "evaluate", "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
-    for name, data in {**files, "manifest.json": (json.dumps(manifest, indent=2) + "\n").encode()}.items():
+    for name, data in files.items():
         _write_atomic(output / name, data)
+    write_manifest(output, files)
     log.info("report: %s", output / "report.md")
     return report
 

@@ -18,8 +18,9 @@ from pipeline.config import Config, ConfigError, load_config
 from pipeline.data import text_tokens
 from pipeline.distributed import discover
 from pipeline.measure import environment, perplexity
+from pipeline.models import load_any
 from pipeline.rundir import load_run
-from pipeline.stages import evaluate, export, prune
+from pipeline.stages import export, prune
 
 VARIANTS = {
     "ours": [],
@@ -85,7 +86,7 @@ def run_config(args: argparse.Namespace, variant: str, sparsity: float) -> Confi
 def score(args: argparse.Namespace, path: str) -> float:
     """Perplexity of a model directory on the first blocks of 1,024 tokens of the test text."""
     config = load_config(None, [f"model.path={path}"])
-    model, tokenizer, _ = evaluate.load_model(path, config)
+    model, tokenizer, _ = load_any(path, config.model)
     tokens = text_tokens(args.test, config.data.text_field, tokenizer)
     return perplexity(model.to(discover().device), tokens, 1024, 0, args.blocks)["perplexity"]
 

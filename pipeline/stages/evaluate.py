@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import report
 from pipeline.config import Config, ConfigError
 from pipeline.data import text_tokens
 from pipeline.distributed import discover
 from pipeline.measure import SIZES, SPEEDS, environment, perplexity, sample, sizes, speed, speed_ratio
+from pipeline.models import load_any
 from pipeline.tasks import lm_eval_tasks, load_tasks
 from pipeline.tracking import Tracker
 
@@ -39,7 +39,7 @@ def run(config: Config) -> dict:
     tasks = load_tasks(settings.tasks)  # first, so that a mistake in them costs no evaluation
     entries, models, streams = [], [], []
     for name, path in zip(_names(paths), paths, strict=True):
-        model, tokenizer, folder = load_model(path, config)
+        model, tokenizer, folder = load_any(path, config.model)
         tokens = _tokens(config, tokenizer)
         streams.append(tokens)
         entry = {"name": name, "path": path, **sizes(model, folder)}
@@ -63,31 +63,6 @@ def run(config: Config) -> dict:
     if config.run_dir:
         _to_tensorboard(result, config)
     return written
-
-
-def load_model(path: str, config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
-    """A causal language model in `model.dtype`, its tokenizer, and the local directory that holds its files.
-
-    Code that came with a model is run only from a local directory whose config.json asks for it (`auto_map`), which is
-    how a `per_layer` export brings its modelling file.
-
-    Raises:
-        ConfigError: no model or tokenizer there.
-    """
-    try:
-        folder = Path(cached_file(path, "config.json")).parent
-        own_code = Path(path).is_dir() and '"auto_map"' in (folder / "config.json").read_text(encoding="utf-8")
-        if own_code:
-            log.info("%s brings its own modelling file (auto_map), which is run", path)
-        kwargs = {"trust_remote_code": own_code}
-        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, config.model.dtype), attn_implementation=config.model.attention, **kwargs
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"cannot load the model '{path}' for evaluation: {reason}") from error
-    return model.eval(), tokenizer, folder
 
 
 def _quality(

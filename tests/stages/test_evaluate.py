@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -14,7 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline import measure, report
+from pipeline.checkpoint import verify
 from pipeline.config import Config, ConfigError, EvaluateConfig, ModelConfig, TrackingConfig
+from pipeline.models import load_any
 from pipeline.stages import evaluate
 from pipeline.tasks import lm_eval_tasks, load_tasks
 
@@ -214,7 +215,7 @@ def test_report_files(settings, base, caplog):
     assert json.loads((folder / "report.json").read_text()) == result
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert sorted(files) == ["kept.png", "report.json", "report.md", "training.png"]
-    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in files.items())
+    verify(folder)
     assert {file.name for file in folder.iterdir()} == {*files, "manifest.json"}
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in files if name.endswith("png"))
     assert "not metrics: 1" in caplog.text
@@ -302,6 +303,6 @@ def test_own_modelling_file_is_run_from_a_local_directory_only_with_auto_map(set
     facts["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
     (folder / "config.json").write_text(json.dumps(facts))
     with caplog.at_level("INFO"):
-        loaded, _, _ = evaluate.load_model(str(folder), settings)
+        loaded, _, _ = load_any(str(folder), settings.model)
     assert type(loaded).__name__ == "Own"
     assert "own modelling file" in caplog.text

