@@ -81,10 +81,6 @@ class GateConfig:
     init_drop_rate: float = opt(0.01, "Initial probability that a unit is dropped (init: drop_rate).", gt=0, lt=1)
     init_spread: float = opt(2.0, "Standard deviation of the initial log-alpha (init: importance).", gt=0)
     importance_batches: int = opt(16, "Batches over which the Taylor importance is summed.", ge=1)
-    reestimates: int = opt(
-        0, "Times during the warm-up that importance is measured anew on the pruned student (init: importance).", ge=0
-    )
-    reestimate_batches: int = opt(4, "Batches of each of these measurements.", ge=1)
     optimizer: Literal["adam", "sgd"] = opt(
         "sgd", "`sgd`: momentum on gradients divided by their root mean square over a kind's units, so that units move "
         "in proportion to what they matter; `adam`: AdamW as in the paper."

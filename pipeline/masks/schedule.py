@@ -30,14 +30,6 @@ def settle_step(config: Config, total: int) -> int:
     return min(total - 1, max(round(config.gates.settle * total), warmup_steps(config, total)))
 
 
-def reestimate_steps(config: Config, total: int) -> list[int]:
-    """Steps at which importance is measured anew: evenly over the warm-up, neither at its start nor at its end."""
-    if config.gates.init != "importance":
-        return []
-    count = config.gates.reestimates
-    return sorted({round(warmup_steps(config, total) * (i + 1) / (count + 1)) for i in range(count)} - {0})
-
-
 def noise_at(config: Config, step: int, total: int) -> float:
     """Noise scale ν at `step`: geometric from `gates.noise` to `gates.noise_end` at the step the gates settle."""
     start, end = config.gates.noise, config.gates.noise_end

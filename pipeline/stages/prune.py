@@ -24,7 +24,7 @@ from pipeline.importance import initial_log_alpha, taylor_importance
 from pipeline.layers import View, build_view
 from pipeline.lifecycle import Preempted, Stop, check_directory, claim_directory, is_finished, stop_signals
 from pipeline.masks import Gates, MaskSet, check_target, sparsity_of
-from pipeline.masks.schedule import noise_at, reestimate_steps, settle_step, target_at, warmup_steps
+from pipeline.masks.schedule import noise_at, settle_step, target_at, warmup_steps
 from pipeline.models import load_model, load_tokenizer
 from pipeline.pairing import PairedModel
 from pipeline.resume import load_state, save_state
@@ -166,14 +166,6 @@ def start_gates(state: State, stop: Stop) -> None:
     state.masks.restart(initial_log_alpha(state.model.spec, importance, state.config.gates.init_spread))
 
 
-def reestimate(state: State) -> None:
-    """Rank the open units anew by their importance to the student as it is now; closed ones stay below them."""
-    settings, masks = state.config.gates, state.masks
-    batches = (state.stream.batch(state.step + i) for i in range(settings.reestimate_batches))
-    importance = taylor_importance(state.model, masks.kinds, batches, masks.deterministic(), state.model.lora())
-    masks.restart(initial_log_alpha(state.model.spec, importance, settings.init_spread, masks.scores()))
-
-
 def train_step(state: State) -> dict[str, float]:
     """One optimizer step: constraint, teacher, paired forward and backward over the micro-batches, update, snapshot."""
     config, step, total = state.config, state.step, state.total
@@ -205,8 +197,6 @@ def constrain(state: State) -> float:
     config, masks = state.config, state.masks
     target = target_at(config, state.step, state.total)
     masks.noise = noise_at(config, state.step, state.total)
-    if state.step in reestimate_steps(config, state.total):
-        reestimate(state)
     if config.sparsity.constraint == "projection":
         masks.project(target)
     if masks.fixed is None and state.step >= settle_step(config, state.total):

@@ -270,7 +270,7 @@ def test_damaged_checkpoints_neither_evict_new_ones_nor_lend_their_teachers(sett
     "extra",
     [
         ["recipe=paper", "train.steps=24"],
-        ["gates.units=[heads,kv_groups,ffn,hidden]", "train.micro_batch=3", "gates.reestimates=2"],
+        ["gates.units=[heads,kv_groups,ffn,hidden]", "train.micro_batch=3"],
         ["model.dtype=bfloat16", "train.activation_checkpointing=true", "gates.shape=per_layer"],
     ],
     ids=["paper", "all kinds", "bf16"],

@@ -51,17 +51,3 @@ def test_unit_costs_are_what_leaves_with_a_unit():
             gates.view(-1)[0] = 0
             removed = sparsity_of(spec, Gates(**{kind: gates})) * spec.prunable
             assert abs(removed - cost) < 0.5 if kind != "hidden" else abs(removed / cost - 1) < 0.05, (name, kind)
-
-
-def test_a_new_ranking_leaves_closed_units_below_the_open_ones_in_their_old_order():
-    model = paired()
-    ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
-    before = {"ffn": torch.randn(unit_shape(model.spec, "ffn"), generator=torch.Generator().manual_seed(1))}
-    gates = Gates(ffn=(before["ffn"] > 0).float())
-    importance = taylor_importance(model, ["ffn"], [ids], gates, model.lora())
-    assert (importance["ffn"][gates.ffn == 0] == 0).all()
-    assert (importance["ffn"][gates.ffn == 1] > 0).all()
-    after = initial_log_alpha(model.spec, importance, 2.0, before)["ffn"]
-    assert after[gates.ffn == 0].max() < after[gates.ffn == 1].min()
-    closed = gates.ffn == 0
-    assert torch.equal(after[closed].argsort(), before["ffn"][closed].argsort())
