@@ -195,8 +195,5 @@ def total_steps(config: Config, tokens_per_document: float) -> int:
 
 
 def extra_steps(config: Config) -> int:
-    """Passes over a batch outside the steps (importance and its renewals), each counted as one step."""
-    gates = config.gates
-    if gates.init != "importance":
-        return 0
-    return gates.importance_batches + gates.reestimates * gates.reestimate_batches
+    """Passes over a batch outside the steps (the importance of the gates), each counted as one step."""
+    return config.gates.importance_batches if config.gates.init == "importance" else 0
