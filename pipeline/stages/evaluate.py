@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,5 +161,6 @@ def summary(config: Config, result: dict) -> str:
     lines += [f"model: {m['path']}" for m in result["models"][-1:]]
     lines.append(f"report: {_output(config) / 'report.md'}")
     if config.run_dir:
-        lines.append(f"TensorBoard: tensorboard --logdir {Path(config.run_dir) / 'tensorboard'}")
+        command = Path(sys.executable).with_name("tensorboard")
+        lines.append(f"TensorBoard: {command} --logdir {Path(config.run_dir) / 'tensorboard'}")
     return "\n".join(lines)
