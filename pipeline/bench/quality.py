@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--blocks", type=int, default=20, help="blocks of 1,024 tokens that are scored")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/quality"))
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of every run")
+    parser.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="a setting of every run")
     args = parser.parse_args(argv)
     quiet_libraries()
     try:
@@ -79,7 +79,7 @@ def run_config(args: argparse.Namespace, variant: str, sparsity: float) -> Confi
     return load_config(None, [
         *VARIANTS[variant], f"run_dir={args.out}/{variant}-{sparsity:g}-{args.steps}", f"model.path={args.model}",
         f"data.source={args.train}", "data.documents=0", "data.seq_len=256", "train.batch_size=4",
-        f"train.steps={args.steps}", f"sparsity.target={sparsity}", "gates.shape=per_layer", "seed=0", *args.overrides,
+        f"train.steps={args.steps}", f"sparsity.target={sparsity}", "gates.shape=per_layer", "seed=0", *args.set,
     ])  # fmt: skip
 
 
