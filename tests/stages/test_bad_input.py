@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model
 
 from pipeline.__main__ import main
 from pipeline.checkpoint import Checkpoints

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 from safetensors.torch import load_file
+from tiny import tiny_model
 
 from pipeline.config import load_config
 from pipeline.lifecycle import Preempted

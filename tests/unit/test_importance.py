@@ -1,7 +1,7 @@
 """Importance of units against what removing them really does, and the start of log-alpha from it."""
 
 import torch
-from conftest import VOCAB, tiny_model
+from tiny import VOCAB, tiny_model
 
 from pipeline.arch import read_spec
 from pipeline.config import LoraConfig, LossConfig

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tiny import CONFIGS, tiny_config, tiny_model
 
 from pipeline.arch import projections, read_spec
 from pipeline.config import ConfigError, GateConfig, load_config

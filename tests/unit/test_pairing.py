@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIGS, VOCAB, tiny_model
+from tiny import CONFIGS, VOCAB, tiny_model
 
 from pipeline.arch import read_spec
 from pipeline.config import GateConfig, LoraConfig, LossConfig

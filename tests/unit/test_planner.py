@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from conftest import CONFIGS, tiny_config, tiny_model
+from tiny import CONFIGS, tiny_config, tiny_model
 
 from pipeline.__main__ import main
 from pipeline.arch import read_spec

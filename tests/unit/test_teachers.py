@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 
 from pipeline.arch import read_spec
 from pipeline.config import TeacherConfig

@@ -1,0 +1,46 @@
+"""Tiny real models of every family, made here, without any download."""
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+SENTENCES = [
+    f"{who} {verb} {what} {where}."
+    for who in ("The engineer", "A teacher", "My neighbour", "The old model")
+    for verb in ("prunes", "measures", "remembers", "repairs")
+    for what in ("a small network", "seven layers", "the wide river", "her own work")
+    for where in ("in the evening", "near the harbour", "without losing anything", "for hours")
+]
+VOCAB = 300
+
+SIZES = {
+    "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 6,
+    "num_hidden_layers": 3, "vocab_size": VOCAB, "max_position_embeddings": 256, "tie_word_embeddings": False,
+    "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+CONFIGS = {
+    "llama": (LlamaConfig, {}),
+    "llama-mha-tied": (LlamaConfig, {"num_key_value_heads": 6, "tie_word_embeddings": True}),
+    "llama-bias": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (MistralConfig, {"hidden_size": 26, "sliding_window": 16}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
+}
+
+
+def tiny_config(name: str, **changes):
+    """The transformers configuration of a tiny model by the names in `CONFIGS`."""
+    cls, facts = CONFIGS[name]
+    return cls(**{**SIZES, **facts, **changes})
+
+
+def tiny_model(name: str, seed: int = 0, **changes):
+    """A random tiny model in which no bias is zero and no norm weight is one, so that no mistake hides behind them."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(name, **changes))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            elif "norm" in key:
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()
