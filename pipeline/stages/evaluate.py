@@ -157,7 +157,8 @@ def summary(config: Config, result: dict) -> str:
     """The table, a continuation of each model, and where to look next."""
     lines = [report.table(result), ""]
     if config.evaluate.sample_prompt:
-        lines += [f"{m['name']}: {config.evaluate.sample_prompt}{m['sample']!r}" for m in result["models"]] + [""]
+        prompt = config.evaluate.sample_prompt
+        lines += [f"{m['name']}: {' '.join((prompt + m['sample']).split())}" for m in result["models"]] + [""]
     lines += [f"model: {m['path']}" for m in result["models"][-1:]]
     lines.append(f"report: {_output(config) / 'report.md'}")
     if config.run_dir:
