@@ -206,18 +206,7 @@ def metrics_lines(run_dir: Path) -> list[str]:
 def test_a_damaged_checkpoint_is_skipped_with_the_reason(settings, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     config = load_config(None, [*settings, "checkpoint.every=10", "checkpoint.keep=3"])
-    original = prune.train_step
-
-    def stopping(state):
-        if state.step == 33:
-            raise KeyboardInterrupt
-        return original(state)
-
-    monkeypatch.setattr(prune, "train_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        prune.run(config)
-    monkeypatch.undo()
-    saved = Path(config.run_dir) / "checkpoints"
+    saved = interrupted(config, 33, monkeypatch)
     assert sorted(p.name for p in saved.iterdir()) == ["step-00000010", "step-00000020", "step-00000030"]
     newest = saved / "step-00000030" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-7])

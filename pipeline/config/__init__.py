@@ -1,0 +1,48 @@
+"""Run configuration: frozen dataclasses filled from a recipe, a YAML file and `key.sub=value` overrides.
+
+A user's mistake (unknown key, wrong type, value out of range) raises `ConfigError` with one line that names the key and
+says how to mend it. `nuteprune STAGE --help` prints every field from its metadata.
+"""
+
+from pipeline.config.fields import (
+    STAGE_SECTIONS,
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GateConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    SparsityConfig,
+    TeacherConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from pipeline.config.loading import describe, flatten, load_config, read_yaml, recipe_path, to_dict
+
+__all__ = [
+    "STAGE_SECTIONS",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "GateConfig",
+    "LoraConfig",
+    "LossConfig",
+    "ModelConfig",
+    "SparsityConfig",
+    "TeacherConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "describe",
+    "flatten",
+    "load_config",
+    "read_yaml",
+    "recipe_path",
+    "to_dict",
+]

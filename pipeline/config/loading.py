@@ -1,0 +1,221 @@
+"""From a recipe, a YAML file and `key.sub=value` overrides to a checked `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import operator
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pipeline.config.fields import Config, ConfigError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Build a `Config` from its recipe, then the YAML file, then `key.sub=value` overrides (later wins).
+
+    Args:
+        path: YAML file of the user, or None.
+        overrides: strings `key.sub=value`; the value is read as YAML.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type or value out of range.
+    """
+    layers = []
+    if path is not None:
+        layers.append((str(path), read_yaml(Path(path))))
+    for item in overrides:
+        key, sep, value = item.partition("=")
+        if not sep or not key:
+            raise ConfigError(f"override '{item}': write it as key.sub=value")
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"override '{item}': the value is not readable as YAML") from None
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        layers.append((f"override '{item}'", nested))
+    name = str(next((tree["recipe"] for _, tree in reversed(layers) if tree.get("recipe")), "default"))
+    tree: dict = {}
+    for source, layer in [(f"recipe {name}", read_yaml(recipe_path(name))), *layers]:
+        _check_keys(Config, layer, source, "")
+        tree = _merge(tree, layer)
+    tree["recipe"] = name
+    return _consistent(build(Config, tree, ""))
+
+
+def _consistent(config: Config) -> Config:
+    """Checks over several fields."""
+    if not config.loss.layer_weight and not config.loss.kl_weight:
+        raise ConfigError("loss.layer_weight and loss.kl_weight are both 0: nothing would be learned; set one of them")
+    for key, value in (("lora.targets", config.lora.targets), ("gates.units", config.gates.units)):
+        if not value:
+            raise ConfigError(f"{key} is empty: name at least one")
+    return config
+
+
+def recipe_path(name: str) -> Path:
+    """The YAML file of a recipe given by name or path."""
+    for path in (RECIPES / f"{name}.yaml", Path(name)):
+        if path.suffix == ".yaml" and path.is_file():
+            return path
+    known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    raise ConfigError(f"recipe '{name}' not found: use one of {known}, or the path of a YAML file")
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file; raises `ConfigError` where there is none."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines at its top level")
+    return tree
+
+
+def build(cls: type, tree: dict, prefix: str) -> Any:
+    """A dataclass of type `cls` from a nested dict whose keys were checked; converts and checks each value."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for f in dataclasses.fields(cls):
+        if f.name not in tree:
+            continue
+        key, value, hint = prefix + f.name, tree[f.name], hints[f.name]
+        if dataclasses.is_dataclass(hint):
+            values[f.name] = build(hint, value or {}, key + ".")
+        else:
+            values[f.name] = _bounded(_convert(value, hint, key), f, key)
+    return cls(**values)
+
+
+def to_dict(config: Config) -> dict:
+    """The resolved configuration as plain nested dicts, as saved in the run directory."""
+    return dataclasses.asdict(config)
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with `section.field` keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def describe(sections: list[str]) -> str:
+    """Every field of the given sections with type, default and meaning, for `--help`."""
+    lines = []
+    hints = typing.get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        if not dataclasses.is_dataclass(hints[f.name]):
+            lines.append(_describe_field(f.name, f, hints[f.name]))
+    for section in sections:
+        cls = hints[section]
+        inner = typing.get_type_hints(cls)
+        lines += [_describe_field(f"{section}.{f.name}", f, inner[f.name]) for f in dataclasses.fields(cls)]
+    return "\n".join(lines)
+
+
+def _describe_field(key: str, f: dataclasses.Field, hint: Any) -> str:
+    default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+    return f"  {key} ({_type_name(hint)}, default {default!r})\n      {f.metadata['help']}"
+
+
+def _check_keys(cls: type, tree: dict, source: str, prefix: str) -> None:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key, value in tree.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1) or _elsewhere(str(key))
+            hint = f"; did you mean '{prefix + near[0] if near[0] in names else near[0]}'?" if near else ""
+            raise ConfigError(f"{source}: unknown key '{prefix}{key}'{hint}")
+        if dataclasses.is_dataclass(hints[key]):
+            if value is not None and not isinstance(value, dict):
+                raise ConfigError(f"{source}: '{prefix}{key}' is a section; set its fields, e.g. {prefix}{key}.…")
+            _check_keys(hints[key], value or {}, source, f"{prefix}{key}.")
+
+
+def _elsewhere(key: str) -> list[str]:
+    """The full name of a key that exists in another section."""
+    hints = typing.get_type_hints(Config)
+    full = [
+        f"{section}.{f.name}"
+        for section, cls in hints.items()
+        if dataclasses.is_dataclass(cls)
+        for f in dataclasses.fields(cls)
+        if f.name == key
+    ]
+    return full[:1]
+
+
+def _merge(base: dict, layer: dict) -> dict:
+    merged = dict(base)
+    for key, value in layer.items():
+        merged[key] = _merge(base.get(key) or {}, value) if isinstance(value, dict) else value
+    return merged
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(str(a) for a in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"list of {_type_name(typing.get_args(hint)[0])}"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value in typing.get_args(hint):
+            return value
+    elif origin is list:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, (list, tuple)):
+            return [_convert(item, typing.get_args(hint)[0], key) for item in value]
+    elif origin in (typing.Union, types.UnionType):
+        raise AssertionError(f"{key}: unions are not used in the configuration")
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif hint is float and isinstance(value, str):
+        # YAML 1.1 reads `1e-3` (no dot) as text; a user means the number.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif hint is str and value is None:
+        return ""  # `key=` on the command line
+    elif hint in (int, str, bool) and type(value) is hint:
+        return value
+    expected = _type_name(hint)
+    near = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(hint)], n=1)
+    raise ConfigError(f"{key}: expected {expected}, got {value!r}" + (f"; did you mean '{near[0]}'?" if near else ""))
+
+
+_BOUNDS = {
+    "ge": ("at least", operator.ge),
+    "gt": ("greater than", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("less than", operator.lt),
+}
+
+
+def _bounded(value: Any, f: dataclasses.Field, key: str) -> Any:
+    bounds = [(*_BOUNDS[name], limit) for name, limit in f.metadata.items() if name in _BOUNDS and limit is not None]
+    if not all(holds(value, limit) for _, holds, limit in bounds):
+        wanted = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
+        raise ConfigError(f"{key}: must be {wanted}, got {value!r}")
+    return value
