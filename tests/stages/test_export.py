@@ -278,7 +278,9 @@ def test_fold_is_exact(family, tied, fractional, shape):
 
 @pytest.mark.parametrize(("shape", "hidden"), [("uniform", 40), ("per_layer", 37)])
 def test_llama_with_all_biases(shape, hidden):
-    gates_of = lambda spec: some_gates(spec, shape, hidden=hidden)  # noqa: E731
+    def gates_of(spec):
+        return some_gates(spec, shape, hidden=hidden)
+
     model, same = base_model("llama", **BIASED_LLAMA), base_model("llama", **BIASED_LLAMA)
     spec, lora = read_spec(model.config), random_lora(model)
     wanted = masked_logits(same, gates_of(spec), lora, some_ids())
@@ -373,7 +375,9 @@ def test_ladder_rung_is_exported_from_the_same_run(tmp_path):
 
         return make
 
-    final = lambda s: rung(24)(s, {}).gates  # noqa: E731
+    def final(spec):
+        return rung(24)(spec, {}).gates
+
     config, model, _, lora = trained(tmp_path, "mistral", final, [rung(4), rung(12)])
     spec = read_spec(model.config)
     wanted = rung(12)(spec, lora)
@@ -388,7 +392,9 @@ def test_ladder_rung_is_exported_from_the_same_run(tmp_path):
 
 
 def test_structure_is_chosen_anew_where_the_shape_differs(tmp_path, caplog):
-    ragged = lambda s: some_gates(s, "per_layer", empty=False)  # noqa: E731
+    def ragged(spec):
+        return some_gates(spec, "per_layer", empty=False)
+
     config, model, gates, _ = trained(
         tmp_path, "qwen2", ragged, **{"gates.shape": "per_layer", "export.shape": "uniform"}
     )
