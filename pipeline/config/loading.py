@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import operator
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -56,6 +57,8 @@ def _consistent(config: Config) -> Config:
     """Checks over several fields."""
     if not config.loss.layer_weight and not config.loss.kl_weight:
         raise ConfigError("loss.layer_weight and loss.kl_weight are both 0: nothing would be learned; set one of them")
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", config.export.shard_size):
+        raise ConfigError(f"export.shard_size: expected a size such as 5GB or 500MB, got '{config.export.shard_size}'")
     for key, value in (("lora.targets", config.lora.targets), ("gates.units", config.gates.units)):
         if not value:
             raise ConfigError(f"{key} is empty: name at least one")

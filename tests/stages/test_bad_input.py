@@ -52,6 +52,7 @@ def refused(capsys, *arguments: str) -> str:
         ("gates.units=[kv_groups]", "at most .* of this model; add units to gates.units or lower the target"),
         ("data.seq_len=100000", "100000"),
         ("recipe=3", "recipe '3' not found"),
+        ("export.shard_size=5XB", "expected a size such as 5GB"),
         ("lora.targets=[]", "lora.targets is empty"),
         ("loss.kl_weight=0", "are both 0"),
     ],

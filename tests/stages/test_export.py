@@ -332,6 +332,16 @@ def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog):
     assert "after the cast to bfloat16" in (directory / "README.md").read_text()
 
 
+def test_fewer_shards_after_the_cast_leave_no_stale_index(tmp_path):
+    size = {"export.dtype": "bfloat16", "export.shard_size": "1MB"}
+    config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "uniform"), **size)
+    whole = (export.run(config) / "model.safetensors").stat().st_size
+    # Twice the bytes in float32, which is saved and checked first, need two files; in bfloat16 one is enough.
+    config = replace(config, export=replace(config.export, shard_size=f"{whole // 1000 + 1}KB"))
+    directory = export.run(config)
+    assert [p.name for p in directory.glob("model*")] == ["model.safetensors"]
+
+
 def test_weights_that_overflow_float16_are_refused(tmp_path):
     base = base_model("llama")
     base.model.layers[0].mlp.down_proj.weight.data.mul_(1e6)
