@@ -20,6 +20,7 @@ from pipeline.config import load_config
 from pipeline.lifecycle import Preempted
 from pipeline.rundir import load_run
 from pipeline.stages import export, prune
+from pipeline.training import TrainingFailed
 
 
 def metrics(run_dir) -> list[dict]:
@@ -109,28 +110,28 @@ def test_the_papers_recipe_runs_with_its_lagrangian(settings):
 
 def test_ten_bad_steps_end_the_run_and_name_the_last_good_checkpoint(settings, monkeypatch):
     config = load_config(None, [*settings, "checkpoint.every=5"])
-    original = prune.accumulate
+    original = prune.Pruning.accumulate
 
-    def broken(state, teacher, target):
-        sums = original(state, teacher, target)
-        return sums | {"loss": float("nan")} if state.step >= 7 else sums
+    def broken(trainer, forward):
+        sums = original(trainer, forward)
+        return sums | {"loss": float("nan")} if trainer.step >= 7 else sums
 
-    monkeypatch.setattr(prune, "accumulate", broken)
-    with pytest.raises(prune.PruneFailed, match=r"10 steps in a row .*step-00000015"):
+    monkeypatch.setattr(prune.Pruning, "accumulate", broken)
+    with pytest.raises(TrainingFailed, match=r"10 steps in a row .*step-00000015"):
         prune.run(config)
 
 
 def test_one_bad_gradient_is_skipped_counted_and_logged(settings, monkeypatch, caplog):
     config = load_config(None, settings)
-    original = prune.accumulate
+    original = prune.Pruning.accumulate
 
-    def broken(state, teacher, target):
-        sums = original(state, teacher, target)
-        if state.step == 4:
-            next(iter(state.model.lora().values()))[0].grad.fill_(float("inf"))
+    def broken(trainer, forward):
+        sums = original(trainer, forward)
+        if trainer.step == 4:
+            next(iter(trainer.model.lora().values()))[0].grad.fill_(float("inf"))
         return sums
 
-    monkeypatch.setattr(prune, "accumulate", broken)
+    monkeypatch.setattr(prune.Pruning, "accumulate", broken)
     prune.run(config)
     assert metrics(config.run_dir)[-1]["prune/skipped_steps"] == 1
     assert "step 4 skipped" in caplog.text
@@ -141,14 +142,14 @@ def test_a_signal_saves_and_the_next_start_ends_bit_identical(settings, tmp_path
     whole = load_config(None, [*settings, f"run_dir={tmp_path / 'whole'}"])
     prune.run(whole)
     cut = load_config(None, [*settings, f"run_dir={tmp_path / 'cut'}"])
-    original = prune.train_step
+    original = prune.Pruning.train_step
 
-    def signalled(state):
-        if state.step == 17:
+    def signalled(trainer):
+        if trainer.step == 17:
             os.kill(os.getpid(), sig)
-        return original(state)
+        return original(trainer)
 
-    monkeypatch.setattr(prune, "train_step", signalled)
+    monkeypatch.setattr(prune.Pruning, "train_step", signalled)
     with pytest.raises(Preempted, match="at step 18 of 60"):
         prune.run(cut)
     monkeypatch.undo()
@@ -225,14 +226,14 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason(settings, tmp_path, mon
 
 def interrupted(config, step, monkeypatch) -> Path:
     """Run until `step` and die there; returns the checkpoints' directory."""
-    original = prune.train_step
+    original = prune.Pruning.train_step
 
-    def dying(state):
-        if state.step == step:
+    def dying(trainer):
+        if trainer.step == step:
             raise KeyboardInterrupt
-        return original(state)
+        return original(trainer)
 
-    monkeypatch.setattr(prune, "train_step", dying)
+    monkeypatch.setattr(prune.Pruning, "train_step", dying)
     with pytest.raises(KeyboardInterrupt):
         prune.run(config)
     monkeypatch.undo()

@@ -29,6 +29,7 @@ LEVELS = [
     {"engine", "importance", "rundir", "costs"},
     {"resume", "model_card", "planner"},
     {"lifecycle"},
+    {"training"},
     {"stages"},
     {"__main__"},
     {"bench"},
