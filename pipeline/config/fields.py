@@ -113,7 +113,10 @@ class TeacherConfig:
         "numerous", "Earlier snapshots, the intact model, or none (plain language-model loss)."
     )
     interval: float = opt(0.01, "Sparsity between two recorded snapshots.", gt=0, lt=1)
-    lag: int = opt(10, "Intervals the teacher is behind the student while sparsity rises, at least.", ge=1)
+    lag: int = opt(
+        20, "Intervals the teacher is behind the student while sparsity rises, at least (the paper: 10); until the "
+        "student is so far, the intact model teaches.", ge=1
+    )  # fmt: skip
     share: float = opt(
         0.4, "A teacher's sparsity is at most this share of the student's; 1 (the paper): no such limit.", gt=0, le=1
     )
