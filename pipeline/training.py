@@ -53,6 +53,8 @@ class Trainer(ABC):
     """Name of the finished result below the run directory."""
     outputs: ClassVar[tuple[str, ...]]
     """Everything below the run directory that a run started anew deletes."""
+    free: ClassVar[tuple[str, ...]]
+    """Sections of the configuration that may change between two starts of one run."""
 
     def __init__(
         self, config: Config, world: World, model: PairedModel, engine: Engine, stream: BatchStream, total: int
@@ -95,6 +97,10 @@ class Trainer(ABC):
         """Pictures of units [L, U] in 0..1 for TensorBoard, by name."""
         return {}
 
+    def share(self, micro_batch: Tensor, batch: Tensor) -> float:
+        """Weight of a micro-batch's mean loss in that of this rank's batch."""
+        return len(micro_batch) / len(batch)
+
     def accumulate(self, forward: Callable[[Tensor, int, float], Losses]) -> dict[str, float]:
         """Backward of this step's micro-batches; returns the mean loss terms.
 
@@ -104,7 +110,7 @@ class Trainer(ABC):
         batch = self.stream.batch(self.step).to(self.world.device)
         sums = dict.fromkeys(("loss", "layer_loss", "output_loss"), 0.0)
         for number, ids in enumerate(batch.split(self.config.train.micro_batch or len(batch))):
-            share = len(ids) / len(batch)
+            share = self.share(ids, batch)
             losses = forward(ids, number, share)
             total = losses.total * share
             if total.isfinite():
@@ -148,7 +154,7 @@ def train(config: Config, stage: type[Trainer]) -> Path:
         TrainingFailed: too many steps in a row were not finite.
         Preempted: SIGTERM or SIGUSR1 came; the state is saved.
     """
-    run_dir = check_directory(config)
+    run_dir = check_directory(config, stage.free)
     if config.checkpoint.resume == "auto" and is_finished(run_dir / stage.output):
         log.info("already finished: %s", run_dir / stage.output)
         return run_dir / stage.output

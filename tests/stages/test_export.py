@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import folding
+from pipeline import folding, students
 from pipeline.arch import PROJECTIONS, ArchSpec, read_spec
 from pipeline.checkpoint import verify
 from pipeline.config import ConfigError, load_config
@@ -422,14 +422,14 @@ def test_run_that_missed_its_target_is_cut_to_it():
     spec = read_spec(base_model("llama").config)
     gates = some_gates(spec, "uniform")
     scores = {k: torch.rand(z.shape) for k, z in gates.as_dict().items()}
-    chosen = export.structure(spec, gates, scores, 0.3, "uniform", (1, 1))
+    chosen = students.structure(spec, gates, scores, 0.3, "uniform", (1, 1, 1))
     assert abs(sparsity_of(spec, chosen) - 0.3) <= 0.01
     assert kept_units(spec, chosen).is_uniform(spec)
     before, after = gates.full(spec).ffn_gate(), chosen.full(spec).ffn_gate()
     stayed = (before != 0) & (after != 0)
     assert torch.equal(before[stayed], after[stayed])
     assert (after[(before == 0) & (after != 0)] == 1).all()
-    same = export.structure(spec, gates, scores, sparsity_of(spec, gates), "uniform", (16, 16))
+    same = students.structure(spec, gates, scores, sparsity_of(spec, gates), "uniform", (16, 16, 1))
     assert same is gates
 
 
@@ -437,7 +437,7 @@ def test_target_that_the_shape_cannot_meet():
     spec = read_spec(base_model("llama").config)
     gates = Gates(kv_groups=torch.ones(LAYERS, 3))
     with pytest.raises(ConfigError, match=r"export\.ffn_multiple"):
-        export.structure(spec, gates, {"kv_groups": torch.rand(LAYERS, 3)}, 0.07, "uniform", (16, 16))
+        students.structure(spec, gates, {"kv_groups": torch.rand(LAYERS, 3)}, 0.07, "uniform", (16, 16, 1))
 
 
 def test_removed_sublayers_need_the_per_layer_shape(tmp_path):
