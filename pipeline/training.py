@@ -241,6 +241,7 @@ def resume(trainer: Trainer) -> None:
 def save_checkpoint(trainer: Trainer) -> None:
     """Write the state after the current step on rank 0, then drop checkpoints beyond `checkpoint.keep`."""
     counters = {"step": trainer.step, "bad_total": trainer.bad_total}
+    trainer.engine.collect()
     with trainer.world.together():
         if trainer.world.is_main:
             earlier = next(iter(trainer.checkpoints.newest_first()), None)

@@ -32,6 +32,7 @@ def dump_ranks(rank: int) -> None:
         if trainer.step == trainer.total - 1:
             directory = Path(trainer.config.run_dir) / f"rank-{rank}"
             directory.mkdir()
+            trainer.engine.optimizers = {}  # the one part that is not alike: each rank holds a share
             trainer.save(directory, {}, None)
         return scalars
 
@@ -93,11 +94,11 @@ def test_two_ranks_under_zero3_follow_one_process(one, two):
     same_curve(two, one)
 
 
-def test_gates_lora_optimizers_and_teachers_have_the_same_bits_on_all_ranks(two):
+def test_gates_lora_and_teachers_have_the_same_bits_on_all_ranks(two):
     first, second = two / "rank-0", two / "rank-1"
     files = sorted(p.relative_to(first) for p in first.rglob("*.safetensors"))
     assert len([f for f in files if "teachers" in str(f)]) >= 5
-    assert {"gates.safetensors", "optimizer.safetensors", "adapter/adapter_model.safetensors"} <= set(map(str, files))
+    assert {"gates.safetensors", "adapter/adapter_model.safetensors"} <= set(map(str, files))
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
 
