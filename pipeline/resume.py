@@ -28,7 +28,9 @@ from pipeline.rundir import (
 from pipeline.teachers import TeacherBank
 
 FREE_SECTIONS = ("checkpoint", "tracking", "export", "evaluate")
-FREE_KEYS = ("run_dir", "recipe", "deepspeed", "train.rank_timeout", "train.activation_checkpointing")
+FREE_KEYS = (
+    "run_dir", "recipe", "deepspeed", "train.ranks", "train.rank_timeout", "train.activation_checkpointing",
+)  # fmt: skip
 """Sections and fields that may change between two starts of one run."""
 
 

@@ -12,7 +12,7 @@ import ranks
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config import load_config
+from pipeline.config import ConfigError, load_config
 from pipeline.stages import prune
 
 STEPS = 50
@@ -177,3 +177,42 @@ def test_kill_9_of_a_rank_ends_the_others_with_a_line_and_the_next_start_goes_on
             assert "Traceback" not in end.text
     prune.run(load_config(None, [*overrides, f"run_dir={run_dir}"]))
     same_curve(run_dir, one)
+
+
+@pytest.mark.parametrize(
+    ("each", "message"),
+    [
+        ((["train.batch_size=3"], ["train.batch_size=3"]), "train.batch_size 3 cannot be split over 2 processes"),
+        ((["seed=1"], ["seed=2"]), "rank 1 has seed=2, rank 0 1: start all ranks alike"),
+        (([], ["run_dir="]), "rank 1 has run_dir=''"),
+        ((["train.ranks=4"], ["train.ranks=4"]), "train.ranks is 4, but 2 started: look at the launcher's"),
+        ((["deepspeed=zero3", "model.path=/nowhere/x"],) * 2, "model.path /nowhere/x: neither a directory here"),
+        ((["trian.steps=3"],) * 2, "unknown key 'trian'; did you mean 'train'"),
+    ],
+)
+def test_a_mistake_is_one_line_of_rank_0_and_ends_all(overrides, tmp_path, each, message):
+    run_dir = tmp_path / "run"
+    arguments = [["prune", *overrides, f"run_dir={run_dir}", *own] for own in each]
+    first, second = ranks.Group(arguments, 2, tmp_path / "logs").wait()
+    assert (first.code, second.code) == (2, 2), first.text + second.text
+    assert first.text.count("nuteprune: ") == len(first.text.splitlines()) == 1
+    assert message in first.text
+    assert second.text == ""
+    assert not list(run_dir.glob("*"))
+
+
+def hide_data(rank: int) -> None:
+    """Let rank 1 fail where the others do not, as on a node without the file."""
+
+    def unseen(*_):
+        raise ConfigError("data source 'train.txt' does not exist")
+
+    if rank == 1:
+        prune.packed_blocks = unseen
+
+
+def test_a_rank_that_cannot_see_the_data_is_named(overrides, tmp_path):
+    arguments = ["prune", *overrides, f"run_dir={tmp_path / 'run'}", "deepspeed=zero3"]
+    first, second = ranks.Group(arguments, 2, tmp_path / "logs", hide_data).wait()
+    assert (first.code, second.code) == (2, 2)
+    assert first.text == "nuteprune: rank 1: data source 'train.txt' does not exist\n"
