@@ -96,7 +96,7 @@ class Engine:
             "gates": torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
             if gates.optimizer == "adam"
             else torch.optim.SGD(
-                self.alphas, lr=gates.lr / min(total, settle_step(config, total)), momentum=_GATE_MOMENTUM
+                self.alphas, lr=gates.lr / max(1, min(total, settle_step(config, total))), momentum=_GATE_MOMENTUM
             ),
         }
         if multipliers is not None:
