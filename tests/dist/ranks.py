@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-HANG = 120
+HANG = 240
 """Seconds after which a group counts as hung."""
 
 
