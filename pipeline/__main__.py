@@ -7,6 +7,9 @@ import importlib
 import logging
 import os
 import sys
+import traceback
+import warnings
+from typing import NoReturn
 
 from pipeline.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
 
@@ -22,6 +25,8 @@ SHORTCUTS = {
     "evaluate": {"--blocks": "evaluate.blocks"},
 }
 """Flags of a stage that stand for one key; a list is given with commas."""
+DISTRIBUTED = ("prune", "finetune")
+"""Stages that several ranks run together."""
 OVERRIDES = "directory of a run (for --config RUN/config.yaml), and settings that win over the file"
 PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"
 PLAN_FLAGS = {
@@ -43,6 +48,8 @@ PLAN_FLAGS = {
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     top = argparse.ArgumentParser(prog="nuteprune", description="Structured pruning with numerous teachers.")
+    # The deepspeed launcher adds it; the variable LOCAL_RANK says the same.
+    top.add_argument("--local_rank", help=argparse.SUPPRESS)
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, meaning in STAGES.items():
         sub = stages.add_parser(
@@ -67,13 +74,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake) or 75 (preempted, saved)."""
+    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake) or 75 (preempted, saved).
+
+    Of several ranks the first speaks for all; only a rank that lost another says so itself.
+    """
     args, rest = parser().parse_known_args(argv)
     if any(word.startswith("-") for word in rest):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides += rest  # settings may stand before and behind --config
     quiet_libraries()
+    from pipeline.distributed import RankLost, discover
+
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
+        world = discover()
+        is_main = world.is_main
+        if not is_main:
+            logging.getLogger("pipeline").setLevel(logging.ERROR)
+        if world.size > 1 and args.stage not in DISTRIBUTED:
+            raise ConfigError(f"{args.stage} runs in one process, not in {world.size}: start it without a launcher")
         config = read_settings(args)
         if args.stage == "plan":
             from pipeline.stages import plan
@@ -82,15 +101,19 @@ def main(argv: list[str] | None = None) -> int:
             outcome = plan.run(config, args, typed)
             sys.stdout.write(outcome.text + "\n")
             return 0 if outcome.fits else 1
-        sys.stdout.write(run_stage(args.stage, config) + "\n")
+        text = run_stage(args.stage, config)
+        if is_main:
+            sys.stdout.write(text + "\n")
     except ConfigError as error:
-        sys.stderr.write(f"nuteprune: {error}\n")
+        if is_main:
+            sys.stderr.write(f"nuteprune: {error}\n")
         return 2
     except RuntimeError as error:
-        if type(error).__module__.startswith("pipeline."):
+        if not type(error).__module__.startswith("pipeline."):
+            raise
+        if is_main or isinstance(error, RankLost):
             sys.stderr.write(f"nuteprune: {error}\n")
-            return getattr(error, "exit_code", 1)
-        raise
+        return getattr(error, "exit_code", 1)
     return 0
 
 
@@ -117,10 +140,26 @@ def run_stage(name: str, config: Config) -> str:
     return stage.summary(config, result)
 
 
+def cli() -> NoReturn:
+    """`main` as a process; a failed rank of several ends at once, for its destructors could wait for other ranks."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def quiet_libraries() -> None:
     """Our own log on stderr; of the libraries only warnings and worse."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("pipeline").setLevel(logging.INFO)
+    # DeepSpeed calls a name that torch has renamed.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Imported here, so that --help answers at once.
     import torch
@@ -134,4 +173,4 @@ def quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli()

@@ -27,6 +27,9 @@ from pipeline.rundir import (
 )
 from pipeline.teachers import TeacherBank
 
+FREE_KEYS = ("run_dir", "recipe", "deepspeed", "train.rank_timeout", "train.activation_checkpointing")
+"""Fields that may change between two starts of one run."""
+
 
 def save_state(
     directory: Path, config: Config, masks: MaskSet, multipliers: nn.Module | None,
@@ -82,7 +85,7 @@ def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None
         return
     old, new = flatten(read_yaml(saved)), flatten(to_dict(config))
     for key, value in new.items():
-        if key.split(".")[0] in (*free, "run_dir", "recipe") or old.get(key) == value:
+        if key.split(".")[0] in free or key in FREE_KEYS or old.get(key) == value:
             continue
         was = f"{key}={old[key]!r}" if key in old else f"no {key}, from an older version"
         raise ConfigError(

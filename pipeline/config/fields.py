@@ -50,6 +50,7 @@ class TrainConfig:
     weight_decay: float = opt(0.0, "AdamW weight decay of LoRA.", ge=0)
     grad_clip: float = opt(1.0, "Largest norm of the LoRA gradient; 0 turns clipping off.", ge=0)
     activation_checkpointing: bool = opt(False, "Recompute each layer in the backward pass to save memory.")
+    rank_timeout: int = opt(600, "Seconds that a rank waits for the others before the run ends.", ge=10)
     max_bad_steps: int = opt(10, "Stop after this many steps in a row with a NaN or infinite loss or gradient.", ge=1)
 
 
@@ -115,7 +116,10 @@ class TeacherConfig:
         "numerous", "Earlier snapshots, the intact model, or none (plain language-model loss)."
     )
     interval: float = opt(0.01, "Sparsity between two recorded snapshots.", gt=0, lt=1)
-    lag: int = opt(10, "Intervals the teacher is behind the student while sparsity rises, at least.", ge=1)
+    lag: int = opt(
+        20, "Intervals the teacher is behind the student while sparsity rises, at least (the paper: 10); until the "
+        "student is so far, the intact model teaches.", ge=1
+    )  # fmt: skip
     share: float = opt(
         0.4, "A teacher's sparsity is at most this share of the student's; 1 (the paper): no such limit.", gt=0, le=1
     )
@@ -221,6 +225,10 @@ class Config:
     recipe: str = opt("default", "Base settings: a name in pipeline/recipes or a YAML file.")
     run_dir: str = opt("", "Directory of the run: configuration, checkpoints, logs, results.")
     seed: int = opt(0, "Seed of data order, gate samples and LoRA initialisation.", ge=0)
+    deepspeed: str = opt(
+        "", "How several ranks share the memory: zero2, zero3, zero3_offload, zero3_hpz, or a DeepSpeed JSON file; "
+        "empty: every rank holds everything."
+    )  # fmt: skip
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -17,16 +17,16 @@ from pipeline.distributed import World
 from pipeline.engine import Engine
 from pipeline.instructions import packed_windows
 from pipeline.layers import LoraWeights, View, build_view
-from pipeline.lifecycle import Stop
 from pipeline.masks import MaskSet, sparsity_of
-from pipeline.models import load_model, load_tokenizer
-from pipeline.pairing import Answers, Losses, PairedModel
+from pipeline.models import load_tokenizer, read_config
+from pipeline.pairing import Answers, Losses
 from pipeline.resume import load_state, save_state
 from pipeline.rundir import Run
 from pipeline.students import TUNED, finetune_directory, open_run, pruned_student, rounding_of, save_tuned, shape_of
 from pipeline.teachers import TeacherBank
 from pipeline.tracking import Tracker
 from pipeline.training import Trainer, train
+from pipeline.zero import load_paired, zero_settings
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def settings(config: Config, trained: Run) -> Config:
     return replace(
         old,
         run_dir=str(finetune_directory(trained, tune.sparsity)),
+        deepspeed=config.deepspeed,
         finetune=tune, checkpoint=config.checkpoint, tracking=config.tracking, export=config.export,
         data=replace(old.data, source=tune.data, seq_len=tune.seq_len),
         train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
@@ -97,27 +98,29 @@ class Finetuning(Trainer):
     @classmethod
     def build(cls, config: Config, world: World) -> Finetuning:
         """Load the model, the student and the records, at step 0."""
-        trained = open_run(replace(config, run_dir=str(Path(config.run_dir).parent)))
-        hf_model, spec = load_model(config.model, world.device)
-        student = pruned_student(config, trained, spec, config.finetune.sparsity)
-        if config.model.attention == "flash_attention_2" and config.finetune.micro_batch != 1:
-            raise ConfigError(
-                "finetune.micro_batch: flash attention keeps records apart in one window only: set it to 1"
-            )
-        windows = packed_windows(config.finetune, load_tokenizer(config.model.path, spec.vocab))
-        stream = BatchStream(windows, config.train.batch_size, config.seed, world.rank, world.size)
+        with world.together():
+            trained = open_run(replace(config, run_dir=str(Path(config.run_dir).parent)))
+            _, spec = read_config(config.model.path)
+            student = pruned_student(config, trained, spec, config.finetune.sparsity)
+            zero = zero_settings(config, spec, world)
+            if config.model.attention == "flash_attention_2" and config.finetune.micro_batch != 1:
+                raise ConfigError(
+                    "finetune.micro_batch: flash attention keeps records apart in one window only: set it to 1"
+                )
+            windows = packed_windows(config.finetune, load_tokenizer(config.model.path, spec.vocab))
+            stream = BatchStream(windows, config.train.batch_size, config.seed, world.rank, world.size)
         total = config.train.steps or max(1, round(config.train.epochs * stream.steps_per_epoch))
-        model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
+        model = load_paired(config, world, zero)
         extend_lora(model.lora(), student.lora)
         masks = MaskSet(spec, config.gates).to(world.device)
         masks.fix(student.gates)
-        engine = Engine(model, masks, None, config, total)
+        engine = Engine(model, masks, None, config, total, world)
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
         log.info("fine-tuning at sparsity %.4f: %d windows, %d steps", sparsity_of(spec, student.gates), len(windows),
                  total)  # fmt: skip
         return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank)
 
-    def start(self, stop: Stop) -> None:
+    def start(self) -> None:
         """Nothing to do: the student is there."""
 
     def train_step(self) -> dict[str, float]:

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[2]
 
 LEVELS = [
     {"kernels"},
-    {"config", "distributed"},
-    {"arch"},
+    {"config"},
+    {"arch", "distributed"},
     {"masks"},
     {
         "layers",
@@ -24,8 +24,8 @@ LEVELS = [
         "models",
         "modeling_ragged",
     },
-    {"pairing", "teachers", "report", "folding", "fetch", "footprint", "fingerprint", "instructions"},
-    {"engine", "importance", "rundir", "costs", "measure"},
+    {"pairing", "teachers", "report", "folding", "fetch", "footprint", "shards", "fingerprint", "instructions"},
+    {"engine", "zero", "importance", "rundir", "costs", "measure"},
     {"resume", "model_card", "planner", "students", "speed"},
     {"lifecycle"},
     {"training", "masked"},
