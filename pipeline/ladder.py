@@ -34,6 +34,8 @@ def run(config: Config) -> Path:
     rungs = sorted(set(config.export.ladder))
     if not all(0 < rung < 1 for rung in rungs):
         raise ConfigError(f"export.ladder: sparsities lie between 0 and 1, got {config.export.ladder}")
+    if config.export.push_to_hub:
+        raise ConfigError("export.push_to_hub takes one model: push a rung with `nuteprune export RUN --sparsity …`")
     trained = open_run(config)
     for rung in rungs:
         choose_student(trained, rung)
