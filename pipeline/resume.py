@@ -27,7 +27,9 @@ from pipeline.rundir import (
 )
 from pipeline.teachers import TeacherBank
 
-FREE_KEYS = ("run_dir", "recipe", "deepspeed", "train.rank_timeout", "train.activation_checkpointing")
+FREE_KEYS = (
+    "run_dir", "recipe", "deepspeed", "train.ranks", "train.rank_timeout", "train.activation_checkpointing",
+)  # fmt: skip
 """Fields that may change between two starts of one run."""
 
 
@@ -106,12 +108,16 @@ def _optimizer_tensors(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state = optimizer.state_dict()
-    state["state"] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".")
-        state["state"].setdefault(int(index), {})[key] = value
-    known = sum(len(group["params"]) for group in state["param_groups"])
-    if any(index >= known for index in state["state"]):
+        state.setdefault(int(index), {})[key] = value
+    # Parameters by number, as in `state_dict`, which a rank with a share of the state does not have.
+    groups, known = [], 0
+    for group in optimizer.param_groups:
+        numbers = range(known, known + len(group["params"]))
+        groups.append({**group, "params": list(numbers)})
+        known = numbers.stop
+    if any(index >= known for index in state):
         raise CheckpointError("optimizer.safetensors belongs to a model with more parameters")
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -206,10 +206,14 @@ def _train(config: Config, stage: type[Trainer], world: World) -> Path:
 
 
 def check_alike(config: Config, world: World) -> None:
-    """Raise `ConfigError` unless all ranks run the same settings on the same versions.
+    """Raise `ConfigError` unless there are as many ranks as wanted, with the same settings on the same versions.
 
-    A rank that differs in either would compute something else, or wait in another collective for ever.
+    A rank that differs would compute something else, or wait in another collective for ever.
     """
+    if config.train.ranks not in (0, world.size):
+        raise ConfigError(
+            f"train.ranks is {config.train.ranks}, but {world.size} started: look at the launcher's arguments and hosts"
+        )
     versions = {f"version of {name}": metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
     first, *others = world.gather(flatten(to_dict(config)) | versions)
     for rank, other in enumerate(others, 1):
@@ -247,6 +251,7 @@ def resume(trainer: Trainer) -> None:
 def save_checkpoint(trainer: Trainer) -> None:
     """Write the state after the current step on rank 0, then drop checkpoints beyond `checkpoint.keep`."""
     counters = {"step": trainer.step, "bad_total": trainer.bad_total}
+    trainer.engine.collect()
     with trainer.world.together():
         if trainer.world.is_main:
             earlier = next(iter(trainer.checkpoints.newest_first()), None)

@@ -50,6 +50,7 @@ class TrainConfig:
     weight_decay: float = opt(0.0, "AdamW weight decay of LoRA.", ge=0)
     grad_clip: float = opt(1.0, "Largest norm of the LoRA gradient; 0 turns clipping off.", ge=0)
     activation_checkpointing: bool = opt(False, "Recompute each layer in the backward pass to save memory.")
+    ranks: int = opt(0, "Refuse to start on another number of ranks, as a typo in a hostfile gives; 0: any.", ge=0)
     rank_timeout: int = opt(600, "Seconds that a rank waits for the others before the run ends.", ge=10)
     max_bad_steps: int = opt(10, "Stop after this many steps in a row with a NaN or infinite loss or gradient.", ge=1)
 
