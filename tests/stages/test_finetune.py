@@ -71,16 +71,8 @@ def test_answers_are_learned_with_the_gates_fixed(tuning, run_dir):
     assert [p.name for p in (run_dir / "checkpoints").glob("*")] == []
 
 
-<<<<<<< HEAD
 def test_every_answer_token_of_a_step_counts_alike(tuning):
     """However the step is split into micro-batches: windows hold unequal numbers of answer tokens."""
-=======
-def test_every_answer_token_of_the_global_batch_counts_alike(tuning, monkeypatch):
-    """However it is split into micro-batches and ranks: windows hold unequal numbers of answer tokens."""
-    # The ranks compute one after the other, so their means are taken below.
-    monkeypatch.setattr(World, "mean", lambda _, values: values)
-    monkeypatch.setattr(World, "gather", lambda _, value: [value])
->>>>>>> main
     config = changed(tuning, micro_batch=0, batch_size=3)
     whole, split = build(config), build(changed(config, micro_batch=1))
     counts = (whole.stream.batch(0)[:, 1] != IGNORE).sum(1)
