@@ -9,7 +9,6 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from pipeline.checkpoint import update_manifest, write_atomic
-from pipeline.config import Config
 from pipeline.folding import Fold
 from pipeline.rundir import Run
 from pipeline.students import Student
@@ -43,8 +42,8 @@ class Result:
     tokens: int
 
 
-def kept_record(config: Config, fold: Fold, result: Result) -> dict:
-    """Contents of nuteprune.json: kept indices per layer, the original sizes, and what was reached."""
+def kept_record(run: Run, student: Student, fold: Fold, result: Result) -> dict:
+    """Contents of nuteprune.json: kept indices per layer, the original sizes, what was reached, fine-tuning steps."""
     spec, kept = fold.spec, fold.kept
     layers = {"heads": kept.heads, "kv_groups": kept.kv_groups, "ffn": kept.ffn}
     return {
@@ -53,7 +52,8 @@ def kept_record(config: Config, fold: Fold, result: Result) -> dict:
         "original": {"heads": spec.heads, "kv_heads": spec.kv_heads, "ffn": spec.ffn, "hidden": spec.hidden},
         "sparsity": result.sparsity,
         "parameters": result.parameters,
-        "base": config.model.path,
+        "finetuned": student.facts.get("steps", 0),
+        "base": run.config.model.path,
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from pipeline.__main__ import main
@@ -68,7 +69,8 @@ def test_answers_are_learned_with_the_gates_fixed(tuning, run_dir):
     assert not any(torch.equal(tuned.lora[k][1], run.lora[k][1]) for k in run.lora)
     answers = sum(m["finetune/answer_tokens"] for m in lines)
     assert (tuned.facts["steps"], tuned.facts["answer_tokens"]) == (12, answers)
-    assert [p.name for p in (run_dir / "checkpoints").glob("*")] == []
+    events = EventAccumulator(str(run_dir / "finetune" / "tensorboard")).Reload()
+    assert [s.step for s in events.Scalars("finetune/loss")] == list(range(12))
 
 
 def test_every_answer_token_of_a_step_counts_alike(tuning):
@@ -169,6 +171,8 @@ def test_another_base_model_is_refused(tuning, run_dir, tmp_path, capsys):
     for stage in ("export", "finetune"):
         assert main([stage, str(run_dir), f"model.path={other}", f"finetune.data={tuning.finetune.data}"]) == 2
         assert "is not the base model that was pruned" in capsys.readouterr().err
+        assert main([stage, str(run_dir), "model.path=/nowhere/model", f"finetune.data={tuning.finetune.data}"]) == 2
+        assert "nuteprune: model.path /nowhere/model: neither a directory here" in capsys.readouterr().err
 
 
 def test_a_directory_that_is_no_run_is_one_line(tmp_path, capsys):
