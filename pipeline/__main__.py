@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import logging
 import os
 import sys
+from functools import partial
 
 from pipeline.config import STAGE_SECTIONS, ConfigError, describe, load_config
 
 STAGES = {
+    "prepare": "fetch the model, tokenise and pack the text, once and without a GPU",
     "prune": "learn gates and LoRA on the frozen base model, taught by earlier snapshots of the student",
     "export": "write the pruned student (or a snapshot of the run) as a small Hugging Face model",
     "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
 }
 SHORTCUTS = {"export": {"--sparsity": "export.sparsity"}, "evaluate": {"--blocks": "evaluate.blocks"}}
 """Flags of a stage that stand for one key."""
+STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"
 PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"
 PLAN_FLAGS = {
     "--model": ("", "directory, config.json, hub id, or a name such as llama-3.1-70b (default: model.path)"),
@@ -48,6 +52,11 @@ def parser() -> argparse.ArgumentParser:
         for flag, key in SHORTCUTS.get(name, {}).items():
             sub.add_argument(flag, metavar="X", help=f"same as {key}=X")
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
+    status = stages.add_parser("status", help=STATUS, description=STATUS.capitalize() + ".")
+    status.add_argument("--config", help="YAML file of the run, instead of its directory")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--tsv", action="store_true", help="print stage, state and job between tabs")
+    status.add_argument("overrides", nargs="*", metavar="RUN_DIR | key.sub=value", help="the run, or settings of it")
     plan = stages.add_parser("plan", help=PLAN, description=PLAN.capitalize() + ".")
     for flag, (default, meaning) in PLAN_FLAGS.items():
         meaning += f" (default {default})" if default else ""
@@ -66,12 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     if any(word.startswith("-") for word in rest):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides += rest  # settings may stand before and behind --config
-    quiet_libraries()
+    if args.stage != "status":  # which answers at once
+        quiet_libraries()
     overrides = list(args.overrides)
     for flag, key in SHORTCUTS.get(args.stage, {}).items():
         value = getattr(args, flag.strip("-"))
         if value is not None:
             overrides.append(f"{key}={value}")
+    if args.stage == "status":
+        overrides = [item if "=" in item else f"run_dir={item}" for item in overrides]
     try:
         config = load_config(args.config, overrides)
         stage = importlib.import_module(f"pipeline.stages.{args.stage}")
@@ -80,6 +92,10 @@ def main(argv: list[str] | None = None) -> int:
             outcome = stage.run(config, args, typed)
             sys.stdout.write(outcome.text + "\n")
             return 0 if outcome.fits else 1
+        if args.stage == "status":
+            show = stage.table if args.tsv else partial(json.dumps, indent=2) if args.json else stage.text
+            sys.stdout.write(show(stage.run(config)) + "\n")
+            return 0
         sys.stdout.write(stage.summary(config, stage.run(config)) + "\n")
     except ConfigError as error:
         sys.stderr.write(f"nuteprune: {error}\n")

@@ -198,6 +198,7 @@ class Config:
 
 
 STAGE_SECTIONS = {
+    "prepare": ["model", "data"],
     "prune": ["model", "data", "train", "gates", "sparsity", "lora", "teacher", "loss", "checkpoint", "tracking"],
     "export": ["export"],
     "evaluate": ["model", "data", "export", "evaluate", "tracking"],

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 LEVELS = [
     {"kernels"},
-    {"config", "distributed"},
+    {"config", "distributed", "jobs"},
     {"arch"},
     {"masks"},
     {
@@ -25,7 +25,7 @@ LEVELS = [
         "models",
         "modeling_ragged",
     },
-    {"pairing", "teachers", "report", "folding", "fetch", "footprint"},
+    {"pairing", "teachers", "report", "folding", "fetch", "footprint", "prepared"},
     {"engine", "importance", "rundir", "costs"},
     {"resume", "model_card", "planner"},
     {"lifecycle"},
