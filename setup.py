@@ -12,8 +12,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["pipeline*", "kernels*"]),
-    package_data={"pipeline": ["recipes/*.yaml", "tasks/*"]},
+    packages=[*find_packages(include=["pipeline*", "kernels*"]), "ds_configs"],
+    package_data={"pipeline": ["recipes/*.yaml", "tasks/*"], "ds_configs": ["*.json"]},
     install_requires=[
         "accelerate>=1.0",
         "datasets>=4.0",
@@ -33,5 +33,5 @@ setup(
         "triton>=3.3; platform_system == 'Linux'",
     ],
     extras_require={"dev": ["hypothesis>=6.100", "ninja", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"]},
-    entry_points={"console_scripts": ["nuteprune=pipeline.__main__:main"]},
+    entry_points={"console_scripts": ["nuteprune=pipeline.__main__:cli"]},
 )

@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import sys
-from functools import partial
+import traceback
+import warnings
+from typing import NoReturn
 
 from pipeline.config import STAGE_SECTIONS, ConfigError, describe, load_config
 
@@ -21,6 +23,8 @@ STAGES = {
 SHORTCUTS = {"export": {"--sparsity": "export.sparsity"}, "evaluate": {"--blocks": "evaluate.blocks"}}
 """Flags of a stage that stand for one key."""
 STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"
+DISTRIBUTED = ("prune",)
+"""Stages that several ranks run together."""
 PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"
 PLAN_FLAGS = {
     "--model": ("", "directory, config.json, hub id, or a name such as llama-3.1-70b (default: model.path)"),
@@ -41,6 +45,9 @@ PLAN_FLAGS = {
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     top = argparse.ArgumentParser(prog="nuteprune", description="Structured pruning with numerous teachers.")
+    top.add_argument(
+        "--local_rank", "--local-rank", help=argparse.SUPPRESS
+    )  # of the deepspeed launcher; also LOCAL_RANK
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, meaning in STAGES.items():
         sub = stages.add_parser(
@@ -70,21 +77,32 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake) or 75 (preempted, saved)."""
+    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake) or 75 (preempted, saved).
+
+    Of several ranks the first speaks for all; only a rank that lost another says so itself.
+    """
     args, rest = parser().parse_known_args(argv)
     if any(word.startswith("-") for word in rest):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides += rest  # settings may stand before and behind --config
-    if args.stage != "status":  # which answers at once
-        quiet_libraries()
+    if args.stage == "status":
+        return show_status(args)
+    quiet_libraries()
     overrides = list(args.overrides)
     for flag, key in SHORTCUTS.get(args.stage, {}).items():
         value = getattr(args, flag.strip("-"))
         if value is not None:
             overrides.append(f"{key}={value}")
-    if args.stage == "status":
-        overrides = [item if "=" in item else f"run_dir={item}" for item in overrides]
+    from pipeline.distributed import RankLost, discover
+
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
+        world = discover()
+        is_main = world.is_main
+        if not is_main:
+            logging.getLogger("pipeline").setLevel(logging.ERROR)
+        if world.size > 1 and args.stage not in DISTRIBUTED:
+            raise ConfigError(f"{args.stage} runs in one process, not in {world.size}: start it without a launcher")
         config = load_config(args.config, overrides)
         stage = importlib.import_module(f"pipeline.stages.{args.stage}")
         if args.stage == "plan":
@@ -92,26 +110,56 @@ def main(argv: list[str] | None = None) -> int:
             outcome = stage.run(config, args, typed)
             sys.stdout.write(outcome.text + "\n")
             return 0 if outcome.fits else 1
-        if args.stage == "status":
-            show = stage.table if args.tsv else partial(json.dumps, indent=2) if args.json else stage.text
-            sys.stdout.write(show(stage.run(config)) + "\n")
-            return 0
-        sys.stdout.write(stage.summary(config, stage.run(config)) + "\n")
+        result = stage.run(config)
+        if is_main:
+            sys.stdout.write(stage.summary(config, result) + "\n")
+    except ConfigError as error:
+        if is_main:
+            sys.stderr.write(f"nuteprune: {error}\n")
+        return 2
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("pipeline."):
+            raise
+        if is_main or isinstance(error, RankLost):
+            sys.stderr.write(f"nuteprune: {error}\n")
+        return getattr(error, "exit_code", 1)
+    return 0
+
+
+def show_status(args: argparse.Namespace) -> int:
+    """Print how far a run is; returns the exit code. Imports neither torch nor transformers: it answers at once."""
+    from pipeline.stages import status
+
+    try:
+        found = status.run(load_config(args.config, [o if "=" in o else f"run_dir={o}" for o in args.overrides]))
     except ConfigError as error:
         sys.stderr.write(f"nuteprune: {error}\n")
         return 2
-    except RuntimeError as error:
-        if type(error).__module__.startswith("pipeline."):
-            sys.stderr.write(f"nuteprune: {error}\n")
-            return getattr(error, "exit_code", 1)
-        raise
+    sys.stdout.write((status.table(found) if args.tsv else json.dumps(found, indent=2) if args.json else
+                      status.text(found)) + "\n")  # fmt: skip
     return 0
+
+
+def cli() -> NoReturn:
+    """`main` as a process; a failed rank of several ends at once, for its destructors could wait for other ranks."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def quiet_libraries() -> None:
     """Our own log on stderr; of the libraries only warnings and worse."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("pipeline").setLevel(logging.INFO)
+    # DeepSpeed calls a name that torch has renamed.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Imported here, so that --help answers at once.
     import torch
@@ -125,4 +173,4 @@ def quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli()

@@ -88,7 +88,7 @@ def traffic(job: Job, layout: Layout, mode: str = "paired") -> Traffic:
     ring all-reduce (2x). With partitioned LoRA weights they are gathered with their layer instead.
     """
     spec, s, cluster, count = job.spec, job.itemsize, job.cluster, passes(job, layout)
-    ranks, threshold = cluster.ranks, persistence_threshold(job)
+    ranks, threshold = cluster.ranks, persistence_threshold(spec)
     gathered = 0.0
     if layout.stage == 3 and ranks > 1:
         times = GATHERS[mode]

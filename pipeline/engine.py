@@ -1,4 +1,8 @@
-"""The optimizer side of a run: parameter groups, learning rates, clipping, and skipping of steps that went wrong."""
+"""The optimizer side of a run: gradients of all ranks, learning rates, clipping, and skipping of steps that went wrong.
+
+Gates, multipliers and LoRA are whole on every rank. Their gradients lie in one flat buffer, which one all-reduce a step
+averages; every rank then makes the same update, so all of them hold the same bits.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config
+from pipeline.distributed import World
 from pipeline.masks import MaskSet
 from pipeline.masks.schedule import lora_lr_at, settle_step
 from pipeline.pairing import PairedModel
@@ -38,7 +43,7 @@ class StepResult:
 
 
 class Engine:
-    """Optimizers of LoRA, gates and multipliers in one process.
+    """Optimizers of LoRA, gates and multipliers, alike on every rank.
 
     Args:
         model: holds the LoRA parameters.
@@ -46,10 +51,14 @@ class Engine:
         multipliers: the Lagrangian's multipliers, or None under the projection.
         config: learning rates, clipping, limits.
         total: steps of the run.
+        world: the ranks whose gradients are averaged.
     """
 
-    def __init__(self, model: PairedModel, masks: MaskSet, multipliers: Multipliers | None, config: Config, total: int):
-        self.config, self.total, self.masks = config, total, masks
+    def __init__(
+        self, model: PairedModel, masks: MaskSet, multipliers: Multipliers | None, config: Config, total: int,
+        world: World,
+    ):  # fmt: skip
+        self.config, self.total, self.masks, self.world = config, total, masks, world
         train, gates = config.train, config.gates
         self.lora = [p for pair in model.lora().values() for p in pair]
         self.alphas = list(masks.log_alpha.values())
@@ -67,19 +76,20 @@ class Engine:
             self.optimizers["multipliers"] = torch.optim.AdamW(
                 multipliers.parameters(), lr=config.sparsity.multiplier_lr, weight_decay=0.0, maximize=True
             )
-        self.multipliers = multipliers
+        self.gradients = _flat_gradients([p for o in self.optimizers.values() for p in _parameters(o)])
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""
         loss.backward()
 
     def step(self, step: int) -> StepResult:
-        """Clip and apply the gradients of optimizer step `step`; a step with a NaN or infinite gradient is skipped."""
+        """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
+        self.world.mean(self.gradients)
         for group in self.optimizers["lora"].param_groups:
             group["lr"] = lora_lr_at(self.config, step, self.total)
         limit = self.config.train.grad_clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.lora, limit))
-        finite = math.isfinite(norm) and all(bool(a.grad.isfinite().all()) for a in self.alphas if a.grad is not None)
+        finite = math.isfinite(norm) and bool(self.gradients.isfinite().all())
         if finite:
             if self.config.gates.optimizer == "sgd":
                 _normalize([a.grad for a in self.alphas if a.grad is not None])
@@ -91,8 +101,23 @@ class Engine:
 
     def discard(self) -> None:
         """Forget accumulated gradients."""
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        self.gradients.zero_()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """One zero float32 buffer whose parts are the parameters' gradients, into which backward adds.
+
+    A parameter that takes no part in a step (a layer that is wholly removed on this rank) has a gradient of zero there,
+    so all ranks reduce the same.
+    """
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
 
 
 @torch.no_grad()

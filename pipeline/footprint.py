@@ -147,9 +147,27 @@ def snapshot_bytes(job: Job) -> int:
     return 2 * lora_parameters(job) + 2 * FP32 * gate_units(job)
 
 
-def persistence_threshold(job: Job) -> int:
-    """Elements up to which ZeRO-3 keeps a tensor whole on every rank: the largest LoRA matrix, so that all LoRA is."""
-    return max(lora_sizes(job))
+def zero3_sizes(spec: ArchSpec) -> dict[str, int]:
+    """DeepSpeed's sizes for ZeRO-3, in elements: one layer is prefetched, and nothing is kept for later reuse.
+
+    Vectors (norms, biases) stay whole on every rank. Live at once are at most two layers and the embedding or head.
+    """
+    layer = sum(layer_tensors(spec))
+    return {
+        "stage3_param_persistence_threshold": persistence_threshold(spec),
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 2 * layer + spec.vocab * spec.hidden,
+        "stage3_max_reuse_distance": 0,
+    }
+
+
+def persistence_threshold(spec: ArchSpec) -> int:
+    """Elements up to which ZeRO-3 keeps a tensor whole on every rank: the largest norm or bias."""
+    matrices = [out * inputs for out, inputs in projection_shapes(spec).values()]
+    vectors = list(layer_tensors(spec))
+    for size in matrices:
+        vectors.remove(size)
+    return max(vectors)
 
 
 def partitioned(tensors: list[int], ranks: int, threshold: int) -> tuple[int, int]:
@@ -218,7 +236,7 @@ def frozen_weights(job: Job, layout: Layout) -> dict[str, float]:
     if layout.stage == 2:
         return {"frozen weights (whole)": s * total_parameters(spec)}
     tensors = layer_tensors(spec) * spec.layers + [spec.hidden] + [spec.vocab * spec.hidden] * (1 if spec.tied else 2)
-    gathered, whole = partitioned(tensors, ranks, persistence_threshold(job))
+    gathered, whole = partitioned(tensors, ranks, persistence_threshold(spec))
     shard = s * gathered / ranks
     parts = {"host" if layout.offload else f"frozen weights (1/{ranks})": shard, "small tensors kept whole": s * whole}
     if layout.hpz:

@@ -33,10 +33,10 @@ def taylor_importance(model: PairedModel, kinds: list[str], batches: Iterable[Te
     for ids in (sequence for batch in batches for sequence in batch.split(1)):
         gates = Gates(**{k: torch.ones_like(v).requires_grad_() for k, v in total.items()})
         view = build_view(model.spec, gates, {}, model.scaling, model.dtype)
-        loss = model(ids.to(device), view, None, LossConfig()).total
-        gradients = torch.autograd.grad(loss, list(gates.as_dict().values()))
-        for kind, gradient in zip(gates.as_dict(), gradients, strict=True):
-            total[kind] += gradient.float().square()
+        # A whole backward, not autograd.grad: it also passes the places where ZeRO-3 frees what it gathered.
+        model(ids.to(device), view, None, LossConfig()).total.backward()
+        for kind, gate in gates.as_dict().items():
+            total[kind] += gate.grad.float().square()
     return total
 
 

@@ -7,7 +7,7 @@ Activating a view sets a few attributes; it copies nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from pipeline.masks import Gates
 
 LoraWeights = Mapping[str, tuple[Tensor, Tensor]]
 """LoRA pairs (A [R, K], B [N, R]) by "layer.projection", e.g. "3.q_proj"."""
+LoraParameters = dict[str, tuple[nn.Parameter, nn.Parameter]]
+"""The pairs in training."""
 
 
 @dataclass(frozen=True)
@@ -73,24 +75,20 @@ class View:
 class MaskedLoRALinear(nn.Module):
     """y = ((x⊙m_in)Wᵀ + s((x⊙m_in)Aᵀ)Bᵀ + b)⊙m_out with W and b frozen; m, A, B come from the active view.
 
+    The module holds frozen weights only. The student's LoRA lives outside of it (`fresh_lora`), so that ZeRO-3
+    partitions the base and leaves LoRA whole on every rank.
+
     Args:
         base: the `nn.Linear` it replaces; its parameters are shared, not copied.
-        rank: LoRA rank of the student's own pair, 0 for none.
     """
 
-    def __init__(self, base: nn.Linear, rank: int):
+    def __init__(self, base: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.lora_A = self.lora_B = None
-        if rank:
-            device = base.weight.device
-            self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
-            self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.state = ProjectionState()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,23 +101,25 @@ class MaskedLoRALinear(nn.Module):
         )  # fmt: skip
 
 
-def install(layers: nn.ModuleList, config: LoraConfig) -> None:
+def install(layers: nn.ModuleList) -> None:
     """Replace the seven projections of every decoder layer by `MaskedLoRALinear`, in place."""
     for layer in layers:
-        for name, (owner, attribute) in projections(layer).items():
-            rank = config.rank if name in config.targets else 0
-            setattr(owner, attribute, MaskedLoRALinear(getattr(owner, attribute), rank))
+        for owner, attribute in projections(layer).values():
+            setattr(owner, attribute, MaskedLoRALinear(getattr(owner, attribute)))
 
 
-def lora_parameters(layers: nn.ModuleList) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """The student's LoRA pairs by "layer.projection"."""
-    found = {}
+def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.device) -> LoraParameters:
+    """LoRA pairs to train, by "layer.projection": A random as in peft, B zero, both float32."""
+    lora = {}
     for index, layer in enumerate(layers):
         for name, (owner, attribute) in projections(layer).items():
-            module = getattr(owner, attribute)
-            if module.lora_A is not None:
-                found[f"{index}.{name}"] = (module.lora_A, module.lora_B)
-    return found
+            if name in config.targets:
+                module = getattr(owner, attribute)
+                a = torch.empty(config.rank, module.in_features, dtype=torch.float32, device=device)
+                b = torch.zeros(module.out_features, config.rank, dtype=torch.float32, device=device)
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+                lora[f"{index}.{name}"] = (nn.Parameter(a), nn.Parameter(b))
+    return lora
 
 
 def activate(layer: nn.Module, view: LayerView) -> None:

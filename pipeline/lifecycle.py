@@ -73,9 +73,14 @@ def is_finished(output: Path) -> bool:
 
 @dataclass
 class Stop:
-    """Name of the signal that asked the run to end, empty while none did."""
+    """Name of the signal that asked this rank to end the run, empty while none did."""
 
     received: str = ""
+
+    @property
+    def name(self) -> str:
+        """The signal, for a message; where it came to other ranks only, they are named."""
+        return self.received or "a signal to another rank"
 
 
 @contextmanager

@@ -7,8 +7,9 @@ along in a `_Pass`. Each layer adds its distillation term on the spot, so no lis
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from pipeline.arch import ArchSpec
 from pipeline.config import LoraConfig, LossConfig
 from pipeline.distill import head_cross_entropy, head_kl, layer_loss
-from pipeline.layers import View, activate, install, lora_parameters
+from pipeline.layers import LoraParameters, View, activate, fresh_lora, install
 
 
-@dataclass
-class Losses:
+class Losses(NamedTuple):
     """Terms of one paired forward: the weighted total (to call backward on) and its parts, float32 scalars."""
 
     total: Tensor
@@ -95,7 +95,10 @@ class PairedModel(nn.Module):
         model.eval()
         self.spec, self.model = spec, model
         self.scaling = lora.alpha / lora.rank
-        install(model.model.layers, lora)
+        install(model.model.layers)
+        # Kept apart: ZeRO-3 gathers a weight that is read through its module for the whole of this module's forward.
+        self._head = (model.lm_head.weight,)
+        self._lora = fresh_lora(model.model.layers, lora, model.device)
         model.model.layers = nn.ModuleList(
             PairedDecoderLayer(layer, index) for index, layer in enumerate(model.model.layers)
         )
@@ -113,9 +116,9 @@ class PairedModel(nn.Module):
         """Compute type: that of the frozen weights."""
         return self.model.dtype
 
-    def lora(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """The student's LoRA parameters by "layer.projection"."""
-        return lora_parameters([wrapped.layer for wrapped in self.layers])
+    def lora(self) -> LoraParameters:
+        """The student's LoRA parameters by "layer.projection"; they are none of this module's `parameters()`."""
+        return self._lora
 
     def forward(self, input_ids: Tensor, student: View, teacher: View | None, loss: LossConfig) -> Losses:
         """Distil the student from the teacher on one batch, or fit the next token where there is no teacher.
@@ -130,16 +133,19 @@ class PairedModel(nn.Module):
         embedded = self.model.get_input_embeddings()(input_ids)
         if teacher is not None:
             p.teacher_stream = _masked(embedded, teacher.hidden)
-        final = self._stream(_masked(embedded, student.hidden), p)
-        weight, width = self.model.lm_head.weight, final.shape[-1]
+        # ZeRO-3 frees a layer's weights when the gradient of its input is there: the first layer's needs one too.
+        final = self._stream(_masked(embedded.detach().requires_grad_(), student.hidden), p)
+        (weight,), width = self._head, final.shape[-1]
         if teacher is None:
-            output = head_cross_entropy(
-                final[:, :-1].reshape(-1, width), input_ids[:, 1:].reshape(-1), weight, loss.chunk
-            )
+            with _whole(weight):
+                output = head_cross_entropy(
+                    final[:, :-1].reshape(-1, width), input_ids[:, 1:].reshape(-1), weight, loss.chunk
+                )
             return Losses(output, output.new_zeros(()), output)
         with torch.no_grad():
             target = self.model.model.norm(p.teacher_stream)
-        output = head_kl(final.flatten(0, 1), target.flatten(0, 1), weight, loss.temperature, loss.chunk)
+        with _whole(weight):
+            output = head_kl(final.flatten(0, 1), target.flatten(0, 1), weight, loss.temperature, loss.chunk)
         terms = torch.stack(p.layer_terms) if p.layer_terms else output.new_zeros(1)
         layer = terms.sum() if loss.layer_reduction == "sum" else terms.mean()
         return Losses(loss.layer_weight * layer + loss.kl_weight * output, layer, output)
@@ -166,6 +172,15 @@ class PairedModel(nn.Module):
         finally:
             for layer in self.layers:
                 layer.current = None
+
+
+def _whole(weight: nn.Parameter) -> AbstractContextManager:
+    """Gathers a weight that ZeRO-3 partitioned, for reading it outside its own module's forward."""
+    if not hasattr(weight, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight])
 
 
 def _masked(embedded: Tensor, hidden: Tensor | None) -> Tensor:

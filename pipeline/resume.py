@@ -28,7 +28,8 @@ from pipeline.rundir import (
 from pipeline.teachers import TeacherBank
 
 FREE_SECTIONS = ("checkpoint", "tracking", "export", "evaluate")
-"""Sections that may change between two starts of one run."""
+FREE_KEYS = ("run_dir", "recipe", "deepspeed", "train.rank_timeout")
+"""Sections and fields that may change between two starts of one run."""
 
 
 def save_state(
@@ -79,7 +80,7 @@ def check_same_run(run_dir: Path, config: Config) -> None:
         return
     old, new = flatten(read_yaml(saved)), flatten(to_dict(config))
     for key, value in new.items():
-        if key.split(".")[0] in (*FREE_SECTIONS, "run_dir", "recipe") or old.get(key) == value:
+        if key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS or old.get(key) == value:
             continue
         was = f"{key}={old[key]!r}" if key in old else f"no {key}, from an older version"
         raise ConfigError(

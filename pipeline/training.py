@@ -12,6 +12,8 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,9 +22,9 @@ import yaml
 from torch import Tensor
 
 from pipeline.checkpoint import Checkpoints, atomic_directory
-from pipeline.config import Config, to_dict
+from pipeline.config import Config, ConfigError, flatten, to_dict
 from pipeline.data import BatchStream
-from pipeline.distributed import World, discover
+from pipeline.distributed import World, connected, discover
 from pipeline.engine import Engine
 from pipeline.lifecycle import Preempted, Stop, check_directory, claim_directory, is_finished, stop_signals
 from pipeline.pairing import Losses, PairedModel
@@ -61,6 +63,7 @@ class Trainer(ABC):
         self.stream, self.total = stream, total
         self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep)
         self.step = self.bad_in_a_row = self.bad_total = 0
+        self.stop, self.stopping = Stop(), False
 
     @classmethod
     @abstractmethod
@@ -68,7 +71,7 @@ class Trainer(ABC):
         """Load the model and data and put a run together, at step 0."""
 
     @abstractmethod
-    def start(self, stop: Stop) -> None:
+    def start(self) -> None:
         """What a new run does before its first step."""
 
     @abstractmethod
@@ -77,7 +80,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def save(self, directory: Path, counters: dict[str, int], earlier: Path | None) -> None:
-        """Write all that `load` needs; files that never change may be linked from the checkpoint `earlier`."""
+        """Write all that `load` needs, on rank 0; files that never change may be linked from `earlier`."""
 
     @abstractmethod
     def load(self, directory: Path) -> dict[str, int]:
@@ -85,7 +88,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def finish(self, tracker: Tracker) -> Path:
-        """Write the result after the last step; returns its directory."""
+        """Write the result after the last step, on rank 0; returns its directory."""
 
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
         """What stands behind the progress bar."""
@@ -96,23 +99,26 @@ class Trainer(ABC):
         return {}
 
     def accumulate(self, forward: Callable[[Tensor, int, float], Losses]) -> dict[str, float]:
-        """Backward of this step's micro-batches; returns the mean loss terms.
+        """Backward of this step's micro-batches; returns the loss terms, averaged over the global batch.
+
+        With them travels whether any rank was asked to stop, so that all of them stop at the same step.
 
         Args:
-            forward: losses of a micro-batch [b, T], given its number and its share of the rank's batch.
+            forward: losses of a micro-batch [b, T], given its number in the global batch and its share of the rank's.
         """
         batch = self.stream.batch(self.step).to(self.world.device)
-        sums = dict.fromkeys(("loss", "layer_loss", "output_loss"), 0.0)
-        for number, ids in enumerate(batch.split(self.config.train.micro_batch or len(batch))):
+        parts = batch.split(self.config.train.micro_batch or len(batch))
+        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
+        for number, ids in enumerate(parts):
             share = len(ids) / len(batch)
-            losses = forward(ids, number, share)
-            total = losses.total * share
-            if total.isfinite():
-                self.engine.backward(total)
-            sums["loss"] += total.item()
-            sums["layer_loss"] += losses.layer.item() * share
-            sums["output_loss"] += losses.output.item() * share
-        return sums
+            losses = forward(ids, self.world.rank * len(parts) + number, share)
+            # Not even a NaN may keep a rank from its backward pass: the others gather weights in theirs.
+            self.engine.backward(losses.total * share)
+            sums[:3] += torch.stack([losses.total, losses.layer, losses.output]).detach().double() * share
+        sums[3] = bool(self.stop.received)
+        loss, layer, output, stopping = self.world.mean(sums).tolist()
+        self.stopping = stopping > 0
+        return {"loss": loss, "layer_loss": layer, "output_loss": output}
 
     def update(self, loss: float) -> dict[str, float]:
         """Apply the gradients unless the step is not finite; ten bad steps in a row end the run."""
@@ -146,59 +152,101 @@ def train(config: Config, stage: type[Trainer]) -> Path:
     Raises:
         ConfigError: a mistake in the configuration, the model, the data or the run directory.
         TrainingFailed: too many steps in a row were not finite.
-        Preempted: SIGTERM or SIGUSR1 came; the state is saved.
+        Preempted: SIGTERM or SIGUSR1 came to any rank; the state is saved.
+        RankLost: another rank died.
     """
-    run_dir = check_directory(config)
-    if config.checkpoint.resume == "auto" and is_finished(run_dir / stage.output):
-        log.info("already finished: %s", run_dir / stage.output)
-        return run_dir / stage.output
+    world = discover()
+    with connected(world, config.train.rank_timeout) if world.size > 1 or config.deepspeed else nullcontext():
+        return _train(config, stage, world)
+
+
+def _train(config: Config, stage: type[Trainer], world: World) -> Path:
+    check_alike(config, world)
+    output = Path(config.run_dir) / stage.output
+    finished = False
+    with world.together():
+        if world.is_main:
+            check_directory(config)
+            finished = config.checkpoint.resume == "auto" and is_finished(output)
+    if world.from_main(finished):
+        log.info("already finished: %s", output)
+        return output
     torch.manual_seed(config.seed)
-    trainer = stage.build(config, discover())
-    claim_directory(config, stage.outputs)
+    trainer = stage.build(config, world)
+    with world.together():
+        if world.is_main:
+            claim_directory(config, stage.outputs)
     resume(trainer)
-    with _tracker(trainer) as tracker, stop_signals() as stop:
+    with _tracker(trainer) as tracker, stop_signals() as trainer.stop:
         if trainer.step == 0:
-            trainer.start(stop)
+            trainer.start()
         while trainer.step < trainer.total:
             began = time.perf_counter()
             metrics = trainer.train_step()
             report(trainer, tracker, metrics, time.perf_counter() - began)
             trainer.step += 1
             every = config.checkpoint.every
-            if stop.received or (every and trainer.step % every == 0 and trainer.step < trainer.total):
+            if trainer.stopping or (every and trainer.step % every == 0 and trainer.step < trainer.total):
                 save_checkpoint(trainer)
-            if stop.received:
+            if trainer.stopping:
                 raise Preempted(
-                    f"{stop.received} at step {trainer.step} of {trainer.total}: saved; start again with "
+                    f"{trainer.stop.name} at step {trainer.step} of {trainer.total}: saved; start again with "
                     "checkpoint.resume=auto (the default) to go on"
                 )
-        return trainer.finish(tracker)
+        with world.together():
+            if world.is_main:
+                trainer.finish(tracker)
+    return output
+
+
+def check_alike(config: Config, world: World) -> None:
+    """Raise `ConfigError` unless all ranks run the same settings on the same versions.
+
+    A rank that differs in either would compute something else, or wait in another collective for ever.
+    """
+    versions = {f"version of {name}": metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
+    first, *others = world.gather(flatten(to_dict(config)) | versions)
+    for rank, other in enumerate(others, 1):
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                raise ConfigError(
+                    f"rank {rank} has {key}={other.get(key)!r}, rank 0 {first.get(key)!r}: start all ranks alike"
+                )
 
 
 def resume(trainer: Trainer) -> None:
-    """Restore the newest checkpoint that verifies, if there is one."""
+    """Restore the newest checkpoint that verifies, if there is one; rank 0 chooses it."""
+    world = trainer.world
     if trainer.config.checkpoint.resume == "never":
         return
-    path, skipped = trainer.checkpoints.newest_valid()
-    trainer.checkpoints.drop_newer_than(path)
-    for reason in skipped:
-        log.warning("checkpoint skipped: %s", reason)
-    if path is None:
-        if skipped:
+    path = None
+    if world.is_main:
+        path, skipped = trainer.checkpoints.newest_valid()
+        trainer.checkpoints.drop_newer_than(path)
+        for reason in skipped:
+            log.warning("checkpoint skipped: %s", reason)
+        if skipped and path is None:
             log.warning("no checkpoint is whole: starting anew")
+    path = world.from_main(path)
+    if path is None:
         return
-    counters = trainer.load(path)
+    with world.together():
+        if not path.is_dir():
+            raise ConfigError(f"{path} is not seen here: run_dir must be in a file system that all ranks share")
+        counters = trainer.load(path)
     trainer.step, trainer.bad_total = counters["step"], counters["bad_total"]
     log.info("resumed at step %d from %s", trainer.step, path)
 
 
 def save_checkpoint(trainer: Trainer) -> None:
-    """Write the state after the current step, then drop checkpoints beyond `checkpoint.keep`."""
+    """Write the state after the current step on rank 0, then drop checkpoints beyond `checkpoint.keep`."""
     counters = {"step": trainer.step, "bad_total": trainer.bad_total}
-    earlier = next(iter(trainer.checkpoints.newest_first()), None)
-    with atomic_directory(trainer.checkpoints.path(trainer.step)) as temporary:
-        trainer.save(temporary, counters, earlier)
-    trainer.checkpoints.prune()
+    with trainer.world.together():
+        if trainer.world.is_main:
+            earlier = next(iter(trainer.checkpoints.newest_first()), None)
+            with atomic_directory(trainer.checkpoints.path(trainer.step)) as temporary:
+                trainer.save(temporary, counters, earlier)
+            trainer.checkpoints.prune()
 
 
 def report(trainer: Trainer, tracker: Tracker, metrics: dict[str, float], seconds: float) -> None:

@@ -1,7 +1,7 @@
 """Entries of a sweep: a YAML list of settings, such as `- {sparsity.target: 0.3, seed: 1}`.
 
-`python sweep.py FILE count` prints how many there are; `python sweep.py FILE NUMBER` prints one of them, counted from 0,
-a line `key.sub=value` for each setting.
+`python sweep.py FILE count` prints how many there are; `python sweep.py FILE NUMBER` prints one of them,
+counted from 0: a line `key.sub=value` for each setting.
 """
 
 import json

@@ -50,6 +50,7 @@ class TrainConfig:
     weight_decay: float = opt(0.0, "AdamW weight decay of LoRA.", ge=0)
     grad_clip: float = opt(1.0, "Largest norm of the LoRA gradient; 0 turns clipping off.", ge=0)
     activation_checkpointing: bool = opt(False, "Recompute each layer in the backward pass to save memory.")
+    rank_timeout: int = opt(600, "Seconds that a rank waits for the others before the run ends.", ge=10)
     max_bad_steps: int = opt(10, "Stop after this many steps in a row with a NaN or infinite loss or gradient.", ge=1)
 
 
@@ -183,6 +184,10 @@ class Config:
     recipe: str = opt("default", "Base settings: a name in pipeline/recipes or a YAML file.")
     run_dir: str = opt("", "Directory of the run: configuration, checkpoints, logs, results.")
     seed: int = opt(0, "Seed of data order, gate samples and LoRA initialisation.", ge=0)
+    deepspeed: str = opt(
+        "", "How several ranks share the memory: zero2, zero3, zero3_offload, zero3_hpz, or a DeepSpeed JSON file; "
+        "empty: every rank holds everything."
+    )  # fmt: skip
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

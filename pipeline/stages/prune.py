@@ -15,17 +15,18 @@ from pipeline.distributed import World
 from pipeline.engine import Engine, Multipliers
 from pipeline.importance import initial_log_alpha, taylor_importance
 from pipeline.layers import View, build_view
-from pipeline.lifecycle import Preempted, Stop
+from pipeline.lifecycle import Preempted
 from pipeline.masks import Gates, MaskSet, check_target, sparsity_of
 from pipeline.masks.schedule import noise_at, settle_step, target_at, warmup_steps
-from pipeline.models import load_model, load_tokenizer
-from pipeline.pairing import Losses, PairedModel
+from pipeline.models import load_tokenizer, read_config
+from pipeline.pairing import Losses
 from pipeline.prepared import training_blocks
 from pipeline.resume import load_state, save_state
 from pipeline.rundir import save_run
 from pipeline.teachers import TeacherBank
 from pipeline.tracking import Tracker
 from pipeline.training import Trainer, train
+from pipeline.zero import load_paired, zero_settings
 
 log = logging.getLogger(__name__)
 
@@ -54,22 +55,24 @@ class Pruning(Trainer):
     @classmethod
     def build(cls, config: Config, world: World) -> Pruning:
         """Load the model and data and put a run together, at step 0."""
-        hf_model, spec = load_model(config.model, world.device)
-        check_target(spec, config.gates, config.sparsity.target)
-        tokenizer = load_tokenizer(config.model.path, spec.vocab)
-        blocks = training_blocks(config, tokenizer, spec.vocab)
-        stream = BatchStream(blocks, config.train.batch_size, config.seed, world.rank, world.size)
+        with world.together():
+            _, spec = read_config(config.model.path)
+            check_target(spec, config.gates, config.sparsity.target)
+            settings = zero_settings(config, spec, world)
+            tokenizer = load_tokenizer(config.model.path, spec.vocab)
+            blocks = training_blocks(config, tokenizer, spec.vocab)
+            stream = BatchStream(blocks, config.train.batch_size, config.seed, world.rank, world.size)
         total = config.train.steps or max(1, round(config.train.epochs * stream.steps_per_epoch))
-        model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
+        model = load_paired(config, world, settings)
         masks = MaskSet(spec, config.gates).to(world.device)
         multipliers = Multipliers().to(world.device) if config.sparsity.constraint == "lagrangian" else None
-        engine = Engine(model, masks, multipliers, config, total)
+        engine = Engine(model, masks, multipliers, config, total, world)
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
                  total)  # fmt: skip
         return cls(config, world, model, engine, stream, total, masks=masks, multipliers=multipliers, bank=bank)
 
-    def start(self, stop: Stop) -> None:
+    def start(self) -> None:
         """Give log-alpha its start: from importance on the first batches, or one drop rate for all (already there)."""
         if self.config.gates.init != "importance":
             return
@@ -77,12 +80,13 @@ class Pruning(Trainer):
 
         def batches() -> Iterator[Tensor]:
             for number in range(count):
-                if stop.received:
-                    raise Preempted(f"{stop.received} while importance was measured: nothing to save yet, start again")
+                if self.world.any(bool(self.stop.received)):
+                    raise Preempted(f"{self.stop.name} while importance was measured: nothing to save yet, start again")
                 yield self.stream.batch(number)
 
         log.info("measuring the importance of %s on %d batches", ", ".join(self.masks.kinds), count)
         importance = taylor_importance(self.model, self.masks.kinds, batches())
+        importance = {kind: self.world.sum(value) for kind, value in importance.items()}
         self.masks.restart(initial_log_alpha(self.model.spec, importance, self.config.gates.init_spread))
 
     def train_step(self) -> dict[str, float]:
@@ -135,12 +139,16 @@ class Pruning(Trainer):
         view = build_view(model.spec, self.sample_gates(micro_batch), model.lora(), model.scaling, model.dtype)
         losses = model(ids, view, teacher, self.config.loss)
         if self.multipliers is not None:
-            losses.total = losses.total + self.multipliers.penalty(self.masks.expected_sparsity(), target)
+            penalty = self.multipliers.penalty(self.masks.expected_sparsity(), target)
+            losses = losses._replace(total=losses.total + penalty)
         return losses
 
     def sample_gates(self, micro_batch: int) -> Gates:
-        """Gates of one micro-batch: a function of (seed, step, rank, micro-batch), so a resumed run draws the same."""
-        key = (self.config.seed * 1_000_003 + self.step) * 65_537 + self.world.rank * 257 + micro_batch
+        """Gates of one micro-batch of the global batch: a function of (seed, step, number), as every start draws them.
+
+        So ranks draw their own, and two ranks draw what one would in two micro-batches.
+        """
+        key = (self.config.seed * 1_000_003 + self.step) * 65_537 + micro_batch
         return self.masks.sample(torch.Generator().manual_seed(key % (1 << 63)))
 
     def save(self, directory: Path, counters: dict[str, int], earlier: Path | None) -> None:

@@ -1,5 +1,6 @@
 """Runs of a tiny model on a real cluster: the chain, what interrupts it, what breaks it, and sweeps."""
 
+from itertools import pairwise
 from pathlib import Path
 
 from slurm_cluster import wait_for
@@ -30,7 +31,7 @@ def test_whole_chain_in_order(undisturbed):
     run, jobs = undisturbed
     assert list(jobs) == STAGES
     done = [finished(run, jobs[stage]) for stage in STAGES]
-    assert all(before["EndTime"] <= after["StartTime"] for before, after in zip(done, done[1:], strict=False))
+    assert all(before["EndTime"] <= after["StartTime"] for before, after in pairwise(done))
     status = run.status()["stages"]
     assert [status[stage]["state"] for stage in STAGES] == ["complete"] * 4
     assert [status[stage]["job"]["number"] for stage in STAGES] == list(jobs.values())

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[2]
 
 LEVELS = [
     {"kernels"},
-    {"config", "distributed", "jobs"},
-    {"arch"},
+    {"config", "jobs"},
+    {"arch", "distributed"},
     {"masks"},
     {
         "layers",
@@ -25,8 +25,8 @@ LEVELS = [
         "models",
         "modeling_ragged",
     },
-    {"pairing", "teachers", "report", "folding", "fetch", "footprint", "prepared"},
-    {"engine", "importance", "rundir", "costs"},
+    {"pairing", "teachers", "report", "folding", "fetch", "footprint", "prepared", "shards"},
+    {"engine", "zero", "importance", "rundir", "costs"},
     {"resume", "model_card", "planner"},
     {"lifecycle"},
     {"training"},

@@ -1,0 +1,157 @@
+"""DeepSpeed's part of a run: its settings from a file and the run's own, and a model partitioned by ZeRO-3.
+
+What DeepSpeed partitions is the frozen base model. Gates, multipliers and LoRA are small and stay whole on every rank
+(engine.py), so checkpoints do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pipeline.arch import ArchSpec
+from pipeline.config import Config, ConfigError
+from pipeline.distributed import World
+from pipeline.footprint import zero3_sizes
+from pipeline.models import load_model
+from pipeline.pairing import PairedDecoderLayer, PairedModel
+from pipeline.shards import load_partitioned
+
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+_OURS = {
+    "optimizer": "the run has its own optimizers: see train.lora_lr and gates.optimizer",
+    "scheduler": "the run has its own schedule: see train.lora_schedule",
+    "gradient_clipping": "set train.grad_clip",
+}
+"""Keys of a DeepSpeed file that would do nothing here, and what to do instead."""
+
+
+def read_settings(name: str) -> dict:
+    """The DeepSpeed settings of a name in ds_configs/ or a JSON file; raises `ConfigError` for one that cannot work."""
+    path = next((p for p in (DS_CONFIGS / f"{name}.json", Path(name)) if p.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
+        raise ConfigError(f"deepspeed '{name}': no such file; use one of {known}, or the path of a JSON file")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"deepspeed {path}: not readable as JSON ({error})") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
+        raise ConfigError(f"deepspeed {path}: has no section zero_optimization, which says what is partitioned")
+    for key, advice in _OURS.items():
+        if key in settings:
+            raise ConfigError(f"deepspeed {path}: remove {key}; {advice}")
+    zero = settings["zero_optimization"]
+    stage = zero.get("stage")
+    if stage not in (2, 3):
+        raise ConfigError(f"deepspeed {path}: zero_optimization.stage must be 2 or 3, got {stage!r}")
+    only = sorted(key for key in zero if key.startswith(("stage3", "offload", "zero_hpz")))
+    if stage == 2 and only:
+        raise ConfigError(f"deepspeed {path}: {only[0]} needs stage 3, under stage 2 every rank holds the whole model")
+    if "offload_optimizer" in zero:
+        raise ConfigError(f"deepspeed {path}: remove offload_optimizer; only LoRA has one, on each rank's device")
+    return settings
+
+
+def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
+    """The complete DeepSpeed settings of a run: its file, with batch, precision and sizes filled in; None without.
+
+    Raises:
+        ConfigError: the file cannot be used, contradicts the run's configuration, or does not suit the ranks.
+    """
+    if not config.deepspeed:
+        return None
+    settings = read_settings(config.deepspeed)
+    dtype = config.model.dtype
+    # The run drives its own micro-batches, so for DeepSpeed a step is one.
+    _fill(settings, "train_batch_size", config.train.batch_size, "train.batch_size")
+    _fill(settings, "gradient_accumulation_steps", 1, "train.micro_batch, which sets the forward passes of a step,")
+    _fill(settings, "bf16", {"enabled": dtype == "bfloat16"}, f"model.dtype={dtype}")
+    _fill(settings, "fp16", {"enabled": dtype == "float16"}, f"model.dtype={dtype}")
+    zero = settings["zero_optimization"]
+    if zero["stage"] == 3:
+        # Otherwise DeepSpeed replaces torch.nn.functional.linear for the whole process.
+        zero["memory_efficient_linear"] = False
+        for key, size in zero3_sizes(spec).items():
+            if zero.get(key, "auto") == "auto":
+                zero[key] = size
+        _check_hpz(zero, world)
+    _validate(config.deepspeed, zero)
+    return settings
+
+
+def _fill(settings: dict, key: str, value: Any, source: str) -> None:
+    if settings.get(key, "auto") not in ("auto", value):
+        raise ConfigError(f"deepspeed: {key} is {settings[key]!r} there, but {source} says {value!r}: remove it there")
+    settings[key] = value
+
+
+def _check_hpz(zero: dict, world: World) -> None:
+    """Fill in and check the ranks over which hpZ keeps its second copy of the weights."""
+    key = "zero_hpz_partition_size"
+    if zero.get(key) == "auto":
+        zero[key] = world.local_size
+    size = zero.get(key, 1)
+    if isinstance(size, int) and size > 1 and world.size % size:
+        raise ConfigError(f"deepspeed: {key} {size} does not divide the {world.size} ranks: set it to those of a node")
+
+
+def _validate(name: str, zero: dict) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"deepspeed {name}: zero_optimization.{key}: {first['msg']}") from None
+
+
+def load_paired(config: Config, world: World, settings: dict | None) -> PairedModel:
+    """The frozen base model, wrapped, with fresh LoRA: whole on this rank, or partitioned by ZeRO-3; collective.
+
+    Args:
+        config: model, LoRA, checkpointing.
+        world: this rank's place.
+        settings: complete DeepSpeed settings, or None.
+    """
+    if settings is None or settings["zero_optimization"]["stage"] != 3:
+        with world.together():
+            hf_model, spec = load_model(config.model, world.device)
+        return PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
+    _quiet()
+    hf_model, spec = load_partitioned(config.model, world, settings)
+    model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
+    attach(model, settings)
+    return model
+
+
+def attach(model: PairedModel, settings: dict) -> None:
+    """Hang ZeRO-3's gathering of weights on the model's forward and backward, which goes on being called directly.
+
+    Each wrapped layer is a leaf: its weights are gathered once for teacher and student in the forward pass, and once in
+    the backward pass, whatever is recomputed there.
+    """
+    import deepspeed
+
+    deepspeed.utils.set_z3_leaf_modules(model, [PairedDecoderLayer])
+    # The engine's own forward, backward and step are for models with an optimizer of DeepSpeed's.
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    # In a tuple it does not become a submodule. It must live: its destructor takes the hooks off.
+    model.partitioning = (engine,)
+
+
+def _quiet() -> None:
+    """Keep DeepSpeed to warnings, and from compiling an operator that nothing here needs.
+
+    Its shared-memory all-reduce for CPUs takes a minute to build, and a build that is killed leaves a lock on which
+    later runs wait for ever.
+    """
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
