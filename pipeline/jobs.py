@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,30 +69,33 @@ def find(number: str) -> Job:
 def first_error(run_dir: Path, job: Job) -> str:
     """The error of the rank that failed first, in one line; empty where the logs tell of none.
 
-    srun reports failed ranks in their order; what the others write afterwards is about the lost connection.
+    srun reports failed ranks in their order; what the others write afterwards is about the lost connection. A mistake
+    of the user's that any rank finds is told by rank 0.
     """
     logs = next(iter(sorted((run_dir / "logs").glob(f"*-{job.number}"))), None)
     if logs is not None:
         ended = TASK_ENDED.search(_text(logs / "srun.log"))
         if ended:
             where = f"rank {ended['rank']} on {ended['node']}"
-            error = _last_error(_text(logs / f"rank-{ended['rank']}.log")) or _first_of(logs.rglob("stderr.log"))
+            tasks = [logs / f"rank-{ended['rank']}.log", *sorted(logs.glob("rank-*.log"))]
+            error = _first_of(logs.glob("torchrun/**/stderr.log")) or next(filter(None, map(_last_error, tasks)), "")
             return f"{where}: {error or ended['how']}"
     written = next(iter(sorted((run_dir / "logs").glob(f"*-{job.number}.log"))), None)
     lines = [] if written is None else _text(written).strip().splitlines()
     return next((line for line in lines if re.search(r"error|cannot|given up", line, re.IGNORECASE)), "")
 
 
-def _last_error(text: str) -> str:
+def _last_error(path: Path) -> str:
     """The last `nuteprune: …` line or exception of a log: a rank that ends says why last."""
+    text = _text(path)
     lines = [line.strip() for line in text.splitlines() if line.startswith("nuteprune: ") or RAISED.fullmatch(line)]
     return lines[-1] if lines else ""
 
 
-def _first_of(logs) -> str:
-    """The error in the log that was written to last longest ago, of those that have one (torchrun's ranks)."""
+def _first_of(logs: Iterable[Path]) -> str:
+    """The error of torchrun's rank that fell silent first, of those that tell of one."""
     ordered = sorted(logs, key=lambda path: path.stat().st_mtime)
-    return next((error for error in map(_last_error, map(_text, ordered)) if error), "")
+    return next(filter(None, map(_last_error, ordered)), "")
 
 
 def _text(path: Path) -> str:

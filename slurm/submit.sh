@@ -110,15 +110,23 @@ if [[ $sweep ]]; then
     exit
 fi
 
-previous='' jobs='' skipping=$from
+# Without --from, what stands before a stage that is complete or under way is not needed any more.
+first=$from
+if [[ ! $from ]]; then
+    first=$(awk -F'\t' '$2 ~ /^(complete|pending|running)$/ { print $1 }' <<<"$state" | tail -n 1)
+    first=${first:-${stages[0]}}
+fi
+
+previous='' jobs='' reached=''
 for stage in "${stages[@]}"; do
     IFS=$'\t' read -r _ status job < <(grep "^$stage"$'\t' <<<"$state")
-    if [[ $stage == "$skipping" ]]; then skipping=''; fi
-    if [[ $skipping ]]; then continue; fi
+    if [[ $stage == "$first" ]]; then reached=1; fi
     if [[ $status == pending || $status == running ]]; then
         [[ $dry ]] || echo "$stage: job $job is $status already"
-    elif [[ $status == complete && -z $previous && -z $from ]]; then
+    elif [[ $status == complete && ! $from ]]; then
         [[ $dry ]] || echo "$stage: complete"
+        continue
+    elif [[ ! $reached ]]; then
         continue
     else
         resources "$stage"

@@ -9,19 +9,17 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.arch import ArchSpec, read_spec
 from pipeline.config import Config, ConfigError
 from pipeline.costs import ASSUMPTIONS, extra_steps, passes, traffic
 from pipeline.footprint import USABLE, Cluster, Job, Layout, Memory, lora_memory, total_parameters
-from pipeline.models import read_config
 from pipeline.planner import (
     MODELS,
     Estimate,
     Plan,
     deepspeed_settings,
     make_plan,
-    named_config,
     quantity,
+    read_model,
     run_settings,
     table,
 )
@@ -85,24 +83,6 @@ def read_cluster(args: argparse.Namespace) -> Cluster:
         quantity("--flops", args.flops, "flops"),
         args.mfu,
     )
-
-
-def read_model(model: str) -> tuple[object, ArchSpec]:
-    """Configuration and architecture of a directory, a config.json, a hub id or a name of `planner.MODELS`.
-
-    Only a hub id (`name` or `owner/name` that is no path here) is looked up on the network.
-    """
-    if not model:
-        raise ConfigError(
-            f"--model is missing: give a directory, a config.json, a hub id or one of {', '.join(MODELS)}"
-        )
-    if model.lower() in MODELS:
-        config = named_config(model.lower())
-        return config, read_spec(config)
-    path = Path(model)
-    if not path.exists() and (path.suffix == ".json" or model.startswith((".", "/", "~")) or len(path.parts) > 2):
-        raise ConfigError(f"--model {model}: there is no such file or directory")
-    return read_config(model)
 
 
 def settings_files(plan: Plan, out: Path | None) -> dict[str, str]:

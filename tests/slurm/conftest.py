@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from slurm_cluster import Cluster, missing_programs
+from slurm_cluster import Cluster, missing_programs, wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def cluster():
 CLUSTER_FILE = f"""\
 PYTHON={sys.executable}
 SBATCH_FLAGS=()
-PRUNE_NODES=${{PRUNE_NODES:-1}}
+PRUNE_NODES=${{PRUNE_NODES:-2}}
 PRUNE_GPUS=0
 PRUNE_TIME=${{PRUNE_TIME:-5}}
 PREPARE_TIME=5 EXPORT_TIME=5 EVALUATE_TIME=5
@@ -104,13 +104,16 @@ def tiny_run(cluster, model_dir, text_file, tmp_path):
     def make(**train) -> TinyRun:
         return TinyRun(cluster, tmp_path, tiny_settings(model_dir, text_file, **train))
 
-    return make
+    yield make
+    cluster.run("scancel", "--full", "--user=root")
+    wait_for(lambda: not cluster.run("squeue", "-h"), 60, lambda: cluster.run("squeue"))
 
 
 def tiny_settings(model_dir, text_file, **train) -> dict:
     """Settings of a short run of the whole chain."""
     return {
         "model": {"path": str(model_dir)},
+        "deepspeed": "zero3",
         "data": {"source": str(text_file), "seq_len": 32},
         "train": {"steps": 150, "batch_size": 4, **train},
         "gates": {"importance_batches": 2, "ffn_multiple": 1, "hidden_multiple": 1},

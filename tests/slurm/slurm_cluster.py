@@ -145,6 +145,19 @@ class Cluster:
         words = self.run("scontrol", "-o", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def pid(self, job: str, rank: int) -> int:
+        """Process id of a rank of a job's step: the Python that nuteprune runs in."""
+        wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (process / "environ").read_bytes().decode().split("\0")
+                command = (process / "cmdline").read_bytes()
+            except OSError:  # gone meanwhile
+                continue
+            if wanted <= set(environment) and b"pipeline" in command:
+                return int(process.name)
+        raise AssertionError(f"job {job} has no rank {rank}")
+
     def wait_job(self, job: str, *states: str, limit: float = 120) -> dict[str, str]:
         """Wait until a job is in one of the states (default: any final one); returns its fields."""
         wanted = states or FINISHED
