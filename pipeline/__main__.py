@@ -45,9 +45,8 @@ PLAN_FLAGS = {
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     top = argparse.ArgumentParser(prog="nuteprune", description="Structured pruning with numerous teachers.")
-    top.add_argument(
-        "--local_rank", "--local-rank", help=argparse.SUPPRESS
-    )  # of the deepspeed launcher; also LOCAL_RANK
+    # The deepspeed launcher adds it; the variable LOCAL_RANK says the same.
+    top.add_argument("--local_rank", help=argparse.SUPPRESS)
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, meaning in STAGES.items():
         sub = stages.add_parser(

@@ -189,8 +189,7 @@ def _from_slurm() -> Place | None:
 
 def first_host(nodes: str) -> str:
     """The first name of a SLURM node list: "node[03-05,9],other" is node03."""
-    prefix, number = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes).groups()
-    return prefix + (number or "")
+    return "".join(re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes).groups(default=""))
 
 
 def _from_mpi() -> Place | None:

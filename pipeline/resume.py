@@ -28,7 +28,7 @@ from pipeline.rundir import (
 from pipeline.teachers import TeacherBank
 
 FREE_SECTIONS = ("checkpoint", "tracking", "export", "evaluate")
-FREE_KEYS = ("run_dir", "recipe", "deepspeed", "train.rank_timeout")
+FREE_KEYS = ("run_dir", "recipe", "deepspeed", "train.rank_timeout", "train.activation_checkpointing")
 """Sections and fields that may change between two starts of one run."""
 
 

@@ -47,9 +47,14 @@ def load_partitioned(config: ModelConfig, world: World, settings: dict) -> tuple
         files = _files(config.path) if world.is_main else {}
         if world.is_main:
             _check_whole(config.path, files, (f"{names[m]}.{n}" for m in modules for n, _ in m.named_parameters()))
+    partitioned: list[nn.Parameter] = []
     for module in modules:
         _materialise(module, names[module], files, world)
-        deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+        if partitioned:  # as DeepSpeed itself adds parameters to a partitioned model: one set of groups for all
+            partitioned[0].convert_to_zero_parameters(param_list=list(module.parameters()))
+        else:
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+            partitioned = list(module.parameters())
     model.tie_weights()
     for module in model.modules():
         module._buffers |= {name: b.to(world.device) for name, b in module._buffers.items() if b is not None}

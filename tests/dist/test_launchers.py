@@ -1,0 +1,95 @@
+"""Every launcher for real with two ranks, and the variables of those that need a cluster."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+from safetensors.torch import load_file
+
+from pipeline.config import ConfigError
+from pipeline.distributed import discover, first_host
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "torchrun": lambda: [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", ranks.free_port(), "-m"],
+    "deepspeed": lambda: [BIN / "deepspeed", "--num_gpus", "2", "--master_port", ranks.free_port(), "--module"],
+    "mpirun": lambda: [BIN / "mpirun", "-n", "2", "--map-by", ":OVERSUBSCRIBE", sys.executable, "-m"],
+}
+PLACES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS",
+    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE",
+)  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """No launcher's variables, and discover's own writes undone afterwards."""
+    for name in PLACES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_ranks_of_every_launcher_prune_together(launcher, settings, tmp_path, environment):
+    overrides = [*settings, "train.steps=2", "gates.importance_batches=1", "deepspeed=zero3"]
+    command = [*map(str, LAUNCHERS[launcher]()), "pipeline", "prune", *overrides]
+    variables = os.environ | {
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=ranks.HANG)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    assert out.count("pruned student: ") == 1
+    assert err.count(" blocks of text, ") == 1
+    assert "Traceback" not in err
+    assert load_file(tmp_path / "run/pruned/gates.safetensors")
+
+
+def test_a_step_of_srun(environment):
+    environment.setenv("SLURM_STEP_NUM_TASKS", "5")
+    environment.setenv("SLURM_PROCID", "4")
+    environment.setenv("SLURM_LOCALID", "1")
+    environment.setenv("SLURM_STEP_NODELIST", "node[03-04,7]")
+    environment.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x2),1")
+    environment.setenv("SLURM_JOB_ID", "123456")
+    world = discover()
+    assert (world.rank, world.size, world.local_rank, world.local_size) == (4, 5, 1, 2)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node03", "23456")
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["4", "5", "1"]
+    environment.setenv("RANK", "3")
+    assert discover().rank == 3  # torchrun inside the step
+
+
+def test_a_batch_script_or_a_shell_of_an_allocation_is_one_process(environment):
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}.items():
+        environment.setenv(name, value)
+    assert discover().size == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("node1", "node1"), ("a-b[008,010-012]", "a-b008"), ("x,y[1-2]", "x"), ("n[1-2].site,m", "n1.site")]
+)
+def test_first_host_of_a_node_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_half_a_set_of_variables_is_one_clear_line(environment):
+    environment.setenv("WORLD_SIZE", "2")
+    environment.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not: start with torchrun"):
+        discover()
