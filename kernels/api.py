@@ -132,7 +132,7 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
 def _resolve_keep(gate: Tensor | None, keep: Tensor | None, size: int) -> Tensor | None:
     """The kept units, or None when there is nothing to skip."""
     if keep is None:
-        # A data-dependent size would break a compiled graph, and a gate without values has none: 0 still multiplies there.
+        # A data-dependent size breaks a compiled graph, and a gate without values has none: there, 0 still multiplies.
         if gate is None or gate.is_meta or isinstance(gate, FakeTensor) or torch.compiler.is_compiling():
             return None
         keep = gate.detach().nonzero().flatten()

@@ -12,7 +12,7 @@ import traceback
 import warnings
 from typing import NoReturn
 
-from pipeline.config import STAGE_SECTIONS, ConfigError, describe, load_config
+from pipeline.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
 
 STAGES = {
     "prepare": "fetch the model, tokenise and pack the text, once and without a GPU",
@@ -40,6 +40,7 @@ PLAN_FLAGS = {
     "--out": ("", "directory for plan.yaml and deepspeed.json"),
 }
 """Flags of `plan`: default and meaning."""
+DRY_RUN_FLAGS = ("--world-size", "--gpus-per-node", "--gpu-memory")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--config", help="YAML file with the run's settings")
         for flag, key in SHORTCUTS.get(name, {}).items():
             sub.add_argument(flag, metavar="X", help=f"same as {key}=X")
+        if name == "prune":
+            sub.add_argument("--dry-run", action="store_true", help="build the run without weights and print its plan")
+            for flag in DRY_RUN_FLAGS:
+                default, meaning = PLAN_FLAGS.get(flag, (1, "ranks"))
+                sub.add_argument(flag, type=type(default), default=default, metavar="X",
+                                 help=f"of a dry run: {meaning} (default {default})")  # fmt: skip
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
     status = stages.add_parser("status", help=STATUS, description=STATUS.capitalize() + ".")
     status.add_argument("--config", help="YAML file of the run, instead of its directory")
@@ -103,6 +110,9 @@ def main(argv: list[str] | None = None) -> int:
         if world.size > 1 and args.stage not in DISTRIBUTED:
             raise ConfigError(f"{args.stage} runs in one process, not in {world.size}: start it without a launcher")
         config = load_config(args.config, overrides)
+        if getattr(args, "dry_run", False):
+            sys.stdout.write(dry_run(config, args) + "\n")
+            return 0
         stage = importlib.import_module(f"pipeline.stages.{args.stage}")
         if args.stage == "plan":
             typed = args.config is not None or any(o.startswith("model.dtype=") for o in overrides)
@@ -123,6 +133,20 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"nuteprune: {error}\n")
         return getattr(error, "exit_code", 1)
     return 0
+
+
+def dry_run(config: Config, args: argparse.Namespace) -> str:
+    """What a dry run of the prune stage found, and the planner's figures for it."""
+    from pipeline import dryrun
+    from pipeline.stages import plan
+
+    ranks, per_node = args.world_size, min(args.world_size, args.gpus_per_node)
+    if ranks < 1 or per_node < 1 or ranks % per_node:
+        raise ConfigError(f"--world-size {ranks} is not made of whole nodes of {args.gpus_per_node} GPUs")
+    flags = {flag.strip("-").replace("-", "_"): default for flag, (default, _) in PLAN_FLAGS.items()}
+    flags |= {"nodes": ranks // per_node, "gpus_per_node": per_node, "gpu_memory": args.gpu_memory}
+    found = dryrun.text(dryrun.dry_run(config, ranks, per_node), config)
+    return f"{found}\n\n{plan.figures(config, argparse.Namespace(**flags))}"
 
 
 def show_status(args: argparse.Namespace) -> int:

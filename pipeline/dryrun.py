@@ -19,7 +19,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from pipeline.arch import ArchSpec
 from pipeline.config import Config, ConfigError
 from pipeline.distributed import World
 from pipeline.layers import build_view
@@ -79,15 +78,15 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
         partitioned = settings is not None and settings["zero_optimization"]["stage"] == 3
         if partitioned:
             deepspeed.zero.Init(module=hf_model, config_dict_or_path=settings)
-        total, share, gathered = _bytes(hf_model)
-        model = PairedModel(_first_layers(hf_model), replace(spec, layers=STEP_LAYERS), config.lora,
-                            config.train.activation_checkpointing)  # fmt: skip
+        model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
         if partitioned:
             attach(model, settings)
+        total, share, gathered = _bytes(hf_model)
+        lora = sum(p.numel() for pair in model.lora().values() for p in pair)
+        _cut(model)
         _step(model, config, masks, fake, ranks)
-        per_layer = sum(p.numel() for pair in model.lora().values() for p in pair) // STEP_LAYERS
     gates = {kind: unit_shape(spec, kind) for kind in masks.kinds}
-    return DryRun(ranks, total, share, gathered, gates, per_layer * spec.layers, time.perf_counter() - began)
+    return DryRun(ranks, total, share, gathered, gates, lora, time.perf_counter() - began)
 
 
 @contextmanager
@@ -121,14 +120,15 @@ def _bytes(model: nn.Module) -> tuple[int, int, int]:
     return total, share, gathered
 
 
-def _first_layers(model: nn.Module) -> nn.Module:
-    model.model.layers = model.model.layers[:STEP_LAYERS]
-    model.config.num_hidden_layers = STEP_LAYERS
-    return model
+def _cut(model: PairedModel) -> None:
+    """Leave the model its first layers only."""
+    model.spec = replace(model.spec, layers=STEP_LAYERS)
+    model.model.config.num_hidden_layers = STEP_LAYERS
+    model.model.model.layers = model.layers[:STEP_LAYERS]
 
 
 def _step(model: PairedModel, config: Config, masks: MaskSet, fake: FakeTensorMode, ranks: int) -> None:
-    """A paired forward and backward of one micro-batch; every gate and LoRA matrix must get a gradient."""
+    """A paired forward and backward of one micro-batch; every gate and LoRA matrix in it must get a gradient."""
     local = config.train.batch_size // ranks
     size = min(config.train.micro_batch or local, local)
     gates = Gates(**{kind: fake.from_tensor(_rows(z.detach(), kind)).requires_grad_()
@@ -139,7 +139,8 @@ def _step(model: PairedModel, config: Config, masks: MaskSet, fake: FakeTensorMo
     ids = torch.zeros(size, config.data.seq_len, dtype=torch.long)
     model(ids, student, teacher, config.loss).total.backward()
     assert all(z.grad is not None for z in gates.as_dict().values())
-    assert all(p.grad is not None for pair in model.lora().values() for p in pair)
+    used = [pair for key, pair in model.lora().items() if int(key.split(".")[0]) < STEP_LAYERS]
+    assert all(p.grad is not None for pair in used for p in pair)
 
 
 def _rows(gate: torch.Tensor, kind: str) -> torch.Tensor:

@@ -57,10 +57,11 @@ setting() {
 
 # The planner lays the run out for the fewest nodes that it may get; sets $planned (hours) and $config.
 plan() {
-    local nodes figures
+    local nodes figures out=()
     nodes=$(setting prune NODES 1)
+    [[ $dry ]] || out=(--out "$run_dir/plan")
     figures=$("$PYTHON" -m pipeline plan --config "$config" --nodes "${nodes%%-*}" --gpus-per-node "$PRUNE_GPUS" \
-        --gpu-memory "${GPU_MEMORY:-80GB}" --json ${dry:---out "$run_dir/plan"} "${overrides[@]}") ||
+        --gpu-memory "${GPU_MEMORY:-80GB}" --json "${out[@]}" "${overrides[@]}") ||
         die "the planner finds no way to run this on $nodes x $PRUNE_GPUS GPUs of ${GPU_MEMORY:-80GB}: $figures"
     planned=$("$PYTHON" -c 'import json, math, sys; print(math.ceil(1.5 * json.load(sys.stdin)["hours"]))' <<<"$figures")
     config=$run_dir/plan/plan.yaml

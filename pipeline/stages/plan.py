@@ -109,6 +109,13 @@ def write(files: dict[str, str], out: Path) -> None:
         raise ConfigError(f"--out {out}: cannot write there ({error.strerror})") from None
 
 
+def figures(config: Config, args: argparse.Namespace) -> str:
+    """Memory, traffic and time of a run as the flags of `nuteprune plan` describe its cluster."""
+    plan = make_plan(Job(read_model(config.model.path)[1], config, read_cluster(args)), args.tokens_per_document)
+    parts = (headline(plan), memory_text(plan.job, plan.chosen), traffic_text(plan.job, plan.chosen), time_text(plan))
+    return "\n\n".join(parts)
+
+
 def plan_text(plan: Plan, files: dict[str, str]) -> str:
     """The whole plan, as printed."""
     job, chosen = plan.job, plan.chosen

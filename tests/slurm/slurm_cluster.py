@@ -158,7 +158,7 @@ class Cluster:
                 return int(process.name)
         raise AssertionError(f"job {job} has no rank {rank}")
 
-    def wait_job(self, job: str, *states: str, limit: float = 120) -> dict[str, str]:
+    def wait_job(self, job: str, *states: str, limit: float = 300) -> dict[str, str]:
         """Wait until a job is in one of the states (default: any final one); returns its fields."""
         wanted = states or FINISHED
         wait_for(lambda: self.job(job)["JobState"] in wanted, limit, lambda: f"job {job}: {self.job(job)}")

@@ -12,7 +12,7 @@ from pipeline.checkpoint import sha256
 STAGES = ["prepare", "prune", "export", "evaluate"]
 
 
-def finished(run, job: str, limit: float = 120) -> dict[str, str]:
+def finished(run, job: str, limit: float = 300) -> dict[str, str]:
     """Wait for a job's success; returns its fields."""
     fields = run.cluster.wait_job(job, limit=limit)
     assert fields["JobState"] == "COMPLETED", run.everything()
@@ -22,7 +22,7 @@ def finished(run, job: str, limit: float = 120) -> dict[str, str]:
 def wait_for_step(run, step: int) -> None:
     """Wait until a checkpoint of that step or a later one is there."""
     last = run.run_dir / "checkpoints" / f"step-{step:08d}"
-    wait_for(lambda: any(p.name >= last.name for p in last.parent.glob("step-*")), 60, run.everything)
+    wait_for(lambda: any(p.name >= last.name for p in last.parent.glob("step-*")), 180, run.everything)
 
 
 def exported(run) -> str:

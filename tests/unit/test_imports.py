@@ -29,7 +29,7 @@ LEVELS = [
     {"engine", "zero", "importance", "rundir", "costs"},
     {"resume", "model_card", "planner"},
     {"lifecycle"},
-    {"training"},
+    {"training", "dryrun"},
     {"stages"},
     {"__main__"},
     {"bench"},
