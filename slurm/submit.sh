@@ -83,13 +83,14 @@ resources() {
 
 # submit NAME FLAG… SCRIPT ARGUMENT…: prints the command, or runs it; the job's number is in $job.
 submit() {
-    local name=$1 command
+    local name=$1 command title
+    title=$(basename "$run_dir")
     shift
-    command=(sbatch --parsable --kill-on-invalid-dep=yes --job-name="$(basename "$run_dir")-$name"
+    command=(sbatch --parsable --kill-on-invalid-dep=yes --job-name="${title%"-$name"}-$name"
         --output="$run_dir/logs/$name-%j.log" "$@")
     if [[ $dry ]]; then
-        job="<$name>"
-        printf '%s\n' "${command[*]}"
+        job=${name^^}_JOB
+        printf '%q ' "${command[@]}" | sed 's/ $/\n/'
     else
         mkdir -p "$run_dir/logs"
         job=$("${command[@]}")

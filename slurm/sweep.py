@@ -12,8 +12,11 @@ import yaml
 
 def main(path: str, wanted: str) -> str:
     """What to print; raises `SystemExit` with one line where the file is no such list."""
-    with open(path, encoding="utf-8") as file:
-        entries = yaml.safe_load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = yaml.safe_load(file)
+    except yaml.YAMLError:
+        entries = None
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) and e for e in entries):
         raise SystemExit(f"{path} must be a YAML list of settings, such as `- {{sparsity.target: 0.3}}`")
     if wanted == "count":
