@@ -84,8 +84,8 @@ def passes(job: Job, layout: Layout) -> int:
 def traffic(job: Job, layout: Layout, mode: str = "paired") -> Traffic:
     """Bytes a step moves; `mode` "separate" is two forward passes, for comparison.
 
-    LoRA: a ring reduce-scatter of float32 gradients per micro-batch and an all-gather of the updated weights; gates: a
-    ring all-reduce (2x). With partitioned LoRA weights they are gathered with their layer instead.
+    LoRA and gates: one ring all-reduce of float32 gradients a step (2x their bytes), whatever the micro-batches; then
+    each rank sends the LoRA weights that it updated to the others (1x).
     """
     spec, s, cluster, count = job.spec, job.itemsize, job.cluster, passes(job, layout)
     ranks, threshold = cluster.ranks, persistence_threshold(spec)
@@ -95,8 +95,7 @@ def traffic(job: Job, layout: Layout, mode: str = "paired") -> Traffic:
         layers = spec.layers * partitioned(layer_tensors(spec), ranks, threshold)[0]
         vocabulary = partitioned([spec.vocab * spec.hidden], ranks, threshold)[0]
         gathered = s * (times["layers"] * layers + (times["embedding"] + times["head"]) * vocabulary) * count
-    lora = FP32 * lora_parameters(job)
-    small = (count + (2 * count if layout.lora_partitioned else 1)) * lora + 2 * FP32 * gate_units(job)
+    small = 3 * FP32 * lora_parameters(job) + 2 * FP32 * gate_units(job)
     intra, inter = over_links(gathered, cluster, inside=layout.hpz)
     reduce_intra, reduce_inter = over_links(small, cluster)
     host = gathered / ranks if layout.offload else 0.0

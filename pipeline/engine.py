@@ -1,7 +1,11 @@
 """The optimizer side of a run: gradients of all ranks, learning rates, clipping, and skipping of steps that went wrong.
 
 Gates, multipliers and LoRA are whole on every rank. Their gradients lie in one flat buffer, which one all-reduce a step
-averages; every rank then makes the same update, so all of them hold the same bits.
+averages; every rank then makes the same update, so all of them hold the same bits. Under ZeRO each rank updates a share
+of the LoRA matrices, holds AdamW's state of those only, and sends them to the others.
+
+DeepSpeed's own ZeRO-2 cannot do this: it reduces gradients in the order in which a rank's backward pass makes them, and
+that order is the rank's own where ranks draw their own gates and leave removed layers out.
 """
 
 from __future__ import annotations
@@ -62,10 +66,11 @@ class Engine:
         train, gates = config.train, config.gates
         self.lora = [p for pair in model.lora().values() for p in pair]
         self.alphas = list(masks.log_alpha.values())
+        adamw = {"lr": train.lora_lr, "betas": (0.9, train.beta2), "weight_decay": train.weight_decay, "fused": True}
         self.optimizers = {
-            "lora": torch.optim.AdamW(
-                self.lora, lr=train.lora_lr, betas=(0.9, train.beta2), weight_decay=train.weight_decay, fused=True
-            ),
+            "lora": _sharded_adamw(self.lora, **adamw)
+            if config.deepspeed and world.size > 1
+            else torch.optim.AdamW(self.lora, **adamw),
             "gates": torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
             if gates.optimizer == "adam"
             else torch.optim.SGD(
@@ -93,15 +98,29 @@ class Engine:
         if finite:
             if self.config.gates.optimizer == "sgd":
                 _normalize([a.grad for a in self.alphas if a.grad is not None])
-            for optimizer in self.optimizers.values():
-                optimizer.step()
+            for name, optimizer in self.optimizers.items():
+                # Settled gates no longer move, not even by momentum.
+                if name != "gates" or self.masks.fixed is None:
+                    optimizer.step()
             self.masks.clamp()
         self.discard()
         return StepResult(norm, not finite)
 
+    def collect(self) -> None:
+        """Bring the shards of the LoRA optimizer's state to rank 0, for a checkpoint; collective."""
+        if hasattr(self.optimizers["lora"], "consolidate_state_dict"):
+            self.optimizers["lora"].consolidate_state_dict(to=0)
+
     def discard(self) -> None:
         """Forget accumulated gradients."""
         self.gradients.zero_()
+
+
+def _sharded_adamw(parameters: list[nn.Parameter], **options) -> torch.optim.Optimizer:
+    """AdamW whose state is spread over the ranks: each updates its share and sends it to the others."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, parameters_as_bucket_view=True, **options)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -58,7 +58,6 @@ class Layout:
         checkpointing: recompute each student layer in the backward pass.
         offload: the rank's shard of the frozen weights lives in host memory (stage 3).
         hpz: a second copy of the frozen weights is partitioned inside each node (stage 3).
-        lora_partitioned: ZeRO-3 partitions the LoRA weights too, instead of keeping them whole (persisted).
     """
 
     stage: int
@@ -66,7 +65,6 @@ class Layout:
     checkpointing: bool = False
     offload: bool = False
     hpz: bool = False
-    lora_partitioned: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ def memory(job: Job, layout: Layout, total: int) -> Memory:
     per_layer = saved_per_token(job) if layout.checkpointing else 0
     resident = {
         **{name: size for name, size in weights.items() if not name.startswith("host")},
-        **lora_memory(job, layout),
+        **lora_memory(job),
         "gates and their optimizer": gate_units(job) * FP32 * (4 if job.config.gates.optimizer == "adam" else 3),
         "activations of the student": saved,
         "teacher's stream": 2 * s * spec.hidden * tokens,
@@ -244,19 +242,19 @@ def frozen_weights(job: Job, layout: Layout) -> dict[str, float]:
     return parts
 
 
-def lora_memory(job: Job, layout: Layout) -> dict[str, float]:
-    """Bytes of LoRA on a rank.
+def lora_memory(job: Job) -> dict[str, float]:
+    """Bytes of LoRA on a rank (engine.py).
 
-    float32 weights (whole, or a shard), their copies in the compute type (student's; the active teacher's), and under
-    ZeRO a shard each of the gradient, master weights and two AdamW moments; one layer's gradients wait in the bucket.
+    float32 weights and gradients whole, their copies in the compute type (student's; the active teacher's, and the next
+    one's, which is fetched ahead), and a share of the two AdamW moments.
     """
-    count, s, ranks = lora_parameters(job), job.itemsize, job.cluster.ranks
-    copies = (s if s != FP32 else 0) + (s if job.config.teacher.mode == "numerous" else 0)
+    count, s = lora_parameters(job), job.itemsize
+    teachers = 2 * s if job.config.teacher.mode == "numerous" else 0
     return {
-        "LoRA weights": FP32 * count / (ranks if layout.lora_partitioned else 1),
-        "LoRA in compute type (student, teacher)": copies * count,
-        "LoRA gradient, master, moments": 4 * FP32 * count / ranks,
-        "LoRA reduction bucket": FP32 * sum(lora_sizes(job)),
+        "LoRA weights": FP32 * count,
+        "LoRA in compute type (student, teachers)": ((s if s != FP32 else 0) + teachers) * count,
+        "LoRA gradient": FP32 * count,
+        "LoRA moments": 2 * FP32 * count / job.cluster.ranks,
     }
 
 

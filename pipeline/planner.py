@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -18,10 +18,7 @@ from pipeline.footprint import (
     Job,
     Layout,
     Memory,
-    layer_tensors,
-    lora_sizes,
     memory,
-    persistence_threshold,
 )
 from pipeline.masks import check_target
 from pipeline.models import read_config
@@ -227,12 +224,12 @@ def run_settings(plan: Plan, deepspeed: str = "") -> dict:
 
     Args:
         plan: the plan.
-        deepspeed: path of the DeepSpeed file; named where the configuration has a key for it.
+        deepspeed: path of the DeepSpeed file.
     """
     layout, config = plan.chosen.layout, plan.job.config
     train = replace(config.train, micro_batch=layout.micro_batch, activation_checkpointing=layout.checkpointing)
     tree = to_dict(replace(config, train=train))
-    if deepspeed and "deepspeed" in {f.name for f in fields(Config)}:
+    if deepspeed:
         tree["deepspeed"] = deepspeed
     return {"recipe": config.recipe} | _difference(tree, to_dict(load_config(None, [f"recipe={config.recipe}"])))
 
@@ -250,31 +247,15 @@ def _difference(tree: dict, base: dict) -> dict:
 
 
 def deepspeed_settings(plan: Plan) -> dict:
-    """The DeepSpeed configuration of the chosen layout, without batch sizes and precision, which the run fills in.
-
-    Bucket sizes are those that the memory figures count: one layer prefetched, nothing kept for reuse, one layer's LoRA
-    gradients reduced at a time; tensors up to the largest LoRA matrix stay whole on every rank.
-    """
-    job, layout = plan.job, plan.chosen.layout
-    zero: dict = {
-        "stage": layout.stage,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": sum(lora_sizes(job)),
-    }
+    """The DeepSpeed configuration of the chosen layout: what a run does not fill in itself (zero.py)."""
+    layout = plan.chosen.layout
+    zero: dict = {"stage": layout.stage}
     if layout.stage == 3:
-        layer = sum(layer_tensors(job.spec))
-        zero |= {
-            "stage3_prefetch_bucket_size": layer,
-            "stage3_max_live_parameters": 2 * layer + job.spec.vocab * job.spec.hidden,
-            "stage3_max_reuse_distance": 0,
-            "stage3_param_persistence_threshold": persistence_threshold(job.spec),
-            "stage3_gather_16bit_weights_on_model_save": False,
-        }
+        zero["overlap_comm"] = True
     if layout.offload:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+        zero["offload_param"] = {"device": "cpu"}
     if layout.hpz:
-        zero["zero_hpz_partition_size"] = job.cluster.gpus_per_node
+        zero["zero_hpz_partition_size"] = plan.job.cluster.gpus_per_node
     return {"zero_optimization": zero}
 
 

@@ -72,9 +72,9 @@ def table(report: dict) -> str:
 
 def markdown(report: dict) -> str:
     """The whole report as Markdown."""
-    parts = ["# Evaluation", _markdown_table(_rows(report)), _conditions(report)]
+    parts = ["# Evaluation", markdown_table(_rows(report)), _conditions(report)]
     if any("tasks" in model for model in report["models"]):
-        parts += ["## Tasks", _markdown_table(_task_rows(report)), "Score ± standard error, as lm-eval gives them."]
+        parts += ["## Tasks", markdown_table(_task_rows(report)), "Score ± standard error, as lm-eval gives them."]
     if report["prompt"]:
         parts += ["## Samples", f"Greedy continuations of `{report['prompt']}`:"]
         # Indented blocks: a model may write anything, fences of its own included.
@@ -103,7 +103,7 @@ def _rows(report: dict) -> list[list[str]]:
     for label, key in ROWS:
         values = [_value(model, key) for model in report["models"]]
         if values[0] is not _ABSENT:
-            rows.append([label, *(_number(value) for value in values)] + ([_fraction(ratio[key])] if ratio else []))
+            rows.append([label, *(number(value) for value in values)] + ([_fraction(ratio[key])] if ratio else []))
     return rows
 
 
@@ -113,7 +113,8 @@ def _value(model: dict, key: str) -> object:
     return model.get(key, model.get("speed", {}).get(key, _ABSENT))
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A count or a measured number for a table; None stands for one that is not finite."""
     if value is None:
         return "infinite"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
@@ -172,7 +173,8 @@ def _environment_lines(report: dict) -> list[str]:
     return [f"- {key}: {value}" for key, value in report["environment"].items() if value is not None]
 
 
-def _markdown_table(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+    """A Markdown table whose first row is its head and whose first column holds labels."""
     lines = ["| " + " | ".join(cell.strip().replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 

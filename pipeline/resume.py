@@ -27,9 +27,10 @@ from pipeline.rundir import (
 )
 from pipeline.teachers import TeacherBank
 
-FREE_SECTIONS = ("checkpoint", "tracking", "export", "evaluate")
-FREE_KEYS = ("run_dir", "recipe", "deepspeed", "train.rank_timeout", "train.activation_checkpointing")
-"""Sections and fields that may change between two starts of one run."""
+FREE_KEYS = (
+    "run_dir", "recipe", "deepspeed", "train.ranks", "train.rank_timeout", "train.activation_checkpointing",
+)  # fmt: skip
+"""Fields that may change between two starts of one run."""
 
 
 def save_state(
@@ -73,14 +74,20 @@ def load_state(
     return json.loads((directory / "state.json").read_text(encoding="utf-8"))
 
 
-def check_same_run(run_dir: Path, config: Config) -> None:
-    """Raise `ConfigError` naming the first setting in which a run directory was made with another configuration."""
+def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None:
+    """Raise `ConfigError` naming the first setting in which a run directory was made with another configuration.
+
+    Args:
+        run_dir: the directory; fine where it holds no configuration yet.
+        config: the settings of this start.
+        free: sections that may differ.
+    """
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         return
     old, new = flatten(read_yaml(saved)), flatten(to_dict(config))
     for key, value in new.items():
-        if key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS or old.get(key) == value:
+        if key.split(".")[0] in free or key in FREE_KEYS or old.get(key) == value:
             continue
         was = f"{key}={old[key]!r}" if key in old else f"no {key}, from an older version"
         raise ConfigError(
@@ -101,12 +108,16 @@ def _optimizer_tensors(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state = optimizer.state_dict()
-    state["state"] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".")
-        state["state"].setdefault(int(index), {})[key] = value
-    known = sum(len(group["params"]) for group in state["param_groups"])
-    if any(index >= known for index in state["state"]):
+        state.setdefault(int(index), {})[key] = value
+    # Parameters by number, as in `state_dict`, which a rank with a share of the state does not have.
+    groups, known = [], 0
+    for group in optimizer.param_groups:
+        numbers = range(known, known + len(group["params"]))
+        groups.append({**group, "params": list(numbers)})
+        known = numbers.stop
+    if any(index >= known for index in state):
         raise CheckpointError("optimizer.safetensors belongs to a model with more parameters")
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

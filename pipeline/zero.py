@@ -77,6 +77,8 @@ def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
         for key, size in zero3_sizes(spec).items():
             if zero.get(key, "auto") == "auto":
                 zero[key] = size
+        if isinstance(zero.get("offload_param"), dict):
+            zero["offload_param"].setdefault("pin_memory", world.device.type == "cuda")
         _check_hpz(zero, world)
     _validate(config.deepspeed, zero)
     return settings

@@ -142,7 +142,7 @@ def _ratio(first: dict, last: dict) -> dict:
 def _to_tensorboard(result: dict, config: Config) -> None:
     """The report's numbers as `eval/MODEL/…` scalars beside the run's own."""
     tracking = replace(config.tracking, progress=False, log_every=1)
-    with Tracker(config.run_dir, tracking, total_steps=1, stage="eval") as tracker:
+    with Tracker(config.run_dir, tracking, total_steps=1, first_step=None, stage="eval") as tracker:
         for model in result["models"]:
             values = {key: model[key] for key in SIZES} | {
                 key: model["speed"][key] for key in SPEEDS if "speed" in model

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.config import Config, ConfigError
 from pipeline.costs import ASSUMPTIONS, extra_steps, passes, traffic
-from pipeline.footprint import USABLE, Cluster, Job, Layout, Memory, lora_memory, total_parameters
+from pipeline.footprint import USABLE, Cluster, Job, Layout, Memory, total_parameters
 from pipeline.planner import (
     MODELS,
     Estimate,
@@ -158,9 +158,6 @@ def memory_text(job: Job, chosen: Estimate) -> str:
     for title, parts, counts in _memory_groups(need, phase):
         lines.append(f"  {title}: {sum(parts.values()) / GB:.2f} GB{'' if counts else ' (not the peak)'}")
         lines += [f"    {size / GB:9.3f}  {name}" for name, size in parts.items() if size]
-    persisted = lora_memory(job, replace(chosen.layout, lora_partitioned=False))["LoRA weights"]
-    if chosen.layout.stage == 3:
-        lines.append(f"  LoRA weights are kept whole; partitioned they would save {persisted / GB:.2f} GB x (n-1)/n")
     host = sum(need.host.values())
     lines.append(f"  host memory: {host / GB:.2f} GB a rank, {host * job.cluster.gpus_per_node / GB:.2f} GB a node")
     lines += [f"    {size / GB:9.3f}  {name}" for name, size in need.host.items()]

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.config import Config, ConfigError
 from pipeline.data import packed_blocks
+from pipeline.instructions import packed_windows
 from pipeline.models import load_tokenizer, read_config
 from pipeline.prepared import load_blocks, save_blocks
 
@@ -33,6 +34,9 @@ def run(config: Config) -> Path:
     _, spec = read_config(config.model.path)
     files = check_weights(fetch(config.model.path))
     tokenizer = load_tokenizer(config.model.path, spec.vocab)
+    if config.finetune.data:
+        windows = packed_windows(config.finetune, tokenizer)
+        log.info("%d windows of instruction records", len(windows))
     log.info("%s: %d weight files are whole", config.model.path, files)
     if load_blocks(config) is None:
         blocks = packed_blocks(config.data, tokenizer, spec.vocab)

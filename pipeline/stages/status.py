@@ -11,10 +11,8 @@ from pathlib import Path
 from pipeline import jobs
 from pipeline.config import Config, ConfigError
 
-OUTPUTS = {"prepare": "prepared", "prune": "pruned", "export": "export", "evaluate": "evaluate"}
-"""The stages of a chain in order, and the directory of each one's result below the run directory."""
-TRAINING = ("prune",)
-"""Stages whose steps are in metrics.jsonl."""
+TRAINING = ("prune", "finetune")
+"""Stages that take steps."""
 RECENT = 20
 """Steps over which the speed is taken."""
 
@@ -35,39 +33,51 @@ def run(config: Config) -> dict:
     numbers = jobs.submitted(run_dir)
     return {
         "run_dir": str(run_dir),
-        "stages": {stage: _stage(config, run_dir, stage, numbers.get(stage)) for stage in OUTPUTS},
+        "stages": {stage: _stage(run_dir, stage, output, numbers.get(stage))
+                   for stage, output in outputs(config).items()},
+    }  # fmt: skip
+
+
+def outputs(config: Config) -> dict[str, Path]:
+    """The stages of the run's chain in order, and the directory of each one's result."""
+    run_dir, tune = Path(config.run_dir), config.finetune
+    rung = "" if tune.sparsity in (0, config.sparsity.target) else f"-{tune.sparsity:g}"
+    found = {"prepare": run_dir / "prepared", "prune": run_dir / "pruned"}
+    if tune.data:
+        found["finetune"] = run_dir / f"finetune{rung}" / "tuned"
+    return found | {
+        "export": Path(config.export.output or run_dir / "export"),
+        "evaluate": Path(config.evaluate.output or run_dir / "evaluate"),
     }
 
 
-def _stage(config: Config, run_dir: Path, stage: str, number: str | None) -> dict:
+def _stage(run_dir: Path, stage: str, output: Path, number: str | None) -> dict:
     job = jobs.find(number) if number else jobs.Job("")
-    output = Path({"export": config.export.output, "evaluate": config.evaluate.output}.get(stage) or
-                  run_dir / OUTPUTS[stage])  # fmt: skip
     complete = (output / "manifest.json").is_file()
     state = job.standing or ("complete" if complete else job.state.lower() if job.failed else "incomplete")
     found = {"state": state, "job": vars(job) if number else None}
     if stage in TRAINING and state != "complete":
-        found["progress"] = progress(run_dir, stage)
+        found["progress"] = progress(output.parent, stage)
     if job.failed and not complete:
         found["error"] = jobs.first_error(run_dir, job)
     return found
 
 
-def progress(run_dir: Path, stage: str) -> dict | None:
+def progress(directory: Path, stage: str) -> dict | None:
     """Where training is, from metrics.jsonl and the checkpoints; None before the first step."""
-    lines = [line for line in _entries(run_dir / "metrics.jsonl") if f"{stage}/loss" in line]
+    lines = [line for line in _entries(directory / "metrics.jsonl") if f"{stage}/loss" in line]
     if not lines:
         return None
     last = lines[-1]
     seconds = statistics.median(line[f"{stage}/step_s"] for line in lines[-RECENT:])
-    checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))
+    checkpoints = sorted((directory / "checkpoints").glob("step-*"))
     found = {"step": last["step"] + 1, "total": last["total"]}
     for name in ("expected_sparsity", "target_sparsity", "teacher_sparsity", "tokens_per_s", "loss"):
         if f"{stage}/{name}" in last:
             found[name] = last[f"{stage}/{name}"]
     return found | {
         "seconds_left": round(seconds * (found["total"] - found["step"])),
-        "last_step_seconds_ago": round(time.time() - (run_dir / "metrics.jsonl").stat().st_mtime),
+        "last_step_seconds_ago": round(time.time() - (directory / "metrics.jsonl").stat().st_mtime),
         "checkpoint": int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else None,
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from slurm_cluster import Cluster, missing_programs, wait_for
+from tiny import SENTENCES
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +37,7 @@ SBATCH_FLAGS=()
 PRUNE_NODES=${{PRUNE_NODES:-2}}
 PRUNE_GPUS=0
 PRUNE_TIME=${{PRUNE_TIME:-5}}
-PREPARE_TIME=5 EXPORT_TIME=5 EVALUATE_TIME=5
+FINETUNE_NODES=2 PREPARE_TIME=5 FINETUNE_TIME=5 EXPORT_TIME=5 EVALUATE_TIME=5
 SIGNAL_SECONDS=${{SIGNAL_SECONDS:-1}}
 """
 
@@ -91,7 +92,13 @@ class TinyRun:
 @pytest.fixture(scope="session")
 def undisturbed(cluster, model_dir, text_file, tmp_path_factory):
     """A run of the whole chain that nothing interrupts, and its jobs, which have ended."""
-    run = TinyRun(cluster, tmp_path_factory.mktemp("undisturbed"), tiny_settings(model_dir, text_file))
+    top = tmp_path_factory.mktemp("undisturbed")
+    records = top / "records.json"
+    records.write_text(json.dumps([{"instruction": s, "input": "", "output": s} for s in SENTENCES[:20]]))
+    settings = tiny_settings(model_dir, text_file)
+    settings["finetune"] = {"data": str(records), "seq_len": 128, "steps": 4, "batch_size": 4}
+    settings["export"] = {"source": "pruned"}  # to be compared with runs that are not fine-tuned
+    run = TinyRun(cluster, top, settings)
     jobs = run.submit()
     cluster.wait_job(jobs["evaluate"])
     return run, jobs

@@ -1,0 +1,109 @@
+"""Bytes of weights that ZeRO-3 gathers in a step: `make bench-comm`, or torchrun … -m pipeline.bench.comm.
+
+Counted at DeepSpeed's calls of all-gather, after the first step, with its sizes as a run has them (smaller than the
+model, so that nothing stays gathered between uses). Paired is the step of a run: teacher and student in one forward.
+Separate is what it replaces: a forward of the teacher, then one of the student, then backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pipeline.__main__ import quiet_libraries
+from pipeline.config import load_config
+from pipeline.costs import traffic
+from pipeline.distributed import connected, discover
+from pipeline.footprint import Cluster, Job, Layout, total_parameters
+from pipeline.layers import View, build_view
+from pipeline.models import read_config
+from pipeline.pairing import PairedModel
+from pipeline.zero import load_paired, zero_settings
+
+
+class GatheredBytes:
+    """Counts the bytes that gathers deliver to this rank."""
+
+    def __init__(self):
+        self.total = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[GatheredBytes]:
+        """Count DeepSpeed's gathers inside the block."""
+        from deepspeed.comm import comm
+
+        backend = comm.cdb
+        original = backend.all_gather_into_tensor
+
+        def counted(output_tensor, *args, **kwargs):
+            self.total += output_tensor.nbytes
+            return original(output_tensor, *args, **kwargs)
+
+        backend.all_gather_into_tensor = counted
+        try:
+            yield self
+        finally:
+            del backend.all_gather_into_tensor
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/smollm2-135m")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=2, help="measured steps, after one to warm up")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    world = discover()
+    config = load_config(None, [f"model.path={args.model}", f"train.batch_size={world.size}", "deepspeed=zero3",
+                                f"data.seq_len={args.tokens}"])  # fmt: skip
+    _, spec = read_config(args.model)
+    with connected(world, config.train.rank_timeout):
+        model = load_paired(config, world, zero_settings(config, spec, world))
+        generator = torch.Generator().manual_seed(world.rank)
+        ids = torch.randint(0, spec.vocab, (1, args.tokens), generator=generator).to(world.device)
+        job = Job(spec, config, Cluster(1, world.size, 1, 1, 1, 1, 1, 1))
+        base = total_parameters(spec) * job.itemsize
+        for mode, step in (("paired", paired), ("separate", separate)):
+            measured = bytes_of_a_step(lambda step=step: step(model, ids, config.loss), args.steps) / base
+            planned = traffic(job, Layout(3, 1), mode).ratio
+            if world.is_main:
+                sys.stdout.write(f"{mode} {measured:.2f} x base bytes per step (the planner says {planned:.2f})\n")
+    return 0
+
+
+def bytes_of_a_step(step: Callable[[], None], steps: int) -> float:
+    """Bytes gathered by one step, the mean of several after the first."""
+    step()
+    with GatheredBytes().counting() as gathered:
+        for _ in range(steps):
+            step()
+    return gathered.total / steps
+
+
+def paired(model: PairedModel, ids: torch.Tensor, loss) -> None:
+    """Teacher and student in one pass."""
+    model(ids, _student(model), _teacher(model), loss).total.backward()
+
+
+def separate(model: PairedModel, ids: torch.Tensor, loss) -> None:
+    """The teacher's pass, then the student's."""
+    with torch.no_grad():
+        model(ids, _teacher(model), None, loss)
+    model(ids, _student(model), None, loss).total.backward()
+
+
+def _student(model: PairedModel) -> View:
+    return build_view(model.spec, None, model.lora(), model.scaling, model.dtype)
+
+
+def _teacher(model: PairedModel) -> View:
+    return build_view(model.spec, None, {}, model.scaling, model.dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
