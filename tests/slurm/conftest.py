@@ -94,7 +94,7 @@ def undisturbed(cluster, model_dir, text_file, tmp_path_factory):
     """A run of the whole chain that nothing interrupts, and its jobs, which have ended."""
     top = tmp_path_factory.mktemp("undisturbed")
     records = top / "records.json"
-    records.write_text(json.dumps([{"instruction": s, "input": "", "output": s} for s in SENTENCES[:20]]))
+    records.write_text(json.dumps([{"prompt": s, "completion": s} for s in SENTENCES[:20]]))
     settings = tiny_settings(model_dir, text_file)
     settings["finetune"] = {"data": str(records), "seq_len": 128, "steps": 4, "batch_size": 4}
     settings["export"] = {"source": "pruned"}  # to be compared with runs that are not fine-tuned

@@ -5,10 +5,13 @@ import signal
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from slurm_cluster import wait_for
 
 from pipeline.checkpoint import sha256
 
+# One worker of pytest-xdist starts the cluster and the run that others are compared with.
+pytestmark = pytest.mark.xdist_group("slurm")
 STAGES = ["prepare", "prune", "finetune", "export", "evaluate"]
 
 
