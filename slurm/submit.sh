@@ -103,11 +103,16 @@ if ((${PRUNE_GPUS:-0})); then plan; fi
 
 if [[ $sweep ]]; then
     [[ -r $sweep ]] || die "cannot read $sweep"
-    count=$("$PYTHON" "$here/sweep.py" "$sweep" count)
+    entries=$("$PYTHON" "$here/sweep.py" "$sweep")
+    count=$(wc -l <<<"$entries")
     run_dir+=-sweep
+    if [[ ! $dry ]]; then
+        mkdir -p "$run_dir"
+        echo "$entries" >"$run_dir/sweep.tsv"
+    fi
     resources prune
     submit sweep "${flags[@]}" --array="0-$((count - 1))${SWEEP_AT_ONCE:+%$SWEEP_AT_ONCE}" \
-        "$here/sweep.sbatch" "$cluster" "$here" "$sweep" "$run_dir" --config "$config" "${overrides[@]}"
+        "$here/sweep.sbatch" "$cluster" "$here" "$run_dir" --config "$config" "${overrides[@]}"
     [[ $dry ]] || echo "sweep: job $job, $count runs below $run_dir (nuteprune status $run_dir/NAME)"
     exit
 fi

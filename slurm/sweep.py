@@ -1,7 +1,6 @@
-"""Entries of a sweep: a YAML list of settings, such as `- {sparsity.target: 0.3, seed: 1}`.
+"""Entries of a sweep for the shell: from a YAML list of settings, such as `- {sparsity.target: 0.3, seed: 1}`.
 
-`python sweep.py FILE count` prints how many there are; `python sweep.py FILE NUMBER` prints one of them,
-counted from 0: a line `key.sub=value` for each setting.
+`python sweep.py FILE` prints a line for each entry, its settings as `key.sub=value` with tabs between them.
 """
 
 import json
@@ -10,7 +9,7 @@ import sys
 import yaml
 
 
-def main(path: str, wanted: str) -> str:
+def main(path: str) -> str:
     """What to print; raises `SystemExit` with one line where the file is no such list."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -19,10 +18,8 @@ def main(path: str, wanted: str) -> str:
         entries = None
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) and e for e in entries):
         raise SystemExit(f"{path} must be a YAML list of settings, such as `- {{sparsity.target: 0.3}}`")
-    if wanted == "count":
-        return str(len(entries))
-    return "\n".join(f"{key}={json.dumps(value)}" for key, value in entries[int(wanted)].items())
+    return "\n".join("\t".join(f"{key}={json.dumps(value)}" for key, value in entry.items()) for entry in entries)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(main(*sys.argv[1:]) + "\n")
+    sys.stdout.write(main(sys.argv[1]) + "\n")
