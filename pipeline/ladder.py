@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline import pictures, report
 from pipeline.checkpoint import write_manifest
 from pipeline.config import Config, ConfigError
-from pipeline.measure import speed_ratio
+from pipeline.speed import speed_ratio
 from pipeline.stages import evaluate, export
 from pipeline.students import choose_student, open_run
 
@@ -111,13 +111,15 @@ def _point(entry: dict, intact: dict, rung: float) -> dict:
     """What is drawn of one model."""
     point = {"sparsity": rung, "perplexity": _perplexity(entry)} | {key: entry[key] for key in ("parameters", "bytes")}
     if "speed" in entry:
-        faster = speed_ratio(intact["speed"], entry["speed"])
+        batch = next(iter(intact["speed"]))
+        faster = speed_ratio(intact["speed"][batch], entry["speed"][batch])
         point |= {key.removesuffix("_tokens_per_s"): value for key, value in faster.items()}
     return point | ({"retained": entry["retained"]} if "retained" in entry else {})
 
 
 def _perplexity(entry: dict) -> float | None:
-    return entry["perplexity"]["perplexity"]
+    """Perplexity of the first text; None where it is not finite."""
+    return next(iter(entry["perplexity"].values()))["perplexity"]
 
 
 def _is_number(value: float | None) -> bool:
@@ -131,17 +133,17 @@ def _cost(point: dict) -> str:
 
 
 def _write(output: Path, points: list[dict], result: dict) -> None:
-    best = knee(points)
-    text = [
+    best, text = knee(points), next(iter(result["models"][0]["perplexity"]))
+    parts = [
         "# The ladder", table(points, best),
-        f"Perplexity of `{result['text']}`, speeds relative to the intact model, all measured in one run; "
+        f"Perplexity of `{text}`, speeds relative to the intact model, all measured in one run; "
         "[conditions and details](evaluate/report.md).",
     ]  # fmt: skip
     if best is not None:
-        text.append(f"The knee is {points[best]['sparsity']:.0%}: beyond it perplexity rises faster than size falls.")
-    text.append("![Perplexity and speed against size](ladder.png)")
+        parts.append(f"The knee is {points[best]['sparsity']:.0%}: beyond it perplexity rises faster than size falls.")
+    parts.append("![Perplexity and speed against size](ladder.png)")
     (output / "ladder.json").write_text(json.dumps({"points": points, "knee": best}, indent=1) + "\n", encoding="utf-8")
-    (output / "ladder.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    (output / "ladder.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (output / "ladder.png").write_bytes(pictures.ladder(points, best))
     write_manifest(output, FILES)
     log.info("ladder: %s", output / "ladder.md")

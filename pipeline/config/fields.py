@@ -200,17 +200,23 @@ class ExportConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     models: list[str] = opt([], "Directories to evaluate; empty: the base model and the run's export.")
-    text: str = opt("", "Text file, JSONL or parquet for perplexity; empty: the data source of training.")
+    text: list[str] = opt(
+        [],
+        "Texts for perplexity (.txt, .jsonl, .parquet), e.g. WikiText-2 and PTB; empty: the data source of training.",
+    )
     text_field: str = opt("text", "Text column of JSONL and parquet files.")
-    window: int = opt(1024, "Tokens per perplexity window.", ge=8)
+    window: int = opt(2048, "Tokens per perplexity window.", ge=8)
     stride: int = opt(0, "Tokens between two windows; 0: the window itself.", ge=0)
     blocks: int = opt(0, "Windows to score; 0: all.", ge=0)
-    tasks: list[str] = opt([], "lm-eval tasks: names on the hub, or `local_mc`, or a YAML file of a task of your own.")
+    tasks: list[str] = opt(
+        [], "lm-eval tasks: names on the hub, `paper` (the paper's seven), `local_mc`, or a YAML file of your own."
+    )
     task_limit: int = opt(0, "Examples per task; 0: all.", ge=0)
     fewshot: int = opt(0, "Few-shot examples per task.", ge=0)
     speed: bool = opt(True, "Measure prefill and decode speed.")
     prompt_tokens: int = opt(256, "Prompt length of the speed measurement.", ge=1)
     new_tokens: int = opt(64, "Tokens decoded in the speed measurement.", ge=1)
+    batch_sizes: list[int] = opt([1, 8], "Sequences at once in the speed measurement, one measurement each.")
     sample_prompt: str = opt("The capital of France is", "Prompt whose greedy continuation is shown; empty: none.")
     output: str = opt("", "Directory of report.json and report.md; empty: `evaluate` below the run directory.")
 

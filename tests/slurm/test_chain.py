@@ -44,10 +44,26 @@ def test_whole_chain_in_order(undisturbed):
     assert (run.run_dir / "evaluate" / "report.md").is_file()
 
 
+def leave_before_time_limit(run, job: str) -> None:
+    """Move a job's time limit to less than two minutes from now, and wait for SLURM's signal.
+
+    The ranks are held meanwhile, so that they cannot finish first: SLURM looks at time limits every 30 s.
+    """
+    ranks = [run.cluster.pid(job, rank) for rank in (0, 1)]
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    hours, minutes, _ = run.cluster.job(job)["RunTime"].split(":")
+    limit = 60 * int(hours) + int(minutes) + 2
+    run.cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={limit}")
+    wait_for(lambda: "the ranks save and leave" in run.log(f"prune-{job}"), 90, run.everything)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_interruptions_change_no_bit(undisturbed, tiny_run):
     """Requeued, a rank killed, and told to leave before its time limit: the export is that of the undisturbed run."""
     run = tiny_run()
-    jobs = run.submit("--from", "prune", SIGNAL_SECONDS="45")
+    jobs = run.submit("--from", "prune", PRUNE_TIME="60", SIGNAL_SECONDS="120")
     prune = jobs["prune"]
     wait_for_step(run, 20)
     assert not run.submit()  # queued and running jobs are not submitted twice
@@ -55,11 +71,10 @@ def test_interruptions_change_no_bit(undisturbed, tiny_run):
     wait_for_step(run, 50)
     os.kill(run.cluster.pid(prune, rank=1), signal.SIGKILL)
     wait_for_step(run, 80)
-    run.cluster.run("scontrol", "update", f"jobid={prune}", "timelimit=1")
+    leave_before_time_limit(run, prune)
     assert int(finished(run, prune)["Restarts"]) == 3
     log = run.log(f"prune-{prune}")
     assert "Killed" in log
-    assert "the ranks save and leave" in log
     assert "SIGUSR1 at step" in log
     finished(run, jobs["export"])
     assert exported(run) == exported(undisturbed[0])

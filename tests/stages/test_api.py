@@ -25,7 +25,7 @@ def test_the_readmes_example_runs(tmp_path, model_dir, text_file, monkeypatch, c
     exec(compile(example, "README.md", "exec"), {"__name__": "example"})
     printed = capsys.readouterr().out
     assert re.search(r"^\d+\.\d% removed, logits \(1, \d+, 300\)$", printed, re.MULTILINE)
-    assert re.search(r"^perplexity x \d+\.\d\d$", printed, re.MULTILINE)
+    assert re.search(r"^perplexity of heldout.txt x \d+\.\d\d$", printed, re.MULTILINE)
     assert (tmp_path / "runs/python/export/config.json").is_file()
 
 

@@ -75,6 +75,7 @@ def test_every_answer_token_of_the_global_batch_counts_alike(tuning, monkeypatch
     """However it is split into micro-batches and ranks: windows hold unequal numbers of answer tokens."""
     # The ranks compute one after the other, so their means are taken below.
     monkeypatch.setattr(World, "mean", lambda _, values: values)
+    monkeypatch.setattr(World, "gather", lambda _, value: [value])
     config = changed(tuning, micro_batch=0, batch_size=3)
     whole = build(config)
     counts = (whole.stream.batch(0)[:, 1] != IGNORE).sum(1)
