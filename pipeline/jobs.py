@@ -12,6 +12,8 @@ PENDING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
 TASK_ENDED = re.compile(r"srun: error: (?P<node>[^ :]+): tasks? (?P<rank>\d+)[^:]*: (?P<how>.+)")
 """srun's word on tasks that failed, in the order in which they did."""
+LAST_START = re.compile(r".*^[^\n]* restart \d+: ", re.DOTALL | re.MULTILINE)
+"""Everything in a job's log that is about earlier starts of it."""
 RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Failed|Preempted)\b.*")
 """Last line of a traceback."""
 
@@ -81,7 +83,7 @@ def first_error(run_dir: Path, job: Job) -> str:
             error = _first_of(logs.glob("torchrun/**/stderr.log")) or next(filter(None, map(_last_error, tasks)), "")
             return f"{where}: {error or ended['how']}"
     written = next(iter(sorted((run_dir / "logs").glob(f"*-{job.number}.log"))), None)
-    lines = [] if written is None else _text(written).strip().splitlines()
+    lines = [] if written is None else LAST_START.sub("", _text(written)).splitlines()
     return next((line for line in lines if re.search(r"error|cannot|given up", line, re.IGNORECASE)), "")
 
 

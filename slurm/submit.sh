@@ -62,7 +62,7 @@ plan() {
     [[ $dry ]] || out=(--out "$run_dir/plan")
     figures=$("$PYTHON" -m pipeline plan --config "$config" --nodes "${nodes%%-*}" --gpus-per-node "$PRUNE_GPUS" \
         --gpu-memory "${GPU_MEMORY:-80GB}" --json "${out[@]}" "${overrides[@]}") ||
-        die "the planner finds no way to run this on $nodes x $PRUNE_GPUS GPUs of ${GPU_MEMORY:-80GB}: $figures"
+        die "no plan for $nodes x $PRUNE_GPUS GPUs of ${GPU_MEMORY:-80GB}: \`nuteprune plan\` shows what was tried"
     planned=$("$PYTHON" -c 'import json, math, sys; print(math.ceil(1.5 * json.load(sys.stdin)["hours"]))' <<<"$figures")
     config=$run_dir/plan/plan.yaml
     overrides=()

@@ -92,7 +92,7 @@ class TinyRun:
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster, model_dir, text_file, tmp_path_factory):
-    """A run of the whole chain that nothing interrupts, and its jobs, which have ended."""
+    """A run of the whole chain under torchrun that nothing interrupts, and its jobs, which have ended."""
     top = tmp_path_factory.mktemp("undisturbed")
     records = top / "records.json"
     records.write_text(json.dumps([{"prompt": s, "completion": s} for s in SENTENCES[:20]]))
@@ -100,7 +100,7 @@ def undisturbed(cluster, model_dir, text_file, tmp_path_factory):
     settings["finetune"] = {"data": str(records), "seq_len": 128, "steps": 4, "batch_size": 4}
     settings["export"] = {"source": "pruned"}  # to be compared with runs that are not fine-tuned
     run = TinyRun(cluster, top, settings)
-    jobs = run.submit()
+    jobs = run.submit(LAUNCHER="torchrun")
     cluster.wait_job(jobs["evaluate"])
     return run, jobs
 

@@ -63,7 +63,8 @@ def leave_before_time_limit(run, job: str) -> None:
 def test_interruptions_change_no_bit(undisturbed, tiny_run):
     """Requeued, a rank killed, and told to leave before its time limit: the export is that of the undisturbed run."""
     run = tiny_run()
-    jobs = run.submit("--from", "prune", PRUNE_TIME="60", SIGNAL_SECONDS="120")
+    # Not one restart without progress is allowed.
+    jobs = run.submit("--from", "prune", PRUNE_TIME="60", SIGNAL_SECONDS="120", MAX_RESTARTS="0")
     prune = jobs["prune"]
     wait_for_step(run, 20)
     assert not run.submit()  # queued and running jobs are not submitted twice
@@ -93,6 +94,16 @@ def test_lost_node_is_survived_on_the_other_one(tiny_run):
     assert ended["NodeList"] == "node1"
     assert "resumed at step" in run.log(f"prune-{jobs['prune']}")
     run.cluster.run("scancel", jobs["export"])
+
+
+def test_restarts_without_progress_have_an_end(tiny_run):
+    run = tiny_run()
+    prune = run.submit("--from", "prune", MAX_RESTARTS="0")["prune"]
+    wait_for(lambda: "stage prune" in run.log(f"prune-{prune}"), 60, run.everything)
+    run.cluster.run("scontrol", "requeue", prune)
+    assert run.cluster.wait_job(prune, "FAILED")["Restarts"] == "1"
+    assert "given up: 1 restarts in a row without a new checkpoint" in run.log(f"prune-{prune}")
+    assert "given up" in run.status()["stages"]["prune"]["error"]
 
 
 def test_failing_stage_stops_the_chain_and_status_says_why(tiny_run):

@@ -72,10 +72,11 @@ def test_sweep(files, tmp_path):
         (["--quick"], "unknown argument '--quick'"),
         (["sparsity.traget=0.2"], "did you mean 'sparsity.target'"),
         (["--sweep", "README.md"], "must be a YAML list of settings"),
+        (["--cluster", "slurm/clusters/example.env", "model.path=llama-3.1-70b"], "no plan for 2 x 8 GPUs of 8GB"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_submitted(files, arguments, complaint):
-    done = submit(*files, "--dry-run", *arguments)
+    done = submit(*files, "--dry-run", *arguments, GPU_MEMORY="8GB")
     assert done.returncode != 0
     assert complaint in done.stderr
     assert "sbatch" not in done.stdout

@@ -96,3 +96,9 @@ def test_a_job_that_no_rank_ever_began(tmp_path):
     written(tmp_path / "logs" / "prune-12.log", "/spool/script: line 9: my.env: cannot open\nbye\n")
     assert "my.env: cannot open" in jobs.first_error(tmp_path, jobs.Job("12", "FAILED"))
     assert jobs.first_error(tmp_path, jobs.Job("13", "CANCELLED")) == ""
+
+
+def test_a_job_that_gave_up(tmp_path):
+    log = "job 12, restart 0: prune\nslurmstepd: error: requeue\njob 12, restart 1: prune\ngiven up: 9\n"
+    written(tmp_path / "logs" / "prune-12.log", log)
+    assert jobs.first_error(tmp_path, jobs.Job("12", "FAILED")) == "given up: 9"
