@@ -250,6 +250,7 @@ class Config:
 
 
 STAGE_SECTIONS = {
+    "prepare": ["model", "data", "finetune"],
     "prune": ["model", "data", "train", "gates", "sparsity", "lora", "teacher", "loss", "checkpoint", "tracking"],
     "finetune": ["model", "finetune", "train", "loss", "export", "checkpoint", "tracking"],
     "export": ["model", "export"],

@@ -33,6 +33,7 @@ from pipeline.masks import Gates, sparsity_of
 from pipeline.model_card import RECORD, Result, kept_record, model_card
 from pipeline.models import load_model, load_tokenizer, read_config
 from pipeline.pairing import PairedModel
+from pipeline.prepared import load_blocks
 from pipeline.publish import push
 from pipeline.rundir import Run
 from pipeline.students import Student, newest_student, open_run, shape_of
@@ -138,6 +139,9 @@ def load_base(config: Config, dtype: str) -> tuple[PreTrainedModel, ArchSpec, to
 def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
     """About `count` tokens [N, T] of the run's own training text, in blocks no longer than those of training."""
     length = min(config.data.seq_len, count)
+    blocks = load_blocks(config)
+    if blocks is not None:
+        return blocks.flatten()[: -(-count // length) * length].view(-1, length)
     documents = min(config.data.documents or count, count)  # a document has at least one token
     blocks = packed_blocks(replace(config.data, documents=documents, seq_len=length), tokenizer, vocab)
     return blocks[: -(-count // length)]

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 LEVELS = [
     {"kernels"},
-    {"config"},
+    {"config", "jobs"},
     {"arch", "distributed"},
     {"masks"},
     {
@@ -28,8 +28,8 @@ LEVELS = [
     {"engine", "zero", "importance", "rundir", "costs", "measure", "publish"},
     {"resume", "planner", "students", "speed"},
     {"model_card"},
-    {"lifecycle"},
-    {"training", "masked"},
+    {"lifecycle", "prepared"},
+    {"training", "masked", "dryrun"},
     {"stages"},
     {"ladder"},
     {"api"},
