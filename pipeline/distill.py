@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,54 +39,70 @@ def layer_loss(student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, kin
     return squared.mean()
 
 
+class HeadLosses(NamedTuple):
+    """Output terms per token, float32 scalars: their weighted sum (with gradient), the KL and the cross entropy."""
+
+    total: Tensor
+    kl: Tensor
+    cross_entropy: Tensor
+
+
 class _ChunkedHeadLoss(torch.autograd.Function):
-    """Loss on full-vocabulary logits of which only `chunk` tokens' worth exists at a time.
+    """Losses on full-vocabulary logits of which only `chunk` tokens' worth exists at a time.
 
     The head is frozen, so the gradient of the hidden states is computed chunk by chunk in the forward pass and scaled
     in the backward pass; no logits are kept and none are computed twice.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, temperature, chunk):
+    def forward(ctx, hidden, weight, teacher, labels, kl_weight, label_weight, temperature, chunk):
         keep_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if keep_gradient else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.zeros_like(hidden) if keep_gradient else None
+        kl, entropy = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         tokens = hidden.shape[0]
+        learned = 0 if labels is None else max(1, int((labels != IGNORE).sum()))
         for start in range(0, tokens, chunk):
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], weight).float()
-            if target.dtype == torch.long:
-                loss, slope = _cross_entropy(logits, target[rows])
-            else:
-                loss, slope = _kl(logits, F.linear(target[rows], weight).float(), temperature)
-            total += loss
+            slope = 0.0
+            if teacher is not None:
+                loss, own = _kl(logits, F.linear(teacher[rows], weight).float(), temperature)
+                kl += loss / tokens
+                slope = kl_weight * own
+            if labels is not None:
+                loss, own = _cross_entropy(logits, labels[rows])
+                entropy += loss / learned
+                slope = slope + label_weight * tokens / learned * own
             if keep_gradient:
                 gradient[rows] = slope.to(weight.dtype).mm(weight)
         ctx.save_for_backward(gradient)
         ctx.tokens = tokens
-        return total / tokens
+        ctx.mark_non_differentiable(kl, entropy)
+        return kl_weight * kl + label_weight * entropy, kl, entropy
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output, *_):
         (gradient,) = ctx.saved_tensors
-        return gradient * (grad_output / ctx.tokens).to(gradient.dtype), None, None, None, None
+        return gradient * (grad_output / ctx.tokens).to(gradient.dtype), *[None] * 7
 
 
-def head_kl(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float, chunk: int) -> Tensor:
-    """T²·KL(teacher‖student) per token over the full vocabulary, a float32 scalar.
+def head_loss(
+    student: Tensor, weight: Tensor, chunk: int, teacher: Tensor | None = None, labels: Tensor | None = None,
+    kl_weight: float = 1.0, label_weight: float = 1.0, temperature: float = 1.0,
+) -> HeadLosses:  # fmt: skip
+    """kl_weight · T²·KL(teacher‖student) + label_weight · cross entropy, per token over the full vocabulary.
 
     Args:
-        student, teacher: final hidden states [N, D]; the gradient goes to the student.
+        student: final hidden states [N, D]; the gradient goes to them.
         weight: output head [V, D], frozen.
-        temperature: T.
         chunk: tokens whose logits exist at once.
+        teacher: final hidden states [N, D], or None for no KL.
+        labels: token ids [N], or None for no cross entropy; `IGNORE` where there is nothing to learn.
+        temperature: T.
     """
-    return _ChunkedHeadLoss.apply(student, weight, teacher, temperature, chunk)
-
-
-def head_cross_entropy(student: Tensor, labels: Tensor, weight: Tensor, chunk: int) -> Tensor:
-    """Cross entropy per token over the full vocabulary; student [N, D], labels [N], weight [V, D]."""
-    return _ChunkedHeadLoss.apply(student, weight, labels, 1.0, chunk)
+    return HeadLosses(
+        *_ChunkedHeadLoss.apply(student, weight, teacher, labels, kl_weight, label_weight, temperature, chunk)
+    )
 
 
 def _kl(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -97,9 +115,11 @@ def _kl(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, T
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over rows of −log q[label] and its gradient q − onehot."""
+    """Sum over learned rows of −log q[label] and its gradient q − onehot."""
+    learned = labels != IGNORE
+    labels = labels.where(learned, 0)
     log_q = F.log_softmax(logits, dim=-1)
-    loss = -log_q.gather(1, labels[:, None]).sum()
+    loss = -(log_q.gather(1, labels[:, None]).squeeze(1) * learned).sum()
     slope = log_q.exp()
     slope[torch.arange(len(labels), device=labels.device), labels] -= 1.0
-    return loss, slope
+    return loss, slope * learned[:, None]

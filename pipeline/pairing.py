@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from pipeline.arch import ArchSpec
 from pipeline.config import LoraConfig, LossConfig
-from pipeline.distill import IGNORE, head_cross_entropy, head_kl, layer_loss
+from pipeline.distill import IGNORE, HeadLosses, head_loss, layer_loss
 from pipeline.layers import LoraParameters, View, activate, fresh_lora, install
 
 
@@ -27,7 +28,8 @@ class Losses(NamedTuple):
 
     total: Tensor
     layer: Tensor
-    output: Tensor
+    kl: Tensor
+    cross_entropy: Tensor
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,14 @@ class _Head(nn.Module):
     def __init__(self, weight: nn.Parameter):
         super().__init__()
         self.weight = weight
-        self._result: Tensor | None = None
+        self._result: HeadLosses | None = None
 
-    def forward(self, loss: Callable[[Tensor], Tensor]) -> None:
-        """Keep the loss of the weight for `lend`."""
+    def forward(self, loss: Callable[[Tensor], HeadLosses]) -> None:
+        """Keep the losses of the weight for `lend`."""
         self._result = loss(self.weight)
 
-    def lend(self, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """The loss of the whole weight [V, D]."""
+    def lend(self, loss: Callable[[Tensor], HeadLosses]) -> HeadLosses:
+        """The losses of the whole weight [V, D]."""
         self(loss)
         result, self._result = self._result, None
         return result
@@ -176,37 +178,31 @@ class PairedModel(nn.Module):
         positions = None if answers is None else answers.positions
         # ZeRO-3 frees a layer's weights when the gradient of its input is there: the first layer's needs one too.
         final = self._stream(_masked(embedded.detach().requires_grad_(), student.hidden), p, positions)
-        width = final.shape[-1]
-        if answers is not None:
-            return self._answer_losses(final, p, answers.labels)
-        if teacher is None:
-            rows, labels = final[:, :-1].reshape(-1, width), input_ids[:, 1:].reshape(-1)
-            output = self.head.lend(lambda weight: head_cross_entropy(rows, labels, weight, loss.chunk))
-            return Losses(output, output.new_zeros(()), output)
-        with torch.no_grad():
-            target = self.model.model.norm(p.teacher_stream).flatten(0, 1)
-        rows = final.flatten(0, 1)
-        output = self.head.lend(lambda weight: head_kl(rows, target, weight, loss.temperature, loss.chunk))
-        terms = torch.stack(p.layer_terms) if p.layer_terms else output.new_zeros(1)
+        output = self._output_losses(final, p, input_ids, answers)
+        terms = torch.stack(p.layer_terms) if p.layer_terms else output.kl.new_zeros(1)
         layer = terms.sum() if loss.layer_reduction == "sum" else terms.mean()
-        return Losses(loss.layer_weight * layer + loss.kl_weight * output, layer, output)
+        total = loss.layer_weight * layer + output.total if p.layer_terms else output.total
+        return Losses(total, layer, output.kl, output.cross_entropy)
 
-    def _answer_losses(self, final: Tensor, p: _Pass, labels: Tensor) -> Losses:
-        """Mean over the answers' tokens: cross entropy, plus weighted KL from the teacher where there is one."""
-        learned = labels[:, 1:] != IGNORE
-        rows, labels = final[:, :-1][learned], labels[:, 1:][learned]
-        if p.teacher is None:
-            output = self.head.lend(lambda weight: head_cross_entropy(rows, labels, weight, p.loss.chunk))
-            return Losses(output, output.new_zeros(()), output)
-        with torch.no_grad():
-            target = self.model.model.norm(p.teacher_stream)[:, :-1][learned]
-        output, kl = self.head.lend(
-            lambda weight: torch.stack([
-                head_cross_entropy(rows, labels, weight, p.loss.chunk),
-                head_kl(rows, target, weight, p.loss.temperature, p.loss.chunk),
-            ])
-        )  # fmt: skip
-        return Losses(output + p.loss.kl_weight * kl, output.new_zeros(()), output)
+    def _output_losses(self, final: Tensor, p: _Pass, input_ids: Tensor, answers: Answers | None) -> HeadLosses:
+        """KL from the teacher where there is one, and cross entropy of the next token where it counts."""
+        loss, target, labels = p.loss, None, None
+        if p.teacher is not None:
+            with torch.no_grad():
+                target = self.model.model.norm(p.teacher_stream).flatten(0, 1)
+        label_weight = 1.0 if p.teacher is None or answers is not None else loss.label_weight
+        if label_weight:
+            labels = input_ids if answers is None else answers.labels
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+        rows = final.flatten(0, 1)
+        if answers is not None:
+            learned = labels != IGNORE
+            rows, labels, target = rows[learned], labels[learned], None if target is None else target[learned]
+        return self.head.lend(
+            lambda weight: head_loss(
+                rows, weight, loss.chunk, target, labels, loss.kl_weight, label_weight, loss.temperature
+            )
+        )
 
     def logits(self, input_ids: Tensor, view: View) -> Tensor:
         """Logits [B, T, V] of one view, in full."""

@@ -114,17 +114,17 @@ class Trainer(ABC):
         """
         batch = self.stream.batch(self.step).to(self.world.device)
         parts = batch.split(self.config.train.micro_batch or len(batch))
-        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
         for number, ids in enumerate(parts):
             share = self.share(ids, batch)
             losses = forward(ids, self.world.rank * len(parts) + number, share)
             # Not even a NaN may keep a rank from its backward pass: the others gather weights in theirs.
             self.engine.backward(losses.total * share)
-            sums[:3] += torch.stack([losses.total, losses.layer, losses.output]).detach().double() * share
-        sums[3] = bool(self.stop.received)
-        loss, layer, output, stopping = self.world.mean(sums).tolist()
+            sums[:4] += torch.stack(losses).detach().double() * share
+        sums[4] = bool(self.stop.received)
+        loss, layer, kl, entropy, stopping = self.world.mean(sums).tolist()
         self.stopping = stopping > 0
-        return {"loss": loss, "layer_loss": layer, "output_loss": output}
+        return {"loss": loss, "layer_loss": layer, "kl_loss": kl, "label_loss": entropy}
 
     def update(self, loss: float) -> dict[str, float]:
         """Apply the gradients unless the step is not finite; ten bad steps in a row end the run."""

@@ -60,7 +60,7 @@ def test_answers_are_learned_with_the_gates_fixed(tuning, run_dir):
     assert directory == run_dir / "finetune" / "tuned"
     lines = metrics(run_dir / "finetune")
     assert len(lines) == 12
-    assert lines[-1]["finetune/output_loss"] < 0.9 * lines[0]["finetune/output_loss"]
+    assert lines[-1]["finetune/label_loss"] < 0.9 * lines[0]["finetune/label_loss"]
     run = load_run(run_dir)
     gates = load_file(directory / "gates.safetensors")
     assert all(torch.equal(gates[f"gates.{k}"], z) for k, z in run.gates.as_dict().items())
@@ -123,7 +123,7 @@ def test_a_higher_rank_starts_from_the_same_student(tuning):
         mine, wanted = (model.logits(ids, view) for view in views)
     assert torch.allclose(mine, wanted, atol=1e-4)
     step = trainer.train_step()
-    assert step["loss"] > step["output_loss"] > 0  # the intact model teaches too
+    assert step["loss"] > step["label_loss"] > 0  # the intact model teaches too
     with pytest.raises(ConfigError, match=r"finetune.lora_rank 4 is less than the pruned student's 8"):
         build(changed(tuning, lora_rank=4))
 

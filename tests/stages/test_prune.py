@@ -167,8 +167,8 @@ def test_tensorboard_has_the_scalars_pictures_and_texts(settings, tmp_path):
     events.Reload()
     tags = events.Tags()
     scalars = {
-        "loss", "layer_loss", "output_loss", "expected_sparsity", "target_sparsity", "teacher_sparsity", "lambda_1",
-        "lambda_2", "grad_norm", "tokens_per_s", "peak_memory_gb", "teacher_bank_mb",
+        "loss", "layer_loss", "kl_loss", "label_loss", "expected_sparsity", "target_sparsity",
+        "teacher_sparsity", "lambda_1", "lambda_2", "grad_norm", "tokens_per_s", "peak_memory_gb", "teacher_bank_mb",
     }  # fmt: skip
     assert {f"prune/{name}" for name in scalars} <= set(tags["scalars"])
     assert {"prune/heads", "prune/ffn"} <= set(tags["images"])

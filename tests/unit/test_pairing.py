@@ -7,7 +7,7 @@ from tiny import CONFIGS, VOCAB, tiny_model
 
 from pipeline.arch import read_spec
 from pipeline.config import GateConfig, LoraConfig, LossConfig
-from pipeline.distill import head_cross_entropy, head_kl, layer_loss
+from pipeline.distill import IGNORE, head_loss, layer_loss
 from pipeline.layers import build_view
 from pipeline.masks import MaskSet
 from pipeline.pairing import PairedModel
@@ -74,7 +74,8 @@ def separate_passes(pair: Pair, loss: LossConfig):
     layer = torch.stack(terms).sum() if loss.layer_reduction == "sum" else torch.stack(terms).mean()
     t = loss.temperature
     kl = t**2 * F.kl_div((logits / t).log_softmax(-1), (target / t).softmax(-1), reduction="sum") / IDS.numel()
-    return loss.layer_weight * layer + loss.kl_weight * kl
+    entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    return loss.layer_weight * layer + loss.kl_weight * kl + loss.label_weight * entropy
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -157,7 +158,7 @@ def test_no_teacher_is_the_language_model_loss():
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 100])
-def test_chunked_kl_equals_the_whole_in_double(chunk):
+def test_chunked_losses_equal_the_whole_in_double(chunk):
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(11, 8, generator=generator, dtype=torch.float64)
@@ -167,9 +168,14 @@ def test_chunked_kl_equals_the_whole_in_double(chunk):
         * F.kl_div((student @ weight.T / 2).log_softmax(-1), (teacher @ weight.T / 2).softmax(-1), reduction="sum")
         / 11
     )
-    chunked = head_kl(student, teacher, weight, 2.0, chunk)
-    torch.testing.assert_close(chunked.double(), whole, rtol=1e-5, atol=0)
-    (a,), (b,) = torch.autograd.grad(chunked, student), torch.autograd.grad(whole, student)
+    labels = torch.tensor([3, 0, 30, IGNORE, 7, 7, IGNORE, 1, 2, 29, IGNORE])
+    entropy = F.cross_entropy(student @ weight.T, labels, ignore_index=IGNORE)
+    losses = head_loss(student, weight, chunk, teacher, labels, kl_weight=0.7, label_weight=0.3, temperature=2.0)
+    torch.testing.assert_close(losses.kl.double(), whole, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses.cross_entropy.double(), entropy, rtol=1e-5, atol=0)
+    expected = 0.7 * whole + 0.3 * entropy
+    torch.testing.assert_close(losses.total.double(), expected, rtol=1e-5, atol=0)
+    (a,), (b,) = torch.autograd.grad(losses.total, student), torch.autograd.grad(expected, student)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -178,8 +184,7 @@ def test_full_logits_never_exist_at_once(monkeypatch):
     original = F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: shapes.append((len(x), len(w))) or original(x, w, b))
     hidden, weight = torch.randn(50, 8, requires_grad=True), torch.randn(31, 8)
-    head_kl(hidden, torch.randn(50, 8), weight, 1.0, 16).backward()
-    head_cross_entropy(hidden, torch.randint(0, 31, (50,)), weight, 16).backward()
+    head_loss(hidden, weight, 16, torch.randn(50, 8), torch.randint(0, 31, (50,))).total.backward()
     assert shapes
     assert max(rows for rows, _ in shapes) == 16
 
