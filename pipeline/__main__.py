@@ -11,17 +11,23 @@ import traceback
 import warnings
 from typing import NoReturn
 
-from pipeline.config import STAGE_SECTIONS, ConfigError, describe, load_config
+from pipeline.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
 
 STAGES = {
     "prune": "learn gates and LoRA on the frozen base model, taught by earlier snapshots of the student",
-    "export": "write the pruned student (or a snapshot of the run) as a small Hugging Face model",
+    "finetune": "train the pruned student's LoRA on instruction records, its gates fixed",
+    "export": "write the student (or a snapshot of the run, or a ladder of them) as a small Hugging Face model",
     "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
 }
-SHORTCUTS = {"export": {"--sparsity": "export.sparsity"}, "evaluate": {"--blocks": "evaluate.blocks"}}
-"""Flags of a stage that stand for one key."""
-DISTRIBUTED = ("prune",)
+SHORTCUTS = {
+    "finetune": {"--data": "finetune.data", "--sparsity": "finetune.sparsity"},
+    "export": {"--sparsity": "export.sparsity", "--from": "export.source", "--ladder": "export.ladder"},
+    "evaluate": {"--blocks": "evaluate.blocks"},
+}
+"""Flags of a stage that stand for one key; a list is given with commas."""
+DISTRIBUTED = ("prune", "finetune")
 """Stages that several ranks run together."""
+OVERRIDES = "directory of a run (for --config RUN/config.yaml), and settings that win over the file"
 PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"
 PLAN_FLAGS = {
     "--model": ("", "directory, config.json, hub id, or a name such as llama-3.1-70b (default: model.path)"),
@@ -54,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--config", help="YAML file with the run's settings")
         for flag, key in SHORTCUTS.get(name, {}).items():
             sub.add_argument(flag, metavar="X", help=f"same as {key}=X")
-        sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
+        sub.add_argument("overrides", nargs="*", metavar="RUN | key.sub=value", help=OVERRIDES)
     plan = stages.add_parser("plan", help=PLAN, description=PLAN.capitalize() + ".")
     for flag, (default, meaning) in PLAN_FLAGS.items():
         meaning += f" (default {default})" if default else ""
@@ -77,11 +83,6 @@ def main(argv: list[str] | None = None) -> int:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides += rest  # settings may stand before and behind --config
     quiet_libraries()
-    overrides = list(args.overrides)
-    for flag, key in SHORTCUTS.get(args.stage, {}).items():
-        value = getattr(args, flag.strip("-"))
-        if value is not None:
-            overrides.append(f"{key}={value}")
     from pipeline.distributed import RankLost, discover
 
     is_main = os.environ.get("RANK", "0") == "0"
@@ -92,16 +93,17 @@ def main(argv: list[str] | None = None) -> int:
             logging.getLogger("pipeline").setLevel(logging.ERROR)
         if world.size > 1 and args.stage not in DISTRIBUTED:
             raise ConfigError(f"{args.stage} runs in one process, not in {world.size}: start it without a launcher")
-        config = load_config(args.config, overrides)
-        stage = importlib.import_module(f"pipeline.stages.{args.stage}")
+        config = read_settings(args)
         if args.stage == "plan":
-            typed = args.config is not None or any(o.startswith("model.dtype=") for o in overrides)
-            outcome = stage.run(config, args, typed)
+            from pipeline.stages import plan
+
+            typed = args.config is not None or any(o.startswith("model.dtype=") for o in args.overrides)
+            outcome = plan.run(config, args, typed)
             sys.stdout.write(outcome.text + "\n")
             return 0 if outcome.fits else 1
-        result = stage.run(config)
+        text = run_stage(args.stage, config)
         if is_main:
-            sys.stdout.write(stage.summary(config, result) + "\n")
+            sys.stdout.write(text + "\n")
     except ConfigError as error:
         if is_main:
             sys.stderr.write(f"nuteprune: {error}\n")
@@ -113,6 +115,29 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"nuteprune: {error}\n")
         return getattr(error, "exit_code", 1)
     return 0
+
+
+def read_settings(args: argparse.Namespace) -> Config:
+    """The configuration of a parsed command line."""
+    runs = [word for word in args.overrides if "=" not in word and os.path.isdir(word)]
+    if len(runs) + (args.config is not None) > 1:
+        raise ConfigError("give one run directory or one --config")
+    overrides = [word for word in args.overrides if word not in runs]
+    for flag, key in SHORTCUTS.get(args.stage, {}).items():
+        value = getattr(args, flag.strip("-"))
+        if value is not None:
+            overrides.append(f"{key}=[{value}]" if flag == "--ladder" else f"{key}={value}")
+    return load_config(runs[0] if runs else args.config, overrides)
+
+
+def run_stage(name: str, config: Config) -> str:
+    """Run a stage; returns what the command line prints at its end."""
+    # Imported here, so that --help answers at once.
+    from pipeline import api, ladder
+
+    result = getattr(api, name)(config)
+    stage = ladder if name == "export" and config.export.ladder else importlib.import_module(f"pipeline.stages.{name}")
+    return stage.summary(config, result)
 
 
 def cli() -> NoReturn:

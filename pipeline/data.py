@@ -188,11 +188,9 @@ def _text_files(source: str) -> list[Path]:
 
 def _file_texts(file: Path, text_field: str) -> Iterator[str]:
     """The texts of one file; a null counts as an empty text."""
-    if file.stat().st_size == 0:
-        return
     text_file = FORMATS[file.suffix] == "text"
     field = "text" if text_file else text_field
-    for number, row in enumerate(_rows(file, {"sample_by": "document"} if text_file else {}), 1):
+    for number, row in enumerate(read_rows(file, {"sample_by": "document"} if text_file else {}), 1):
         if field not in row:
             raise ConfigError(
                 f"{file} has no column '{field}': set the text field to one of its columns ({', '.join(row)})"
@@ -202,8 +200,10 @@ def _file_texts(file: Path, text_field: str) -> Iterator[str]:
         yield row[field] or ""
 
 
-def _rows(file: Path, options: dict) -> Iterator[dict]:
-    """The rows of one file as `datasets` reads them, with its failures told in one line."""
+def read_rows(file: Path, options: dict) -> Iterator[dict]:
+    """The rows of one file as `datasets` reads them, with its failures told in one line; an empty file has none."""
+    if file.stat().st_size == 0:
+        return
     with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
         try:
             yield from datasets.load_dataset(
@@ -215,7 +215,7 @@ def _rows(file: Path, options: dict) -> Iterator[dict]:
                 cache_dir=cache,
                 **options,
             )
-        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as error:
             raise ConfigError(
                 f"cannot read {file} as {FORMATS[file.suffix]} ({_one_line(error)}): mend or remove the file"
             ) from error

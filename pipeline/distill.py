@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORE = -100
+"""Label of a token that is not learned."""
 _EPS = 1e-8
 
 

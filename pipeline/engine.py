@@ -122,8 +122,10 @@ class Engine:
         if finite:
             if self.config.gates.optimizer == "sgd":
                 _normalize([a.grad for a in self.alphas if a.grad is not None])
-            for optimizer in self.optimizers.values():
-                optimizer.step()
+            for name, optimizer in self.optimizers.items():
+                # Settled gates no longer move, not even by momentum.
+                if name != "gates" or self.masks.fixed is None:
+                    optimizer.step()
             self.masks.clamp()
         self.discard()
         return StepResult(norm, not finite)

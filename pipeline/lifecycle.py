@@ -25,8 +25,12 @@ class Preempted(RuntimeError):
     """EX_TEMPFAIL of sysexits.h: try again."""
 
 
-def check_directory(config: Config) -> Path:
+def check_directory(config: Config, free: tuple[str, ...]) -> Path:
     """The run directory, made if need be, after a check that it is this run's; nothing in it is changed.
+
+    Args:
+        config: the run's settings.
+        free: sections that may differ from those of an earlier start.
 
     Raises:
         ConfigError: none is set, it belongs to another configuration, or it cannot be written to.
@@ -35,7 +39,7 @@ def check_directory(config: Config) -> Path:
         raise ConfigError("run_dir is empty: set it to the directory this run may write to")
     run_dir = Path(config.run_dir)
     if config.checkpoint.resume == "auto":
-        check_same_run(run_dir, config)
+        check_same_run(run_dir, config, free)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Measurements of a causal language model in memory: perplexity, speed, a sample continuation, sizes, and the machine.
+"""Measurements of a causal language model in memory: perplexity, a sample continuation, sizes, and the machine.
 
 Shape letters: n tokens of a text, T tokens of a window, D hidden, V vocabulary.
 """
@@ -9,9 +9,6 @@ import contextlib
 import datetime
 import math
 import platform
-import statistics
-import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,11 +18,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config import ConfigError
+from pipeline.folding import exported_parameters
 
 LOGIT_CHUNK = 256
 """Tokens whose full-vocabulary logits exist at once: 160 MB in fp32 for a vocabulary of 152k."""
 SIZES = ("parameters", "parameters_non_embedding", "bytes")
-SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s")
 
 
 @torch.inference_mode()
@@ -104,96 +101,14 @@ def _check_head(model: PreTrainedModel, ids: torch.Tensor) -> None:
         raise ConfigError(f"{type(model).__name__} scales or caps its logits, which perplexity does not support")
 
 
-@torch.inference_mode()
-def speed(models: list[PreTrainedModel], prompt_tokens: int, new_tokens: int, repeats: int = 5) -> list[dict]:
-    """Speed of greedy generation for one sequence, as the median of several repetitions after a warm-up.
-
-    The models take turns (A B, B A, A B, …), first in a prefill and then in decoding, so that a machine that slows down
-    slows all of them: compare the rates of one round (`speed_ratio`) rather than medians.
-
-    Args:
-        models: on their devices.
-        prompt_tokens: tokens of the (random) prompt; prefill is its one forward pass that fills the KV cache.
-        new_tokens: steps with the cache that follow; decode is the time from the prefill's end to theirs.
-        repeats: measured rounds.
-
-    Returns:
-        Per model `prefill_tokens_per_s`, `decode_tokens_per_s`, their `…_rounds` (the rate of each round),
-        `prompt_tokens`, `new_tokens`, `repeats`, `device` and `threads`.
-    """
-    vocabulary = min(model.get_input_embeddings().num_embeddings for model in models)
-    prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
-    for model in models:
-        _time_generation(model, prompt, min(new_tokens, 4))
-    rates: list[dict[str, list[float]]] = [{key: [] for key in SPEEDS} for _ in models]
-    for turn in range(repeats):
-        order = range(len(models)) if turn % 2 == 0 else range(len(models) - 1, -1, -1)
-        for index in order:
-            seconds, _ = _time_generation(models[index], prompt, 0)
-            rates[index]["prefill_tokens_per_s"].append(prompt_tokens / seconds)
-        for index in order:
-            _, seconds = _time_generation(models[index], prompt, new_tokens)
-            rates[index]["decode_tokens_per_s"].append(new_tokens / seconds)
-    return [
-        {
-            **{key: statistics.median(rounds) for key, rounds in measured.items()},
-            **{f"{key}_rounds": rounds for key, rounds in measured.items()},
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "repeats": repeats,
-            "device": model.device.type,
-            "threads": torch.get_num_threads(),
-        }
-        for model, measured in zip(models, rates, strict=True)
-    ]
-
-
-def speed_ratio(before: dict, after: dict) -> dict:
-    """How much faster `after` is than `before` (results of one `speed` call): the median of the rounds' ratios.
-
-    Rounds are paired because the two measurements of one are close in time, whatever the machine did between rounds.
-    """
-    return {
-        key: statistics.median(b / a for a, b in zip(before[f"{key}_rounds"], after[f"{key}_rounds"], strict=True))
-        for key in SPEEDS
-    }
-
-
-def _time_generation(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prefill and of the `new_tokens` decoding steps after it, for a prompt `[1, T]`."""
-    # The prefill gives the first new token, so one more than the decoding steps is asked for.
-    with _forward_times(model) as times:
-        _generate(model, prompt, new_tokens + 1, new_tokens + 1)
-    assert len(times) == 2 * (new_tokens + 1), "generate() takes one forward pass per token"
-    return times[1] - times[0], times[-1] - times[1]
-
-
-@contextlib.contextmanager
-def _forward_times(model: PreTrainedModel) -> Iterator[list[float]]:
-    """Collect the time in seconds before and after each forward pass of a model: begin, end, begin, end, …"""
-    times: list[float] = []
-
-    def note(*_) -> None:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
-        times.append(time.perf_counter())
-
-    hooks = [model.register_forward_pre_hook(note), model.register_forward_hook(note)]
-    try:
-        yield times
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 32) -> str:
     """The greedy continuation of a prompt, without the prompt."""
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    return tokenizer.decode(_generate(model, ids, new_tokens)[0, ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(generate(model, ids, new_tokens)[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def _generate(model: PreTrainedModel, ids: torch.Tensor, most: int, least: int = 0) -> torch.Tensor:
-    """Greedy generation from ids `[1, T]`: the ids with `least` to `most` new ones behind them."""
+def generate(model: PreTrainedModel, ids: torch.Tensor, most: int, least: int = 0) -> torch.Tensor:
+    """Greedy generation from ids `[B, T]`: the ids with `least` to `most` new ones behind them."""
     greedy = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=most, min_new_tokens=least or None, pad_token_id=0, use_cache=True
     )
@@ -202,12 +117,24 @@ def _generate(model: PreTrainedModel, ids: torch.Tensor, most: int, least: int =
 
 
 def sizes(model: PreTrainedModel, folder: Path) -> dict:
-    """Parameters of a model, in total (tied ones once) and without its embeddings, and bytes of its weight files."""
+    """What a model weighs.
+
+    Args:
+        model: causal language model.
+        folder: of its weight files.
+
+    Returns:
+        `parameters` (tied ones once), `parameters_non_embedding`, `parameters_prunable` (decoder projections),
+        `parameters_read` (all that a token's forward pass reads: not the rows of an input embedding that is no output
+        head) and `bytes` of the weight files.
+    """
     total = sum(p.numel() for p in model.parameters())
-    ends = {module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return {
         "parameters": total,
-        "parameters_non_embedding": total - sum(p.numel() for p in ends),
+        "parameters_non_embedding": total - sum(p.numel() for p in {embedding, head}),
+        "parameters_prunable": exported_parameters(model),
+        "parameters_read": total - (0 if embedding is head else embedding.numel()),
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     }
 

@@ -1,8 +1,7 @@
 """LLaMA, Mistral, Qwen2 and Qwen3 whose decoder layers differ in attention heads, KV groups and FFN width.
 
 Saved beside the weights of a model that NutePrune exported with shape `per_layer`; loads with `trust_remote_code=True`.
-Everything is transformers' own; only the projections' shapes differ, and K and V are repeated by group where groups
-hold unequal numbers of query heads.
+Everything is transformers' own but the projections' shapes; K and V are repeated by group where groups are unequal.
 """
 
 import transformers
@@ -17,9 +16,8 @@ PREFIX = "ragged_"
 class RaggedConfig:
     """What the configurations below add: the widths of each layer.
 
-    `heads_per_group[layer]` lists the query heads of each KV group ([] for a layer without attention),
-    `ffn_sizes[layer]` is the FFN width (0 for none). `num_attention_heads`, `num_key_value_heads` and
-    `intermediate_size` are the maxima.
+    `heads_per_group[layer]` lists the query heads of each KV group ([]: no attention), `ffn_sizes[layer]` is the FFN
+    width (0: none). `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are the maxima.
     """
 
     heads_per_group, ffn_sizes = (), ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from pipeline.arch import ArchSpec
 from pipeline.config import LoraConfig, LossConfig
-from pipeline.distill import head_cross_entropy, head_kl, layer_loss
+from pipeline.distill import IGNORE, head_cross_entropy, head_kl, layer_loss
 from pipeline.layers import LoraParameters, View, activate, fresh_lora, install
 
 
@@ -28,6 +28,19 @@ class Losses(NamedTuple):
     total: Tensor
     layer: Tensor
     output: Tensor
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is to be learned of packed instruction records.
+
+    Attributes:
+        labels: [B, T] token ids, `IGNORE` where nothing is learned.
+        positions: [B, T], from 0 in each record: attention does not cross from one record into another.
+    """
+
+    labels: Tensor
+    positions: Tensor
 
 
 @dataclass
@@ -89,14 +102,14 @@ class _Head(nn.Module):
     def __init__(self, weight: nn.Parameter):
         super().__init__()
         self.weight = weight
-        self._result: Tensor | None = None
+        self._result: Any = None
 
-    def forward(self, loss: Callable[[Tensor], Tensor]) -> None:
+    def forward(self, loss: Callable[[Tensor], Any]) -> None:
         """Keep the loss of the weight for `lend`."""
         self._result = loss(self.weight)
 
-    def lend(self, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """The loss of the whole weight [V, D]."""
+    def lend(self, loss: Callable[[Tensor], Any]) -> Any:
+        """The loss, or several, as a function of the whole weight [V, D]."""
         self(loss)
         result, self._result = self._result, None
         return result
@@ -142,21 +155,29 @@ class PairedModel(nn.Module):
         """The student's LoRA parameters by "layer.projection"; they are none of this module's `parameters()`."""
         return self._lora
 
-    def forward(self, input_ids: Tensor, student: View, teacher: View | None, loss: LossConfig) -> Losses:
+    def forward(
+        self, input_ids: Tensor, student: View, teacher: View | None, loss: LossConfig, answers: Answers | None = None
+    ) -> Losses:
         """Distil the student from the teacher on one batch, or fit the next token where there is no teacher.
+
+        With `answers`: fit their tokens, and distil on them with `loss.kl_weight` where there is a teacher.
 
         Args:
             input_ids: [B, T].
             student: view with gradient.
             teacher: view without, or None for the language-model loss.
             loss: weights and forms of the terms.
+            answers: what is to be learned of windows of instruction records, see `instructions.packed_windows`.
         """
         p = _Pass(student, teacher, loss)
         embedded = self.model.get_input_embeddings()(input_ids)
         if teacher is not None:
             p.teacher_stream = _masked(embedded, teacher.hidden)
+        positions = None if answers is None else answers.positions
         # ZeRO-3 frees a layer's weights when the gradient of its input is there: the first layer's needs one too.
-        final = self._stream(_masked(embedded.detach().requires_grad_(), student.hidden), p)
+        final = self._stream(_masked(embedded.detach().requires_grad_(), student.hidden), p, positions)
+        if answers is not None:
+            return self._answer_losses(final, p, answers.labels)
         width = final.shape[-1]
         if teacher is None:
             rows, labels = final[:, :-1].reshape(-1, width), input_ids[:, 1:].reshape(-1)
@@ -170,6 +191,24 @@ class PairedModel(nn.Module):
         layer = terms.sum() if loss.layer_reduction == "sum" else terms.mean()
         return Losses(loss.layer_weight * layer + loss.kl_weight * output, layer, output)
 
+    def _answer_losses(self, final: Tensor, p: _Pass, labels: Tensor) -> Losses:
+        """Mean over the answers' tokens: cross entropy, plus weighted KL from the teacher where there is one."""
+        learned = labels[:, 1:] != IGNORE
+        student = final[:, :-1][learned]
+        target = None
+        if p.teacher is not None:
+            with torch.no_grad():
+                target = self.model.model.norm(p.teacher_stream)[:, :-1][learned]
+
+        def terms(weight: Tensor) -> tuple[Tensor, Tensor]:
+            output = head_cross_entropy(student, labels[:, 1:][learned], weight, p.loss.chunk)
+            if target is None:
+                return output, output.new_zeros(())
+            return output, head_kl(student, target, weight, p.loss.temperature, p.loss.chunk)
+
+        output, kl = self.head.lend(terms)
+        return Losses(output + p.loss.kl_weight * kl, output.new_zeros(()), output)
+
     def logits(self, input_ids: Tensor, view: View) -> Tensor:
         """Logits [B, T, V] of one view, in full."""
         return self.model.lm_head(self.hidden(input_ids, view))
@@ -179,9 +218,10 @@ class PairedModel(nn.Module):
         embedded = self.model.get_input_embeddings()(input_ids)
         return self._stream(_masked(embedded, view.hidden), _Pass(view))
 
-    def _stream(self, embedded: Tensor, p: _Pass) -> Tensor:
+    def _stream(self, embedded: Tensor, p: _Pass, positions: Tensor | None = None) -> Tensor:
         with self._in_pass(p):
-            return self.model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            output = self.model.model(inputs_embeds=embedded, position_ids=positions, use_cache=False)
+            return output.last_hidden_state
 
     @contextmanager
     def _in_pass(self, p: _Pass):

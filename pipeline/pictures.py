@@ -97,6 +97,39 @@ def training(file: Path) -> bytes | None:
     return _png(figure)
 
 
+def ladder(points: list[dict], knee: int | None) -> bytes:
+    """Perplexity, and speed over the intact model's, against size.
+
+    Args:
+        points: from the intact model to the sparsest, with `parameters`, `perplexity` (None: not finite), `sparsity`,
+            and where they were measured `prefill` and `decode` ratios.
+        knee: index of the rung to mark.
+    """
+    figure = Figure(figsize=(WIDTH, 6.0), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    size = [point["parameters"] / 1e6 for point in points]
+    above.plot(size, [point["perplexity"] for point in points], "o-", color="#2b6cb0")
+    above.set_yscale("log")
+    above.set_ylabel("perplexity")
+    for x, point in zip(size, points, strict=True):
+        if point["perplexity"] is not None:
+            label = f"{point['sparsity']:.0%}" if point["sparsity"] else "intact"
+            above.annotate(label, (x, point["perplexity"]), textcoords="offset points", xytext=(6, 6), fontsize=9)
+    for name, colour in (("prefill", "#c05621"), ("decode", "#2f855a")):
+        if all(name in point for point in points):
+            below.plot(size, [point[name] for point in points], "o-", color=colour, label=name)
+            below.legend(loc="upper right", fontsize=9)
+    below.set_ylabel("speed over the intact model")
+    below.set_xlabel("million parameters")
+    for axis in (above, below):
+        axis.grid(alpha=0.3)
+        if knee is not None:
+            axis.axvline(size[knee], color="black", linestyle="--", linewidth=1.0)
+    if knee is not None:
+        above.set_title(f"knee: {points[knee]['sparsity']:.0%}", size=10, loc="left")
+    return _png(figure)
+
+
 def _read_metrics(file: Path) -> dict[int, dict]:
     steps: dict[int, dict] = {}
     lost = 0

@@ -13,17 +13,18 @@ from pipeline.checkpoint import MANIFEST, write_manifest
 
 log = logging.getLogger(__name__)
 
-ROWS = (
-    ("parameters", "parameters"),
-    ("  without embeddings", "parameters_non_embedding"),
-    ("bytes on disk", "bytes"),
-    ("perplexity", "perplexity"),
-    ("prefill tokens/s", "prefill_tokens_per_s"),
-    ("decode tokens/s", "decode_tokens_per_s"),
-)
-"""Lines of the table: label and key in `report["ratio"]`."""
-_ABSENT = object()
-"""Stands for a number that was not measured; None stands for one that is not finite."""
+ROWS = {
+    "parameters": "parameters",
+    "  without embeddings": "parameters_non_embedding",
+    "bytes on disk": "bytes",
+    "mean task accuracy": "accuracy",
+}
+SPEED_ROWS = {
+    "prefill tokens/s": "prefill_tokens_per_s",
+    "decode tokens/s": "decode_tokens_per_s",
+    "peak memory, bytes": "peak_memory_bytes",
+}
+"""Lines of the table: label and key of a model, or of its speed at a number of sequences."""
 
 
 def write(report: dict, output: Path, run_dir: Path | None) -> dict:
@@ -72,9 +73,9 @@ def table(report: dict) -> str:
 
 def markdown(report: dict) -> str:
     """The whole report as Markdown."""
-    parts = ["# Evaluation", _markdown_table(_rows(report)), _conditions(report)]
+    parts = ["# Evaluation", markdown_table(_rows(report)), _conditions(report)]
     if any("tasks" in model for model in report["models"]):
-        parts += ["## Tasks", _markdown_table(_task_rows(report)), "Score ± standard error, as lm-eval gives them."]
+        parts += ["## Tasks", markdown_table(_task_rows(report)), _task_conditions(report)]
     if report["prompt"]:
         parts += ["## Samples", f"Greedy continuations of `{report['prompt']}`:"]
         # Indented blocks: a model may write anything, fences of its own included.
@@ -98,25 +99,31 @@ def _titles(report: dict) -> list[str]:
 
 def _rows(report: dict) -> list[list[str]]:
     """The table's cells; rows that nothing was measured for are left out."""
-    ratio = report["ratio"]
+    models, ratio = report["models"], report["ratio"]
     rows = [["", *_titles(report), *(["ratio"] if ratio else [])]]
-    for label, key in ROWS:
-        values = [_value(model, key) for model in report["models"]]
-        if values[0] is not _ABSENT:
-            rows.append([label, *(_number(value) for value in values)] + ([_fraction(ratio[key])] if ratio else []))
+
+    def add(label: str, values: list, ratio: float | None) -> None:
+        rows.append([label, *map(number, values)] + ([_fraction(ratio)] if report["ratio"] else []))
+
+    for label, key in ROWS.items():
+        if models[0].get(key) is not None:
+            add(label, [model[key] for model in models], ratio.get(key))
+    for text in models[0]["perplexity"]:
+        scores = [model["perplexity"][text]["perplexity"] for model in models]
+        add(f"perplexity of {text}", scores, ratio.get("perplexity", {}).get(text))
+    for batch in models[0].get("speed", {}):
+        for label, key in SPEED_ROWS.items():
+            values = [model["speed"][batch][key] for model in models]
+            if values[0] is not None:
+                add(f"{label}, batch {batch}", values, ratio.get("speed", {}).get(batch, {}).get(key))
     return rows
 
 
-def _value(model: dict, key: str) -> object:
-    if key == "perplexity":
-        return model["perplexity"]["perplexity"]
-    return model.get(key, model.get("speed", {}).get(key, _ABSENT))
-
-
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A count or a measured number for a table; None stands for one that is not finite."""
     if value is None:
         return "infinite"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4f}"
 
 
 def _fraction(value: float | None) -> str:
@@ -139,27 +146,43 @@ def _score(score: dict) -> str:
     return text if score["stderr"] is None else f"{text} ± {score['stderr']:.4f}"
 
 
+def _task_conditions(report: dict) -> str:
+    limit = f"the first {report['task_limit']} examples of each" if report["task_limit"] else "all examples"
+    lines = [f"Score ± standard error by lm-eval {report['environment']['lm_eval']}, {limit}."]
+    kept = [f"{title} {model['retained']:.1%}" for title, model in zip(_titles(report), report["models"], strict=True)
+            if "retained" in model][1:]  # fmt: skip
+    if kept:
+        lines.append(f"Retained performance (mean `acc` over the first model's): {', '.join(kept)}.")
+    return " ".join(lines)
+
+
 def _conditions(report: dict) -> str:
     """How perplexity and speed were measured, in sentences."""
-    first = report["models"][0]
-    score = first["perplexity"]
-    how = "side by side" if score["stride"] == score["window"] else "sliding"
-    lines = [
-        f"Perplexity of `{report['text']}`: {score['blocks']} window{'s' * (score['blocks'] > 1)} of {score['window']} "
-        f"tokens, stride {score['stride']} ({how}), mean over {score['tokens']:,} predicted tokens, weights in "
-        f"{report['dtype']}."
-    ]
+    first, lines = report["models"][0], []
+    for text, score in first["perplexity"].items():
+        how = "side by side" if score["stride"] == score["window"] else "sliding"
+        lines.append(
+            f"Perplexity of `{text}`: {score['blocks']} window{'s' * (score['blocks'] > 1)} of {score['window']} "
+            f"tokens, stride {score['stride']} ({how}), mean over {score['tokens']:,} predicted tokens, weights in "
+            f"{report['dtype']}."
+        )
     if not report["held_out"]:
         lines.append("This is the text the model was pruned on, not a held-out one.")
     if not report["same_tokens"]:
         lines.append("The models' tokenizers differ, so their perplexities per token cannot be compared.")
     if "speed" in first:
-        measured = first["speed"]
+        measured = next(iter(first["speed"].values()))
         lines.append(
-            f"Speed: one sequence, {measured['prompt_tokens']} prompt tokens, {measured['new_tokens']} greedy steps "
-            f"with the KV cache, median of {measured['repeats']} rounds in which the models took turns, on "
-            f"{measured['device']} (CPU threads: {measured['threads']}); "
-            "the ratio is the median of the rounds' ratios."
+            f"Speed: {measured['prompt_tokens']} prompt tokens, {measured['new_tokens']} greedy steps with the KV "
+            f"cache, {' or '.join(first['speed'])} sequences at once, median of {measured['repeats']} rounds in which "
+            f"the models took turns, on {measured['device']} (CPU threads: {measured['threads']}); the ratio is the "
+            "median of the rounds' ratios. Peak memory: the weights and what generation adds to the process."
+        )
+    if "ceiling" in report["ratio"]:
+        most = report["ratio"]["ceiling"]
+        lines.append(
+            f"Ceiling of the speed-up where time goes by the weights read: 1/(1 − p·s) = {most['speedup']:.2f} with "
+            f"p = {most['prunable']:.1%} prunable of what a token reads, s = {most['sparsity']:.1%} removed."
         )
     return " ".join(lines)
 
@@ -172,7 +195,8 @@ def _environment_lines(report: dict) -> list[str]:
     return [f"- {key}: {value}" for key, value in report["environment"].items() if value is not None]
 
 
-def _markdown_table(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+    """A Markdown table whose first row is its head and whose first column holds labels."""
     lines = ["| " + " | ".join(cell.strip().replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 

@@ -27,11 +27,10 @@ from pipeline.rundir import (
 )
 from pipeline.teachers import TeacherBank
 
-FREE_SECTIONS = ("checkpoint", "tracking", "export", "evaluate")
 FREE_KEYS = (
     "run_dir", "recipe", "deepspeed", "train.ranks", "train.rank_timeout", "train.activation_checkpointing",
 )  # fmt: skip
-"""Sections and fields that may change between two starts of one run."""
+"""Fields that may change between two starts of one run."""
 
 
 def save_state(
@@ -75,14 +74,20 @@ def load_state(
     return json.loads((directory / "state.json").read_text(encoding="utf-8"))
 
 
-def check_same_run(run_dir: Path, config: Config) -> None:
-    """Raise `ConfigError` naming the first setting in which a run directory was made with another configuration."""
+def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None:
+    """Raise `ConfigError` naming the first setting in which a run directory was made with another configuration.
+
+    Args:
+        run_dir: the directory; fine where it holds no configuration yet.
+        config: the settings of this start.
+        free: sections that may differ.
+    """
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         return
     old, new = flatten(read_yaml(saved)), flatten(to_dict(config))
     for key, value in new.items():
-        if key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS or old.get(key) == value:
+        if key.split(".")[0] in free or key in FREE_KEYS or old.get(key) == value:
             continue
         was = f"{key}={old[key]!r}" if key in old else f"no {key}, from an older version"
         raise ConfigError(

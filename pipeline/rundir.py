@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.arch import FFN, ArchSpec
 from pipeline.checkpoint import CheckpointError, atomic_directory, verify
 from pipeline.config import Config, ConfigError, load_config, to_dict
+from pipeline.fingerprint import fingerprint
 from pipeline.masks import KINDS, Gates
 from pipeline.teachers import Snapshot
 
@@ -139,6 +140,7 @@ class Run:
         lora: its LoRA pairs.
         snapshots: the teacher bank, by rising sparsity.
         sparsity: the student's sparsity.
+        facts: what pruned.json records: steps, tokens, `base` (fingerprint of the base model), …
     """
 
     directory: Path
@@ -148,6 +150,7 @@ class Run:
     lora: dict[str, tuple[Tensor, Tensor]]
     snapshots: list[Snapshot]
     sparsity: float
+    facts: dict
 
 
 def save_run(
@@ -160,7 +163,7 @@ def save_run(
         save_gates(tmp / "gates.safetensors", gates, scores)
         save_adapter(tmp / "adapter", lora, config)
         save_snapshots(tmp / "teachers", snapshots)
-        facts = {**facts, "architecture": spec.__dict__}
+        facts = {**facts, "architecture": spec.__dict__, "base": fingerprint(config.model.path)}
         (tmp / "pruned.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return target
 
@@ -180,7 +183,7 @@ def load_run(directory: str | Path) -> Run:
         facts = json.loads((pruned / "pruned.json").read_text(encoding="utf-8"))
         return Run(
             Path(directory), load_config(pruned / "config.yaml"), gates, scores, load_adapter(pruned / "adapter"),
-            load_snapshots(pruned / "teachers"), facts["sparsity"],
+            load_snapshots(pruned / "teachers"), facts["sparsity"], facts,
         )  # fmt: skip
     except (CheckpointError, SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"the finished run in {pruned} is damaged: {error}") from None

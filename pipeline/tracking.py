@@ -25,8 +25,6 @@ PICTURE_WIDTH = 768
 PICTURE_HEIGHT = 384
 """Pixels a picture has at least, by repeating cells; wider pictures are averaged to `MAX_COLUMNS`."""
 MAX_COLUMNS = 2048
-STEPPED_STAGE = "prune"
-"""The stage whose steps can be taken again; the events of a later stage must not purge what it wrote."""
 
 
 class Tracker:
@@ -36,7 +34,9 @@ class Tracker:
         run_dir: gets `tensorboard/` and `metrics.jsonl`, whose lines are `{"step": s, "stage/name": value, …}`.
         config: what to write and how often.
         total_steps: length of the progress bar.
-        first_step: first step of this process; what an earlier one wrote of this stage from there on is dropped.
+        first_step: first step of this process; what an earlier one wrote of this stage from there on is dropped, in
+            TensorBoard of every stage: a stage in training has a directory of its own. None: a stage without steps,
+            which adds to the directory of another.
         is_main: whether this is rank 0; elsewhere every method does nothing.
         stage: prefix of the scalars' names.
         config_text: resolved configuration, kept as text in TensorBoard; empty: none.
@@ -50,7 +50,7 @@ class Tracker:
         run_dir: str | Path,
         config: TrackingConfig,
         total_steps: int,
-        first_step: int = 0,
+        first_step: int | None = 0,
         is_main: bool = True,
         stage: str = "prune",
         config_text: str = "",
@@ -65,11 +65,10 @@ class Tracker:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             path = run_dir / "metrics.jsonl"
-            _drop_lines(path, stage, first_step)
+            _drop_lines(path, stage, first_step or 0)
             self._metrics = path.open("a", encoding="utf-8")
             if config.tensorboard:
-                purge = first_step if stage == STEPPED_STAGE else None
-                self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=purge, flush_secs=20)
+                self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=first_step, flush_secs=20)
         except OSError as error:
             self.close()
             raise ConfigError(
@@ -80,7 +79,7 @@ class Tracker:
         if config.progress:
             self._bar = tqdm(
                 total=total_steps,
-                initial=first_step,
+                initial=first_step or 0,
                 desc=stage,
                 unit="step",
                 dynamic_ncols=True,

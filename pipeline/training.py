@@ -55,6 +55,8 @@ class Trainer(ABC):
     """Name of the finished result below the run directory."""
     outputs: ClassVar[tuple[str, ...]]
     """Everything below the run directory that a run started anew deletes."""
+    free: ClassVar[tuple[str, ...]]
+    """Sections of the configuration that may change between two starts of one run."""
 
     def __init__(
         self, config: Config, world: World, model: PairedModel, engine: Engine, stream: BatchStream, total: int
@@ -98,6 +100,10 @@ class Trainer(ABC):
         """Pictures of units [L, U] in 0..1 for TensorBoard, by name."""
         return {}
 
+    def share(self, micro_batch: Tensor, batch: Tensor) -> float:
+        """Weight of a micro-batch's mean loss in that of this rank's batch."""
+        return len(micro_batch) / len(batch)
+
     def accumulate(self, forward: Callable[[Tensor, int, float], Losses]) -> dict[str, float]:
         """Backward of this step's micro-batches; returns the loss terms, averaged over the global batch.
 
@@ -110,7 +116,7 @@ class Trainer(ABC):
         parts = batch.split(self.config.train.micro_batch or len(batch))
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         for number, ids in enumerate(parts):
-            share = len(ids) / len(batch)
+            share = self.share(ids, batch)
             losses = forward(ids, self.world.rank * len(parts) + number, share)
             # Not even a NaN may keep a rank from its backward pass: the others gather weights in theirs.
             self.engine.backward(losses.total * share)
@@ -166,7 +172,7 @@ def _train(config: Config, stage: type[Trainer], world: World) -> Path:
     finished = False
     with world.together():
         if world.is_main:
-            check_directory(config)
+            check_directory(config, stage.free)
             finished = config.checkpoint.resume == "auto" and is_finished(output)
     if world.from_main(finished):
         log.info("already finished: %s", output)

@@ -1,6 +1,7 @@
 """Fixtures over the tiny models of `tiny.py`: a tokenizer, a text, a saved model, a short run's settings."""
 
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,6 +14,9 @@ import pytest
 from tiny import SENTENCES, VOCAB, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from pipeline.config import load_config
+from pipeline.stages import prune
 
 
 @pytest.fixture(scope="session")
@@ -46,11 +50,29 @@ def model_dir(tmp_path_factory, tokenizer):
     return path
 
 
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, model_dir, text_file):
+    """Directory of a finished prune run on the tiny model; not to be written to, see `run_dir`."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    prune.run(load_config(None, [*_short_run(run, model_dir, text_file), "sparsity.target=0.4"]))
+    return run
+
+
+@pytest.fixture
+def run_dir(finished_run, tmp_path):
+    """A copy of the finished run for a test to go on from."""
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
 @pytest.fixture
 def settings(model_dir, text_file, tmp_path):
     """Overrides of a short prune run on the tiny model."""
+    return _short_run(tmp_path / "run", model_dir, text_file)
+
+
+def _short_run(run, model_dir, text_file):
     return [
-        f"run_dir={tmp_path / 'run'}", f"model.path={model_dir}", f"data.source={text_file}", "data.seq_len=32",
+        f"run_dir={run}", f"model.path={model_dir}", f"data.source={text_file}", "data.seq_len=32",
         "train.steps=60", "train.batch_size=4", "gates.importance_batches=2", "tracking.progress=false",
         "gates.ffn_multiple=1", "gates.hidden_multiple=1",
     ]  # fmt: skip

@@ -27,7 +27,7 @@ from pipeline.pairing import PairedModel
 from pipeline.teachers import TeacherBank
 
 LAG = 0.10
-"""How far the teacher is behind the student in the measured step: the default of teacher.lag times teacher.interval."""
+"""How far the teacher is behind the student in the measured step: ten intervals of 1%, as in the paper."""
 
 
 @dataclass

@@ -82,11 +82,13 @@ class GateConfig:
     clamp: float = opt(0.0, "Clamp log-alpha to [-clamp, clamp] after each step; 0: no clamp.", ge=0)
     settle: float = opt(0.45, "Share of the steps after which the gates become exactly 0 or 1 and stay; 1: never.",
                         gt=0, le=1)  # fmt: skip
-
     ffn_multiple: int = opt(
-        16, "Settled FFN widths (uniform shape) are multiples of this, halved where the target would be missed.", ge=1
+        128, "Settled FFN widths (uniform shape) are multiples of this, halved where the target would be missed.", ge=1
     )
-    hidden_multiple: int = opt(16, "The settled hidden size is a multiple of this, halved where it would miss.", ge=1)
+    hidden_multiple: int = opt(64, "The settled hidden size is a multiple of this, halved where it would miss.", ge=1)
+    tensor_parallel: int = opt(
+        1, "KV groups and FFN widths (uniform shape) can be split evenly over this many GPUs.", ge=1
+    )
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,10 @@ class TeacherConfig:
         "numerous", "Earlier snapshots, the intact model, or none (plain language-model loss)."
     )
     interval: float = opt(0.01, "Sparsity between two recorded snapshots.", gt=0, lt=1)
-    lag: int = opt(10, "Intervals the teacher is behind the student while sparsity rises, at least.", ge=1)
+    lag: int = opt(
+        20, "Intervals the teacher is behind the student while sparsity rises, at least (the paper: 10); until the "
+        "student is so far, the intact model teaches.", ge=1
+    )  # fmt: skip
     share: float = opt(
         0.4, "A teacher's sparsity is at most this share of the student's; 1 (the paper): no such limit.", gt=0, le=1
     )
@@ -131,6 +136,28 @@ class LossConfig:
     kl_weight: float = opt(1.0, "Weight of the KL term per token (the paper's 0.1 at 512 tokens is 51.2).", ge=0)
     temperature: float = opt(1.0, "Softmax temperature T of the KL term, which is scaled by T squared.", gt=0)
     chunk: int = opt(256, "Tokens whose full-vocabulary logits exist at once.", ge=1)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    data: str = opt(
+        "", "Records (.json, .jsonl, .parquet) with instruction, input, output; or messages; or prompt, completion."
+    )
+    template: Literal["auto", "chat", "alpaca"] = opt(
+        "auto", "Wording of a prompt: the tokenizer's chat template, Alpaca's, or (auto) the first where there is one."
+    )
+    unusable: Literal["refuse", "drop"] = opt("refuse", "What happens to empty answers and records beyond the window.")
+    seq_len: int = opt(1024, "Tokens of a window into which whole records are packed.", ge=8)
+    steps: int = opt(0, "Optimizer steps; 0 takes `epochs` passes over the windows.", ge=0)
+    epochs: float = opt(2.0, "Passes over the windows when `steps` is 0.", gt=0)
+    batch_size: int = opt(16, "Windows per optimizer step over all ranks.", ge=1)
+    micro_batch: int = opt(1, "Windows per forward pass on one rank; 0 takes the whole batch at once.", ge=0)
+    lr: float = opt(1e-4, "Peak learning rate.", gt=0)
+    lora_rank: int = opt(0, "LoRA rank, at least the pruned student's, whose update is trained on; 0: the same.", ge=0)
+    distill: float = opt(
+        0.0, "Weight per answer token of the KL from the intact model, beside the cross entropy.", ge=0
+    )
+    sparsity: float = opt(0.0, "Fine-tune the run's snapshot at this sparsity; 0: the final student.", ge=0, lt=1)
 
 
 @dataclass(frozen=True)
@@ -155,8 +182,16 @@ class ExportConfig:
         "as_trained", "Shape of the exported model; `as_trained` takes `gates.shape` of the run."
     )
     sparsity: float = opt(0.0, "Export the run's snapshot at this sparsity; 0: the final student.", ge=0, lt=1)
+    source: Literal["newest", "pruned", "finetuned"] = opt(
+        "newest", "The student as pruned, as fine-tuned, or (newest) fine-tuned where that is finished."
+    )
+    ladder: list[float] = opt([], "Export a model at each of these sparsities and compare them with the intact one.")
+    ladder_per_layer: bool = opt(
+        False, "Export each rung in the `per_layer` shape too, to tell what the uniform shape costs in perplexity."
+    )
     ffn_multiple: int = opt(0, "FFN widths are rounded to this multiple; 0: gates.ffn_multiple of the run.", ge=0)
     hidden_multiple: int = opt(0, "The hidden size is rounded to this multiple; 0: as in the run.", ge=0)
+    tensor_parallel: int = opt(0, "GPUs over which the model can be split; 0: as in the run.", ge=0)
     dtype: Literal["as_base", "float32", "bfloat16", "float16"] = opt("as_base", "Type of the exported weights.")
     shard_size: str = opt("5GB", "Largest safetensors file.")
     check_tokens: int = opt(512, "Tokens of real text on which logits are compared before the export finishes.", ge=8)
@@ -165,17 +200,23 @@ class ExportConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     models: list[str] = opt([], "Directories to evaluate; empty: the base model and the run's export.")
-    text: str = opt("", "Text file, JSONL or parquet for perplexity; empty: the data source of training.")
+    text: list[str] = opt(
+        [],
+        "Texts for perplexity (.txt, .jsonl, .parquet), e.g. WikiText-2 and PTB; empty: the data source of training.",
+    )
     text_field: str = opt("text", "Text column of JSONL and parquet files.")
-    window: int = opt(1024, "Tokens per perplexity window.", ge=8)
+    window: int = opt(2048, "Tokens per perplexity window.", ge=8)
     stride: int = opt(0, "Tokens between two windows; 0: the window itself.", ge=0)
     blocks: int = opt(0, "Windows to score; 0: all.", ge=0)
-    tasks: list[str] = opt([], "lm-eval tasks: names on the hub, or `local_mc`, or a YAML file of a task of your own.")
+    tasks: list[str] = opt(
+        [], "lm-eval tasks: names on the hub, `paper` (the paper's seven), `local_mc`, or a YAML file of your own."
+    )
     task_limit: int = opt(0, "Examples per task; 0: all.", ge=0)
     fewshot: int = opt(0, "Few-shot examples per task.", ge=0)
     speed: bool = opt(True, "Measure prefill and decode speed.")
     prompt_tokens: int = opt(256, "Prompt length of the speed measurement.", ge=1)
     new_tokens: int = opt(64, "Tokens decoded in the speed measurement.", ge=1)
+    batch_sizes: list[int] = opt([1, 8], "Sequences at once in the speed measurement, one measurement each.")
     sample_prompt: str = opt("The capital of France is", "Prompt whose greedy continuation is shown; empty: none.")
     output: str = opt("", "Directory of report.json and report.md; empty: `evaluate` below the run directory.")
 
@@ -197,6 +238,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -205,7 +247,8 @@ class Config:
 
 STAGE_SECTIONS = {
     "prune": ["model", "data", "train", "gates", "sparsity", "lora", "teacher", "loss", "checkpoint", "tracking"],
-    "export": ["export"],
+    "finetune": ["model", "finetune", "train", "loss", "export", "checkpoint", "tracking"],
+    "export": ["model", "export"],
     "evaluate": ["model", "data", "export", "evaluate", "tracking"],
 }
 """The sections each stage reads; `--help` of a stage lists these."""

@@ -8,7 +8,7 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,19 +19,29 @@ from pipeline.config.fields import Config, ConfigError
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Build a `Config` from its recipe, then the YAML file, then `key.sub=value` overrides (later wins).
+def load_config(settings: Config | Mapping | str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Build a `Config` from its recipe, then the user's settings, then `key.sub=value` overrides (later wins).
 
     Args:
-        path: YAML file of the user, or None.
+        settings: YAML file, directory of a run (its config.yaml), nested dict, `Config`, or None.
         overrides: strings `key.sub=value`; the value is read as YAML.
 
     Raises:
         ConfigError: unreadable file, unknown key, wrong type or value out of range.
     """
     layers = []
-    if path is not None:
-        layers.append((str(path), read_yaml(Path(path))))
+    if isinstance(settings, Config):
+        layers.append(("settings", to_dict(settings)))
+    elif isinstance(settings, Mapping):
+        layers.append(("settings", dict(settings)))
+    elif settings is not None and Path(settings).is_dir():
+        file = Path(settings) / "config.yaml"
+        if not file.is_file():
+            raise ConfigError(f"{settings} is not the directory of a run: it has no config.yaml")
+        # The directory may have been moved since.
+        layers += [(str(file), read_yaml(file)), ("the run's directory", {"run_dir": str(settings)})]
+    elif settings is not None:
+        layers.append((str(settings), read_yaml(Path(settings))))
     for item in overrides:
         key, sep, value = item.partition("=")
         if not sep or not key:

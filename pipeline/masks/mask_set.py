@@ -31,9 +31,9 @@ def gated_kinds(spec: ArchSpec, units: list[str]) -> list[str]:
     return kinds
 
 
-def multiples(config: GateConfig) -> tuple[int, int]:
-    """Multiples of the FFN width and the hidden size."""
-    return config.ffn_multiple, config.hidden_multiple
+def multiples(config: GateConfig) -> tuple[int, int, int]:
+    """Multiples of the FFN width and the hidden size, and the tensor-parallel size."""
+    return config.ffn_multiple, config.hidden_multiple, config.tensor_parallel
 
 
 def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:

@@ -27,7 +27,7 @@ def settle_step(config: Config, total: int) -> int:
     """First step at which the gates are settled to 0/1: at the warm-up's end at the earliest, never if settle is 1."""
     if config.gates.settle == 1:
         return total
-    return min(total - 1, max(round(config.gates.settle * total), warmup_steps(config, total)))
+    return max(1, min(total - 1, max(round(config.gates.settle * total), warmup_steps(config, total))))
 
 
 def noise_at(config: Config, step: int, total: int) -> float:

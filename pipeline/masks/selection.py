@@ -5,6 +5,7 @@ Used when gates settle to 0/1 during training and when a snapshot is exported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import product
 
@@ -12,15 +13,16 @@ import torch
 from torch import Tensor
 
 from pipeline.arch import ArchSpec
+from pipeline.config import ConfigError
 from pipeline.masks.gates import Gates, kept_parameters, sparsity_of, unit_shape
 
-TOLERANCE = 0.003
+TOLERANCE = 0.009
 """Largest distance from the target that rounding to multiples may cause before the multiple is halved."""
 
 
 def select_units(
     spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: str, ffn_multiple: int = 1,
-    hidden_multiple: int = 1,
+    hidden_multiple: int = 1, tensor_parallel: int = 1,
 ) -> Gates:  # fmt: skip
     """0/1 gates that keep the units with the highest scores at the target sparsity.
 
@@ -31,25 +33,29 @@ def select_units(
         shape: "uniform" (the same counts in every layer) or "per_layer".
         ffn_multiple, hidden_multiple: counts are rounded to these, halved while the target would be missed by more
             than `TOLERANCE`.
+        tensor_parallel: in the uniform shape, KV groups and FFN widths are multiples of this, which is never halved.
 
     Returns:
         `Gates` of float32 zeros and ones for the given kinds.
 
     Raises:
         ValueError: uniform shape with sublayer scores, which no stock architecture can hold.
+        ConfigError: the tensor-parallel size does not divide the model's KV groups.
     """
     scores = {k: s.detach().double().cpu() for k, s in scores.items()}
     if shape == "uniform" and ({"attn_sublayers", "ffn_sublayers"} & set(scores)):
         raise ValueError("whole sublayers cannot be removed in the uniform shape: use the per_layer shape")
+    if shape == "uniform" and spec.kv_heads % tensor_parallel:
+        raise ConfigError(f"tensor_parallel {tensor_parallel} does not divide the model's {spec.kv_heads} KV groups")
     while True:
-        gates = _select(spec, scores, target, shape, ffn_multiple, hidden_multiple)
+        gates = _select(spec, scores, target, shape, ffn_multiple, hidden_multiple, tensor_parallel)
         missed = abs(sparsity_of(spec, gates) - target) > TOLERANCE
         if "hidden" not in scores or hidden_multiple == 1 or not missed:
             return gates
         hidden_multiple //= 2
 
 
-def _select(spec, scores, target, shape, ffn_multiple, hidden_multiple) -> Gates:
+def _select(spec, scores, target, shape, ffn_multiple, hidden_multiple, tensor_parallel) -> Gates:
     wanted = _threshold(spec, scores, target, {})
     fixed = {}
     if "hidden" in scores:
@@ -60,7 +66,7 @@ def _select(spec, scores, target, shape, ffn_multiple, hidden_multiple) -> Gates
         # A head or a group at the threshold is a large step; the small FFN units make up for it.
         coarse = {k: v for k, v in kept.items() if k != "ffn"}
         return _as_gates(_threshold(spec, scores, target, coarse) if "ffn" in scores else kept)
-    return _as_gates(_uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple))
+    return _as_gates(_uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple, tensor_parallel))
 
 
 def most_removed(spec: ArchSpec, units: list[str], shape: str) -> float:
@@ -105,20 +111,20 @@ def _threshold(spec: ArchSpec, scores: Mapping, target: float, fixed: dict[str, 
     return kept(near)
 
 
-def _uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple) -> dict[str, Tensor]:
+def _uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple, tensor_parallel) -> dict[str, Tensor]:
     """The uniform structure nearest to the counts that `wanted` has on average and within reach of the target."""
     alive = _group_view(spec, wanted)
     mean_groups = float(alive.any(-1).double().sum(1).mean())
     mean_heads = float(alive.double().sum() / alive.any(-1).double().sum().clamp(min=1))
     # With one query head a group (no grouped queries) head gates decide the groups.
     groups_free = "kv_groups" in scores or ("heads" in scores and spec.group_size == 1)
-    groups = range(1, spec.kv_heads + 1) if groups_free else [spec.kv_heads]
+    groups = range(tensor_parallel, spec.kv_heads + 1, tensor_parallel) if groups_free else [spec.kv_heads]
     heads = range(1, spec.group_size + 1) if "heads" in scores else [spec.group_size]
     count_hidden = int(wanted["hidden"].sum()) if "hidden" in wanted else spec.hidden
     hidden = {_round(count_hidden + i * hidden_multiple, hidden_multiple, spec.hidden) for i in (-1, 0, 1)}
     candidates = []
     for k, q, d in product(groups, heads, sorted(hidden) if "hidden" in scores else [spec.hidden]):
-        f = _ffn_width(spec, k, q, d, target, ffn_multiple) if "ffn" in scores else spec.ffn
+        f = _ffn_width(spec, k, q, d, target, ffn_multiple, tensor_parallel) if "ffn" in scores else spec.ffn
         miss = abs(_uniform_sparsity(spec, k, q, d, f) - target)
         change = abs(k - mean_groups) / spec.kv_heads + abs(q - mean_heads) / spec.group_size
         change += abs(d - count_hidden) / spec.hidden
@@ -127,12 +133,13 @@ def _uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple) -> dic
     return _fill(spec, scores, k, q, d, f)
 
 
-def _ffn_width(spec: ArchSpec, k: int, q: int, d: int, target: float, multiple: int) -> int:
+def _ffn_width(spec: ArchSpec, k: int, q: int, d: int, target: float, multiple: int, parallel: int) -> int:
     """FFN units a layer may keep beside k groups of q heads and d hidden dimensions, as a multiple where it fits."""
     attention = k * q * spec.head_cost(d) + k * spec.group_cost(d)
     exact = ((1 - target) * spec.prunable / spec.layers - attention) / spec.ffn_cost(d)
     while True:
-        width = _round(round(exact), multiple, spec.ffn, round(exact / multiple) * multiple)
+        unit = math.lcm(multiple, parallel)
+        width = _round(round(exact), unit, spec.ffn, round(exact / unit) * unit)
         if multiple == 1 or abs(_uniform_sparsity(spec, k, q, d, width) - target) <= TOLERANCE:
             return width
         multiple //= 2

@@ -14,9 +14,10 @@ from pipeline import report
 from pipeline.config import Config, ConfigError
 from pipeline.data import text_tokens
 from pipeline.distributed import discover
-from pipeline.measure import SIZES, SPEEDS, environment, perplexity, sample, sizes, speed, speed_ratio
+from pipeline.measure import SIZES, environment, perplexity, sample, sizes
 from pipeline.models import load_any
-from pipeline.tasks import lm_eval_tasks, load_tasks
+from pipeline.speed import SPEEDS, ceiling, speed, speed_ratio
+from pipeline.tasks import lm_eval_tasks, load_tasks, mean_accuracy
 from pipeline.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -41,21 +42,23 @@ def run(config: Config) -> dict:
     entries, models, streams = [], [], []
     for name, path in zip(_names(paths), paths, strict=True):
         model, tokenizer, folder = load_any(path, config.model)
-        tokens = _tokens(config, tokenizer)
-        streams.append(tokens)
+        texts = _texts(config, tokenizer)
+        streams.append(torch.cat(list(texts.values())))
         entry = {"name": name, "path": path, **sizes(model, folder)}
-        entries.append(entry | _quality(model.to(device), tokenizer, tokens, tasks, config, name))
+        entries.append(entry | _quality(model.to(device), tokenizer, texts, tasks, config, name))
         if settings.speed:
             models.append(model.to("cpu"))
     if settings.speed:
         for entry, measured in zip(entries, _speeds(models, device, config), strict=True):
             entry["speed"] = measured
+    for entry in entries if entries[0].get("accuracy") else ():
+        entry["retained"] = entry["accuracy"] / entries[0]["accuracy"]
     result = {
         "models": entries,
         "ratio": _ratio(entries[0], entries[-1]) if len(entries) > 1 else {},
-        "text": settings.text or config.data.source,
-        "held_out": bool(settings.text) and settings.text != config.data.source,
+        "held_out": bool(settings.text) and config.data.source not in settings.text,
         "same_tokens": all(torch.equal(streams[0], other) for other in streams[1:]),
+        "task_limit": settings.task_limit,
         "prompt": settings.sample_prompt,
         "dtype": config.model.dtype,
         "environment": environment(device),
@@ -69,7 +72,7 @@ def run(config: Config) -> dict:
 def _quality(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tokens: torch.LongTensor,
+    texts: dict[str, torch.LongTensor],
     tasks: list,
     config: Config,
     name: str,
@@ -77,19 +80,32 @@ def _quality(
     """Everything measured of one model but its speed."""
     settings = config.evaluate
     log.info("evaluating %s", name)
-    label = f"perplexity of {name}" if config.tracking.progress else None
-    result = {"perplexity": perplexity(model, tokens, settings.window, settings.stride, settings.blocks, label)}
+    result = {"perplexity": {}}
+    for text, tokens in texts.items():
+        label = f"{text} by {name}" if config.tracking.progress else None
+        score = perplexity(model, tokens, settings.window, settings.stride, settings.blocks, label)
+        result["perplexity"][text] = score
     if tasks:
         result["tasks"] = lm_eval_tasks(model, tokenizer, tasks, settings.task_limit, settings.fewshot)
+        result["accuracy"] = mean_accuracy(result["tasks"])
     if settings.sample_prompt:
         result["sample"] = sample(model, tokenizer, settings.sample_prompt)
     return result
 
 
 def _speeds(models: list[PreTrainedModel], device: torch.device, config: Config) -> list[dict]:
+    """Speed of each model by number of sequences."""
+    settings = config.evaluate
+    measured: list[dict] = [{} for _ in models]
     try:
         on_device = [model.to(device) for model in models]
-        return speed(on_device, config.evaluate.prompt_tokens, config.evaluate.new_tokens)
+        for batch in settings.batch_sizes:
+            log.info("measuring speed in turns, %d at once", batch)
+            for own, result in zip(
+                measured, speed(on_device, settings.prompt_tokens, settings.new_tokens, batch), strict=True
+            ):
+                own[str(batch)] = result
+        return measured
     except torch.OutOfMemoryError:
         raise ConfigError(
             "the models do not fit on the device together, which measuring their speeds in turns needs: "
@@ -97,12 +113,15 @@ def _speeds(models: list[PreTrainedModel], device: torch.device, config: Config)
         ) from None
 
 
-def _tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.LongTensor:
-    """The text for perplexity as tokens `[n]`: `evaluate.text`, or else the text the run is trained on."""
-    if config.evaluate.text:
-        return text_tokens(config.evaluate.text, config.evaluate.text_field, tokenizer)
-    log.warning("evaluate.text is empty: perplexity is of the training text (%s), not held out", config.data.source)
-    return text_tokens(config.data.source, config.data.text_field, tokenizer, config.data.documents)
+def _texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.LongTensor]:
+    """The texts for perplexity as tokens `[n]` by name: `evaluate.text`, or else the text the run is trained on."""
+    texts, field = config.evaluate.text, config.evaluate.text_field
+    if texts:
+        named = zip(_names(texts), texts, strict=True)
+        return {name: text_tokens(text, field, tokenizer) for name, text in named}
+    source = config.data.source
+    log.warning("evaluate.text is empty: perplexity is of the training text (%s), not held out", source)
+    return {Path(source).name: text_tokens(source, config.data.text_field, tokenizer, config.data.documents)}
 
 
 def _model_paths(config: Config) -> list[str]:
@@ -132,22 +151,35 @@ def _names(paths: list[str]) -> list[str]:
 
 
 def _ratio(first: dict, last: dict) -> dict:
-    """The last model's sizes, perplexity and speeds over the first's."""
-    pairs = {key: (first[key], last[key]) for key in SIZES}
-    pairs["perplexity"] = (first["perplexity"]["perplexity"], last["perplexity"]["perplexity"])
-    ratio = {key: after / before if before else None for key, (before, after) in pairs.items()}
-    return ratio | (speed_ratio(first["speed"], last["speed"]) if "speed" in first else {})
+    """The last model's sizes, perplexities, speeds and memory over the first's, and the ceiling of its speed."""
+    ratio = {key: last[key] / first[key] if first[key] else None for key in SIZES}
+    ratio["perplexity"] = {
+        text: last["perplexity"][text]["perplexity"] / before["perplexity"]
+        for text, before in first["perplexity"].items()
+    }
+    if "retained" in last:
+        ratio["accuracy"] = last["retained"]
+    if "speed" in first:
+        pairs = {batch: (before, last["speed"][batch]) for batch, before in first["speed"].items()}
+        ratio["speed"] = {batch: speed_ratio(*pair) | _memory_ratio(*pair) for batch, pair in pairs.items()}
+        ratio["ceiling"] = ceiling(first, last)
+    return ratio
+
+
+def _memory_ratio(before: dict, after: dict) -> dict:
+    key = "peak_memory_bytes"
+    return {} if before[key] is None or after[key] is None else {key: after[key] / before[key]}
 
 
 def _to_tensorboard(result: dict, config: Config) -> None:
     """The report's numbers as `eval/MODEL/…` scalars beside the run's own."""
     tracking = replace(config.tracking, progress=False, log_every=1)
-    with Tracker(config.run_dir, tracking, total_steps=1, stage="eval") as tracker:
+    with Tracker(config.run_dir, tracking, total_steps=1, first_step=None, stage="eval") as tracker:
         for model in result["models"]:
-            values = {key: model[key] for key in SIZES} | {
-                key: model["speed"][key] for key in SPEEDS if "speed" in model
-            }
-            values["perplexity"] = model["perplexity"]["perplexity"]
+            values = {key: model[key] for key in SIZES}
+            values |= {f"perplexity/{text}": score["perplexity"] for text, score in model["perplexity"].items()}
+            for batch, measured in model.get("speed", {}).items():
+                values |= {f"batch_{batch}/{key}": measured[key] for key in SPEEDS}
             for task, scores in model.get("tasks", {}).items():
                 values |= {f"tasks/{task}/{metric}": score["value"] for metric, score in scores["metrics"].items()}
             tracker.log(0, {f"{model['name']}/{key}": value for key, value in values.items()})

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,17 +24,17 @@ from pipeline.folding import (
     Fold,
     exported_parameters,
     fold_model,
-    kept_units,
     model_class,
     plan_fold,
     small_config,
 )
-from pipeline.layers import LoraWeights, build_view
-from pipeline.masks import POINT, Gates, multiples, select_units, sparsity_of
+from pipeline.layers import build_view
+from pipeline.masks import Gates, sparsity_of
 from pipeline.model_card import Result, kept_record, model_card
 from pipeline.models import load_model, load_tokenizer, read_config
 from pipeline.pairing import PairedModel
-from pipeline.rundir import Run, load_run
+from pipeline.rundir import Run
+from pipeline.students import Student, newest_student, open_run, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,6 @@ COUNT_TOLERANCE = 1e-3
 """The counted and the computed sparsity may be this far apart."""
 FLOAT32_ATTENTION = ("sdpa", "eager")
 """Flash attention has no float32; all of them compute the same function."""
-SUBLAYERS = ("attn_sublayers", "ffn_sublayers")
 
 
 class ExportError(RuntimeError):
@@ -54,35 +52,28 @@ class ExportError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Student:
-    """What is exported: gates, scores and LoRA of the final student or of a snapshot, and the sparsity wanted."""
-
-    gates: Gates
-    scores: Mapping[str, Tensor]
-    lora: LoraWeights
-    target: float
-
-
-@dataclass(frozen=True)
 class Plan:
     """How a base model becomes the small one.
 
     Attributes:
-        config: the run's configuration.
-        gates, fold: gate values of the masked model, and what they and LoRA do to the weights.
+        run, student: what is exported.
+        fold: what its gates and LoRA do to the weights.
         shape: "uniform" or "per_layer".
         dtype: type of the exported weights.
-        target: sparsity wanted.
         shard_size: largest safetensors file.
     """
 
-    config: Config
-    gates: Gates
+    run: Run
+    student: Student
     fold: Fold
     shape: str
     dtype: torch.dtype
-    target: float
     shard_size: str
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.run.config
 
     @property
     def dtype_name(self) -> str:
@@ -98,22 +89,19 @@ def run(config: Config) -> Path:
             snapshot of, or a structure that the asked shape cannot hold.
         ExportError: the small model failed its checks.
     """
-    trained = load_run(config.run_dir)
+    trained = open_run(config)
     output = output_directory(config, trained)
-    student = choose_student(trained, config.export.sparsity)
-    shape = trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
+    _, spec = read_config(trained.config.model.path)
+    student = newest_student(config, trained, spec)
+    shape = shape_of(config, trained)
     base, spec, dtype = load_base(trained.config, config.export.dtype)
-    asked = (config.export.ffn_multiple, config.export.hidden_multiple)
-    rounding = tuple(a or b for a, b in zip(asked, multiples(trained.config.gates), strict=True))
-    gates = structure(spec, student.gates, student.scores, student.target, shape, rounding)
-    scaling = trained.config.lora.alpha / trained.config.lora.rank
     try:
-        fold = plan_fold(spec, gates, student.lora, scaling)
+        fold = plan_fold(spec, student.gates, student.lora, student.scaling)
         small_config(base.config, fold, shape)  # fails early where no stock class can hold the sizes
     except ValueError as error:
         raise ConfigError(str(error)) from None
     tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
-    plan = Plan(trained.config, gates, fold, shape, dtype, student.target, config.export.shard_size)
+    plan = Plan(trained, student, fold, shape, dtype, config.export.shard_size)
     tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
     with atomic_directory(output) as directory:
         tokenizer.save_pretrained(directory)
@@ -135,65 +123,6 @@ def output_directory(config: Config, trained: Run) -> Path:
     if output.is_dir() and any(output.iterdir()) and not ours:
         raise ConfigError(f"export.output {output} holds files that are not an earlier export: choose another one")
     return output
-
-
-def choose_student(trained: Run, sparsity: float) -> Student:
-    """The final student (sparsity 0), or whatever the run has nearest to a sparsity; see `ExportConfig.sparsity`."""
-    final = Student(trained.gates, trained.scores, trained.lora, trained.config.sparsity.target)
-    if not sparsity:
-        return final
-    rungs = [(trained.sparsity, final)]
-    rungs += [(s.sparsity, Student(s.gates, s.scores, s.lora, sparsity)) for s in trained.snapshots]
-    if sparsity > max(reached for reached, _ in rungs) + POINT:
-        known = ", ".join(f"{r:.3f}" for r in sorted(r for r, _ in rungs))
-        raise ConfigError(f"export.sparsity {sparsity:g}: the run never got there; it has {known}")
-    reached, nearest = min(rungs, key=lambda rung: abs(rung[0] - sparsity))
-    log.info("from the run's snapshot at sparsity %.3f", reached)
-    return replace(nearest, target=sparsity)
-
-
-def structure(
-    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: str, rounding: tuple[int, int]
-) -> Gates:
-    """Gates of the model to export: the run's own if they fit the shape and the target, else chosen by score.
-
-    A unit that stays keeps its gate's value, or gets 1 where the run had removed it.
-
-    Args:
-        spec: the architecture.
-        gates, scores: the run's gates and log-alpha.
-        target: wanted sparsity.
-        shape: "uniform" or "per_layer".
-        rounding: multiples of the FFN width and of the hidden size.
-
-    Raises:
-        ConfigError: whole sublayers are removed but the shape is uniform, or the target is missed.
-    """
-    if shape == "uniform" and any((gates.as_dict()[k] == 0).any() for k in SUBLAYERS if k in gates.as_dict()):
-        raise ConfigError("the run removed whole sublayers, which no stock model lacks: use export.shape=per_layer")
-    fits = shape == "per_layer" or kept_units(spec, gates).is_uniform(spec)
-    if fits and abs(sparsity_of(spec, gates) - target) <= POINT:
-        return gates
-    if shape == "uniform":
-        scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
-    chosen = select_units(spec, scores, target, shape, *rounding).as_dict()
-    values = {k: torch.where(z == 0, torch.ones_like(z), z) for k, z in gates.as_dict().items()}
-    settled = Gates(**{k: v * chosen[k] if k in chosen else v for k, v in values.items()})
-    reached = sparsity_of(spec, settled)
-    log.info("%d units change to fit the %s shape at %.2f%%", changed_units(spec, gates, settled), shape, 100 * reached)
-    if abs(reached - target) > POINT:
-        raise ConfigError(
-            f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: lower export.ffn_multiple and "
-            "export.hidden_multiple, or gate more kinds of units"
-        )
-    return settled
-
-
-def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:
-    """Query heads, FFN units and hidden dimensions that are in one of two structures only."""
-    a, b = before.full(spec), after.full(spec)
-    pairs = ((a.head_gate(spec), b.head_gate(spec)), (a.ffn_gate(), b.ffn_gate()), (a.hidden, b.hidden))
-    return sum(int(((x != 0) != (y != 0)).sum()) for x, y in pairs)
 
 
 def load_base(config: Config, dtype: str) -> tuple[PreTrainedModel, ArchSpec, torch.dtype]:
@@ -227,7 +156,7 @@ def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tens
     attention = plan.config.model.attention if plan.config.model.attention in FLOAT32_ATTENTION else "sdpa"
     reload = partial(model_class(config).from_pretrained, directory, dtype=torch.float32, attn_implementation=attention)
     model = reload()
-    sparsity = check_count(fold.spec, plan.gates, model)
+    sparsity = check_count(fold.spec, plan.student.gates, model)
     difference = check_logits(model, tokens, wanted)
     cast_difference = 0.0
     if plan.dtype != torch.float32:
@@ -241,7 +170,7 @@ def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tens
     untied = model.lm_head.weight.numel() if fold.unties else 0
     if untied:
         log.warning("hidden gates between 0 and 1: the output head was untied, which adds %s parameters", f"{untied:,}")
-    return Result(plan.target, sparsity, model.num_parameters(), before, untied, difference, cast_difference,
+    return Result(plan.student.target, sparsity, model.num_parameters(), before, untied, difference, cast_difference,
                   tokens.numel())  # fmt: skip
 
 
@@ -250,7 +179,7 @@ def masked_logits(base: PreTrainedModel, plan: Plan, tokens: Tensor) -> list[Ten
     """Logits [T, V] of the masked model for each block of tokens; the base keeps its weights."""
     fold = plan.fold
     paired = PairedModel(base, fold.spec, plan.config.lora)
-    view = build_view(fold.spec, plan.gates.to(torch.float32), fold.lora, fold.scaling, torch.float32)
+    view = build_view(fold.spec, plan.student.gates.to(torch.float32), fold.lora, fold.scaling, torch.float32)
     logits = [paired.logits(block[None], view)[0] for block in tokens]
     base.model.layers = nn.ModuleList(wrapped.layer for wrapped in paired.layers)
     return logits

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.config import ConfigError
 
 SHIPPED = Path(__file__).parent
+PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+"""The zero-shot tasks of the paper (section 4.1), by lm-eval's names; `paper` stands for all of them."""
 BATCH = 8
 """Requests a forward pass scores at once; fixed, because padding moves the last digits of a score."""
 
@@ -54,7 +56,8 @@ def load_tasks(tasks: list[str]) -> list:
     """Task (or group) objects of lm-eval with their data, fetched where it is on the hub.
 
     Args:
-        tasks: names that lm-eval knows, names of the tasks that ship here (`local_mc`), or paths of task files.
+        tasks: names that lm-eval knows, `paper` for `PAPER`, names of the tasks that ship here (`local_mc`), or
+            paths of task files.
 
     Raises:
         ConfigError: a task that is unknown, unreadable or cannot be fetched.
@@ -64,7 +67,8 @@ def load_tasks(tasks: list[str]) -> list:
     # Imported here and above: lm-eval takes seconds to import and most evaluations do without it.
     from lm_eval.tasks import TaskManager
 
-    files = {task: _task_file(task) for task in tasks}
+    names = [name for task in tasks for name in (PAPER if task == "paper" else [task])]
+    files = {task: _task_file(task) for task in names}
     with _quiet():
         # Indexing lm-eval's own thousands of task files takes seconds too: only where a name asks for them.
         manager = TaskManager(include_defaults=None in files.values())
@@ -88,6 +92,12 @@ def _load(manager, task: str, file: Path | None) -> list:
             f"file with local data): {reason}"
         ) from error
     return [built["groups"][task]] if task in built.get("groups", {}) else list(built["tasks"].values())
+
+
+def mean_accuracy(tasks: dict[str, dict]) -> float | None:
+    """Mean of `acc` over the tasks (results of `lm_eval_tasks`) that have it; None where none has."""
+    values = [task["metrics"]["acc"]["value"] for task in tasks.values() if "acc" in task["metrics"]]
+    return sum(values) / len(values) if values else None
 
 
 def shipped() -> list[str]:

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
+from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import measure, report
+from pipeline import measure, report, speed
+from pipeline.arch import read_spec
 from pipeline.checkpoint import verify
 from pipeline.config import Config, ConfigError, EvaluateConfig, ModelConfig, TrackingConfig
 from pipeline.models import load_any
 from pipeline.stages import evaluate
-from pipeline.tasks import lm_eval_tasks, load_tasks
+from pipeline.tasks import PAPER, lm_eval_tasks, load_tasks, mean_accuracy
 
 TEXT = "\n".join(f"Line {i}: the quick brown fox jumps over the lazy dog {i * i} times." for i in range(40))
 
@@ -82,8 +85,8 @@ def settings(tmp_path, base, tokenizer) -> Config:
         model=ModelConfig(path=base),
         tracking=TrackingConfig(progress=False),
         evaluate=EvaluateConfig(
-            text=str(tmp_path / "held_out.txt"), window=64, blocks=3, prompt_tokens=8, new_tokens=3,
-            tasks=["local_mc"], task_limit=4,
+            text=[str(tmp_path / "held_out.txt")], batch_sizes=[1, 3], window=64, blocks=3,
+            prompt_tokens=8, new_tokens=3, tasks=["local_mc"], task_limit=12,
         ),
     )  # fmt: skip
 
@@ -149,10 +152,11 @@ def test_perplexity_refuses_logits_that_are_scaled(model, tokens):
 
 
 def test_speed_counts_and_leaves_no_hooks(model):
-    first, second = measure.speed([model, model], prompt_tokens=16, new_tokens=4, repeats=3)
+    first, second = speed.speed([model, model], prompt_tokens=16, new_tokens=4, batch=2, repeats=3)
     for result in (first, second):
-        assert (result["prompt_tokens"], result["new_tokens"], result["repeats"]) == (16, 4, 3)
-        for key in measure.SPEEDS:
+        assert [result[key] for key in ("prompt_tokens", "new_tokens", "batch", "repeats")] == [16, 4, 2, 3]
+        assert result["peak_memory_bytes"] >= sum(p.nbytes for p in model.parameters())
+        for key in speed.SPEEDS:
             rounds = result[f"{key}_rounds"]
             assert len(rounds) == 3
             assert 0 < min(rounds) <= result[key] <= max(rounds)
@@ -161,8 +165,37 @@ def test_speed_counts_and_leaves_no_hooks(model):
 
 
 def test_speed_ratio_pairs_the_rounds():
-    before, after = ({f"{key}_rounds": rounds for key in measure.SPEEDS} for rounds in ([1, 10, 4], [2, 5, 8]))
-    assert set(measure.speed_ratio(before, after).values()) == {2}
+    before, after = ({f"{key}_rounds": rounds for key in speed.SPEEDS} for rounds in ([1, 10, 4], [2, 5, 8]))
+    assert set(speed.speed_ratio(before, after).values()) == {2}
+
+
+def test_ceiling_is_that_of_the_weights_read():
+    before = {"parameters_prunable": 80, "parameters_read": 100}
+    after = {"parameters_prunable": 40, "parameters_read": 60}
+    assert speed.ceiling(before, after) == {"prunable": 0.8, "sparsity": 0.5, "speedup": pytest.approx(100 / 60)}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_read_for_a_token_are_all_but_the_rows_of_an_untied_embedding(tied, tmp_path):
+    got = measure.sizes(tiny_model("llama", tie_word_embeddings=tied), tmp_path)
+    spec = read_spec(tiny_config("llama"))
+    assert got["parameters_prunable"] == spec.prunable
+    assert got["parameters_read"] == got["parameters_non_embedding"] + spec.vocab * spec.hidden
+
+
+def test_lm_eval_knows_the_papers_tasks_and_an_unknown_one_is_one_line(monkeypatch):
+    made = []
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kw: made.append(TaskManager(**kw)) or made[-1])
+    with pytest.raises(ConfigError, match="no task 'no_such_task'"):
+        load_tasks(["no_such_task"])
+    assert len(set(PAPER)) == 7
+    assert set(PAPER) <= set(made[0].all_tasks)
+
+
+def test_mean_accuracy_leaves_out_tasks_without_one():
+    tasks = {name: {"metrics": {"acc": {"value": value}}} for name, value in (("a", 0.5), ("b", 0.7))}
+    assert mean_accuracy(tasks | {"c": {"metrics": {"bleu": {"value": 9.0}}}}) == pytest.approx(0.6)
+    assert mean_accuracy({}) is None
 
 
 def test_sample_is_the_greedy_continuation(model, tokenizer):
@@ -226,9 +259,11 @@ def test_report_files(settings, base, caplog):
     assert before["parameters"] == before["parameters_non_embedding"] + 300 * 24
     assert before["bytes"] == (Path(base) / "model.safetensors").stat().st_size
     assert result["ratio"]["parameters"] == after["parameters"] / before["parameters"]
-    assert result["ratio"]["decode_tokens_per_s"] > 0
-    assert before["perplexity"]["blocks"] == 3
-    assert before["tasks"]["local_mc"]["examples"] == 4
+    assert result["ratio"]["speed"]["3"]["decode_tokens_per_s"] > 0
+    assert result["ratio"]["ceiling"]["speedup"] > 1
+    assert before["perplexity"]["held_out.txt"]["blocks"] == 3
+    assert after["retained"] == after["accuracy"] / before["accuracy"] == result["ratio"]["accuracy"]
+    assert before["tasks"]["local_mc"]["examples"] == 12
     assert result["held_out"]
     assert result["same_tokens"]
 
@@ -237,9 +272,13 @@ def test_report_files(settings, base, caplog):
     assert all(f"]({name})" in text for name in ("kept.png", "training.png"))
     lines = report.table(result).splitlines()
     assert lines[0].split() == ["before", "after", "ratio"]
+    speeds = ["prefill tokens/s", "decode tokens/s", "peak memory, bytes"]
     assert [line.split("  ")[0] for line in lines[2:]] == [
-        "parameters", "", "bytes on disk", "perplexity", "prefill tokens/s", "decode tokens/s",
+        "parameters", "", "bytes on disk", "mean task accuracy", "perplexity of held_out.txt",
+        *(f"{label}, batch {batch}" for batch in (1, 3) for label in speeds),
     ]  # fmt: skip
+    assert "the first 12 examples of each. Retained performance" in text
+    assert "1/(1 − p·s)" in text
 
 
 def test_one_model_without_speed_tasks_or_sample(settings, base, tmp_path):
@@ -255,7 +294,7 @@ def test_infinite_perplexity_is_written_as_valid_json(settings, tmp_path, base):
     result = evaluate.run(changed(settings, speed=False, models=[base, base]))
     # The same model twice scores the same twice, with the same task objects.
     assert result["models"][0] == result["models"][1]
-    result["models"][1]["perplexity"] |= {"perplexity": math.inf, "nll": math.nan}
+    result["models"][1]["perplexity"]["held_out.txt"] |= {"perplexity": math.inf, "nll": math.nan}
     written = report.write(result, tmp_path / "out", None)
     assert json.loads((tmp_path / "out/report.json").read_text()) == written
     assert "infinite" in report.table(written)
@@ -265,9 +304,8 @@ ERRORS = {
     "no such model": ({"models": ["missing/dir/model"]}, "cannot load the model 'missing/dir/model'"),
     "short text": ({"window": 100_000}, "less than one window of 100000"),
     "stride": ({"stride": 65}, "evaluate.stride 65"),
-    "no such task": ({"tasks": ["no_such_task"]}, "no task 'no_such_task'"),
     "no such task file": ({"tasks": ["none.yaml"]}, "task file 'none.yaml' not found"),
-    "no such text": ({"text": "none.txt"}, "none.txt"),
+    "no such text": ({"text": ["none.txt"]}, "none.txt"),
 }
 
 

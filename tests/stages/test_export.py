@@ -1,159 +1,36 @@
 """The exported model computes what the masked model computes, in all families and both shapes, and loads anywhere."""
 
 import json
-import random
-import string
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-import transformers
+from exporting import (
+    BIASED_LLAMA,
+    FAMILIES,
+    LAYERS,
+    SHAPES,
+    VOCAB,
+    assert_close,
+    base_model,
+    loaded,
+    masked_logits,
+    random_lora,
+    run_config,
+    some_gates,
+    some_ids,
+    trained,
+)  # fmt: skip
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import folding
-from pipeline.arch import PROJECTIONS, ArchSpec, read_spec
+from pipeline import folding, students
+from pipeline.arch import PROJECTIONS, read_spec
 from pipeline.checkpoint import verify
-from pipeline.config import ConfigError, load_config
+from pipeline.config import ConfigError
 from pipeline.folding import exported_parameters, fold_model, kept_units, plan_fold, small_config
-from pipeline.layers import build_view
-from pipeline.masks import Gates, sparsity_of, unit_shape
-from pipeline.pairing import PairedModel
-from pipeline.rundir import save_run
+from pipeline.masks import Gates, sparsity_of
 from pipeline.stages import export
 from pipeline.teachers import Snapshot
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-SHAPES = ("uniform", "per_layer")
-VOCAB, LAYERS = 61, 4
-SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "max_position_embeddings": 128,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    "rms_norm_eps": 0.1,  # large, so that a wrong epsilon shows
-}  # fmt: skip
-EXTRA = {
-    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
-    "mistral": {"sliding_window": 7},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
-    "qwen3": {"attention_bias": True},
-}
-BIASED_LLAMA = {"attention_bias": True, "mlp_bias": True}
-
-
-def base_model(family: str, tied: bool = False, seed: int = 0, **options) -> transformers.PreTrainedModel:
-    """A tiny model whose every parameter is random: norms are not ones, biases not zeros."""
-    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    cls = getattr(transformers, names[family] + "Config")
-    config = cls(**SIZES, **{**EXTRA[family], **options}, tie_word_embeddings=tied)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(torch.rand_like(p) + 0.5 if "norm" in name else torch.randn_like(p) * 0.25)
-    return model
-
-
-def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int = 37, empty: bool = True) -> Gates:
-    """Gates with zeros of every kind the shape allows; `hidden` dimensions stay (an odd number by default)."""
-    g = torch.Generator().manual_seed(1)
-    heads, groups = torch.ones(unit_shape(spec, "heads")), torch.ones(unit_shape(spec, "kv_groups"))
-    ffn, residual = torch.ones(unit_shape(spec, "ffn")), torch.zeros(spec.hidden)
-    residual[torch.randperm(spec.hidden, generator=g)[:hidden]] = 1
-    sublayers = {}
-    for layer in range(spec.layers):
-        if shape == "uniform":
-            groups[layer, layer % spec.kv_heads] = 0
-            ffn[layer, torch.randperm(spec.ffn, generator=g)[:13]] = 0
-        else:
-            heads[layer] = (torch.rand(spec.heads, generator=g) > 0.4).float()
-            ffn[layer] = (torch.rand(spec.ffn, generator=g) > 0.3).float()
-    if shape == "per_layer":
-        heads[1] = torch.tensor([1.0, 0, 1, 1, 0, 0])
-        sublayers = {"attn_sublayers": torch.ones(spec.layers), "ffn_sublayers": torch.ones(spec.layers)}
-        if empty:  # the first layer without attention, a layer without FFN, one with neither
-            sublayers["attn_sublayers"][[0, 3]] = 0
-            sublayers["ffn_sublayers"][[2, 3]] = 0
-    gates = {"heads": heads, "kv_groups": groups, "ffn": ffn, "hidden": residual, **sublayers}
-    if fractional:
-        gates = {k: z * (0.5 + 0.5 * torch.rand(z.shape, generator=g)) for k, z in gates.items()}
-    return Gates(**gates)
-
-
-def random_lora(model, rank: int = 3, skip: tuple[str, ...] = ("k_proj",)) -> dict:
-    """LoRA pairs on all projections but those in `skip`."""
-    g = torch.Generator().manual_seed(2)
-    pairs = {}
-    for index, layer in enumerate(model.model.layers):
-        for name, (owner, attribute) in folding.projections(layer).items():
-            if name not in skip:
-                n, k = getattr(owner, attribute).weight.shape
-                pairs[f"{index}.{name}"] = (
-                    torch.randn(rank, k, generator=g) * 0.2, torch.randn(n, rank, generator=g) * 0.2
-                )  # fmt: skip
-    return pairs
-
-
-def run_config(tmp_path, **overrides):
-    """A resolved configuration of a run over the files that `on_disk` writes."""
-    keys = {"model.path": tmp_path / "base", "run_dir": tmp_path / "run", "data.source": tmp_path / "text.txt",
-            "data.seq_len": 16, "lora.rank": 3, "lora.alpha": 6, "export.check_tokens": 40,
-            "gates.ffn_multiple": 1, "gates.hidden_multiple": 1, **overrides}  # fmt: skip
-    return load_config(None, [f"{k}={v}" for k, v in keys.items()])
-
-
-def on_disk(tmp_path, model) -> None:
-    """Write the base model with a tokenizer, and a text."""
-    model.save_pretrained(tmp_path / "base")
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *string.ascii_letters, "Ġ"])}
-    tokenizer = Tokenizer(models.BPE(words, []))  # one token a letter
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    (tmp_path / "text.txt").write_text("".join(random.Random(0).choices(string.ascii_letters + " ", k=300)))
-
-
-def trained(tmp_path, family: str, gates_of, snapshots=(), base=None, **overrides):
-    """A finished run on disk; returns its configuration, the base model, gates and LoRA."""
-    model = base or base_model(family)
-    spec = read_spec(model.config)
-    on_disk(tmp_path, model)
-    gates = gates_of(spec)
-    lora = random_lora(model)
-    sparsity = sparsity_of(spec, gates)
-    target = overrides.pop("sparsity.target", round(sparsity, 4))
-    config = run_config(tmp_path, **{"sparsity.target": target}, **overrides)
-    scores = {
-        k: z + torch.rand(z.shape, generator=torch.Generator().manual_seed(4)) for k, z in gates.as_dict().items()
-    }
-    made = [s(spec, lora) for s in snapshots]
-    save_run(tmp_path / "run", config, spec, gates, scores, lora, made, {"sparsity": sparsity, "steps": 5})
-    return config, model, gates, lora
-
-
-def masked_logits(model, gates: Gates, lora, ids, scaling: float = 2.0) -> torch.Tensor:
-    """Logits of the masked model by the paired forward (wraps the model)."""
-    spec = read_spec(model.config)
-    paired = PairedModel(model, spec, load_config(None, ["lora.rank=3", "lora.alpha=6"]).lora)
-    with torch.no_grad():
-        return paired.logits(ids, build_view(spec, gates, lora, scaling, torch.float32))
-
-
-def some_ids(batch: int = 2, length: int = 19) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(5))
-
-
-def loaded(directory, **options):
-    options = {"trust_remote_code": True, "dtype": torch.float32, **options}
-    return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
-
-
-def assert_close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-5) -> None:
-    assert float((got - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -193,37 +70,6 @@ def test_parameters_on_disk_are_those_the_gates_promise(exports, family, shape):
     assert record["original"] == {"heads": 6, "kv_heads": 3, "ffn": 40, "hidden": 48}
     assert [len(u) for u in record["kept"]["ffn"]] == [int((z != 0).sum()) for z in gates.full(spec).ffn_gate()]
     verify(directory)
-
-
-LOADER = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-jobs, ids = torch.load(sys.argv[1])
-out = {}
-for directory, trust in jobs:
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
-    assert tokenizer("ac")["input_ids"] == [3, 5]
-    with torch.no_grad():
-        out[directory] = model(ids).logits
-ours = [m for m in sys.modules if m.split(".")[0] in ("pipeline", "kernels")]
-assert not ours, ours
-torch.save(out, sys.argv[2])
-"""
-
-
-def test_fresh_process_without_this_project(exports, tmp_path):
-    jobs = [(str(directory), shape == "per_layer") for (_, shape), (directory, _, _) in exports.items()]
-    torch.save((jobs, some_ids()), tmp_path / "jobs.pt")
-    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-I", "-c", LOADER, tmp_path / "jobs.pt", tmp_path / "out.pt"],
-                          cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-                          stdin=subprocess.DEVNULL)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "trust_remote_code" not in done.stdout + done.stderr  # nobody was asked
-    out = torch.load(tmp_path / "out.pt")
-    for directory, wanted, _ in exports.values():
-        assert_close(out[str(directory)], wanted)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -422,14 +268,17 @@ def test_run_that_missed_its_target_is_cut_to_it():
     spec = read_spec(base_model("llama").config)
     gates = some_gates(spec, "uniform")
     scores = {k: torch.rand(z.shape) for k, z in gates.as_dict().items()}
-    chosen = export.structure(spec, gates, scores, 0.3, "uniform", (1, 1))
+    chosen = students.structure(spec, gates, scores, 0.3, "uniform", (1, 1, 1))
     assert abs(sparsity_of(spec, chosen) - 0.3) <= 0.01
     assert kept_units(spec, chosen).is_uniform(spec)
     before, after = gates.full(spec).ffn_gate(), chosen.full(spec).ffn_gate()
     stayed = (before != 0) & (after != 0)
     assert torch.equal(before[stayed], after[stayed])
     assert (after[(before == 0) & (after != 0)] == 1).all()
-    same = export.structure(spec, gates, scores, sparsity_of(spec, gates), "uniform", (16, 16))
+    split = students.structure(spec, gates, scores, 0.3, "uniform", (1, 1, 3))
+    assert len(kept_units(spec, split).kv_groups[0]) == 3
+    assert len(kept_units(spec, split).ffn[0]) % 3 == 0
+    same = students.structure(spec, gates, scores, sparsity_of(spec, gates), "uniform", (16, 16, 1))
     assert same is gates
 
 
@@ -437,7 +286,7 @@ def test_target_that_the_shape_cannot_meet():
     spec = read_spec(base_model("llama").config)
     gates = Gates(kv_groups=torch.ones(LAYERS, 3))
     with pytest.raises(ConfigError, match=r"export\.ffn_multiple"):
-        export.structure(spec, gates, {"kv_groups": torch.rand(LAYERS, 3)}, 0.07, "uniform", (16, 16))
+        students.structure(spec, gates, {"kv_groups": torch.rand(LAYERS, 3)}, 0.07, "uniform", (16, 16, 1))
 
 
 def test_removed_sublayers_need_the_per_layer_shape(tmp_path):

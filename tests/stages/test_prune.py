@@ -62,7 +62,8 @@ def test_any_budget_holds_the_schedule_and_reaches_the_target(settings, steps, t
     assert record["sparsity"] == pytest.approx(target, abs=0.01)
     assert record["sparsity"] == pytest.approx(run.sparsity, abs=0.001)
     teachers = [m["prune/teacher_sparsity"] for m in lines]
-    assert max(teachers) > 0
+    # Within twenty points of the intact model no snapshot teaches better than it.
+    assert (max(teachers) > 0) == (target > 0.2)
     assert teachers[-1] == 0
 
 

@@ -9,7 +9,17 @@ from tiny import CONFIGS, tiny_config, tiny_model
 
 from pipeline.arch import projections, read_spec
 from pipeline.config import ConfigError, GateConfig, load_config
-from pipeline.masks import KINDS, Gates, MaskSet, check_target, kept_parameters, select_units, sparsity_of, unit_shape
+from pipeline.masks import (
+    KINDS,
+    Gates,
+    MaskSet,
+    check_target,
+    kept_parameters,
+    multiples,
+    select_units,
+    sparsity_of,
+    unit_shape,
+)
 from pipeline.masks import hard_concrete as hc
 from pipeline.masks.schedule import noise_at, settle_step, target_at, warmup_steps
 
@@ -167,6 +177,34 @@ def test_uniform_selection_keeps_equal_counts_and_meets_the_target(target):
     assert len((in_groups > 0).sum(1).unique()) == 1
     assert len(gates.ffn.sum(1).unique()) == 1
     assert sparsity_of(spec, gates) == pytest.approx(target, abs=0.01)
+
+
+SERVED = {  # hidden, FFN, heads, KV heads of known models; two layers stand for all
+    "llama-2-7b": (4096, 11008, 32, 32), "llama-3.1-8b": (4096, 14336, 32, 8), "qwen3-14b": (5120, 17408, 40, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", [0.2, 0.35, 0.5])
+@pytest.mark.parametrize("parallel", [1, 4])
+@pytest.mark.parametrize("name", SERVED)
+def test_uniform_counts_of_real_models_are_multiples_that_gpus_like(name, parallel, target):
+    hidden, ffn, heads, kv_heads = SERVED[name]
+    spec = read_spec(tiny_config("llama", hidden_size=hidden, intermediate_size=ffn, num_attention_heads=heads,
+                                 num_key_value_heads=kv_heads, head_dim=128, num_hidden_layers=2))  # fmt: skip
+    config = GateConfig(units=["kv_groups", "ffn", "hidden"], tensor_parallel=parallel)
+    check_target(spec, config, target)
+    generator = torch.Generator().manual_seed(1)
+    scores = {k: torch.rand(unit_shape(spec, k), generator=generator) for k in config.units}
+    gates = select_units(spec, scores, target, "uniform", *multiples(config))
+    groups, width = (int(count) for count in (gates.kv_groups[0].sum(), gates.ffn[0].sum()))
+    assert (width % 128, int(gates.hidden.sum()) % 64) == (0, 0)
+    assert groups % parallel == width % parallel == 0
+    assert abs(sparsity_of(spec, gates) - target) <= 0.01
+
+
+def test_a_tensor_parallel_size_that_the_model_cannot_have_is_one_line():
+    with pytest.raises(ConfigError, match="tensor_parallel 4 does not divide the model's 2 KV groups"):
+        check_target(SPEC, GateConfig(units=["ffn"], tensor_parallel=4), 0.2)
 
 
 def test_per_layer_selection_keeps_the_highest_scores_of_a_kind():

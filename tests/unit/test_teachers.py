@@ -13,7 +13,9 @@ SPEC = read_spec(tiny_config("llama"))
 
 
 def bank(**config) -> TeacherBank:
-    return TeacherBank(SPEC, TeacherConfig(**{"share": 1.0, **config}), 1.0, torch.device("cpu"), torch.float32)
+    return TeacherBank(
+        SPEC, TeacherConfig(**{"lag": 10, "share": 1.0, **config}), 1.0, torch.device("cpu"), torch.float32
+    )
 
 
 def record(b: TeacherBank, sparsity: float, step: int = 0) -> bool:

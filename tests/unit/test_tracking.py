@@ -62,7 +62,7 @@ def test_a_later_stage_leaves_the_scalars_of_pruning_alone(tmp_path):
     with Tracker(tmp_path, QUIET, total_steps=2) as tracker:
         tracker.log(1, {"loss": 1.0})
     for perplexity in (9.0, 8.0):
-        with Tracker(tmp_path, QUIET, total_steps=1, stage="eval") as tracker:
+        with Tracker(tmp_path, QUIET, total_steps=1, first_step=None, stage="eval") as tracker:
             tracker.log(0, {"perplexity": perplexity})
     assert lines(tmp_path) == [{"step": 1, "prune/loss": 1.0}, {"step": 0, "eval/perplexity": 8.0}]
     assert [s.step for s in events(tmp_path).Scalars("prune/loss")] == [1]

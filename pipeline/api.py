@@ -1,0 +1,78 @@
+"""The five calls of the Python API, which the command line uses too.
+
+Each takes the settings as a YAML file, the directory of a run, a nested dict, or a `Config`, and overrides as on the
+command line. A user's mistake raises `pipeline.config.ConfigError` with one line that says how to mend it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline import ladder, masked
+from pipeline.config import Config, load_config
+from pipeline.masked import MaskedModel
+from pipeline.stages import evaluate as evaluate_stage
+from pipeline.stages import export as export_stage
+from pipeline.stages import finetune as finetune_stage
+from pipeline.stages import prune as prune_stage
+
+Settings = Config | Mapping | str | Path | None
+
+
+def prune(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:
+    """Learn gates and LoRA on the base model `model.path`, into `run_dir`; goes on where an earlier start stopped.
+
+    Args:
+        settings: YAML file, run directory, nested dict or `Config`.
+        overrides: strings `key.sub=value`, which win.
+
+    Returns:
+        The directory of the finished student.
+
+    Raises:
+        ConfigError: a mistake in the settings, the model, the data or the run directory.
+        TrainingFailed: too many steps in a row were not finite.
+        Preempted: SIGTERM or SIGUSR1 came; the state is saved.
+    """
+    return prune_stage.run(load_config(settings, overrides))
+
+
+def finetune(settings: Settings, overrides: Sequence[str] = ()) -> Path:
+    """Fine-tune the LoRA of a finished run's student on the instruction records `finetune.data`.
+
+    Arguments and errors as of `prune`; returns the directory of the fine-tuned student.
+    """
+    return finetune_stage.run(load_config(settings, overrides))
+
+
+def export(settings: Settings, overrides: Sequence[str] = ()) -> Path:
+    """Write a finished run's student (fine-tuned where it was) as a small Hugging Face model, or a ladder of them.
+
+    Arguments as of `prune`.
+
+    Returns:
+        The directory of the model, or with `export.ladder` that of the rungs and their comparison.
+
+    Raises:
+        ConfigError: as `prune`; or a rung that the run never reached.
+        ExportError: the small model does not compute what the masked model computes.
+    """
+    config = load_config(settings, overrides)
+    return ladder.run(config) if config.export.ladder else export_stage.run(config)
+
+
+def evaluate(settings: Settings, overrides: Sequence[str] = ()) -> dict:
+    """Compare the base model and a run's export, or `evaluate.models`; returns the report that is written.
+
+    Arguments and errors as of `prune`.
+    """
+    return evaluate_stage.run(load_config(settings, overrides))
+
+
+def load_masked(settings: Settings, overrides: Sequence[str] = ()) -> MaskedModel:
+    """The student of a finished run as a masked model: base weights, gates and LoRA, nothing folded or deleted.
+
+    Arguments as of `prune`; `export.sparsity` and `export.source` choose the student.
+    """
+    return masked.load(load_config(settings, overrides))

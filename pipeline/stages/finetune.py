@@ -1,0 +1,169 @@
+"""The finetune stage: LoRA of a pruned student on instruction records, its gates fixed and removed units skipped."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.arch import PROJECTIONS
+from pipeline.config import Config, ConfigError, flatten, to_dict
+from pipeline.data import BatchStream
+from pipeline.distill import IGNORE
+from pipeline.distributed import World
+from pipeline.engine import Engine
+from pipeline.instructions import packed_windows
+from pipeline.layers import LoraWeights, View, build_view
+from pipeline.masks import MaskSet, sparsity_of
+from pipeline.models import load_tokenizer, read_config
+from pipeline.pairing import Answers, Losses
+from pipeline.resume import load_state, save_state
+from pipeline.rundir import Run
+from pipeline.students import TUNED, finetune_directory, open_run, pruned_student, rounding_of, save_tuned, shape_of
+from pipeline.teachers import TeacherBank
+from pipeline.tracking import Tracker
+from pipeline.training import Trainer, train
+from pipeline.zero import load_paired, zero_settings
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> Path:
+    """Fine-tune a student of the finished run in `config.run_dir`; returns the directory of the result.
+
+    Raises:
+        ConfigError: no finished run, another base model, a rung that the run never reached, or unusable records.
+        As `train` otherwise.
+    """
+    return train(settings(config, open_run(config)), Finetuning)
+
+
+def summary(config: Config, result: Path) -> str:
+    """What the command line prints at the end."""
+    rung = f" --sparsity {config.finetune.sparsity:g}" if config.finetune.sparsity else ""
+    return f"fine-tuned student: {result}\nnext: nuteprune export {config.run_dir}{rung}"
+
+
+def settings(config: Config, trained: Run) -> Config:
+    """The run's configuration with `finetune` in place of what training reads, in a directory of its own."""
+    tune, old = config.finetune, trained.config
+    rank = tune.lora_rank or old.lora.rank
+    if rank < old.lora.rank:
+        raise ConfigError(
+            f"finetune.lora_rank {rank} is less than the pruned student's {old.lora.rank}, which it keeps"
+        )
+    ffn, hidden, parallel = rounding_of(config, trained)
+    return replace(
+        old,
+        run_dir=str(finetune_directory(trained, tune.sparsity)),
+        finetune=tune, checkpoint=config.checkpoint, tracking=config.tracking, export=config.export,
+        data=replace(old.data, source=tune.data, seq_len=tune.seq_len),
+        train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
+                      micro_batch=tune.micro_batch, lora_lr=tune.lr),
+        loss=replace(old.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
+        lora=replace(old.lora, targets=list(PROJECTIONS), rank=rank, alpha=rank * old.lora.alpha / old.lora.rank),
+        teacher=replace(old.teacher, mode="intact" if tune.distill else "none"),
+        gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
+                      tensor_parallel=parallel),
+    )  # fmt: skip
+
+
+def extend_lora(own: LoraWeights, pruned: LoraWeights) -> None:
+    """Start from the pruned student's LoRA; ranks and projections that it lacks begin with no update."""
+    with torch.no_grad():
+        for key, (a, b) in pruned.items():
+            own[key][0][: len(a)] = a
+            own[key][1][:, : b.shape[1]] = b
+
+
+class Finetuning(Trainer):
+    """The LoRA of a student whose gates no longer change, taught by answers and perhaps by the intact model."""
+
+    stage = "finetune"
+    output = TUNED
+    outputs = ("checkpoints", TUNED)
+    free = ("checkpoint", "tracking", "export", "evaluate")
+
+    def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank):
+        super().__init__(*parts)
+        self.trained, self.masks, self.bank = trained, masks, bank
+        answers = (self.stream.blocks[:, 1] != IGNORE).sum(1)
+        self.answers = BatchStream(answers, self.config.train.batch_size, self.config.seed)
+        """Answer tokens of each window of the global batch, in the order of `stream`."""
+
+    @classmethod
+    def build(cls, config: Config, world: World) -> Finetuning:
+        """Load the model, the student and the records, at step 0."""
+        with world.together():
+            trained = open_run(replace(config, run_dir=str(Path(config.run_dir).parent)))
+            _, spec = read_config(config.model.path)
+            student = pruned_student(config, trained, spec, config.finetune.sparsity)
+            zero = zero_settings(config, spec, world)
+            if config.model.attention == "flash_attention_2" and config.finetune.micro_batch != 1:
+                raise ConfigError(
+                    "finetune.micro_batch: flash attention keeps records apart in one window only: set it to 1"
+                )
+            windows = packed_windows(config.finetune, load_tokenizer(config.model.path, spec.vocab))
+            stream = BatchStream(windows, config.train.batch_size, config.seed, world.rank, world.size)
+        total = config.train.steps or max(1, round(config.train.epochs * stream.steps_per_epoch))
+        model = load_paired(config, world, zero)
+        extend_lora(model.lora(), student.lora)
+        masks = MaskSet(spec, config.gates).to(world.device)
+        masks.fix(student.gates)
+        engine = Engine(model, masks, None, config, total, world)
+        bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
+        log.info("fine-tuning at sparsity %.4f: %d windows, %d steps", sparsity_of(spec, student.gates), len(windows),
+                 total)  # fmt: skip
+        return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank)
+
+    def start(self) -> None:
+        """Nothing to do: the student is there."""
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step."""
+        teacher = self.bank.activate(None) if self.config.teacher.mode == "intact" else None
+        metrics = self.accumulate(lambda windows, _, share: self.forward(windows, teacher))
+        del metrics["layer_loss"]
+        metrics |= self.update(metrics["loss"])
+        return metrics | {"answer_tokens": float(self.answers.batch(self.step).sum())}
+
+    def forward(self, windows: Tensor, teacher: View | None) -> Losses:
+        """Losses of windows [b, 3, T]."""
+        ids, labels, positions = windows.unbind(1)
+        model = self.model
+        view = build_view(model.spec, self.masks.fixed, model.lora(), model.scaling, model.dtype)
+        return model(ids, view, teacher, self.config.loss, Answers(labels, positions))
+
+    def share(self, micro_batch: Tensor, batch: Tensor) -> float:
+        """Weight of a micro-batch, such that each answer token of the global batch counts the same on every rank."""
+        own = int((micro_batch[:, 1] != IGNORE).sum())
+        return own * self.world.size / int(self.answers.batch(self.step).sum())
+
+    def save(self, directory: Path, counters: dict[str, int], earlier: Path | None) -> None:
+        """Gates, LoRA, its optimizer and counters."""
+        save_state(directory, self.config, *self._parts(), counters, earlier)
+
+    def load(self, directory: Path) -> dict[str, int]:
+        """Restore what `save` wrote; returns the counters."""
+        return load_state(directory, *self._parts())
+
+    def _parts(self) -> tuple:
+        return self.masks, None, self.model.lora(), self.engine.optimizers, self.bank
+
+    def finish(self, tracker: Tracker) -> Path:
+        """Save the fine-tuned student."""
+        config = self.config
+        facts = {
+            "steps": self.total,
+            "tokens": self.total * config.train.batch_size * config.data.seq_len,
+            "answer_tokens": sum(int(self.answers.batch(step).sum()) for step in range(self.total)),
+            "data": config.finetune.data,
+            "sparsity": sparsity_of(self.model.spec, self.masks.fixed),
+            "skipped_steps": self.bad_total,
+        }
+        tracker.hparams(flatten(to_dict(config)), {"finetune/answer_tokens": facts["answer_tokens"]})
+        lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
+        return save_tuned(Path(config.run_dir), config, self.trained, self.masks.fixed, lora, facts)

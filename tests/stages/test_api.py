@@ -1,0 +1,51 @@
+"""The Python API: the README's example runs, and settings may come in every form."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from pipeline.config import ConfigError, load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readmes_example_runs(tmp_path, model_dir, text_file, monkeypatch, capsys):
+    section = (ROOT / "README.md").read_text().split("### Python")[1]
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    for name, source in (("smollm2-135m", model_dir), ("demo-text/train.txt", text_file),
+                         ("demo-text/heldout.txt", text_file)):  # fmt: skip
+        target = tmp_path / "models" / name
+        target.parent.mkdir(exist_ok=True, parents=True)
+        target.symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {"__name__": "example"})
+    printed = capsys.readouterr().out
+    assert re.search(r"^\d+\.\d% removed, logits \(1, \d+, 300\)$", printed, re.MULTILINE)
+    assert re.search(r"^perplexity of heldout.txt x \d+\.\d\d$", printed, re.MULTILINE)
+    assert (tmp_path / "runs/python/export/config.json").is_file()
+
+
+def test_settings_in_every_form_give_the_same(tmp_path, settings):
+    wanted = load_config(None, [*settings, "sparsity.target=0.3"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"run_dir: elsewhere\nmodel: {{path: {wanted.model.path}}}\n")
+    rest = [s for s in settings if not s.startswith(("run_dir", "model.path"))] + ["sparsity.target=0.3"]
+    nested = {"run_dir": wanted.run_dir, "model": {"path": wanted.model.path}}
+    for form in (nested, tmp_path / "run", str(tmp_path / "run")):
+        assert load_config(form, rest) == wanted
+    assert load_config(wanted) == wanted
+    assert load_config(wanted, ["seed=3"]).seed == 3
+    with pytest.raises(ConfigError, match="settings: unknown key 'trian'"):
+        pipeline.prune({"trian": {}})
+
+
+def test_importing_the_package_is_light_and_offers_five_calls():
+    code = "import sys, pipeline; print(sorted(pipeline.__all__), 'torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out == "['evaluate', 'export', 'finetune', 'load_masked', 'prune'] False\n"
+    with pytest.raises(AttributeError, match="no attribute 'merge'"):
+        pipeline.merge  # noqa: B018

@@ -1,0 +1,181 @@
+"""The finetune stage: fixed gates, every answer token counts alike, resume, and the way into the export."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.__main__ import main
+from pipeline.config import ConfigError, load_config
+from pipeline.distill import IGNORE
+from pipeline.distributed import World
+from pipeline.layers import build_view
+from pipeline.rundir import load_run
+from pipeline.stages import export, finetune
+from pipeline.students import load_tuned, open_run
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    path = tmp_path_factory.mktemp("records") / "records.json"
+    rows = [
+        {"prompt": f"The {thing} of {n}", "completion": f" is {'very ' * (n % 5)}{thing} in the evening."}
+        for n in range(12)
+        for thing in ("river", "harbour", "network")
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture
+def tuning(run_dir, records):
+    """The configuration of a short fine-tuning of the finished run."""
+    return load_config(run_dir, [f"finetune.data={records}", "finetune.seq_len=128", "finetune.batch_size=4",
+                                 "finetune.steps=12", "finetune.lr=3e-3"])  # fmt: skip
+
+
+def changed(config, **values):
+    return replace(config, finetune=replace(config.finetune, **values))
+
+
+def metrics(directory) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in m.items() if not k.endswith(("tokens_per_s", "memory_gb"))} for m in lines]
+
+
+def build(config, world=None) -> finetune.Finetuning:
+    """The trainer at step 0."""
+    torch.manual_seed(0)
+    return finetune.Finetuning.build(finetune.settings(config, open_run(config)), world or World())
+
+
+def test_answers_are_learned_with_the_gates_fixed(tuning, run_dir):
+    directory = finetune.run(tuning)
+    assert directory == run_dir / "finetune" / "tuned"
+    lines = metrics(run_dir / "finetune")
+    assert len(lines) == 12
+    assert lines[-1]["finetune/output_loss"] < 0.9 * lines[0]["finetune/output_loss"]
+    run = load_run(run_dir)
+    gates = load_file(directory / "gates.safetensors")
+    assert all(torch.equal(gates[f"gates.{k}"], z) for k, z in run.gates.as_dict().items())
+    tuned = load_tuned(directory, run, run.scores, 0.4)
+    assert tuned.lora.keys() == run.lora.keys()
+    assert not any(torch.equal(tuned.lora[k][1], run.lora[k][1]) for k in run.lora)
+    answers = sum(m["finetune/answer_tokens"] for m in lines)
+    assert (tuned.facts["steps"], tuned.facts["answer_tokens"]) == (12, answers)
+    assert [p.name for p in (run_dir / "checkpoints").glob("*")] == []
+
+
+def test_every_answer_token_of_the_global_batch_counts_alike(tuning, monkeypatch):
+    """However it is split into micro-batches and ranks: windows hold unequal numbers of answer tokens."""
+    # The ranks compute one after the other, so their means are taken below.
+    monkeypatch.setattr(World, "mean", lambda _, values: values)
+    monkeypatch.setattr(World, "gather", lambda _, value: [value])
+    config = changed(tuning, micro_batch=0, batch_size=3)
+    whole = build(config)
+    counts = (whole.stream.batch(0)[:, 1] != IGNORE).sum(1)
+    assert len(set(counts.tolist())) > 1
+
+    def gradient(trainer):
+        loss = trainer.accumulate(lambda windows, _, share: trainer.forward(windows, None))["loss"]
+        return loss, torch.cat([p.grad.flatten() for pair in trainer.model.lora().values() for p in pair])
+
+    wanted_loss, wanted = gradient(whole)
+    for parts in ([build(changed(config, micro_batch=1))], [build(config, World(rank, 3)) for rank in range(3)]):
+        losses, gradients = zip(*(gradient(trainer) for trainer in parts), strict=True)
+        assert sum(losses) / len(parts) == pytest.approx(wanted_loss, rel=1e-5)
+        assert torch.allclose(sum(gradients) / len(parts), wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_cut_short_goes_on_bit_identical(tuning, run_dir, tmp_path, monkeypatch):
+    tuning = replace(tuning, checkpoint=replace(tuning.checkpoint, every=3))
+    whole = shutil.copytree(run_dir, tmp_path / "whole")
+    finetune.run(replace(tuning, run_dir=str(whole)))
+    original = finetune.Finetuning.train_step
+
+    def dying(trainer):
+        if trainer.step == 8:
+            raise KeyboardInterrupt
+        return original(trainer)
+
+    monkeypatch.setattr(finetune.Finetuning, "train_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(tuning)
+    monkeypatch.undo()
+    assert sorted(p.name for p in (run_dir / "finetune/checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+    finetune.run(tuning)
+    assert metrics(run_dir / "finetune") == metrics(whole / "finetune")
+    left, right = (load_file(d / "finetune/tuned/adapter/adapter_model.safetensors") for d in (run_dir, whole))
+    assert all(torch.equal(left[k], right[k]) for k in left)
+    with pytest.raises(ConfigError, match=r"belongs to a run with .*lora_lr=0.003, not 0.01"):
+        finetune.run(changed(tuning, lr=0.01))
+
+
+def test_a_higher_rank_starts_from_the_same_student(tuning):
+    trainer = build(changed(tuning, lora_rank=12, distill=0.5))
+    run = load_run(tuning.run_dir)
+    model, ids = trainer.model, trainer.stream.batch(0)[:, 0]
+    assert {a.shape[0] for a, _ in model.lora().values()} == {12}
+    views = [build_view(model.spec, run.gates, lora, 1.0, torch.float32) for lora in (model.lora(), run.lora)]
+    with torch.no_grad():
+        mine, wanted = (model.logits(ids, view) for view in views)
+    assert torch.allclose(mine, wanted, atol=1e-4)
+    step = trainer.train_step()
+    assert step["loss"] > step["output_loss"] > 0  # the intact model teaches too
+    with pytest.raises(ConfigError, match=r"finetune.lora_rank 4 is less than the pruned student's 8"):
+        build(changed(tuning, lora_rank=4))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.2])
+def test_the_export_takes_the_fine_tuned_student(tuning, run_dir, sparsity, capsys, records):
+    arguments = [str(run_dir), *([f"--sparsity={sparsity}"] if sparsity else [])]
+    assert main(["export", *arguments, f"export.output={run_dir / 'before'}"]) == 0
+    assert main(["export", *arguments, "--from", "finetuned"]) == 2
+    assert "run `nuteprune finetune" in capsys.readouterr().err
+    assert main(["finetune", *arguments, "--data", str(records), "finetune.seq_len=128", "finetune.steps=3",
+                 "finetune.batch_size=2"]) == 0  # fmt: skip
+    assert main(["export", *arguments]) == 0
+    assert main(["export", *arguments, "--from", "pruned", f"export.output={run_dir / 'pruned-again'}"]) == 0
+    before, after, again = (load_file(run_dir / name / "model.safetensors") for name in
+                            ("before", "export", "pruned-again"))  # fmt: skip
+    assert {k: t.shape for k, t in before.items()} == {k: t.shape for k, t in after.items()}
+    assert all(torch.equal(before[k], again[k]) for k in before)
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    import pipeline
+
+    masked = pipeline.load_masked(run_dir, [f"export.sparsity={sparsity}"])
+    small = AutoModelForCausalLM.from_pretrained(run_dir / "export")
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        assert torch.allclose(small(ids).logits, masked.logits(ids), atol=1e-3)
+
+
+def test_a_student_fine_tuned_from_an_earlier_pruning_is_refused(tuning, run_dir):
+    finetune.run(changed(tuning, steps=1))
+    manifest = run_dir / "pruned" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(ConfigError, match="fine-tuned from an earlier pruning"):
+        export.run(tuning)
+    assert export.run(replace(tuning, export=replace(tuning.export, source="pruned"))).is_dir()
+
+
+def test_another_base_model_is_refused(tuning, run_dir, tmp_path, capsys):
+    other = shutil.copytree(tuning.model.path, tmp_path / "other")
+    assert main(["export", str(run_dir), f"model.path={other}"]) == 0  # the same weights elsewhere
+    weights = other / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    for stage in ("export", "finetune"):
+        assert main([stage, str(run_dir), f"model.path={other}", f"finetune.data={tuning.finetune.data}"]) == 2
+        assert "is not the base model that was pruned" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_no_run_is_one_line(tmp_path, capsys):
+    assert main(["finetune", str(tmp_path)]) == 2
+    assert "it has no config.yaml" in capsys.readouterr().err

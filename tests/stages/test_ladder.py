@@ -1,0 +1,64 @@
+"""The ladder: every rung exported and compared in one run, the knee, and rungs that are not there."""
+
+import json
+
+import pytest
+
+from pipeline import ladder
+from pipeline.__main__ import main
+from pipeline.checkpoint import verify
+from pipeline.config import ConfigError, load_config
+
+
+@pytest.fixture
+def arguments(run_dir, text_file):
+    return ["export", str(run_dir), f"evaluate.text={text_file}", "evaluate.window=32", "evaluate.blocks=2",
+            "evaluate.prompt_tokens=8", "evaluate.new_tokens=2", "evaluate.batch_sizes=[1]",
+            "evaluate.sample_prompt="]  # fmt: skip
+
+
+def test_every_rung_is_exported_and_compared(arguments, run_dir, capsys):
+    assert main([*arguments, "--ladder", "0.4,0.1,0.2", "export.ladder_per_layer=true"]) == 0
+    printed = capsys.readouterr().out
+    directory = run_dir / "ladder"
+    verify(directory)
+    found = json.loads((directory / "ladder.json").read_text())
+    points = found["points"]
+    assert [p["sparsity"] for p in points] == [0.0, 0.1, 0.2, 0.4]
+    sizes = [p["parameters"] for p in points]
+    assert sizes == sorted(sizes, reverse=True)
+    for point in points[1:]:
+        record = json.loads((directory / f"{point['sparsity']:g}" / "nuteprune.json").read_text())
+        assert record["sparsity"] == pytest.approx(point["sparsity"], abs=0.01)
+        assert point["perplexity"] > 0
+        assert point["per_layer_perplexity"] > 0
+        assert point["prefill"] > 0
+    assert points[0]["prefill"] == 1.0
+    assert found["knee"] == ladder.knee(points)
+    assert "| intact |" in printed
+    assert "cost of the shape" in printed
+    assert (directory / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((directory / "evaluate" / "report.json").read_text())
+    scores = [m["perplexity"]["train.txt"]["perplexity"] for m in report["models"][:4]]
+    assert scores == [p["perplexity"] for p in points]
+
+
+def test_a_rung_that_was_never_reached_stops_the_ladder_before_anything_is_exported(arguments, run_dir, capsys):
+    assert main([*arguments, "--ladder", "0.1,0.7"]) == 2
+    assert "sparsity 0.7: the run never got there; it has 0." in capsys.readouterr().err
+    assert not (run_dir / "ladder").exists()
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        ladder.run(load_config(run_dir, ["export.ladder=[1.5]"]))
+
+
+def points(*pairs):
+    return [{"parameters": size, "perplexity": perplexity} for size, perplexity in pairs]
+
+
+def test_the_knee_is_where_quality_starts_to_fall_faster_than_size():
+    curve = points((100, 10.0), (90, 10.5), (80, 11.0), (70, 12.0), (60, 20.0), (50, 60.0))
+    assert ladder.knee(curve) == 3
+    assert "| **" in ladder.table([p | {"sparsity": i / 10, "bytes": 1} for i, p in enumerate(curve)], 3)
+    assert ladder.knee(points((100, 10.0), (90, 40.0), (50, 60.0))) is None  # falls faster at first: no knee
+    assert ladder.knee(points((100, 10.0), (50, 60.0))) is None
+    assert ladder.knee(points((100, 10.0), (90, None), (50, 60.0))) is None
