@@ -98,7 +98,7 @@ class World:
 def discover() -> World:
     """This process's place, from its launcher: torchrun or deepspeed, a step of srun, mpirun, or none of them.
 
-    torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, so they are set for every launcher.
+    torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: every launcher gets them set.
 
     Raises:
         ConfigError: the launcher's variables contradict each other.
