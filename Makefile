@@ -14,7 +14,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks lint format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,8 +27,11 @@ demo: $(VENV) $(MODEL) $(TEXT) ## prune the real SmolLM2-135M by a fifth, compar
 	$(BIN)/nuteprune export recipe=demo
 	$(BIN)/nuteprune evaluate recipe=demo
 
+demo-slurm: $(VENV) $(MODEL) $(TEXT) ## the same as jobs of a real SLURM cluster of two nodes, on this machine (root)
+	$(BIN)/python tests/slurm/demo.py
+
 test: $(VENV) $(MODEL) ## run the tests; TESTS=tests/unit runs some
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 bench: $(VENV) $(MODEL) ## time a training step against sparsity
 	$(BIN)/python -m pipeline.bench.steps

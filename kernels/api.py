@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kernels import torch_path
 
@@ -131,8 +132,8 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
 def _resolve_keep(gate: Tensor | None, keep: Tensor | None, size: int) -> Tensor | None:
     """The kept units, or None when there is nothing to skip."""
     if keep is None:
-        # A data-dependent size would break a compiled graph and cannot exist on meta: gates of 0 still multiply there.
-        if gate is None or gate.is_meta or torch.compiler.is_compiling():
+        # A data-dependent size breaks a compiled graph, and a gate without values has none: there, 0 still multiplies.
+        if gate is None or gate.is_meta or isinstance(gate, FakeTensor) or torch.compiler.is_compiling():
             return None
         keep = gate.detach().nonzero().flatten()
     return None if keep.numel() == size else keep

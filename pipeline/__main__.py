@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import NoReturn
 from pipeline.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
 
 STAGES = {
+    "prepare": "fetch the model, tokenise and pack the text, once and without a GPU",
     "prune": "learn gates and LoRA on the frozen base model, taught by earlier snapshots of the student",
     "finetune": "train the pruned student's LoRA on instruction records, its gates fixed",
     "export": "write the student (or a snapshot of the run, or a ladder of them) as a small Hugging Face model",
@@ -21,10 +23,16 @@ STAGES = {
 }
 SHORTCUTS = {
     "finetune": {"--data": "finetune.data", "--sparsity": "finetune.sparsity"},
-    "export": {"--sparsity": "export.sparsity", "--from": "export.source", "--ladder": "export.ladder"},
-    "evaluate": {"--blocks": "evaluate.blocks"},
+    "export": {
+        "--sparsity": "export.sparsity",
+        "--from": "export.source",
+        "--ladder": "export.ladder",
+        "--push-to-hub": "export.push_to_hub",
+    },
+    "evaluate": {"--blocks": "evaluate.blocks", "--push-to-hub": "export.push_to_hub"},
 }
 """Flags of a stage that stand for one key; a list is given with commas."""
+STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"
 DISTRIBUTED = ("prune", "finetune")
 """Stages that several ranks run together."""
 OVERRIDES = "directory of a run (for --config RUN/config.yaml), and settings that win over the file"
@@ -43,6 +51,7 @@ PLAN_FLAGS = {
     "--out": ("", "directory for plan.yaml and deepspeed.json"),
 }
 """Flags of `plan`: default and meaning."""
+DRY_RUN_FLAGS = ("--world-size", "--gpus-per-node", "--gpu-memory")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,7 +69,18 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--config", help="YAML file with the run's settings")
         for flag, key in SHORTCUTS.get(name, {}).items():
             sub.add_argument(flag, metavar="X", help=f"same as {key}=X")
+        if name == "prune":
+            sub.add_argument("--dry-run", action="store_true", help="build the run without weights and print its plan")
+            for flag in DRY_RUN_FLAGS:
+                default, meaning = PLAN_FLAGS.get(flag, (1, "ranks"))
+                sub.add_argument(flag, type=type(default), default=default, metavar="X",
+                                 help=f"of a dry run: {meaning} (default {default})")  # fmt: skip
         sub.add_argument("overrides", nargs="*", metavar="RUN | key.sub=value", help=OVERRIDES)
+    status = stages.add_parser("status", help=STATUS, description=STATUS.capitalize() + ".")
+    status.add_argument("--config", help="YAML file of the run, instead of its directory")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--tsv", action="store_true", help="print stage, state and job between tabs")
+    status.add_argument("overrides", nargs="*", metavar="RUN | key.sub=value", help=OVERRIDES)
     plan = stages.add_parser("plan", help=PLAN, description=PLAN.capitalize() + ".")
     for flag, (default, meaning) in PLAN_FLAGS.items():
         meaning += f" (default {default})" if default else ""
@@ -82,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     if any(word.startswith("-") for word in rest):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides += rest  # settings may stand before and behind --config
+    if args.stage == "status":
+        return show_status(args)
     quiet_libraries()
     from pipeline.distributed import RankLost, discover
 
@@ -94,6 +116,9 @@ def main(argv: list[str] | None = None) -> int:
         if world.size > 1 and args.stage not in DISTRIBUTED:
             raise ConfigError(f"{args.stage} runs in one process, not in {world.size}: start it without a launcher")
         config = read_settings(args)
+        if getattr(args, "dry_run", False):
+            sys.stdout.write(dry_run(config, args) + "\n")
+            return 0
         if args.stage == "plan":
             from pipeline.stages import plan
 
@@ -117,6 +142,36 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def dry_run(config: Config, args: argparse.Namespace) -> str:
+    """What a dry run of the prune stage found, and the planner's figures for it."""
+    from pipeline import dryrun
+    from pipeline.stages import plan
+
+    ranks, per_node = args.world_size, min(args.world_size, args.gpus_per_node)
+    if ranks < 1 or per_node < 1 or ranks % per_node:
+        raise ConfigError(f"--world-size {ranks} is not made of whole nodes of {args.gpus_per_node} GPUs")
+    flags = {flag.strip("-").replace("-", "_"): default for flag, (default, _) in PLAN_FLAGS.items()}
+    flags |= {"nodes": ranks // per_node, "gpus_per_node": per_node, "gpu_memory": args.gpu_memory}
+    found = dryrun.text(dryrun.dry_run(config, ranks, per_node), config)
+    return f"{found}\n\n{plan.figures(config, argparse.Namespace(**flags))}"
+
+
+def show_status(args: argparse.Namespace) -> int:
+    """Print how far a run is; returns the exit code. Imports neither torch nor transformers: it answers at once."""
+    from pipeline.stages import status
+
+    # A run that has not started yet has no config.yaml: its directory is named like a setting.
+    args.overrides = [o if "=" in o or os.path.isfile(f"{o}/config.yaml") else f"run_dir={o}" for o in args.overrides]
+    try:
+        found = status.run(read_settings(args))
+    except ConfigError as error:
+        sys.stderr.write(f"nuteprune: {error}\n")
+        return 2
+    sys.stdout.write((status.table(found) if args.tsv else json.dumps(found, indent=2) if args.json else
+                      status.text(found)) + "\n")  # fmt: skip
+    return 0
+
+
 def read_settings(args: argparse.Namespace) -> Config:
     """The configuration of a parsed command line."""
     runs = [word for word in args.overrides if "=" not in word and os.path.isdir(word)]
@@ -124,7 +179,7 @@ def read_settings(args: argparse.Namespace) -> Config:
         raise ConfigError("give one run directory or one --config")
     overrides = [word for word in args.overrides if word not in runs]
     for flag, key in SHORTCUTS.get(args.stage, {}).items():
-        value = getattr(args, flag.strip("-"))
+        value = getattr(args, flag.strip("-").replace("-", "_"))
         if value is not None:
             overrides.append(f"{key}=[{value}]" if flag == "--ladder" else f"{key}={value}")
     return load_config(runs[0] if runs else args.config, overrides)

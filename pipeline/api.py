@@ -1,4 +1,4 @@
-"""The five calls of the Python API, which the command line uses too.
+"""The six calls of the Python API, which the command line uses too.
 
 Each takes the settings as a YAML file, the directory of a run, a nested dict, or a `Config`, and overrides as on the
 command line. A user's mistake raises `pipeline.config.ConfigError` with one line that says how to mend it.
@@ -15,9 +15,18 @@ from pipeline.masked import MaskedModel
 from pipeline.stages import evaluate as evaluate_stage
 from pipeline.stages import export as export_stage
 from pipeline.stages import finetune as finetune_stage
+from pipeline.stages import prepare as prepare_stage
 from pipeline.stages import prune as prune_stage
 
 Settings = Config | Mapping | str | Path | None
+
+
+def prepare(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:
+    """Fetch the model, tokenise and pack the text once, for `prune` and `export` of the same `run_dir`; no GPU needed.
+
+    Arguments and errors as of `prune`; returns the directory of the packed text.
+    """
+    return prepare_stage.run(load_config(settings, overrides))
 
 
 def prune(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:

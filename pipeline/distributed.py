@@ -27,6 +27,9 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 class RankLost(RuntimeError):
     """Another rank died or hangs; this one cannot go on."""
 
+    exit_code = 75
+    """As of `lifecycle.Preempted`: the same command goes on from the newest checkpoint."""
+
 
 @dataclass(frozen=True)
 class World:

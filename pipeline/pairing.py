@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,14 +102,14 @@ class _Head(nn.Module):
     def __init__(self, weight: nn.Parameter):
         super().__init__()
         self.weight = weight
-        self._result: Any = None
+        self._result: Tensor | None = None
 
-    def forward(self, loss: Callable[[Tensor], Any]) -> None:
+    def forward(self, loss: Callable[[Tensor], Tensor]) -> None:
         """Keep the loss of the weight for `lend`."""
         self._result = loss(self.weight)
 
-    def lend(self, loss: Callable[[Tensor], Any]) -> Any:
-        """The loss, or several, as a function of the whole weight [V, D]."""
+    def lend(self, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """The loss of the whole weight [V, D]."""
         self(loss)
         result, self._result = self._result, None
         return result
@@ -176,9 +176,9 @@ class PairedModel(nn.Module):
         positions = None if answers is None else answers.positions
         # ZeRO-3 frees a layer's weights when the gradient of its input is there: the first layer's needs one too.
         final = self._stream(_masked(embedded.detach().requires_grad_(), student.hidden), p, positions)
+        width = final.shape[-1]
         if answers is not None:
             return self._answer_losses(final, p, answers.labels)
-        width = final.shape[-1]
         if teacher is None:
             rows, labels = final[:, :-1].reshape(-1, width), input_ids[:, 1:].reshape(-1)
             output = self.head.lend(lambda weight: head_cross_entropy(rows, labels, weight, loss.chunk))
@@ -194,19 +194,18 @@ class PairedModel(nn.Module):
     def _answer_losses(self, final: Tensor, p: _Pass, labels: Tensor) -> Losses:
         """Mean over the answers' tokens: cross entropy, plus weighted KL from the teacher where there is one."""
         learned = labels[:, 1:] != IGNORE
-        student = final[:, :-1][learned]
-        target = None
-        if p.teacher is not None:
-            with torch.no_grad():
-                target = self.model.model.norm(p.teacher_stream)[:, :-1][learned]
-
-        def terms(weight: Tensor) -> tuple[Tensor, Tensor]:
-            output = head_cross_entropy(student, labels[:, 1:][learned], weight, p.loss.chunk)
-            if target is None:
-                return output, output.new_zeros(())
-            return output, head_kl(student, target, weight, p.loss.temperature, p.loss.chunk)
-
-        output, kl = self.head.lend(terms)
+        rows, labels = final[:, :-1][learned], labels[:, 1:][learned]
+        if p.teacher is None:
+            output = self.head.lend(lambda weight: head_cross_entropy(rows, labels, weight, p.loss.chunk))
+            return Losses(output, output.new_zeros(()), output)
+        with torch.no_grad():
+            target = self.model.model.norm(p.teacher_stream)[:, :-1][learned]
+        output, kl = self.head.lend(
+            lambda weight: torch.stack([
+                head_cross_entropy(rows, labels, weight, p.loss.chunk),
+                head_kl(rows, target, weight, p.loss.temperature, p.loss.chunk),
+            ])
+        )  # fmt: skip
         return Losses(output + p.loss.kl_weight * kl, output.new_zeros(()), output)
 
     def logits(self, input_ids: Tensor, view: View) -> Tensor:

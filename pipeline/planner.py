@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import AutoConfig
 
@@ -20,6 +21,7 @@ from pipeline.footprint import (
     memory,
 )
 from pipeline.masks import check_target
+from pipeline.models import read_config
 
 _LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "dtype": "bfloat16"}
 MODELS = {
@@ -34,8 +36,26 @@ MODELS = {
     "qwen3-32b": _LLAMA | {"model_type": "qwen3", "hidden_size": 5120, "num_hidden_layers": 64,
                            "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
                            "intermediate_size": 25600, "vocab_size": 151936},
+    "mistral-7b": _LLAMA | {"model_type": "mistral", "hidden_size": 4096, "num_hidden_layers": 32,
+                            "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
+                            "vocab_size": 32768, "sliding_window": None},
+    "qwen3-14b": _LLAMA | {"model_type": "qwen3", "hidden_size": 5120, "num_hidden_layers": 40,
+                           "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
+                           "intermediate_size": 17408, "vocab_size": 151936},
 }  # fmt: skip
 """Sizes of public models, by the name `--model` takes: enough of their config.json to plan without it, in bfloat16."""
+HUB = {
+    "huggyllama/llama-7b": "llama-7b",
+    "huggyllama/llama-13b": "llama-13b",
+    "meta-llama/Llama-2-7b-hf": "llama-7b",
+    "meta-llama/Llama-2-13b-hf": "llama-13b",
+    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+    "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
+    "mistralai/Mistral-7B-v0.3": "mistral-7b",
+    "Qwen/Qwen3-14B": "qwen3-14b",
+    "Qwen/Qwen3-32B": "qwen3-32b",
+}
+"""Hub ids of those sizes, which are known without asking the hub (some of them it tells to licensees only)."""
 
 _UNITS = {
     "bytes": (r"B", "80GB or 80GiB"),
@@ -75,6 +95,25 @@ def named_config(name: str) -> object:
     """transformers' configuration of a model in `MODELS`."""
     sizes = dict(MODELS[name])
     return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+
+
+def read_model(model: str) -> tuple[object, ArchSpec]:
+    """Configuration and architecture of a directory, a config.json, a hub id or a name of `planner.MODELS`.
+
+    Only a hub id (`name` or `owner/name` that is no path here) that is not in `HUB` is looked up on the network.
+    """
+    if not model:
+        raise ConfigError(
+            f"--model is missing: give a directory, a config.json, a hub id or one of {', '.join(MODELS)}"
+        )
+    path = Path(model)
+    name = model.lower() if path.exists() else HUB.get(model, model.lower())
+    if name in MODELS:
+        config = named_config(name)
+        return config, read_spec(config)
+    if not path.exists() and (path.suffix == ".json" or model.startswith((".", "/", "~")) or len(path.parts) > 2):
+        raise ConfigError(f"--model {model}: there is no such file or directory")
+    return read_config(model)
 
 
 @dataclass(frozen=True)

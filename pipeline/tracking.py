@@ -31,7 +31,7 @@ class Tracker:
     """Writes scalars, pictures and texts of one stage below a run directory and shows its progress.
 
     Args:
-        run_dir: gets `tensorboard/` and `metrics.jsonl`, whose lines are `{"step": s, "stage/name": value, …}`.
+        run_dir: gets `tensorboard/` and `metrics.jsonl`, of lines `{"step": s, "total": n, "stage/name": value, …}`.
         config: what to write and how often.
         total_steps: length of the progress bar.
         first_step: first step of this process; what an earlier one wrote of this stage from there on is dropped, in
@@ -92,7 +92,8 @@ class Tracker:
         if self._metrics is None or (step % self.log_every and step != self.last_step):
             return
         values = {f"{self.stage}/{name}": float(value) for name, value in scalars.items()}
-        line = {"step": step} | {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        line = {"step": step, "total": self.last_step + 1}
+        line |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         try:
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()

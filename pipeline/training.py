@@ -267,6 +267,7 @@ def report(trainer: Trainer, tracker: Tracker, metrics: dict[str, float], second
     """Log a step's scalars, pictures and progress."""
     config, step = trainer.config, trainer.step
     metrics |= {
+        "step_s": seconds,
         "tokens_per_s": config.train.batch_size * config.data.seq_len / seconds,
         "peak_memory_gb": peak_memory_gb(trainer.world.device),
     }

@@ -124,7 +124,7 @@ def load_paired(config: Config, world: World, settings: dict | None) -> PairedMo
         with world.together():
             hf_model, spec = load_model(config.model, world.device)
         return PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
-    _quiet()
+    quiet()
     hf_model, spec = load_partitioned(config.model, world, settings)
     model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
     attach(model, settings)
@@ -146,7 +146,7 @@ def attach(model: PairedModel, settings: dict) -> None:
     model.partitioning = (engine,)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep DeepSpeed to warnings, and from compiling an operator that nothing here needs.
 
     Its shared-memory all-reduce for CPUs takes a minute to build, and a build that is killed leaves a lock on which

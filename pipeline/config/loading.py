@@ -56,7 +56,7 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
         layers.append((f"override '{item}'", nested))
     name = str(next((tree["recipe"] for _, tree in reversed(layers) if tree.get("recipe")), "default"))
     tree: dict = {}
-    for source, layer in [(f"recipe {name}", read_yaml(recipe_path(name))), *layers]:
+    for source, layer in [*_recipe_layers(name), *layers]:
         _check_keys(Config, layer, source, "")
         tree = _merge(tree, layer)
     tree["recipe"] = name
@@ -73,6 +73,15 @@ def _consistent(config: Config) -> Config:
         if not value:
             raise ConfigError(f"{key} is empty: name at least one")
     return config
+
+
+def _recipe_layers(name: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
+    """A recipe's file, behind those of the recipes that it names as its base."""
+    if name in above:
+        raise ConfigError(f"recipe '{name}' is its own base: {' -> '.join((*above, name))}")
+    tree = read_yaml(recipe_path(name))
+    base = tree.get("recipe")
+    return [*(_recipe_layers(str(base), (*above, name)) if base else []), (f"recipe {name}", tree)]
 
 
 def recipe_path(name: str) -> Path:

@@ -9,19 +9,17 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.arch import ArchSpec, read_spec
 from pipeline.config import Config, ConfigError
 from pipeline.costs import ASSUMPTIONS, extra_steps, passes, traffic
 from pipeline.footprint import USABLE, Cluster, Job, Layout, Memory, total_parameters
-from pipeline.models import read_config
 from pipeline.planner import (
     MODELS,
     Estimate,
     Plan,
     deepspeed_settings,
     make_plan,
-    named_config,
     quantity,
+    read_model,
     run_settings,
     table,
 )
@@ -87,24 +85,6 @@ def read_cluster(args: argparse.Namespace) -> Cluster:
     )
 
 
-def read_model(model: str) -> tuple[object, ArchSpec]:
-    """Configuration and architecture of a directory, a config.json, a hub id or a name of `planner.MODELS`.
-
-    Only a hub id (`name` or `owner/name` that is no path here) is looked up on the network.
-    """
-    if not model:
-        raise ConfigError(
-            f"--model is missing: give a directory, a config.json, a hub id or one of {', '.join(MODELS)}"
-        )
-    if model.lower() in MODELS:
-        config = named_config(model.lower())
-        return config, read_spec(config)
-    path = Path(model)
-    if not path.exists() and (path.suffix == ".json" or model.startswith((".", "/", "~")) or len(path.parts) > 2):
-        raise ConfigError(f"--model {model}: there is no such file or directory")
-    return read_config(model)
-
-
 def settings_files(plan: Plan, out: Path | None) -> dict[str, str]:
     """Text of plan.yaml and deepspeed.json, by name."""
     cluster = plan.job.cluster
@@ -127,6 +107,13 @@ def write(files: dict[str, str], out: Path) -> None:
             (out / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot write there ({error.strerror})") from None
+
+
+def figures(config: Config, args: argparse.Namespace) -> str:
+    """Memory, traffic and time of a run as the flags of `nuteprune plan` describe its cluster."""
+    plan = make_plan(Job(read_model(config.model.path)[1], config, read_cluster(args)), args.tokens_per_document)
+    parts = (headline(plan), memory_text(plan.job, plan.chosen), traffic_text(plan.job, plan.chosen), time_text(plan))
+    return "\n\n".join(parts)
 
 
 def plan_text(plan: Plan, files: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config, flatten, to_dict
-from pipeline.data import BatchStream, packed_blocks
+from pipeline.data import BatchStream
 from pipeline.distributed import World
 from pipeline.engine import Engine, Multipliers
 from pipeline.importance import initial_log_alpha, taylor_importance
@@ -20,6 +20,7 @@ from pipeline.masks import Gates, MaskSet, check_target, sparsity_of
 from pipeline.masks.schedule import noise_at, settle_step, target_at, warmup_steps
 from pipeline.models import load_tokenizer, read_config
 from pipeline.pairing import Losses
+from pipeline.prepared import training_blocks
 from pipeline.resume import load_state, save_state
 from pipeline.rundir import save_run
 from pipeline.teachers import TeacherBank
@@ -60,7 +61,7 @@ class Pruning(Trainer):
             check_target(spec, config.gates, config.sparsity.target)
             settings = zero_settings(config, spec, world)
             tokenizer = load_tokenizer(config.model.path, spec.vocab)
-            blocks = packed_blocks(config.data, tokenizer, spec.vocab)
+            blocks = training_blocks(config, tokenizer, spec.vocab)
             stream = BatchStream(blocks, config.train.batch_size, config.seed, world.rank, world.size)
         total = config.train.steps or max(1, round(config.train.epochs * stream.steps_per_epoch))
         model = load_paired(config, world, settings)

@@ -83,3 +83,13 @@ def test_both_entry_points_answer():
         assert "prune" in out
         assert "export" in out
         assert "evaluate" in out
+
+
+def test_a_recipe_builds_on_another(tmp_path):
+    (tmp_path / "mine.yaml").write_text("recipe: paper\ntrain: {batch_size: 8}\n")
+    config = load_config(None, [f"recipe={tmp_path / 'mine.yaml'}"])
+    paper = load_config(None, ["recipe=paper"])
+    assert (config.train.batch_size, config.gates) == (8, paper.gates)
+    (tmp_path / "mine.yaml").write_text(f"recipe: {tmp_path / 'mine.yaml'}\n")
+    with pytest.raises(ConfigError, match="its own base"):
+        load_config(None, [f"recipe={tmp_path / 'mine.yaml'}"])

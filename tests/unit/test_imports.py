@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 LEVELS = [
     {"kernels"},
-    {"config"},
+    {"config", "jobs"},
     {"arch", "distributed"},
     {"masks"},
     {
@@ -25,10 +25,11 @@ LEVELS = [
         "modeling_ragged",
     },
     {"pairing", "teachers", "report", "folding", "fetch", "footprint", "shards", "fingerprint", "instructions"},
-    {"engine", "zero", "importance", "rundir", "costs", "measure"},
-    {"resume", "model_card", "planner", "students", "speed"},
-    {"lifecycle"},
-    {"training", "masked"},
+    {"engine", "zero", "importance", "rundir", "costs", "measure", "publish"},
+    {"resume", "planner", "students", "speed"},
+    {"model_card"},
+    {"lifecycle", "prepared"},
+    {"training", "masked", "dryrun"},
     {"stages"},
     {"ladder"},
     {"api"},

@@ -1,6 +1,7 @@
 """Tracker: what it writes is read back with TensorBoard's own reader and line by line."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -26,14 +27,14 @@ def test_scalars_reach_tensorboard_and_jsonl(tmp_path):
     with Tracker(tmp_path, QUIET, total_steps=3) as tracker:
         for step in range(3):
             tracker.log(step, {"loss": 2.0 - step, "norm": torch.tensor(0.5)})
-    assert lines(tmp_path)[1] == {"step": 1, "prune/loss": 1.0, "prune/norm": 0.5}
+    assert lines(tmp_path)[1] == {"step": 1, "total": 3, "prune/loss": 1.0, "prune/norm": 0.5}
     assert [(s.step, s.value) for s in events(tmp_path).Scalars("prune/loss")] == [(0, 2.0), (1, 1.0), (2, 0.0)]
 
 
 def test_nan_is_null_in_jsonl_so_that_every_line_is_strict_json(tmp_path):
     with Tracker(tmp_path, QUIET, total_steps=1) as tracker:
         tracker.log(0, {"loss": float("nan"), "norm": float("inf")})
-    assert lines(tmp_path) == [{"step": 0, "prune/loss": None, "prune/norm": None}]
+    assert lines(tmp_path) == [{"step": 0, "total": 1, "prune/loss": None, "prune/norm": None}]
 
 
 def test_log_every_keeps_the_last_step(tmp_path):
@@ -50,6 +51,7 @@ def test_resume_drops_what_is_done_again(tmp_path):
             tracker.log(step, {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('\0\0\0\n{"step": 5, "prune/lo')  # killed while writing
+    time.sleep(1)  # TensorBoard orders the files of processes by the second they started in
     with Tracker(tmp_path, QUIET, total_steps=6, first_step=2) as tracker:
         for step in range(2, 6):
             tracker.log(step, {"loss": 3.0})
@@ -64,7 +66,9 @@ def test_a_later_stage_leaves_the_scalars_of_pruning_alone(tmp_path):
     for perplexity in (9.0, 8.0):
         with Tracker(tmp_path, QUIET, total_steps=1, first_step=None, stage="eval") as tracker:
             tracker.log(0, {"perplexity": perplexity})
-    assert lines(tmp_path) == [{"step": 1, "prune/loss": 1.0}, {"step": 0, "eval/perplexity": 8.0}]
+    pruning, evaluation = lines(tmp_path)
+    assert pruning == {"step": 1, "total": 2, "prune/loss": 1.0}
+    assert evaluation == {"step": 0, "total": 1, "eval/perplexity": 8.0}
     assert [s.step for s in events(tmp_path).Scalars("prune/loss")] == [1]
 
 

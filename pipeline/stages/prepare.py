@@ -1,0 +1,83 @@
+"""The prepare stage: fetch the model and check its files, tokenise and pack the text, once and without a GPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from pipeline.config import Config, ConfigError
+from pipeline.data import packed_blocks
+from pipeline.instructions import packed_windows
+from pipeline.models import load_tokenizer, read_config
+from pipeline.prepared import load_blocks, save_blocks
+
+log = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+
+
+def run(config: Config) -> Path:
+    """Make ready what the other stages read; returns the directory of the packed text.
+
+    A model on the hub goes to the hub's cache. Settings that have been prepared before are not prepared again.
+
+    Raises:
+        ConfigError: no run directory, no such model or text, or weights that are missing or cut short.
+    """
+    if not config.run_dir:
+        raise ConfigError("run_dir is empty: set it to the directory of the run")
+    _, spec = read_config(config.model.path)
+    files = check_weights(fetch(config.model.path))
+    tokenizer = load_tokenizer(config.model.path, spec.vocab)
+    if config.finetune.data:
+        windows = packed_windows(config.finetune, tokenizer)
+        log.info("%d windows of instruction records", len(windows))
+    log.info("%s: %d weight files are whole", config.model.path, files)
+    if load_blocks(config) is None:
+        blocks = packed_blocks(config.data, tokenizer, spec.vocab)
+        log.info("%d blocks of %d tokens", *blocks.shape)
+        return save_blocks(config, blocks)
+    log.info("the text is prepared already")
+    return Path(config.run_dir) / "prepared"
+
+
+def summary(config: Config, result: Path) -> str:
+    """What the command line prints at the end."""
+    return f"prepared: {result}\nnext: nuteprune prune with the same settings"
+
+
+def fetch(path: str) -> Path:
+    """The directory of a model's files, downloaded into the hub's cache where `path` is a hub id."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path {path}: cannot be downloaded ({reason})") from None
+
+
+def check_weights(directory: Path) -> int:
+    """Open every safetensors file, which finds those that are cut short; returns how many there are.
+
+    Raises:
+        ConfigError: there is none, one is damaged, or one that the index names is missing.
+    """
+    files = {path.name for path in directory.glob("*.safetensors")}
+    index = directory / INDEX
+    if index.is_file():
+        files |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if not files:
+        raise ConfigError(f"model.path {directory}: config.json but no weights (*.safetensors) there")
+    for name in sorted(files):
+        try:
+            with safe_open(directory / name, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{directory / name} is missing or damaged ({error}): fetch it again") from None
+    return len(files)

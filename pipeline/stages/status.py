@@ -1,0 +1,132 @@
+"""The status command: how far a run is, from its directory and from SLURM where it is there. Reads only."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from pipeline import jobs
+from pipeline.config import Config, ConfigError
+
+TRAINING = ("prune", "finetune")
+"""Stages that take steps."""
+RECENT = 20
+"""Steps over which the speed is taken."""
+
+
+def run(config: Config) -> dict:
+    """The state of the run in `config.run_dir`.
+
+    Returns:
+        `run_dir`, and `stages`: by name a dict with `state` (complete, pending, running, incomplete, or SLURM's word
+        for a job that failed, in small letters), `job`, and where there are any `progress` and `error`.
+
+    Raises:
+        ConfigError: no run directory is named.
+    """
+    if not config.run_dir:
+        raise ConfigError("which run? Give its directory, or --config with the file that names it")
+    run_dir = Path(config.run_dir)
+    numbers = jobs.submitted(run_dir)
+    return {
+        "run_dir": str(run_dir),
+        "stages": {stage: _stage(run_dir, stage, output, numbers.get(stage))
+                   for stage, output in outputs(config).items()},
+    }  # fmt: skip
+
+
+def outputs(config: Config) -> dict[str, Path]:
+    """The stages of the run's chain in order, and the directory of each one's result."""
+    run_dir, tune = Path(config.run_dir), config.finetune
+    rung = "" if tune.sparsity in (0, config.sparsity.target) else f"-{tune.sparsity:g}"
+    found = {"prepare": run_dir / "prepared", "prune": run_dir / "pruned"}
+    if tune.data:
+        found["finetune"] = run_dir / f"finetune{rung}" / "tuned"
+    return found | {
+        "export": Path(config.export.output or run_dir / "export"),
+        "evaluate": Path(config.evaluate.output or run_dir / "evaluate"),
+    }
+
+
+def _stage(run_dir: Path, stage: str, output: Path, number: str | None) -> dict:
+    job = jobs.find(number) if number else jobs.Job("")
+    complete = (output / "manifest.json").is_file()
+    state = job.standing or ("complete" if complete else job.state.lower() if job.failed else "incomplete")
+    found = {"state": state, "job": vars(job) if number else None}
+    if stage in TRAINING and state != "complete":
+        found["progress"] = progress(output.parent, stage)
+    if job.failed and not complete:
+        found["error"] = jobs.first_error(run_dir, job)
+    return found
+
+
+def progress(directory: Path, stage: str) -> dict | None:
+    """Where training is, from metrics.jsonl and the checkpoints; None before the first step."""
+    lines = [line for line in _entries(directory / "metrics.jsonl") if f"{stage}/loss" in line]
+    if not lines:
+        return None
+    last = lines[-1]
+    seconds = statistics.median(line[f"{stage}/step_s"] for line in lines[-RECENT:])
+    checkpoints = sorted((directory / "checkpoints").glob("step-*"))
+    found = {"step": last["step"] + 1, "total": last["total"]}
+    for name in ("expected_sparsity", "target_sparsity", "teacher_sparsity", "tokens_per_s", "loss"):
+        if f"{stage}/{name}" in last:
+            found[name] = last[f"{stage}/{name}"]
+    return found | {
+        "seconds_left": round(seconds * (found["total"] - found["step"])),
+        "last_step_seconds_ago": round(time.time() - (directory / "metrics.jsonl").stat().st_mtime),
+        "checkpoint": int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else None,
+    }
+
+
+def _entries(path: Path) -> list[dict]:
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:  # the line that is being written
+            continue
+    return entries
+
+
+def text(status: dict) -> str:
+    """The status for people."""
+    lines = [status["run_dir"]]
+    for stage, found in status["stages"].items():
+        job = found["job"]
+        words = [f"  {stage:<9} {found['state']:<11}"]
+        if job:
+            words.append(f"job {job['number']} {job['state'] or '(SLURM has forgotten it)'}")
+            words += [f"on {job['nodes']}"] if job["nodes"] else []
+            words += [f"({job['reason']})"] if job["reason"] else []
+            words += [f"restarts: {job['restarts']}"] if job["restarts"] else []
+        lines.append(" ".join(words).rstrip())
+        if found.get("progress"):
+            lines += [f"            {line}" for line in _progress_text(found["progress"])]
+        if found.get("error"):
+            lines.append(f"            first error: {found['error']}")
+    return "\n".join(lines)
+
+
+def _progress_text(found: dict) -> list[str]:
+    parts = [f"step {found['step']:,} of {found['total']:,}"]
+    if "expected_sparsity" in found:
+        teacher = f"{found['teacher_sparsity']:.1%}" if found["teacher_sparsity"] else "the intact model"
+        parts.append(f"sparsity {found['expected_sparsity']:.1%} (target {found['target_sparsity']:.1%})")
+        parts.append(f"teacher {teacher}")
+    parts.append(f"{found['tokens_per_s']:,.0f} tokens/s")
+    parts.append(f"{timedelta(seconds=found['seconds_left'])} left")
+    saved = "none yet" if found["checkpoint"] is None else f"step {found['checkpoint']:,}"
+    ago = timedelta(seconds=found["last_step_seconds_ago"])
+    return [", ".join(parts), f"last step {ago} ago; last checkpoint: {saved}"]
+
+
+def table(status: dict) -> str:
+    """The status for `slurm/submit.sh`: the run directory, then stage, state and job, between tabs."""
+    rows = [("run_dir", status["run_dir"])]
+    rows += [(stage, found["state"], (found["job"] or {}).get("number", ""))
+             for stage, found in status["stages"].items()]  # fmt: skip
+    return "\n".join("\t".join(row) for row in rows)

@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# Submits the stages of a run as dependent jobs, or a sweep of runs as an array. Run again, it submits what is missing.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: slurm/submit.sh --config RUN.yaml --cluster CLUSTER.env [options] [key.sub=value …]
+
+  --config FILE    the run's settings (YAML); its run_dir must be seen by every node
+  --cluster FILE   how the cluster is used: a copy of slurm/clusters/example.env
+  --from STAGE     submit this stage and those after it, finished or not: prepare, prune, finetune, export, evaluate
+  --sweep FILE     instead, prune, export and evaluate once for each entry of a YAML list of settings, as a job array
+  --dry-run        print the sbatch commands only
+END
+}
+
+die() {
+    echo "submit.sh: $*" >&2
+    exit 2
+}
+
+config='' cluster='' from='' sweep='' dry='' overrides=()
+while (($#)); do
+    case $1 in
+        --config | --cluster | --from | --sweep)
+            (($# > 1)) || die "$1 needs a value"
+            printf -v "${1#--}" %s "$2"
+            shift 2
+            ;;
+        --dry-run) dry=1 && shift ;;
+        -h | --help) usage && exit ;;
+        *=*) overrides+=("$1") && shift ;;
+        *) die "unknown argument '$1' (--help shows them)" ;;
+    esac
+done
+[[ $config ]] || die "--config is missing"
+[[ $cluster ]] || die "--cluster is missing: copy slurm/clusters/example.env and edit it"
+[[ -r $config ]] || die "cannot read $config"
+[[ -r $cluster ]] || die "cannot read $cluster"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cluster=$(realpath "$cluster")
+# shellcheck source=slurm/clusters/example.env
+source "$cluster"
+[[ ${PYTHON:-} ]] || die "$cluster sets no PYTHON"
+
+# Name, state and job of each stage, and the run's directory: one line each.
+state=$("$PYTHON" -m pipeline status --config "$config" --tsv "${overrides[@]}")
+run_dir=$(sed -n 's/^run_dir\t//p' <<<"$state")
+mapfile -t stages < <(sed -n '/^run_dir\t/d; s/\t.*//p' <<<"$state")
+[[ -z $from || " ${stages[*]} " == *" $from "* ]] || die "--from $from: this run has the stages ${stages[*]}"
+
+# setting STAGE NAME DEFAULT: the cluster file's STAGE_NAME.
+setting() {
+    local name=${1^^}_$2
+    echo "${!name:-$3}"
+}
+
+# The planner lays the run out for the fewest nodes that it may get; sets $planned (hours) and $config.
+plan() {
+    local nodes figures out=()
+    nodes=$(setting prune NODES 1)
+    [[ $dry ]] || out=(--out "$run_dir/plan")
+    figures=$("$PYTHON" -m pipeline plan --config "$config" --nodes "${nodes%%-*}" --gpus-per-node "$PRUNE_GPUS" \
+        --gpu-memory "${GPU_MEMORY:-80GB}" --json "${out[@]}" "${overrides[@]}") ||
+        die "no plan for $nodes x $PRUNE_GPUS GPUs of ${GPU_MEMORY:-80GB}: \`nuteprune plan\` shows what was tried"
+    planned=$("$PYTHON" -c 'import json, math, sys; print(math.ceil(1.5 * json.load(sys.stdin)["hours"]))' <<<"$figures")
+    config=$run_dir/plan/plan.yaml
+    overrides=()
+}
+
+# resources STAGE: sbatch's flags for it, in $flags.
+resources() {
+    local stage=$1 gpus tasks=1 time extra="${1^^}_FLAGS[@]"
+    gpus=$(setting "$stage" GPUS 0)
+    time=$(setting "$stage" TIME "${planned:+$planned:00:00}")
+    [[ $time ]] || die "$cluster sets no ${stage^^}_TIME, and without GPUs the planner has no figure"
+    if [[ $stage =~ ^(prune|finetune)$ && ${LAUNCHER:-srun} == srun ]] && ((gpus)); then tasks=$gpus; fi
+    flags=(--nodes="$(setting "$stage" NODES 1)" --ntasks-per-node="$tasks"
+        --cpus-per-task="$(setting "$stage" CPUS 1)" --time="$time" --signal="B:USR1@${SIGNAL_SECONDS:-300}")
+    if ((gpus)); then flags+=(--gpus-per-node="$gpus"); fi
+    flags+=(${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} ${!extra+"${!extra}"})
+}
+
+# submit NAME FLAG… SCRIPT ARGUMENT…: prints the command, or runs it; the job's number is in $job.
+submit() {
+    local name=$1 command title
+    title=$(basename "$run_dir")
+    shift
+    command=(sbatch --parsable --kill-on-invalid-dep=yes --job-name="${title%"-$name"}-$name"
+        --output="$run_dir/logs/$name-%j.log" "$@")
+    if [[ $dry ]]; then
+        job=${name^^}_JOB
+        printf '%q ' "${command[@]}" | sed 's/ $/\n/'
+    else
+        mkdir -p "$run_dir/logs"
+        job=$("${command[@]}")
+        job=${job%%;*} # "id;cluster" in a federation
+    fi
+}
+
+planned=
+if ((${PRUNE_GPUS:-0})); then plan; fi
+
+if [[ $sweep ]]; then
+    [[ -r $sweep ]] || die "cannot read $sweep"
+    entries=$("$PYTHON" "$here/sweep.py" "$sweep")
+    count=$(wc -l <<<"$entries")
+    run_dir+=-sweep
+    if [[ ! $dry ]]; then
+        mkdir -p "$run_dir"
+        echo "$entries" >"$run_dir/sweep.tsv"
+    fi
+    resources prune
+    submit sweep "${flags[@]}" --array="0-$((count - 1))${SWEEP_AT_ONCE:+%$SWEEP_AT_ONCE}" \
+        "$here/sweep.sbatch" "$cluster" "$here" "$run_dir" --config "$config" "${overrides[@]}"
+    [[ $dry ]] || echo "sweep: job $job, $count runs below $run_dir (nuteprune status $run_dir/NAME)"
+    exit
+fi
+
+# Without --from, what stands before a stage that is complete or under way is not needed any more.
+first=$from
+if [[ ! $from ]]; then
+    first=$(awk -F'\t' '$2 ~ /^(complete|pending|running)$/ { print $1 }' <<<"$state" | tail -n 1)
+    first=${first:-${stages[0]}}
+fi
+
+previous='' jobs='' reached=''
+for stage in "${stages[@]}"; do
+    IFS=$'\t' read -r _ status job < <(grep "^$stage"$'\t' <<<"$state")
+    if [[ $stage == "$first" ]]; then reached=1; fi
+    if [[ $status == pending || $status == running ]]; then
+        [[ $dry ]] || echo "$stage: job $job is $status already"
+    elif [[ $status == complete && ! $from ]]; then
+        [[ $dry ]] || echo "$stage: complete"
+        continue
+    elif [[ ! $reached ]]; then
+        continue
+    else
+        resources "$stage"
+        submit "$stage" ${previous:+--dependency="afterok:$previous"} "${flags[@]}" \
+            "$here/stage.sbatch" "$cluster" "$stage" "$run_dir" --config "$config" "${overrides[@]}"
+        if [[ ! $dry ]]; then
+            printf '%s\t%s\n' "$stage" "$job" >>"$run_dir/jobs.tsv"
+            echo "$stage: job $job${previous:+ after job $previous}"
+        fi
+    fi
+    previous=$job jobs+=${jobs:+,}$job
+done
+
+[[ $dry || -z $jobs ]] || cat <<END
+watch:        $PYTHON -m pipeline status $run_dir
+the queue:    squeue --jobs $jobs
+logs:         $run_dir/logs/
+cancel:       scancel ${jobs//,/ }
+TensorBoard, in a terminal of your own machine:
+  ssh -L 6006:localhost:6006 $(id -un)@$(hostname) 'cd $PWD && $PYTHON -m tensorboard.main --port 6006 --logdir $run_dir/tensorboard'
+END

@@ -1,0 +1,131 @@
+"""Runs of a tiny model on a real cluster: the chain, what interrupts it, what breaks it, and sweeps."""
+
+import os
+import signal
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from slurm_cluster import wait_for
+
+from pipeline.checkpoint import sha256
+
+# One worker of pytest-xdist starts the cluster and the run that others are compared with.
+pytestmark = pytest.mark.xdist_group("slurm")
+STAGES = ["prepare", "prune", "finetune", "export", "evaluate"]
+
+
+def finished(run, job: str, limit: float = 300) -> dict[str, str]:
+    """Wait for a job's success; returns its fields."""
+    fields = run.cluster.wait_job(job, limit=limit)
+    assert fields["JobState"] == "COMPLETED", run.everything()
+    return fields
+
+
+def wait_for_step(run, step: int) -> None:
+    """Wait until a checkpoint of that step or a later one is there."""
+    last = run.run_dir / "checkpoints" / f"step-{step:08d}"
+    wait_for(lambda: any(p.name >= last.name for p in last.parent.glob("step-*")), 180, run.everything)
+
+
+def exported(run) -> str:
+    return sha256(run.run_dir / "export" / "model.safetensors")
+
+
+def test_whole_chain_in_order(undisturbed):
+    run, jobs = undisturbed
+    assert list(jobs) == STAGES
+    done = [finished(run, jobs[stage]) for stage in STAGES]
+    assert all(before["EndTime"] <= after["StartTime"] for before, after in pairwise(done))
+    status = run.status()["stages"]
+    assert [status[stage]["state"] for stage in STAGES] == ["complete"] * len(STAGES)
+    assert [status[stage]["job"]["number"] for stage in STAGES] == list(jobs.values())
+    assert run.submit_text().splitlines() == [f"{stage}: complete" for stage in STAGES]
+    assert (run.run_dir / "evaluate" / "report.md").is_file()
+
+
+def leave_before_time_limit(run, job: str) -> None:
+    """Move a job's time limit to less than two minutes from now, and wait for SLURM's signal.
+
+    The ranks are held meanwhile, so that they cannot finish first: SLURM looks at time limits every 30 s.
+    """
+    ranks = [run.cluster.pid(job, rank) for rank in (0, 1)]
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    hours, minutes, _ = run.cluster.job(job)["RunTime"].split(":")
+    limit = 60 * int(hours) + int(minutes) + 2
+    run.cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={limit}")
+    wait_for(lambda: "the ranks save and leave" in run.log(f"prune-{job}"), 90, run.everything)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_interruptions_change_no_bit(undisturbed, tiny_run):
+    """Requeued, a rank killed, and told to leave before its time limit: the export is that of the undisturbed run."""
+    run = tiny_run()
+    # Not one restart without progress is allowed.
+    jobs = run.submit("--from", "prune", PRUNE_TIME="60", SIGNAL_SECONDS="120", MAX_RESTARTS="0")
+    prune = jobs["prune"]
+    wait_for_step(run, 20)
+    assert not run.submit()  # queued and running jobs are not submitted twice
+    run.cluster.run("scontrol", "requeue", prune)
+    wait_for_step(run, 50)
+    os.kill(run.cluster.pid(prune, rank=1), signal.SIGKILL)
+    wait_for_step(run, 80)
+    leave_before_time_limit(run, prune)
+    assert int(finished(run, prune)["Restarts"]) == 3
+    log = run.log(f"prune-{prune}")
+    assert "Killed" in log
+    assert "SIGUSR1 at step" in log
+    finished(run, jobs["export"])
+    assert exported(run) == exported(undisturbed[0])
+
+
+def test_lost_node_is_survived_on_the_other_one(tiny_run):
+    run = tiny_run()
+    jobs = run.submit("--from", "prune", PRUNE_NODES="1-2")
+    wait_for_step(run, 20)
+    assert run.cluster.job(jobs["prune"])["NumNodes"] == "2"
+    run.cluster.crash_node("node2")
+    try:
+        ended = finished(run, jobs["prune"])
+    finally:
+        run.cluster.start_node("node2")
+    assert ended["NodeList"] == "node1"
+    assert "resumed at step" in run.log(f"prune-{jobs['prune']}")
+    run.cluster.run("scancel", jobs["export"])
+
+
+def test_restarts_without_progress_have_an_end(tiny_run):
+    run = tiny_run()
+    prune = run.submit("--from", "prune", MAX_RESTARTS="0")["prune"]
+    wait_for(lambda: "stage prune" in run.log(f"prune-{prune}"), 60, run.everything)
+    run.cluster.run("scontrol", "requeue", prune)
+    assert run.cluster.wait_job(prune, "FAILED")["Restarts"] == "1"
+    assert "given up: 1 restarts in a row without a new checkpoint" in run.log(f"prune-{prune}")
+    assert "given up" in run.status()["stages"]["prune"]["error"]
+
+
+def test_failing_stage_stops_the_chain_and_status_says_why(tiny_run):
+    run = tiny_run()
+    jobs = run.submit("--from", "prune", "sparsity.target=0.99", LAUNCHER="torchrun")
+    failed = run.cluster.wait_job(jobs["prune"])
+    assert (failed["JobState"], failed["Restarts"]) == ("FAILED", "0")
+    assert run.cluster.wait_job(jobs["evaluate"])["JobState"] == "CANCELLED"
+    stages = run.status()["stages"]
+    assert {stage: found["state"] for stage, found in stages.items()} == {
+        "prepare": "incomplete", "prune": "failed", "export": "cancelled", "evaluate": "cancelled",
+    }  # fmt: skip
+    assert "sparsity.target 0.99 is out of reach" in stages["prune"]["error"]
+
+
+def test_sweep_as_an_array(tiny_run, tmp_path):
+    run = tiny_run(steps=10)
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("- {sparsity.target: 0.2}\n- {sparsity.target: 0.3, seed: 1}\n")
+    printed = run.submit_text("--sweep", str(sweep), PRUNE_NODES="1")
+    job = printed.split("job ")[1].split(",")[0]
+    for element in (f"{job}_0", f"{job}_1"):
+        finished(run, element)
+    for name in ("sparsity.target=0.2", "sparsity.target=0.3,seed=1"):
+        assert (Path(f"{run.run_dir}-sweep") / name / "evaluate" / "manifest.json").is_file()

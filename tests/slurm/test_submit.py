@@ -1,0 +1,82 @@
+"""What submit.sh would submit, held against golden files, and what it refuses. Needs no SLURM.
+
+After a wanted change: `UPDATE_GOLDEN=1 python -m pytest tests/slurm/test_submit.py`, and read the difference.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+CPU = """\
+PYTHON={python}
+SBATCH_FLAGS=(--account=me --partition=cpu)
+PRUNE_NODES=${{PRUNE_NODES:-2-4}} PRUNE_GPUS=0 PRUNE_TIME=02:00:00
+PREPARE_TIME=10 EXPORT_TIME=20 EVALUATE_TIME=30
+EXPORT_FLAGS=(--mem=64G "--constraint=big mem")
+"""
+
+
+def submit(*arguments, **variables) -> subprocess.CompletedProcess:
+    environment = {"PYTHON": sys.executable, **os.environ, **variables}
+    command = ["slurm/submit.sh", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A configuration, a cluster file and a sweep in an empty directory, as arguments of submit.sh."""
+    (tmp_path / "run.yaml").write_text("run_dir: runs/mine\nmodel: {path: /models/mine}\n")
+    (tmp_path / "cpu.env").write_text(CPU.format(python=sys.executable))
+    (tmp_path / "sweep.yaml").write_text("- {sparsity.target: 0.2}\n- {sparsity.target: 0.3}\n- {seed: 1}\n")
+    return ["--config", tmp_path / "run.yaml", "--cluster", tmp_path / "cpu.env"]
+
+
+def check(name: str, done: subprocess.CompletedProcess, top: Path) -> None:
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.replace(str(top), "TOP").replace(str(ROOT), "PROJECT")
+    golden = GOLDEN / f"{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(printed)
+    assert printed.splitlines() == golden.read_text().splitlines()
+
+
+def test_chain_on_gpus_with_the_planners_figures(tmp_path):
+    arguments = ["--config", "pipeline/recipes/llama3.1-70b.yaml", "--cluster", "slurm/clusters/example.env"]
+    check("submit_70b", submit(*arguments, "--dry-run", "run_dir=runs/llama3.1-70b"), tmp_path)
+    assert not (ROOT / "runs/llama3.1-70b").exists()
+
+
+def test_chain_on_cpus(files, tmp_path):
+    check("submit_cpu", submit(*files, "--dry-run", "sparsity.target=0.3"), tmp_path)
+
+
+def test_from_a_stage_with_a_variable_set_once(files, tmp_path):
+    check("submit_from_prune", submit(*files, "--dry-run", "--from", "prune", PRUNE_NODES="1"), tmp_path)
+
+
+def test_sweep(files, tmp_path):
+    check("submit_sweep", submit(*files, "--dry-run", "--sweep", tmp_path / "sweep.yaml"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--from", "pruning"], "this run has the stages prepare prune"),
+        (["--config"], "--config needs a value"),
+        (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
+        (["--quick"], "unknown argument '--quick'"),
+        (["sparsity.traget=0.2"], "did you mean 'sparsity.target'"),
+        (["--sweep", "README.md"], "must be a YAML list of settings"),
+        (["--cluster", "slurm/clusters/example.env", "model.path=llama-3.1-70b"], "no plan for 2 x 8 GPUs of 8GB"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_submitted(files, arguments, complaint):
+    done = submit(*files, "--dry-run", *arguments, GPU_MEMORY="8GB")
+    assert done.returncode != 0
+    assert complaint in done.stderr
+    assert "sbatch" not in done.stdout

@@ -1,0 +1,46 @@
+"""The prepare stage: the text that later stages find, and damage that is found before a GPU is waited for."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pipeline.config import ConfigError, load_config
+from pipeline.data import packed_blocks
+from pipeline.models import load_tokenizer
+from pipeline.prepared import load_blocks, training_blocks
+from pipeline.stages import prepare
+
+
+def test_prepared_text_is_what_would_be_packed(settings, text_file, monkeypatch):
+    config = load_config(None, settings)
+    directory = prepare.run(config)
+    tokenizer = load_tokenizer(config.model.path, 300)
+    expected = packed_blocks(config.data, tokenizer, 300)
+    assert torch.equal(load_blocks(config), expected)
+    monkeypatch.setattr("pipeline.prepared.packed_blocks", None)  # not called any more
+    assert torch.equal(training_blocks(config, tokenizer, 300), expected)
+    before = (directory / "manifest.json").stat().st_mtime_ns
+    assert prepare.run(config) == directory
+    assert (directory / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_not_served_the_old_text(settings):
+    prepare.run(load_config(None, settings))
+    assert load_blocks(load_config(None, [*settings, "data.seq_len=16"])) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "none"])
+def test_damaged_weights_are_found(settings, model_dir, tmp_path, damage):
+    copy = tmp_path / "model"
+    shutil.copytree(model_dir, copy)
+    weights = copy / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-5])
+    elif damage == "missing":
+        (copy / prepare.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "model-2.safetensors"}}))
+    else:
+        weights.unlink()
+    with pytest.raises(ConfigError, match=r"damaged|no weights"):
+        prepare.run(load_config(None, [*settings, f"model.path={copy}"]))

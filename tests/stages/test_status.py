@@ -1,0 +1,104 @@
+"""`nuteprune status`: a run's progress from its files, and what is told where SLURM has forgotten or never knew it."""
+
+import json
+
+import pytest
+
+from pipeline import jobs
+from pipeline.__main__ import main
+from pipeline.config import load_config
+from pipeline.stages import prune, status
+
+
+def written(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch, tmp_path):
+    """No cluster, whatever this machine has."""
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none.conf"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def test_progress_of_a_real_run(settings, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    prune.run(load_config(None, [*settings, "train.steps=6", "checkpoint.every=2"]))
+    assert main(["status", str(run_dir)]) == 0
+    assert "prune     complete" in capsys.readouterr().out
+    (run_dir / "pruned" / "manifest.json").unlink()  # as if it were still at work
+    assert main(["status", str(run_dir), "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    found = stages["prune"]["progress"]
+    assert (found["step"], found["total"], found["checkpoint"], found["seconds_left"]) == (6, 6, 4, 0)
+    assert found["expected_sparsity"] == pytest.approx(0.2, abs=0.02)
+    assert found["tokens_per_s"] > 0
+    assert (stages["prepare"], stages["export"]["state"]) == ({"state": "incomplete", "job": None}, "incomplete")
+    assert main(["status", str(run_dir)]) == 0
+    assert f"step 6 of 6, sparsity {found['expected_sparsity']:.1%} (target 20.0%)" in capsys.readouterr().out
+
+
+def test_time_left_and_a_line_half_written(tmp_path):
+    lines = [{"step": s, "total": 100, "prune/loss": 1.0, "prune/step_s": 2.0, "prune/tokens_per_s": 5.0}
+             for s in range(25)]  # fmt: skip
+    written(tmp_path / "metrics.jsonl", "\n".join(map(json.dumps, lines)) + '\n{"step": 25, "to')
+    found = status.progress(tmp_path, "prune")
+    assert (found["step"], found["seconds_left"], found["checkpoint"]) == (25, 150, None)
+
+
+def test_table_for_the_shell(tmp_path, capsys):
+    written(tmp_path / "run" / "jobs.tsv", "prepare\t7\nprune\t8\nprune\t9\n")
+    written(tmp_path / "run" / "prepared" / "manifest.json", "{}")
+    assert main(["status", str(tmp_path / "run"), "--tsv"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert rows == [["run_dir", str(tmp_path / "run")], ["prepare", "complete", "7"], ["prune", "incomplete", "9"],
+                    ["export", "incomplete", ""], ["evaluate", "incomplete", ""]]  # fmt: skip
+
+
+def test_no_run_is_named(capsys):
+    assert main(["status"]) == 2
+    assert "which run?" in capsys.readouterr().err
+
+
+SRUN = """\
+srun: error: node2: task 1: {first}
+srun: error: node1: task 0: Exited with exit code 75
+"""
+TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    g()\nValueError: no such thing\n'
+
+
+@pytest.mark.parametrize(
+    ("first", "rank_1", "error"),
+    [
+        ("Exited with exit code 1", f"12:00:00 step\n{TRACEBACK}", "rank 1 on node2: ValueError: no such thing"),
+        ("Killed", "12:00:00 step\n", "rank 1 on node2: Killed"),
+        ("Exited with exit code 2", "", "rank 1 on node2: Exited with exit code 2"),
+    ],
+)
+def test_first_error_is_that_of_the_rank_that_failed_first(tmp_path, first, rank_1, error):
+    logs = tmp_path / "logs" / "prune-12"
+    written(logs / "srun.log", SRUN.format(first=first))
+    written(logs / "rank-1.log", rank_1)
+    assert jobs.first_error(tmp_path, jobs.Job("12", "FAILED")) == error
+
+
+def test_a_mistake_found_by_another_rank_is_told_by_the_first(tmp_path):
+    logs = tmp_path / "logs" / "prune-12"
+    written(logs / "srun.log", SRUN.format(first="Exited with exit code 2"))
+    written(logs / "rank-0.log", "nuteprune: rank 1: model.path /x: no such file\n")
+    written(logs / "rank-1.log", "")
+    found = jobs.first_error(tmp_path, jobs.Job("12", "FAILED"))
+    assert found == "rank 1 on node2: nuteprune: rank 1: model.path /x: no such file"
+
+
+def test_a_job_that_no_rank_ever_began(tmp_path):
+    written(tmp_path / "logs" / "prune-12.log", "/spool/script: line 9: my.env: cannot open\nbye\n")
+    assert "my.env: cannot open" in jobs.first_error(tmp_path, jobs.Job("12", "FAILED"))
+    assert jobs.first_error(tmp_path, jobs.Job("13", "CANCELLED")) == ""
+
+
+def test_a_job_that_gave_up(tmp_path):
+    log = "job 12, restart 0: prune\nslurmstepd: error: requeue\njob 12, restart 1: prune\ngiven up: 9\n"
+    written(tmp_path / "logs" / "prune-12.log", log)
+    assert jobs.first_error(tmp_path, jobs.Job("12", "FAILED")) == "given up: 9"

@@ -1,0 +1,54 @@
+"""Dry runs of the big models' recipes, and what they find, without any download."""
+
+import pytest
+
+from pipeline.__main__ import main
+from pipeline.config import ConfigError, load_config
+from pipeline.dryrun import dry_run
+from pipeline.footprint import total_parameters
+from pipeline.planner import HUB, named_spec
+
+RECIPES = {"llama2-13b": 8, "llama3.1-8b": 8, "llama3.1-70b": 16, "mistral-7b": 8, "qwen3-14b": 8}
+"""Recipe and the number of ranks that it is made for."""
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_on_its_ranks(recipe):
+    config = load_config(None, [f"recipe={recipe}"])
+    ranks, spec = RECIPES[recipe], named_spec(HUB[config.model.path])
+    found = dry_run(config, ranks, 8)
+    assert found.total == 2 * total_parameters(spec)
+    assert found.gates["ffn"] == (spec.layers, spec.ffn)
+    if config.deepspeed == "zero2":
+        assert (found.share, found.gathered) == (found.total, 0)
+    else:
+        assert found.share == pytest.approx(found.total / ranks, rel=1e-3)
+        assert 0.99 * found.total < found.gathered < found.total
+
+
+def test_13b_on_16_ranks_with_offload(capsys):
+    arguments = ["recipe=llama2-13b", "deepspeed=zero3_offload", "train.activation_checkpointing=true"]
+    assert main(["prune", *arguments, "--dry-run", "--world-size", "16"]) == 0
+    printed = capsys.readouterr().out
+    assert "partitioned by ZeRO-3: 1.6" in printed
+    assert "552,960 ffn (40 x 13824)" in printed
+    assert "memory of one rank" in printed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "complaint"),
+    [
+        ([], 12, "cannot be split over 12 ranks"),
+        (["gates.units=[heads]", "sparsity.target=0.9"], 8, "out of reach"),
+        (["deepspeed=zero3_typo"], 8, "no such file"),
+    ],
+)
+def test_what_cannot_work_is_told(overrides, ranks, complaint):
+    config = load_config(None, ["recipe=llama2-13b", *overrides])
+    with pytest.raises(ConfigError, match=complaint):
+        dry_run(config, ranks, 8)
+
+
+def test_ranks_must_fill_nodes(capsys):
+    assert main(["prune", "recipe=llama2-13b", "--dry-run", "--world-size", "12"]) == 2
+    assert "not made of whole nodes" in capsys.readouterr().err
