@@ -101,7 +101,7 @@ class World:
 def discover() -> World:
     """This process's place, from its launcher: torchrun or deepspeed, a step of srun, mpirun, or none of them.
 
-    DeepSpeed reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, so they are set where several ranks are.
+    torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: every launcher gets them set.
 
     Raises:
         ConfigError: the launcher's variables contradict each other.
@@ -116,7 +116,9 @@ def discover() -> World:
     else:
         device = torch.device("cpu")
         _set_allocator(size)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size),
+    }  # fmt: skip
     return World(rank, size, local_rank, local_size, device)
 
 
@@ -164,7 +166,7 @@ Place = tuple[int, int, int, int]
 
 
 def _from_torchrun() -> Place | None:
-    """The place under torchrun and the deepspeed launcher, which names the ranks of a node otherwise."""
+    """The place under torchrun and the deepspeed launcher (LOCAL_SIZE is its word for the ranks of a node)."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return None

@@ -71,6 +71,7 @@ def test_a_step_of_srun(environment):
     assert (world.rank, world.size, world.local_rank, world.local_size) == (4, 5, 1, 2)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node03", "23456")
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["4", "5", "1"]
+    assert discover() == world  # asked again, by its own variables
     environment.setenv("RANK", "3")
     assert discover().rank == 3  # torchrun inside the step
 
