@@ -68,8 +68,7 @@ def run(config: Config) -> dict:
     written = report.write(result, output, Path(config.run_dir) if config.run_dir else None)
     for entry in entries[1:]:
         if (Path(entry["path"]) / RECORD).is_file():
-            pair = {"models": [entries[0], entry], "ratio": _ratio(entries[0], entry)}
-            add_results(Path(entry["path"]), report.results(result | pair))
+            _into_card(result, entries[0], entry)
     if config.run_dir:
         _to_tensorboard(result, config)
     if config.export.push_to_hub:
@@ -177,6 +176,15 @@ def _ratio(first: dict, last: dict) -> dict:
 def _memory_ratio(before: dict, after: dict) -> dict:
     key = "peak_memory_bytes"
     return {} if before[key] is None or after[key] is None else {key: after[key] / before[key]}
+
+
+def _into_card(result: dict, first: dict, entry: dict) -> None:
+    """Put what was measured of one of our exports into its card."""
+    pair = {"models": [first, entry], "ratio": _ratio(first, entry)}
+    try:
+        add_results(Path(entry["path"]), report.results(result | pair))
+    except OSError as error:
+        log.warning("the results could not be put into the card of %s (%s)", entry["path"], error.strerror)
 
 
 def _to_tensorboard(result: dict, config: Config) -> None:

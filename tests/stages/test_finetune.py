@@ -1,7 +1,9 @@
 """The finetune stage: fixed gates, every answer token counts alike, resume, and the way into the export."""
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from pipeline.config import ConfigError, load_config
 from pipeline.distill import IGNORE
 from pipeline.distributed import World
 from pipeline.layers import build_view
+from pipeline.lifecycle import Preempted
 from pipeline.rundir import load_run
 from pipeline.stages import export, finetune
 from pipeline.students import load_tuned, open_run
@@ -46,7 +49,7 @@ def changed(config, **values):
 
 def metrics(directory) -> list[dict]:
     lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in m.items() if not k.endswith(("tokens_per_s", "memory_gb"))} for m in lines]
+    return [{k: v for k, v in m.items() if not k.endswith(("tokens_per_s", "memory_gb", "step_s"))} for m in lines]
 
 
 def build(config) -> finetune.Finetuning:
@@ -89,22 +92,22 @@ def test_every_answer_token_of_a_step_counts_alike(tuning):
     assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-6)
 
 
-def test_a_run_cut_short_goes_on_bit_identical(tuning, run_dir, tmp_path, monkeypatch):
+def test_a_signal_saves_and_the_next_start_ends_bit_identical(tuning, run_dir, tmp_path, monkeypatch):
     tuning = replace(tuning, checkpoint=replace(tuning.checkpoint, every=3))
     whole = shutil.copytree(run_dir, tmp_path / "whole")
     finetune.run(replace(tuning, run_dir=str(whole)))
     original = finetune.Finetuning.train_step
 
-    def dying(trainer):
-        if trainer.step == 8:
-            raise KeyboardInterrupt
+    def signalled(trainer):
+        if trainer.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(trainer)
 
-    monkeypatch.setattr(finetune.Finetuning, "train_step", dying)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(finetune.Finetuning, "train_step", signalled)
+    with pytest.raises(Preempted, match="at step 8 of 12"):
         finetune.run(tuning)
     monkeypatch.undo()
-    assert sorted(p.name for p in (run_dir / "finetune/checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+    assert sorted(p.name for p in (run_dir / "finetune/checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
     finetune.run(tuning)
     assert metrics(run_dir / "finetune") == metrics(whole / "finetune")
     left, right = (load_file(d / "finetune/tuned/adapter/adapter_model.safetensors") for d in (run_dir, whole))
