@@ -58,6 +58,8 @@ def leave_before_time_limit(run, job: str) -> None:
     wait_for(lambda: "the ranks save and leave" in run.log(f"prune-{job}"), 90, run.everything)
     for pid in ranks:
         os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: "requeued after exit code 75" in run.log(f"prune-{job}"), 90, run.everything)
+    run.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60")
 
 
 def test_interruptions_change_no_bit(undisturbed, tiny_run):
