@@ -14,7 +14,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality lint format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,6 +41,15 @@ bench-kernels: $(VENV) ## time the fused projections against eager torch, peft a
 
 bench-quality: $(VENV) $(MODEL) ## perplexity against a baseline; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt
 	$(BIN)/python -m pipeline.bench.quality --train "$(TRAIN)" --test "$(TEST)" $(BENCH_ARGS)
+
+bench-comm: $(VENV) $(MODEL) ## bytes that ZeRO-3 gathers in a step, paired and separate, on two ranks
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m pipeline.bench.comm
+
+bench-memory: $(VENV) $(MODEL) ## memory of each of four ranks under ZeRO-3, measured and planned
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 4 -m pipeline.bench.memory
+
+bench-ranks: $(VENV) $(MODEL) $(TEXT) ## the same run on one process, two and four ranks: losses and units compared
+	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.bench.ranks
 
 lint: $(VENV) ## check style
 	$(BIN)/ruff check .

@@ -23,8 +23,13 @@ STAGES = {
 }
 SHORTCUTS = {
     "finetune": {"--data": "finetune.data", "--sparsity": "finetune.sparsity"},
-    "export": {"--sparsity": "export.sparsity", "--from": "export.source", "--ladder": "export.ladder"},
-    "evaluate": {"--blocks": "evaluate.blocks"},
+    "export": {
+        "--sparsity": "export.sparsity",
+        "--from": "export.source",
+        "--ladder": "export.ladder",
+        "--push-to-hub": "export.push_to_hub",
+    },
+    "evaluate": {"--blocks": "evaluate.blocks", "--push-to-hub": "export.push_to_hub"},
 }
 """Flags of a stage that stand for one key; a list is given with commas."""
 STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"
@@ -174,7 +179,7 @@ def read_settings(args: argparse.Namespace) -> Config:
         raise ConfigError("give one run directory or one --config")
     overrides = [word for word in args.overrides if word not in runs]
     for flag, key in SHORTCUTS.get(args.stage, {}).items():
-        value = getattr(args, flag.strip("-"))
+        value = getattr(args, flag.strip("-").replace("-", "_"))
         if value is not None:
             overrides.append(f"{key}=[{value}]" if flag == "--ladder" else f"{key}={value}")
     return load_config(runs[0] if runs else args.config, overrides)

@@ -68,6 +68,25 @@ def write_manifest(directory: Path, names: Iterable[str] | None = None) -> None:
     temporary.replace(directory / MANIFEST)
 
 
+def update_manifest(directory: Path, name: str) -> None:
+    """Record anew the size and sha256 of one file that was replaced; the other files are not read."""
+    manifest = directory / MANIFEST
+    files = json.loads(manifest.read_text(encoding="utf-8"))
+    path = directory / name
+    files["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_atomic(manifest, (json.dumps(files, indent=1) + "\n").encode())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def verify(directory: Path) -> None:
     """Raise `CheckpointError` unless every file of the manifest is there with its size and sha256."""
     try:

@@ -23,6 +23,7 @@ from pipeline.masks.schedule import lora_lr_at, settle_step
 from pipeline.pairing import PairedModel
 
 _GATE_MOMENTUM = 0.9
+_FIRST_SCALE, _SCALE_PATIENCE = 2.0**12, 200
 
 
 class Multipliers(nn.Module):
@@ -44,6 +45,27 @@ class StepResult:
 
     grad_norm: float
     skipped: bool
+
+
+class LossScale:
+    """Factor on a float16 loss that keeps small gradients from vanishing (Micikevicius et al. 2018, section 3.2).
+
+    Doubled after `_SCALE_PATIENCE` good steps, halved at each overflow; 1 for other types.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        self.dynamic = dtype == torch.float16
+        self.value, self.good_steps = _FIRST_SCALE if self.dynamic else 1.0, 0
+
+    def update(self, finite: bool) -> None:
+        """Adapt to whether the last step's gradients were finite."""
+        if not self.dynamic:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good_steps % _SCALE_PATIENCE == 0:
+            self.value *= 2
 
 
 class Engine:
@@ -74,27 +96,29 @@ class Engine:
             "gates": torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
             if gates.optimizer == "adam"
             else torch.optim.SGD(
-                self.alphas, lr=gates.lr / min(total, settle_step(config, total)), momentum=_GATE_MOMENTUM
+                self.alphas, lr=gates.lr / max(1, min(total, settle_step(config, total))), momentum=_GATE_MOMENTUM
             ),
         }
         if multipliers is not None:
             self.optimizers["multipliers"] = torch.optim.AdamW(
                 multipliers.parameters(), lr=config.sparsity.multiplier_lr, weight_decay=0.0, maximize=True
             )
+        self.scale = LossScale(model.dtype)
         self.gradients = _flat_gradients([p for o in self.optimizers.values() for p in _parameters(o)])
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""
-        loss.backward()
+        (loss * self.scale.value).backward()
 
     def step(self, step: int) -> StepResult:
         """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
-        self.world.mean(self.gradients)
+        self.world.mean(self.gradients).div_(self.scale.value)
         for group in self.optimizers["lora"].param_groups:
             group["lr"] = lora_lr_at(self.config, step, self.total)
         limit = self.config.train.grad_clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.lora, limit))
         finite = math.isfinite(norm) and bool(self.gradients.isfinite().all())
+        self.scale.update(finite)
         if finite:
             if self.config.gates.optimizer == "sgd":
                 _normalize([a.grad for a in self.alphas if a.grad is not None])

@@ -28,9 +28,10 @@ def fingerprint(path: str) -> str | None:
     Returns:
         None where there are no weights to read.
     """
-    config = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False,
-                         _raise_exceptions_for_connection_errors=False)  # fmt: skip
-    folder = Path(config).parent if config else Path(path)
+    try:
+        folder = Path(cached_file(path, "config.json")).parent
+    except OSError:  # whoever loads the model says what is wrong with it
+        return None
     entries = sorted(entry for file in folder.glob("model*.safetensors") for entry in _tensors(file))
     entries = entries or sorted(sha256(file).encode() for file in folder.glob("*.bin"))
     return hashlib.sha256(b"".join(entries)).hexdigest() if entries else None

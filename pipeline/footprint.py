@@ -148,13 +148,13 @@ def snapshot_bytes(job: Job) -> int:
 def zero3_sizes(spec: ArchSpec) -> dict[str, int]:
     """DeepSpeed's sizes for ZeRO-3, in elements: one layer is prefetched, and nothing is kept for later reuse.
 
-    Vectors (norms, biases) stay whole on every rank. Live at once are at most two layers and the embedding or head.
+    Vectors (norms, biases) stay whole on every rank. Nothing is prefetched beyond two live layers.
     """
     layer = sum(layer_tensors(spec))
     return {
         "stage3_param_persistence_threshold": persistence_threshold(spec),
         "stage3_prefetch_bucket_size": layer,
-        "stage3_max_live_parameters": 2 * layer + spec.vocab * spec.hidden,
+        "stage3_max_live_parameters": 2 * layer,
         "stage3_max_reuse_distance": 0,
     }
 
@@ -245,11 +245,11 @@ def frozen_weights(job: Job, layout: Layout) -> dict[str, float]:
 def lora_memory(job: Job) -> dict[str, float]:
     """Bytes of LoRA on a rank (engine.py).
 
-    float32 weights and gradients whole, their copies in the compute type (student's; the active teacher's, and the next
-    one's, which is fetched ahead), and a share of the two AdamW moments.
+    float32 weights and gradients whole, their copies in the compute type (student's; the active teacher's; in bfloat16
+    the next one's, which is fetched ahead), and a share of the two AdamW moments.
     """
     count, s = lora_parameters(job), job.itemsize
-    teachers = 2 * s if job.config.teacher.mode == "numerous" else 0
+    teachers = s + 2 if job.config.teacher.mode == "numerous" else 0
     return {
         "LoRA weights": FP32 * count,
         "LoRA in compute type (student, teachers)": ((s if s != FP32 else 0) + teachers) * count,

@@ -9,15 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline import pictures, report
-from pipeline.checkpoint import write_manifest
+from pipeline.checkpoint import write_atomic, write_manifest
 from pipeline.config import Config, ConfigError
+from pipeline.model_card import RECORD
 from pipeline.speed import speed_ratio
 from pipeline.stages import evaluate, export
 from pipeline.students import choose_student, open_run
 
 log = logging.getLogger(__name__)
-
-FILES = ("ladder.json", "ladder.md", "ladder.png")
 
 
 def run(config: Config) -> Path:
@@ -34,6 +33,8 @@ def run(config: Config) -> Path:
     rungs = sorted(set(config.export.ladder))
     if not all(0 < rung < 1 for rung in rungs):
         raise ConfigError(f"export.ladder: sparsities lie between 0 and 1, got {config.export.ladder}")
+    if config.export.push_to_hub:
+        raise ConfigError("export.push_to_hub takes one model: push a rung with `nuteprune export RUN --sparsity …`")
     trained = open_run(config)
     for rung in rungs:
         choose_student(trained, rung)
@@ -49,8 +50,13 @@ def run(config: Config) -> Path:
     entries = {entry["path"]: entry for entry in result["models"]}
     points = [_point(entries[path], result["models"][0], rung)
               for rung, path in zip([0.0, *rungs], paths, strict=False)]  # fmt: skip
-    for point in points[1:] if free else ():
-        point["per_layer_perplexity"] = _perplexity(entries[str(free[point["sparsity"]])])
+    for point in points[1:]:
+        rung = point["sparsity"]
+        record = json.loads((models[rung] / RECORD).read_text(encoding="utf-8"))
+        if record["finetuned"]:
+            point["finetuned"] = record["finetuned"]
+        if free:
+            point["per_layer_perplexity"] = _perplexity(entries[str(free[rung])])
     _write(output, points, result)
     return output
 
@@ -87,6 +93,7 @@ def table(points: list[dict], best: int | None) -> str:
         "perplexity": lambda p: report.number(p["perplexity"]),
     }
     optional = {
+        "finetuned": ("fine-tuned, steps", "{:,}".format),
         "prefill": ("prefill", ratio), "decode": ("decode", ratio), "retained": ("retained", "{:.1%}".format),
         "per_layer_perplexity": ("perplexity, `per_layer`", report.number),
     }  # fmt: skip
@@ -142,8 +149,12 @@ def _write(output: Path, points: list[dict], result: dict) -> None:
     if best is not None:
         parts.append(f"The knee is {points[best]['sparsity']:.0%}: beyond it perplexity rises faster than size falls.")
     parts.append("![Perplexity and speed against size](ladder.png)")
-    (output / "ladder.json").write_text(json.dumps({"points": points, "knee": best}, indent=1) + "\n", encoding="utf-8")
-    (output / "ladder.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    (output / "ladder.png").write_bytes(pictures.ladder(points, best))
-    write_manifest(output, FILES)
+    files = {
+        "ladder.json": (json.dumps({"points": points, "knee": best}, indent=1) + "\n").encode(),
+        "ladder.md": ("\n\n".join(parts) + "\n").encode(),
+        "ladder.png": pictures.ladder(points, best),
+    }
+    for name, data in files.items():
+        write_atomic(output / name, data)
+    write_manifest(output, files)
     log.info("ladder: %s", output / "ladder.md")

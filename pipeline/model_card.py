@@ -8,9 +8,14 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
-from pipeline.config import Config
+from pipeline.checkpoint import update_manifest, write_atomic
 from pipeline.folding import Fold
+from pipeline.rundir import Run
+from pipeline.students import Student
 
+RECORD = "nuteprune.json"
+"""What was kept, beside the weights: the sign of an export of ours."""
+RESULTS = "\n## Results\n"
 PAPER = "NutePrune (Li et al. 2024, [arXiv 2402.09773](https://arxiv.org/abs/2402.09773))"
 
 
@@ -37,8 +42,8 @@ class Result:
     tokens: int
 
 
-def kept_record(config: Config, fold: Fold, result: Result) -> dict:
-    """Contents of nuteprune.json: kept indices per layer, the original sizes, and what was reached."""
+def kept_record(run: Run, student: Student, fold: Fold, result: Result) -> dict:
+    """Contents of nuteprune.json: kept indices per layer, the original sizes, what was reached, fine-tuning steps."""
     spec, kept = fold.spec, fold.kept
     layers = {"heads": kept.heads, "kv_groups": kept.kv_groups, "ffn": kept.ffn}
     return {
@@ -47,26 +52,37 @@ def kept_record(config: Config, fold: Fold, result: Result) -> dict:
         "original": {"heads": spec.heads, "kv_heads": spec.kv_heads, "ffn": spec.ffn, "hidden": spec.hidden},
         "sparsity": result.sparsity,
         "parameters": result.parameters,
-        "base": config.model.path,
+        "finetuned": student.facts.get("steps", 0),
+        "base": run.config.model.path,
     }
 
 
-def model_card(config: Config, fold: Fold, shape: str, dtype: str, result: Result) -> str:
+def model_card(run: Run, student: Student, fold: Fold, shape: str, dtype: str, result: Result) -> str:
     """README.md of the exported model.
 
     Args:
-        config: the run's configuration.
+        run: the run it comes from.
+        student: what was exported of it.
         fold: what was folded.
         shape: "uniform" or "per_layer".
         dtype: type of the saved weights.
         result: what the export reached.
     """
-    base, licence = config.model.path, base_licence(config.model.path)
+    base = run.config.model.path
+    licence = base_licence(base)
     name = Path(base).name if Path(base).exists() else base
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [nuteprune, pruned]"]
     head += [f"license: {licence}"] if licence else []
     head += [f"base_model: {name}"] if name == base else []
-    return "\n".join([*head, "---", "", *_body(config, name, shape, dtype, result), "", *_table(fold), ""])
+    return "\n".join([*head, "---", "", *_body(run, student, name, shape, dtype, result), "", *_table(fold), ""])
+
+
+def add_results(directory: Path, results: str) -> None:
+    """Put an evaluation (Markdown) into an export's README.md, in place of an earlier one."""
+    card = directory / "README.md"
+    made = card.read_text(encoding="utf-8").split(RESULTS)[0].rstrip()
+    write_atomic(card, f"{made}\n{RESULTS}\n{results}\n".encode())
+    update_manifest(directory, card.name)
 
 
 def base_licence(base: str) -> str | None:
@@ -81,7 +97,8 @@ def base_licence(base: str) -> str | None:
     return found[1].strip() if found else None
 
 
-def _body(config: Config, name: str, shape: str, dtype: str, result: Result) -> list[str]:
+def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result: Result) -> list[str]:
+    config, facts, tuned = run.config, run.facts, student.facts
     train, lora = config.train, config.lora
     steps = f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs"
     trust = ", trust_remote_code=True" if shape == "per_layer" else ""
@@ -108,10 +125,16 @@ def _body(config: Config, name: str, shape: str, dtype: str, result: Result) -> 
         f"| Weights | {dtype} |",
         f"| Data | `{_data_name(config.data.source)}`, blocks of {config.data.seq_len} tokens |",
         f"| Training | {steps}, batch {train.batch_size}, LoRA rank {lora.rank}, learning rate {train.lora_lr:g} |",
+        f"| Tokens | {facts.get('tokens', 0):,} |",
         f"| Teacher | {config.teacher.mode} |",
         f"| Largest logit difference from the masked model | {result.difference:.1e} of the largest logit, float32, "
         f"{result.tokens} tokens |",
     ]
+    if tuned:
+        lines.append(
+            f"| Fine-tuned | {tuned['steps']:,} steps on `{_data_name(tuned['data'])}`, {tuned['tokens']:,} tokens of "
+            f"which {tuned['answer_tokens']:,} are answers |"
+        )
     if result.cast_difference:
         lines.append(f"| The same after the cast to {dtype} | {result.cast_difference:.1e} |")
     if result.untied:

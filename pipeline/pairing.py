@@ -7,7 +7,7 @@ along in a `_Pass`. Each layer adds its distillation term on the spot, so no lis
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -92,6 +92,29 @@ class PairedDecoderLayer(nn.Module):
         return run(hidden)
 
 
+class _Head(nn.Module):
+    """Lends the output head's weight to a loss.
+
+    ZeRO-3 gathers the weight for this module's forward. It would do so again for its backward, for nothing: the losses
+    have their gradient by then (distill.py). So their result leaves in an attribute, past ZeRO-3's hooks on the output.
+    """
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+        self._result: Tensor | None = None
+
+    def forward(self, loss: Callable[[Tensor], Tensor]) -> None:
+        """Keep the loss of the weight for `lend`."""
+        self._result = loss(self.weight)
+
+    def lend(self, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """The loss of the whole weight [V, D]."""
+        self(loss)
+        result, self._result = self._result, None
+        return result
+
+
 class PairedModel(nn.Module):
     """A frozen Hugging Face causal LM whose layers compute teacher and student together.
 
@@ -109,8 +132,7 @@ class PairedModel(nn.Module):
         self.spec, self.model = spec, model
         self.scaling = lora.alpha / lora.rank
         install(model.model.layers)
-        # Kept apart: ZeRO-3 gathers a weight that is read through its module for the whole of this module's forward.
-        self._head = (model.lm_head.weight,)
+        self.head = _Head(model.lm_head.weight)
         self._lora = fresh_lora(model.model.layers, lora, model.device)
         model.model.layers = nn.ModuleList(
             PairedDecoderLayer(layer, index) for index, layer in enumerate(model.model.layers)
@@ -154,36 +176,36 @@ class PairedModel(nn.Module):
         positions = None if answers is None else answers.positions
         # ZeRO-3 frees a layer's weights when the gradient of its input is there: the first layer's needs one too.
         final = self._stream(_masked(embedded.detach().requires_grad_(), student.hidden), p, positions)
-        (weight,), width = self._head, final.shape[-1]
+        width = final.shape[-1]
         if answers is not None:
-            return self._answer_losses(final, p, answers.labels, weight)
+            return self._answer_losses(final, p, answers.labels)
         if teacher is None:
-            with _whole(weight):
-                output = head_cross_entropy(
-                    final[:, :-1].reshape(-1, width), input_ids[:, 1:].reshape(-1), weight, loss.chunk
-                )
+            rows, labels = final[:, :-1].reshape(-1, width), input_ids[:, 1:].reshape(-1)
+            output = self.head.lend(lambda weight: head_cross_entropy(rows, labels, weight, loss.chunk))
             return Losses(output, output.new_zeros(()), output)
         with torch.no_grad():
-            target = self.model.model.norm(p.teacher_stream)
-        with _whole(weight):
-            output = head_kl(final.flatten(0, 1), target.flatten(0, 1), weight, loss.temperature, loss.chunk)
+            target = self.model.model.norm(p.teacher_stream).flatten(0, 1)
+        rows = final.flatten(0, 1)
+        output = self.head.lend(lambda weight: head_kl(rows, target, weight, loss.temperature, loss.chunk))
         terms = torch.stack(p.layer_terms) if p.layer_terms else output.new_zeros(1)
         layer = terms.sum() if loss.layer_reduction == "sum" else terms.mean()
         return Losses(loss.layer_weight * layer + loss.kl_weight * output, layer, output)
 
-    def _answer_losses(self, final: Tensor, p: _Pass, labels: Tensor, weight: Tensor) -> Losses:
+    def _answer_losses(self, final: Tensor, p: _Pass, labels: Tensor) -> Losses:
         """Mean over the answers' tokens: cross entropy, plus weighted KL from the teacher where there is one."""
         learned = labels[:, 1:] != IGNORE
-        student = final[:, :-1][learned]
-        target = None
-        if p.teacher is not None:
-            with torch.no_grad():
-                target = self.model.model.norm(p.teacher_stream)[:, :-1][learned]
-        with _whole(weight):
-            output = head_cross_entropy(student, labels[:, 1:][learned], weight, p.loss.chunk)
-            if target is None:
-                return Losses(output, output.new_zeros(()), output)
-            kl = head_kl(student, target, weight, p.loss.temperature, p.loss.chunk)
+        rows, labels = final[:, :-1][learned], labels[:, 1:][learned]
+        if p.teacher is None:
+            output = self.head.lend(lambda weight: head_cross_entropy(rows, labels, weight, p.loss.chunk))
+            return Losses(output, output.new_zeros(()), output)
+        with torch.no_grad():
+            target = self.model.model.norm(p.teacher_stream)[:, :-1][learned]
+        output, kl = self.head.lend(
+            lambda weight: torch.stack([
+                head_cross_entropy(rows, labels, weight, p.loss.chunk),
+                head_kl(rows, target, weight, p.loss.temperature, p.loss.chunk),
+            ])
+        )  # fmt: skip
         return Losses(output + p.loss.kl_weight * kl, output.new_zeros(()), output)
 
     def logits(self, input_ids: Tensor, view: View) -> Tensor:
@@ -209,15 +231,6 @@ class PairedModel(nn.Module):
         finally:
             for layer in self.layers:
                 layer.current = None
-
-
-def _whole(weight: nn.Parameter) -> AbstractContextManager:
-    """Gathers a weight that ZeRO-3 partitioned, for reading it outside its own module's forward."""
-    if not hasattr(weight, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([weight])
 
 
 def _masked(embedded: Tensor, hidden: Tensor | None) -> Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 
 from pipeline import pictures
-from pipeline.checkpoint import MANIFEST, write_manifest
+from pipeline.checkpoint import MANIFEST, write_atomic, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def write(report: dict, output: Path, run_dir: Path | None) -> dict:
         "report.md": markdown(report).encode(),
     }
     for name, data in files.items():
-        _write_atomic(output / name, data)
+        write_atomic(output / name, data)
     write_manifest(output, files)
     log.info("report: %s", output / "report.md")
     return report
@@ -73,9 +72,7 @@ def table(report: dict) -> str:
 
 def markdown(report: dict) -> str:
     """The whole report as Markdown."""
-    parts = ["# Evaluation", markdown_table(_rows(report)), _conditions(report)]
-    if any("tasks" in model for model in report["models"]):
-        parts += ["## Tasks", markdown_table(_task_rows(report)), _task_conditions(report)]
+    parts = ["# Evaluation", results(report)]
     if report["prompt"]:
         parts += ["## Samples", f"Greedy continuations of `{report['prompt']}`:"]
         # Indented blocks: a model may write anything, fences of its own included.
@@ -89,6 +86,14 @@ def markdown(report: dict) -> str:
         parts += ["## Loss and sparsity over time", "![Loss and sparsity over the steps](training.png)"]
     parts += ["## Models", "\n".join(_model_lines(report)), "## Measured with", "\n".join(_environment_lines(report))]
     return "\n\n".join(parts) + "\n"
+
+
+def results(report: dict) -> str:
+    """The report's numbers and how they were measured, as Markdown."""
+    parts = [markdown_table(_rows(report)), _conditions(report)]
+    if any("tasks" in model for model in report["models"]):
+        parts += [markdown_table(_task_rows(report)), _task_conditions(report)]
+    return "\n\n".join(parts)
 
 
 def _titles(report: dict) -> list[str]:
@@ -208,13 +213,3 @@ def _finite(tree: object) -> object:
     if isinstance(tree, (list, tuple)):
         return [_finite(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
-def _write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -36,7 +36,7 @@ FREE_KEYS = (
 def save_state(
     directory: Path, config: Config, masks: MaskSet, multipliers: nn.Module | None,
     lora: Mapping[str, tuple[Tensor, Tensor]], optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank,
-    counters: dict[str, int], earlier: Path | None,
+    counters: dict[str, float], earlier: Path | None,
 ) -> None:  # fmt: skip
     """Write everything `load_state` needs into a directory; teachers are linked from the checkpoint `earlier`."""
     save_config(directory / "config.yaml", config)
@@ -53,7 +53,7 @@ def save_state(
 def load_state(
     directory: Path, masks: MaskSet, multipliers: nn.Module | None, lora: Mapping[str, tuple[Tensor, Tensor]],
     optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank,
-) -> dict[str, int]:  # fmt: skip
+) -> dict[str, float]:  # fmt: skip
     """Restore in place what `save_state` wrote; returns the counters."""
     gates, scores = load_gates(directory / "gates.safetensors")
     with torch.no_grad():
@@ -68,7 +68,7 @@ def load_state(
     for name, optimizer in optimizers.items():
         own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
         _restore_optimizer(optimizer, own)
-    bank.snapshots = load_snapshots(directory / "teachers")
+    bank.restore(load_snapshots(directory / "teachers"))
     if gates.as_dict():
         masks.fix(gates)
     return json.loads((directory / "state.json").read_text(encoding="utf-8"))

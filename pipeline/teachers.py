@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,12 +38,18 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Host memory of the snapshot in bytes."""
-        tensors = [
-            *self.gates.as_dict().values(),
-            *self.scores.values(),
-            *(t for pair in self.lora.values() for t in pair),
-        ]
-        return sum(t.nbytes for t in tensors)
+        sizes = []
+        self.map(lambda t: sizes.append(t.nbytes) or t)
+        return sum(sizes)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Snapshot:
+        """The same snapshot with a function applied to every tensor."""
+        return replace(
+            self,
+            gates=Gates(**{k: function(z) for k, z in self.gates.as_dict().items()}),
+            scores={k: function(s) for k, s in self.scores.items()},
+            lora={k: (function(a), function(b)) for k, (a, b) in self.lora.items()},
+        )
 
 
 class TeacherBank:
@@ -65,6 +72,8 @@ class TeacherBank:
         self.device, self.dtype = device, dtype
         self.snapshots: list[Snapshot] = []
         self._active: tuple[int | None, View] | None = None
+        self._fetched: tuple[int, Snapshot] | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def nbytes(self) -> int:
@@ -79,8 +88,14 @@ class TeacherBank:
         host = {k: tuple(t.detach().to("cpu", torch.bfloat16, copy=True) for t in pair) for k, pair in lora.items()}
         scores = {k: s.detach().to("cpu", torch.float32, copy=True) for k, s in scores.items()}
         gates = gates.detach().to("cpu", torch.float32, copy=True)
-        self.snapshots.append(Snapshot(step, sparsity, gates, scores, host))
+        self.restore([*self.snapshots, Snapshot(step, sparsity, gates, scores, host)])
         return True
+
+    def restore(self, snapshots: list[Snapshot]) -> None:
+        """Hold these snapshots, in memory from which an accelerator copies without waiting."""
+        held = {id(s) for s in self.snapshots}
+        pinned = self.device.type == "cuda"
+        self.snapshots = [s.map(Tensor.pin_memory) if pinned and id(s) not in held else s for s in snapshots]
 
     def choose(self, student_sparsity: float, step: int, reached: int, total: int) -> int | None:
         """Index of the snapshot that teaches `step`, None for the intact model.
@@ -105,12 +120,27 @@ class TeacherBank:
             self._active = (index, self._view(index))
         return self._active[1]
 
+    def prefetch(self, index: int | None) -> None:
+        """Start to copy the snapshot that will teach next to the accelerator, beside the work of this step."""
+        if self._stream is None or index is None or index in (self._active[0], self._fetched and self._fetched[0]):
+            return
+        with torch.cuda.stream(self._stream):
+            self._fetched = (index, self.snapshots[index].map(lambda t: t.to(self.device, non_blocking=True)))
+
     def _view(self, index: int | None) -> View:
         if index is None:
             return build_view(self.spec, None, {}, self.scaling, self.dtype)
-        snapshot = self.snapshots[index]
-        lora = {k: tuple(t.to(self.device) for t in pair) for k, pair in snapshot.lora.items()}
-        return build_view(self.spec, snapshot.gates.to(self.device), lora, self.scaling, self.dtype)
+        snapshot = self._on_device(index)
+        return build_view(self.spec, snapshot.gates, snapshot.lora, self.scaling, self.dtype)
+
+    def _on_device(self, index: int) -> Snapshot:
+        if self._fetched is None or self._fetched[0] != index:
+            return self.snapshots[index].map(lambda t: t.to(self.device, non_blocking=True))
+        snapshot, self._fetched = self._fetched[1], None
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_stream(self._stream)
+        snapshot.map(lambda t: t.record_stream(stream) or t)  # its memory was allocated for the other stream
+        return snapshot
 
     def _interval(self, sparsity: float) -> int:
         return int(sparsity / self.config.interval + _GRID_EPS)

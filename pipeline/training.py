@@ -81,11 +81,11 @@ class Trainer(ABC):
         """Step `self.step`: forward, backward, update; returns the scalars to log."""
 
     @abstractmethod
-    def save(self, directory: Path, counters: dict[str, int], earlier: Path | None) -> None:
+    def save(self, directory: Path, counters: dict[str, float], earlier: Path | None) -> None:
         """Write all that `load` needs, on rank 0; files that never change may be linked from `earlier`."""
 
     @abstractmethod
-    def load(self, directory: Path) -> dict[str, int]:
+    def load(self, directory: Path) -> dict[str, float]:
         """Restore in place what `save` wrote; returns the counters."""
 
     @abstractmethod
@@ -245,12 +245,15 @@ def resume(trainer: Trainer) -> None:
             raise ConfigError(f"{path} is not seen here: run_dir must be in a file system that all ranks share")
         counters = trainer.load(path)
     trainer.step, trainer.bad_total = counters["step"], counters["bad_total"]
+    trainer.engine.scale.value, trainer.engine.scale.good_steps = counters["loss_scale"], counters["good_steps"]
     log.info("resumed at step %d from %s", trainer.step, path)
 
 
 def save_checkpoint(trainer: Trainer) -> None:
     """Write the state after the current step on rank 0, then drop checkpoints beyond `checkpoint.keep`."""
-    counters = {"step": trainer.step, "bad_total": trainer.bad_total}
+    scale = trainer.engine.scale
+    counters = {"step": trainer.step, "bad_total": trainer.bad_total, "loss_scale": scale.value,
+                "good_steps": scale.good_steps}  # fmt: skip
     trainer.engine.collect()
     with trainer.world.together():
         if trainer.world.is_main:

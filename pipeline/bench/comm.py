@@ -26,10 +26,14 @@ from pipeline.zero import load_paired, zero_settings
 
 
 class GatheredBytes:
-    """Counts the bytes that gathers deliver to this rank."""
+    """Counts the bytes that gathers deliver to this rank, by the number of ranks that take part."""
 
     def __init__(self):
-        self.total = 0
+        self.by_ranks: dict[int, int] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_ranks.values())
 
     @contextmanager
     def counting(self) -> Iterator[GatheredBytes]:
@@ -39,9 +43,10 @@ class GatheredBytes:
         backend = comm.cdb
         original = backend.all_gather_into_tensor
 
-        def counted(output_tensor, *args, **kwargs):
-            self.total += output_tensor.nbytes
-            return original(output_tensor, *args, **kwargs)
+        def counted(output_tensor, input_tensor, *args, **kwargs):
+            ranks = output_tensor.numel() // input_tensor.numel()
+            self.by_ranks[ranks] = self.by_ranks.get(ranks, 0) + output_tensor.nbytes
+            return original(output_tensor, input_tensor, *args, **kwargs)
 
         backend.all_gather_into_tensor = counted
         try:
@@ -69,20 +74,21 @@ def main(argv: list[str] | None = None) -> int:
         job = Job(spec, config, Cluster(1, world.size, 1, 1, 1, 1, 1, 1))
         base = total_parameters(spec) * job.itemsize
         for mode, step in (("paired", paired), ("separate", separate)):
-            measured = bytes_of_a_step(lambda step=step: step(model, ids, config.loss), args.steps) / base
+            gathered = count(lambda step=step: step(model, ids, config.loss), args.steps)
+            measured = gathered.total / args.steps / base
             planned = traffic(job, Layout(3, 1), mode).ratio
             if world.is_main:
                 sys.stdout.write(f"{mode} {measured:.2f} x base bytes per step (the planner says {planned:.2f})\n")
     return 0
 
 
-def bytes_of_a_step(step: Callable[[], None], steps: int) -> float:
-    """Bytes gathered by one step, the mean of several after the first."""
+def count(step: Callable[[], None], steps: int) -> GatheredBytes:
+    """What several steps gather, after a first one."""
     step()
     with GatheredBytes().counting() as gathered:
         for _ in range(steps):
             step()
-    return gathered.total / steps
+    return gathered
 
 
 def paired(model: PairedModel, ids: torch.Tensor, loss) -> None:

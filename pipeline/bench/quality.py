@@ -2,7 +2,8 @@
 
 Prunes one model with our recipe, with one intact teacher, with none, and with the baseline a user would build in an
 afternoon, at each sparsity, from the same data, seed and LoRA budget; exports each and scores the exported model on
-held-out text. A run that is already finished is not pruned again.
+held-out text. `--finetune records.json` adds each student after fine-tuning, `--ladder 0.1 0.2` the rungs below each of
+our runs. A run that is already finished is not pruned again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.__main__ import quiet_libraries
@@ -18,9 +20,9 @@ from pipeline.config import Config, ConfigError, load_config
 from pipeline.data import text_tokens
 from pipeline.distributed import discover
 from pipeline.measure import environment, perplexity
+from pipeline.model_card import RECORD
 from pipeline.models import load_any
-from pipeline.rundir import load_run
-from pipeline.stages import export, prune
+from pipeline.stages import export, finetune, prune
 
 VARIANTS = {
     "ours": [],
@@ -41,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--blocks", type=int, default=20, help="blocks of 1,024 tokens that are scored")
+    parser.add_argument("--finetune", type=Path, help="instruction records to fine-tune each student on")
+    parser.add_argument("--ladder", type=float, nargs="+", default=[], help="rungs of our runs that are scored too")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/quality"))
     parser.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="a setting of every run")
     args = parser.parse_args(argv)
@@ -54,24 +58,40 @@ def main(argv: list[str] | None = None) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Fill the table row by row; what is measured is on disk after each row."""
-    for path in (args.train, args.test):
-        if not path.is_file():
+    for path in (args.train, args.test, args.finetune):
+        if path and not path.is_file():
             raise ConfigError(f"{path} does not exist: give a text file (make bench-quality TRAIN=… TEST=…)")
     rows = [{"variant": "intact", "sparsity": 0.0, "perplexity": score(args, args.model)}]
     for sparsity in args.sparsities:
         for variant in args.variants:
-            config = run_config(args, variant, sparsity)
-            began = time.perf_counter()
-            prune.run(config)
-            exported = export.run(config)
-            rows.append({
-                "variant": variant, "sparsity": sparsity, "reached": load_run(config.run_dir).sparsity,
-                "perplexity": score(args, str(exported)), "seconds": round(time.perf_counter() - began),
-            })  # fmt: skip
-            save(args, rows)
-            sys.stderr.write(table(rows) + "\n")
+            for row in measure(args, variant, sparsity):
+                rows.append(row)
+                save(args, rows)
+                sys.stderr.write(table(rows) + "\n")
     sys.stdout.write(table(rows) + "\n")
     return 0
+
+
+def measure(args: argparse.Namespace, variant: str, sparsity: float) -> Iterator[dict]:
+    """The rows of one run: the pruned student, the rungs below it, and each of them fine-tuned."""
+    config = run_config(args, variant, sparsity)
+    began = time.perf_counter()
+    prune.run(config)
+    rungs = [rung for rung in args.ladder if rung < sparsity] if variant == "ours" else []
+    for rung in (0.0, *rungs):
+        name = f"{variant}, rung" if rung else variant
+        for tuned in (False, True) if args.finetune else (False,):
+            if tuned:
+                finetune.run(load_config(config, [f"finetune.sparsity={rung}"]))
+            source = "finetuned" if tuned else "pruned"
+            exported = export.run(load_config(config, [f"export.sparsity={rung}", f"export.source={source}"]))
+            record = json.loads((exported / RECORD).read_text(encoding="utf-8"))
+            yield {
+                "variant": f"{name}, tuned" if tuned else name, "sparsity": rung or sparsity,
+                "reached": record["sparsity"], "perplexity": score(args, str(exported)),
+                "seconds": round(time.perf_counter() - began),
+            }  # fmt: skip
+            began = time.perf_counter()
 
 
 def run_config(args: argparse.Namespace, variant: str, sparsity: float) -> Config:
@@ -79,7 +99,8 @@ def run_config(args: argparse.Namespace, variant: str, sparsity: float) -> Confi
     return load_config(None, [
         *VARIANTS[variant], f"run_dir={args.out}/{variant}-{sparsity:g}-{args.steps}", f"model.path={args.model}",
         f"data.source={args.train}", "data.documents=0", "data.seq_len=256", "train.batch_size=4",
-        f"train.steps={args.steps}", f"sparsity.target={sparsity}", "gates.shape=per_layer", "seed=0", *args.set,
+        f"train.steps={args.steps}", f"sparsity.target={sparsity}", "gates.shape=per_layer", "seed=0",
+        f"finetune.data={args.finetune or ''}", *args.set,
     ])  # fmt: skip
 
 
@@ -101,11 +122,11 @@ def save(args: argparse.Namespace, rows: list[dict]) -> None:
 def table(rows: list[dict]) -> str:
     """One line a row: variant, target, reached sparsity, perplexity, its ratio to the baseline's at that sparsity."""
     baseline = {r["sparsity"]: r["perplexity"] for r in rows if r["variant"] == "taylor"}
-    lines = [f"{'variant':<16} {'target':>6} {'reached':>8} {'perplexity':>10} {'/ baseline':>10} {'seconds':>8}"]
+    lines = [f"{'variant':<20} {'target':>6} {'reached':>8} {'perplexity':>10} {'/ baseline':>10} {'seconds':>8}"]
     for r in rows:
         ratio = r["perplexity"] / baseline[r["sparsity"]] if r["sparsity"] in baseline else float("nan")
         lines.append(
-            f"{r['variant']:<16} {r['sparsity']:>6.0%} {r.get('reached', 0.0):>8.2%} {r['perplexity']:>10.2f} "
+            f"{r['variant']:<20} {r['sparsity']:>6.0%} {r.get('reached', 0.0):>8.2%} {r['perplexity']:>10.2f} "
             f"{ratio:>10.3f} {r.get('seconds', 0):>8}"
         )
     return "\n".join(lines)

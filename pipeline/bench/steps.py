@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 from pipeline.__main__ import quiet_libraries
-from pipeline.config import load_config
+from pipeline.config import TeacherConfig, load_config
 from pipeline.distributed import World, discover
 from pipeline.layers import View, build_view
 from pipeline.masks import Gates, select_units, unit_shape
 from pipeline.measure import environment
 from pipeline.models import load_model
 from pipeline.pairing import PairedModel
+from pipeline.teachers import TeacherBank
 
 LAG = 0.10
 """How far the teacher is behind the student in the measured step: ten intervals of 1%, as in the paper."""
@@ -58,13 +59,18 @@ def main(argv: list[str] | None = None) -> int:
     subjects = [subject(model, s, world) for s in args.sparsities]
     ids = torch.randint(0, spec.vocab, (args.batch, args.tokens), device=world.device)
     rows = measure(model, subjects, ids, config.loss, args.rounds)
+    switch = switching(model, subjects, config.teacher, world)
     result = {
         "model": args.model, "dtype": args.dtype, "batch": args.batch, "tokens": args.tokens, "rounds": args.rounds,
-        "environment": environment(world.device), "rows": rows,
+        "environment": environment(world.device), "rows": rows, "switch_s": switch,
     }  # fmt: skip
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(table(rows) + f"\n{args.json}\n")
+    share = switch / rows[-1]["step_s"]
+    sys.stdout.write(
+        table(rows) + f"\nto switch the teacher: {1000 * switch:.1f} ms, {share:.2%} of the last row's step\n"
+    )
+    sys.stdout.write(f"{args.json}\n")
     return 0
 
 
@@ -103,10 +109,19 @@ def measure(model: PairedModel, subjects: list[Subject], ids, loss, rounds: int)
     return rows
 
 
+def switching(model: PairedModel, subjects: list[Subject], config: TeacherConfig, world: World) -> float:
+    """Median seconds to put another snapshot in force, two of the bank in turns."""
+    bank = TeacherBank(model.spec, config, model.scaling, world.device, model.dtype)
+    for number, subject in enumerate(subjects[-2:], 1):
+        bank.record(0, number * config.interval, subject.gates, {}, model.lora())
+    return statistics.median(_timed(lambda index=n % 2: bank.activate(index)) for n in range(20))
+
+
 def _step(model: PairedModel, s: Subject, ids, loss) -> None:
     view = build_view(model.spec, s.gates, model.lora(), model.scaling, model.dtype)
     model(ids, view, s.teacher, loss).total.backward()
-    model.zero_grad(set_to_none=True)
+    for parameter in (t for pair in model.lora().values() for t in pair):
+        parameter.grad = None
 
 
 @torch.no_grad()

@@ -193,6 +193,10 @@ class ExportConfig:
     hidden_multiple: int = opt(0, "The hidden size is rounded to this multiple; 0: as in the run.", ge=0)
     tensor_parallel: int = opt(0, "GPUs over which the model can be split; 0: as in the run.", ge=0)
     dtype: Literal["as_base", "float32", "bfloat16", "float16"] = opt("as_base", "Type of the exported weights.")
+    push_to_hub: str = opt(
+        "", "Repository of the Hugging Face hub (user/name) that the model is uploaded to; empty: none."
+    )
+    hub_private: bool = opt(True, "A repository that has to be made is private.")
     shard_size: str = opt("5GB", "Largest safetensors file.")
     check_tokens: int = opt(512, "Tokens of real text on which logits are compared before the export finishes.", ge=8)
 

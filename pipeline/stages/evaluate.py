@@ -15,7 +15,9 @@ from pipeline.config import Config, ConfigError
 from pipeline.data import text_tokens
 from pipeline.distributed import discover
 from pipeline.measure import SIZES, environment, perplexity, sample, sizes
+from pipeline.model_card import RECORD, add_results
 from pipeline.models import load_any
+from pipeline.publish import push
 from pipeline.speed import SPEEDS, ceiling, speed, speed_ratio
 from pipeline.tasks import lm_eval_tasks, load_tasks, mean_accuracy
 from pipeline.tracking import Tracker
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> dict:
-    """Evaluate the base model and the export (or `evaluate.models`) and write the report.
+    """Evaluate the base model and the export (or `evaluate.models`) and write the report, also into the exports' cards.
 
     Models are measured one after the other, except that their speeds are measured in turns, for which all of
     them are on the device together; without `evaluate.speed` only one is in memory at a time.
@@ -64,8 +66,14 @@ def run(config: Config) -> dict:
         "environment": environment(device),
     }
     written = report.write(result, output, Path(config.run_dir) if config.run_dir else None)
+    for entry in entries[1:]:
+        if (Path(entry["path"]) / RECORD).is_file():
+            pair = {"models": [entries[0], entry], "ratio": _ratio(entries[0], entry)}
+            add_results(Path(entry["path"]), report.results(result | pair))
     if config.run_dir:
         _to_tensorboard(result, config)
+    if config.export.push_to_hub:
+        push(Path(paths[-1]), config.export)
     return written
 
 

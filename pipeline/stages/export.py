@@ -30,16 +30,16 @@ from pipeline.folding import (
 )
 from pipeline.layers import build_view
 from pipeline.masks import Gates, sparsity_of
-from pipeline.model_card import Result, kept_record, model_card
+from pipeline.model_card import RECORD, Result, kept_record, model_card
 from pipeline.models import load_model, load_tokenizer, read_config
 from pipeline.pairing import PairedModel
 from pipeline.prepared import load_blocks
+from pipeline.publish import push
 from pipeline.rundir import Run
 from pipeline.students import Student, newest_student, open_run, shape_of
 
 log = logging.getLogger(__name__)
 
-RECORD = "nuteprune.json"
 LOGIT_TOLERANCE = 1e-3
 """Largest difference of two float32 logits, relative to the largest logit."""
 COUNT_TOLERANCE = 1e-3
@@ -110,6 +110,8 @@ def run(config: Config) -> Path:
         write_record(directory, plan, result)
     log.info("exported %s: %.2f%% of the prunable parameters removed, %s parameters left (%s before)", output,
              100 * result.sparsity, f"{result.parameters:,}", f"{result.base_parameters:,}")  # fmt: skip
+    if config.export.push_to_hub:
+        push(output, config.export)
     return output
 
 
@@ -220,9 +222,9 @@ def check_count(spec: ArchSpec, gates: Gates, model: PreTrainedModel) -> float:
 
 def write_record(directory: Path, plan: Plan, result: Result) -> None:
     """Write README.md and nuteprune.json."""
-    card = model_card(plan.config, plan.fold, plan.shape, plan.dtype_name, result)
+    card = model_card(plan.run, plan.student, plan.fold, plan.shape, plan.dtype_name, result)
     (directory / "README.md").write_text(card, encoding="utf-8")
-    record = json.dumps(kept_record(plan.config, plan.fold, result))
+    record = json.dumps(kept_record(plan.run, plan.student, plan.fold, result))
     (directory / RECORD).write_text(record + "\n", encoding="utf-8")
 
 
@@ -238,4 +240,4 @@ def _save(directory: Path, model: PreTrainedModel, *, plan: Plan, generation: Ge
 
 def summary(config: Config, result: Path) -> str:
     """What the command line prints at the end."""
-    return f"exported model: {result}\nnext: nuteprune evaluate --config {config.run_dir}/config.yaml"
+    return f"exported model: {result}\nnext: nuteprune evaluate {config.run_dir}"

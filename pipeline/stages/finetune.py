@@ -59,11 +59,12 @@ def settings(config: Config, trained: Run) -> Config:
     return replace(
         old,
         run_dir=str(finetune_directory(trained, tune.sparsity)),
+        deepspeed=config.deepspeed,
         finetune=tune, checkpoint=config.checkpoint, tracking=config.tracking, export=config.export,
         data=replace(old.data, source=tune.data, seq_len=tune.seq_len),
         train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
                       micro_batch=tune.micro_batch, lora_lr=tune.lr),
-        loss=replace(old.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
+        loss=replace(config.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
         lora=replace(old.lora, targets=list(PROJECTIONS), rank=rank, alpha=rank * old.lora.alpha / old.lora.rank),
         teacher=replace(old.teacher, mode="intact" if tune.distill else "none"),
         gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,

@@ -131,8 +131,11 @@ class Pruning(Trainer):
         if self.config.teacher.mode == "none":
             return None, None
         expected = float(self.masks.expected_sparsity().detach())
-        index = self.bank.choose(expected, self.step, warmup_steps(self.config, self.total), self.total)
-        return index, self.bank.activate(index)
+        reached = warmup_steps(self.config, self.total)
+        index, following = (self.bank.choose(expected, s, reached, self.total) for s in (self.step, self.step + 1))
+        view = self.bank.activate(index)
+        self.bank.prefetch(following)
+        return index, view
 
     def forward(self, ids: Tensor, micro_batch: int, teacher: View | None, target: float) -> Losses:
         """Losses of one micro-batch, the constraint's penalty included."""
@@ -152,11 +155,11 @@ class Pruning(Trainer):
         key = (self.config.seed * 1_000_003 + self.step) * 65_537 + micro_batch
         return self.masks.sample(torch.Generator().manual_seed(key % (1 << 63)))
 
-    def save(self, directory: Path, counters: dict[str, int], earlier: Path | None) -> None:
+    def save(self, directory: Path, counters: dict[str, float], earlier: Path | None) -> None:
         """Gates, multipliers, LoRA, optimizers, teachers and counters."""
         save_state(directory, self.config, *self._parts(), counters, earlier)
 
-    def load(self, directory: Path) -> dict[str, int]:
+    def load(self, directory: Path) -> dict[str, float]:
         """Restore what `save` wrote; returns the counters."""
         return load_state(directory, *self._parts())
 

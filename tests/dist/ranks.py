@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-HANG = 120
+HANG = 240
 """Seconds after which a group counts as hung."""
 
 
@@ -33,16 +33,17 @@ class Group:
         size: number of ranks.
         logs: directory of their output.
         hook: a function that each rank calls before it starts, given its number.
+        program: what each rank runs, the command line if None.
     """
 
-    def __init__(self, arguments: list, size: int, logs: Path, hook=None):
+    def __init__(self, arguments: list, size: int, logs: Path, hook=None, program=None):
         context = _context()
         logs.mkdir(parents=True, exist_ok=True)
         port = free_port()
-        each = arguments if isinstance(arguments[0], list) else [arguments] * size
+        each = arguments if arguments and isinstance(arguments[0], list) else [arguments] * size
         self.logs = [logs / f"rank-{rank}.log" for rank in range(size)]
         self.processes = [
-            context.Process(target=_run, args=(each[rank], rank, size, port, str(self.logs[rank]), hook))
+            context.Process(target=_run, args=(each[rank], rank, size, port, str(self.logs[rank]), hook, program))
             for rank in range(size)
         ]
         for process in self.processes:
@@ -67,9 +68,9 @@ class Group:
                 process.join()
 
 
-def run(arguments: list, size: int, logs: Path, hook=None) -> list[Ended]:
+def run(arguments: list, size: int, logs: Path, hook=None, program=None) -> list[Ended]:
     """Run a group to its end; every rank must succeed."""
-    ended = Group(arguments, size, logs, hook).wait()
+    ended = Group(arguments, size, logs, hook, program).wait()
     assert [e.code for e in ended] == [0] * size, "\n".join(e.text for e in ended)
     return ended
 
@@ -83,11 +84,11 @@ def free_port() -> int:
 def _context():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.stages.prune", "pipeline.__main__", "deepspeed"])
+    context.set_forkserver_preload(["pipeline.stages.prune", "pipeline.__main__", "pipeline.bench.comm", "deepspeed"])
     return context
 
 
-def _run(arguments, rank, size, port, log, hook):
+def _run(arguments, rank, size, port, log, hook, program):
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
@@ -103,4 +104,4 @@ def _run(arguments, rank, size, port, log, hook):
     from pipeline.__main__ import cli
 
     sys.argv[1:] = arguments
-    cli()
+    (program or cli)()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from pipeline import measure, report, speed
 from pipeline.arch import read_spec
-from pipeline.checkpoint import verify
+from pipeline.checkpoint import verify, write_manifest
 from pipeline.config import Config, ConfigError, EvaluateConfig, ModelConfig, TrackingConfig
 from pipeline.models import load_any
 from pipeline.stages import evaluate
@@ -71,6 +71,7 @@ def settings(tmp_path, base, tokenizer) -> Config:
     """A run directory with an export, metrics and a text, and the configuration that evaluates it."""
     run = tmp_path / "run"
     save_llama(run / "export", tokenizer, ffn=24, seed=1)
+    (run / "export" / "README.md").write_text("# A card\n\n## Results\n\nof an earlier evaluation\n")
     (tmp_path / "held_out.txt").write_text(TEXT)
     steps = [
         {"step": i, "prune/loss": 3.0 - i / 10, "prune/expected_sparsity": i / 50, "prune/target_sparsity": i / 49}
@@ -80,6 +81,7 @@ def settings(tmp_path, base, tokenizer) -> Config:
     kept = {"kv_groups": [[True, True], [True, False]], "heads": [[0, 1, 2, 3], [0, 1]], "ffn": [24, 24]}
     original = {"heads": 4, "kv_heads": 2, "ffn": 40, "hidden": 24}
     (run / "export" / "nuteprune.json").write_text(json.dumps({"kept": kept, "layers": 2, "original": original}))
+    write_manifest(run / "export")
     return Config(
         run_dir=str(run),
         model=ModelConfig(path=base),
@@ -266,6 +268,12 @@ def test_report_files(settings, base, caplog):
     assert before["tasks"]["local_mc"]["examples"] == 12
     assert result["held_out"]
     assert result["same_tokens"]
+
+    card = (Path(after["path"]) / "README.md").read_text()
+    assert card.startswith("# A card\n\n## Results\n\n| ")
+    assert "earlier evaluation" not in card
+    assert f"| local_mc | 1.0 | 0 | 12 | acc | {before['tasks']['local_mc']['metrics']['acc']['value']:.4f}" in card
+    verify(Path(after["path"]))
 
     text = (folder / "report.md").read_text()
     assert "3 windows of 64 tokens, stride 64" in text

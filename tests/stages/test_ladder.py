@@ -17,7 +17,11 @@ def arguments(run_dir, text_file):
             "evaluate.sample_prompt="]  # fmt: skip
 
 
-def test_every_rung_is_exported_and_compared(arguments, run_dir, capsys):
+def test_every_rung_is_exported_and_compared(arguments, run_dir, capsys, tmp_path):
+    records = tmp_path / "records.json"
+    records.write_text('[{"prompt": "The river", "completion": " is wide"}]')
+    assert main(["finetune", str(run_dir), "--data", str(records), "--sparsity", "0.2", "finetune.steps=2",
+                 "finetune.seq_len=32", "finetune.batch_size=1"]) == 0  # fmt: skip
     assert main([*arguments, "--ladder", "0.4,0.1,0.2", "export.ladder_per_layer=true"]) == 0
     printed = capsys.readouterr().out
     directory = run_dir / "ladder"
@@ -34,6 +38,7 @@ def test_every_rung_is_exported_and_compared(arguments, run_dir, capsys):
         assert point["per_layer_perplexity"] > 0
         assert point["prefill"] > 0
     assert points[0]["prefill"] == 1.0
+    assert [p.get("finetuned", 0) for p in points] == [0, 0, 2, 0]
     assert found["knee"] == ladder.knee(points)
     assert "| intact |" in printed
     assert "cost of the shape" in printed

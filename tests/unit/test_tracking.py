@@ -1,6 +1,7 @@
 """Tracker: what it writes is read back with TensorBoard's own reader and line by line."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -50,6 +51,7 @@ def test_resume_drops_what_is_done_again(tmp_path):
             tracker.log(step, {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('\0\0\0\n{"step": 5, "prune/lo')  # killed while writing
+    time.sleep(1)  # TensorBoard orders the files of processes by the second they started in
     with Tracker(tmp_path, QUIET, total_steps=6, first_step=2) as tracker:
         for step in range(2, 6):
             tracker.log(step, {"loss": 3.0})

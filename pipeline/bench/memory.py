@@ -1,0 +1,119 @@
+"""Memory of each rank under ZeRO-3, measured and planned: `make bench-memory`, or torchrun … -m pipeline.bench.memory.
+
+Counted bytes of the frozen weights and of LoRA with its optimizer stand beside the planner's; and the peak of the
+process's resident memory while loading and training, above what the interpreter and its libraries take, beside the sum
+of the rank's share, the largest layer, the embedding, LoRA and the activations. gloo, which ranks on CPUs use, gathers
+through a second buffer; NCCL does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline.__main__ import quiet_libraries
+from pipeline.config import load_config
+from pipeline.distributed import connected, discover
+from pipeline.engine import Engine
+from pipeline.footprint import Cluster, Job, Layout, layer_tensors, lora_memory, memory, total_parameters
+from pipeline.layers import build_view
+from pipeline.masks import MaskSet
+from pipeline.models import read_config
+from pipeline.pairing import PairedModel
+from pipeline.zero import load_paired, zero_settings
+
+MB = 1e6
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/smollm2-135m")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=2)
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    world = discover()
+    config = load_config(None, [f"model.path={args.model}", f"train.batch_size={world.size}", "deepspeed=zero3",
+                                f"data.seq_len={args.tokens}"])  # fmt: skip
+    _, spec = read_config(args.model)
+    settings = zero_settings(config, spec, world)
+    job = Job(spec, config, Cluster(1, world.size, 1, 1, 1, 1, 1, 1))
+    with connected(world, config.train.rank_timeout):
+        import deepspeed  # noqa: F401  its import is the interpreter's own memory, not the model's
+
+        before = Peak()
+        model = load_paired(config, world, settings)
+        loading = before.since()
+        engine = Engine(model, MaskSet(spec, config.gates).to(world.device), None, config, args.steps, world)
+        generator = torch.Generator().manual_seed(world.rank)
+        ids = torch.randint(0, spec.vocab, (1, args.tokens), generator=generator).to(world.device)
+        teacher = build_view(spec, None, {}, model.scaling, model.dtype)
+        for step in range(args.steps):
+            student = build_view(spec, None, model.lora(), model.scaling, model.dtype)
+            engine.backward(model(ids, student, teacher, config.loss).total)
+            engine.step(step)
+        training = before.since()
+        peaks = world.gather((loading, training))
+    if world.is_main:
+        sys.stdout.write("\n".join(lines(job, model, engine, peaks)) + "\n")
+    return 0
+
+
+class Peak:
+    """Peak of the resident memory of this process from now on (Linux)."""
+
+    def __init__(self):
+        Path("/proc/self/clear_refs").write_text("5")
+        self.start = self._read()
+
+    def since(self) -> int:
+        """Bytes of the peak above the start."""
+        return self._read() - self.start
+
+    def _read(self) -> int:
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def lines(job: Job, model: PairedModel, engine: Engine, peaks: list[tuple[int, int]]) -> list[str]:
+    """The report, in MB of 1e6 bytes."""
+    spec, ranks = job.spec, job.cluster.ranks
+    plan = memory(job, Layout(3, 1), 1)
+    weights = sum(plan.resident[name] for name in (f"frozen weights (1/{ranks})", "small tensors kept whole"))
+    sizes = lora_memory(job)
+    planned = sum(sizes[name] for name in ("LoRA weights", "LoRA gradient", "LoRA moments"))
+    whole, layer = total_parameters(spec) * job.itemsize, sum(layer_tensors(spec)) * job.itemsize
+    embedding = spec.vocab * spec.hidden * job.itemsize
+    activations = plan.resident["activations of the student"] + plan.head_phase["logits of one KL chunk"]
+    bound = whole / ranks + layer + embedding
+    loading, training = (max(values) for values in zip(*peaks, strict=True))
+    return [
+        f"{ranks} ranks, base model {whole / MB:.1f} MB",
+        f"frozen weights of a rank {frozen_bytes(model) / MB:.1f} MB (planner {weights / MB:.1f})",
+        f"LoRA, gradient, moments of a rank {lora_bytes(engine) / MB:.1f} MB (planner {planned / MB:.1f})",
+        f"peak while loading {loading / MB:.0f} MB (share + layer + embedding {bound / MB:.0f})",
+        f"peak while training {training / MB:.0f} MB (with LoRA {planned / MB:.0f} and activations "
+        f"{activations / MB:.0f}: {(bound + planned + activations) / MB:.0f}; gloo's buffer {embedding / MB:.0f}; "
+        f"planner's peak {plan.peak / MB:.0f})",
+    ]
+
+
+def frozen_bytes(model: PairedModel) -> int:
+    """Bytes of the frozen weights that this rank holds between steps: its shards, and small tensors that are whole."""
+    return sum(p.nbytes if p.ds_persist else p.ds_tensor.nbytes for p in model.parameters())
+
+
+def lora_bytes(engine: Engine) -> int:
+    """Bytes of LoRA, its gradient and this rank's AdamW moments."""
+    optimizer = engine.optimizers["lora"]
+    optimizer = getattr(optimizer, "optim", optimizer)  # the shard's own, where it is spread over the ranks
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    return sum(t.nbytes for t in [*engine.lora, *(p.grad for p in engine.lora), *moments])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

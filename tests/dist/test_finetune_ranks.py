@@ -1,0 +1,29 @@
+"""Fine-tuning on two ranks under ZeRO-3 is the fine-tuning of one process."""
+
+import json
+import shutil
+
+import pytest
+import ranks
+from safetensors.torch import load_file
+
+from pipeline.__main__ import main
+
+
+def test_two_ranks_learn_what_one_process_learns(run_dir, tmp_path):
+    rows = [{"prompt": f"The {n}", "completion": " river" * (1 + n % 7)} for n in range(40)]
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps(rows))
+    other = shutil.copytree(run_dir, tmp_path / "two")
+    settings = [f"finetune.data={records}", "finetune.seq_len=64", "finetune.batch_size=4", "finetune.steps=6",
+                "finetune.lr=1e-3", "finetune.distill=0.5"]  # fmt: skip
+    assert main(["finetune", str(run_dir), *settings]) == 0
+    ranks.run(["finetune", str(other), *settings, "deepspeed=zero3"], 2, tmp_path / "logs")
+    losses = [
+        [json.loads(line)["finetune/loss"] for line in (d / "finetune" / "metrics.jsonl").read_text().splitlines()]
+        for d in (run_dir, other)
+    ]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    one, two = (load_file(d / "finetune/tuned/adapter/adapter_model.safetensors") for d in (run_dir, other))
+    assert all(two[key].sub(tensor).abs().max() < 1e-3 for key, tensor in one.items())
