@@ -72,8 +72,9 @@ plan() {
 resources() {
     local stage=$1 gpus tasks=1 time extra="${1^^}_FLAGS[@]"
     gpus=$(setting "$stage" GPUS 0)
-    time=$(setting "$stage" TIME "${planned:+$planned:00:00}")
-    [[ $time ]] || die "$cluster sets no ${stage^^}_TIME, and without GPUs the planner has no figure"
+    time=$(setting "$stage" TIME "")
+    if [[ ! $time && $stage == prune && $planned ]]; then time=$planned:00:00; fi
+    [[ $time ]] || die "$cluster sets no ${stage^^}_TIME, and only pruning on GPUs has a figure of the planner's"
     if [[ $stage =~ ^(prune|finetune)$ && ${LAUNCHER:-srun} == srun ]] && ((gpus)); then tasks=$gpus; fi
     flags=(--nodes="$(setting "$stage" NODES 1)" --ntasks-per-node="$tasks"
         --cpus-per-task="$(setting "$stage" CPUS 1)" --time="$time" --signal="B:USR1@${SIGNAL_SECONDS:-300}")

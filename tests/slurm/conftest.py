@@ -101,7 +101,7 @@ def undisturbed(cluster, model_dir, text_file, tmp_path_factory):
     settings["export"] = {"source": "pruned"}  # to be compared with runs that are not fine-tuned
     run = TinyRun(cluster, top, settings)
     jobs = run.submit(LAUNCHER="torchrun")
-    cluster.wait_job(jobs["evaluate"])
+    cluster.wait_job(jobs["evaluate"], limit=900)
     return run, jobs
 
 
@@ -123,7 +123,7 @@ def tiny_settings(model_dir, text_file, **train) -> dict:
         "model": {"path": str(model_dir)},
         "deepspeed": "zero3",
         "data": {"source": str(text_file), "seq_len": 32},
-        "train": {"steps": 150, "batch_size": 4, **train},
+        "train": {"steps": 100, "batch_size": 4, **train},
         "gates": {"importance_batches": 2, "ffn_multiple": 1, "hidden_multiple": 1},
         "checkpoint": {"every": 10},
         "tracking": {"tensorboard": False, "progress": False},

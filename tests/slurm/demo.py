@@ -13,8 +13,8 @@ from slurm_cluster import Cluster, missing_programs
 
 RUN = "runs/demo-slurm"
 SETTINGS = [
-    f"run_dir={RUN}", "deepspeed=zero3", "train.steps=20", "gates.importance_batches=4", "checkpoint.every=5",
-    "evaluate.speed=false", "evaluate.blocks=8", "tracking.progress=false",
+    f"run_dir={RUN}", "deepspeed=zero3", "data.seq_len=128", "train.steps=20", "checkpoint.every=5",
+    "gates.importance_batches=2", "evaluate.speed=false", "evaluate.blocks=4", "tracking.progress=false",
 ]  # fmt: skip
 CLUSTER_FILE = f"""\
 PYTHON={sys.executable}

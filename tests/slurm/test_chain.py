@@ -58,6 +58,8 @@ def leave_before_time_limit(run, job: str) -> None:
     wait_for(lambda: "the ranks save and leave" in run.log(f"prune-{job}"), 90, run.everything)
     for pid in ranks:
         os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: "requeued after exit code 75" in run.log(f"prune-{job}"), 90, run.everything)
+    run.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60")
 
 
 def test_interruptions_change_no_bit(undisturbed, tiny_run):
@@ -69,9 +71,9 @@ def test_interruptions_change_no_bit(undisturbed, tiny_run):
     wait_for_step(run, 20)
     assert not run.submit()  # queued and running jobs are not submitted twice
     run.cluster.run("scontrol", "requeue", prune)
-    wait_for_step(run, 50)
+    wait_for_step(run, 40)
     os.kill(run.cluster.pid(prune, rank=1), signal.SIGKILL)
-    wait_for_step(run, 80)
+    wait_for_step(run, 60)
     leave_before_time_limit(run, prune)
     assert int(finished(run, prune)["Restarts"]) == 3
     log = run.log(f"prune-{prune}")
