@@ -27,12 +27,13 @@ def metrics(run_dir) -> list[dict]:
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
+TIMED = ("prune/step_s", "prune/tokens_per_s", "prune/peak_memory_gb")
+"""What no two runs share."""
+
+
 def same_run(a: Path, b: Path) -> None:
     """Losses, gates, teachers and LoRA of two finished runs are bit-identical."""
-    lines = [
-        [{k: v for k, v in m.items() if k not in ("prune/tokens_per_s", "prune/peak_memory_gb")} for m in metrics(d)]
-        for d in (a, b)
-    ]
+    lines = [[{k: v for k, v in m.items() if k not in TIMED} for m in metrics(d)] for d in (a, b)]
     assert lines[0] == lines[1]
     files = sorted(p.relative_to(a) for p in (a / "pruned").rglob("*.safetensors"))
     assert len(files) >= 2
