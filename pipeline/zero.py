@@ -81,6 +81,7 @@ def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
             zero["offload_param"].setdefault("pin_memory", world.device.type == "cuda")
         _check_hpz(zero, world)
     _validate(config.deepspeed, zero)
+    _check_nvme(zero.get("offload_param") or {})
     return settings
 
 
@@ -98,6 +99,18 @@ def _check_hpz(zero: dict, world: World) -> None:
     size = zero.get(key, 1)
     if isinstance(size, int) and size > 1 and world.size % size:
         raise ConfigError(f"deepspeed: {key} {size} does not divide the {world.size} ranks: set it to those of a node")
+
+
+def _check_nvme(offload: dict) -> None:
+    """Check that weights can be offloaded to a disk, where that is asked for."""
+    if offload.get("device") != "nvme":
+        return
+    if not offload.get("nvme_path"):
+        raise ConfigError("deepspeed: offload_param to nvme needs nvme_path, a directory on a disk of each node")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ConfigError("deepspeed: offload_param to nvme needs libaio and its headers: install libaio-dev")
 
 
 def _validate(name: str, zero: dict) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HANG = 240
-"""Seconds after which a group counts as hung."""
+"""Seconds after which a group counts as hung: a group takes a few, many times that on a machine full of other work."""
 
 
 @dataclass

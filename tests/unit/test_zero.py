@@ -66,6 +66,8 @@ def test_sizes_of_the_file_win(tmp_path):
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
         ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size needs stage 3"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, "3 does not divide the 8 ranks"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "needs nvme_path"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "offload_param.device: Input"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "remove offload_optimizer"),
     ],
 )  # fmt: skip
