@@ -92,7 +92,9 @@ def test_without_gates_and_lora_the_model_is_untouched(name):
 @pytest.mark.parametrize("kind", ["normalized", "raw"])
 def test_paired_loss_equals_two_separate_passes(name, kind):
     pair = Pair(name)
-    loss = LossConfig(layer=kind, layer_reduction="sum" if kind == "raw" else "mean", temperature=2 / 3, chunk=7)
+    loss = LossConfig(
+        layer=kind, layer_reduction="sum" if kind == "raw" else "mean", label_weight=0.3, temperature=2 / 3, chunk=7
+    )
     expected = separate_passes(pair, loss)
     paired = pair.model(IDS, pair.student, pair.teacher, loss).total
     torch.testing.assert_close(paired, expected, rtol=1e-6, atol=0)
