@@ -199,7 +199,7 @@ def cli() -> NoReturn:
     """`main` as a process; a failed rank of several ends at once, for its destructors could wait for other ranks."""
     try:
         code = main()
-    except Exception:
+    except Exception:  # whatever it is: printed here, since os._exit below would swallow it
         traceback.print_exc()
         code = 1
     if code and os.environ.get("WORLD_SIZE", "1") != "1":

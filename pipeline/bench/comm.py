@@ -15,9 +15,10 @@ from contextlib import contextmanager
 import torch
 
 from pipeline.__main__ import quiet_libraries
-from pipeline.config import load_config
+from pipeline.arch import ArchSpec
+from pipeline.config import Config, load_config
 from pipeline.costs import traffic
-from pipeline.distributed import connected, discover
+from pipeline.distributed import World, connected, discover
 from pipeline.footprint import Cluster, Job, Layout, total_parameters
 from pipeline.layers import View, build_view
 from pipeline.models import read_config
@@ -55,6 +56,13 @@ class GatheredBytes:
             del backend.all_gather_into_tensor
 
 
+def partitioned_run(model: str, tokens: int, world: World) -> tuple[Config, ArchSpec]:
+    """Settings of a run under ZeRO-3 with one sequence of `tokens` a rank, and the model's architecture."""
+    config = load_config(None, [f"model.path={model}", f"train.batch_size={world.size}", "deepspeed=zero3",
+                                f"data.seq_len={tokens}"])  # fmt: skip
+    return config, read_config(model)[1]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,9 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet_libraries()
     world = discover()
-    config = load_config(None, [f"model.path={args.model}", f"train.batch_size={world.size}", "deepspeed=zero3",
-                                f"data.seq_len={args.tokens}"])  # fmt: skip
-    _, spec = read_config(args.model)
+    config, spec = partitioned_run(args.model, args.tokens, world)
     with connected(world, config.train.rank_timeout):
         model = load_paired(config, world, zero_settings(config, spec, world))
         generator = torch.Generator().manual_seed(world.rank)

@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 
 from pipeline.__main__ import quiet_libraries
-from pipeline.config import load_config
+from pipeline.bench.comm import partitioned_run
 from pipeline.distributed import connected, discover
 from pipeline.engine import Engine
 from pipeline.footprint import Cluster, Job, Layout, layer_tensors, lora_memory, memory, total_parameters
 from pipeline.layers import build_view
 from pipeline.masks import MaskSet
-from pipeline.models import read_config
 from pipeline.pairing import PairedModel
 from pipeline.zero import load_paired, zero_settings
 
@@ -38,9 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet_libraries()
     world = discover()
-    config = load_config(None, [f"model.path={args.model}", f"train.batch_size={world.size}", "deepspeed=zero3",
-                                f"data.seq_len={args.tokens}"])  # fmt: skip
-    _, spec = read_config(args.model)
+    config, spec = partitioned_run(args.model, args.tokens, world)
     settings = zero_settings(config, spec, world)
     job = Job(spec, config, Cluster(1, world.size, 1, 1, 1, 1, 1, 1))
     with connected(world, config.train.rank_timeout):

@@ -13,6 +13,7 @@ sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(fin
 sys.path = [entry for entry in sys.path if not any((Path(entry) / name).is_dir() for name in OURS)]
 assert all(importlib.util.find_spec(name) is None for name in OURS)
 
+# Imported behind the block above, so that none of them can bring this project in.
 import gguf  # noqa: E402
 import numpy  # noqa: E402
 import torch  # noqa: E402
