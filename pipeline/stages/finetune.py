@@ -143,11 +143,11 @@ class Finetuning(Trainer):
         own = int((micro_batch[:, 1] != IGNORE).sum())
         return own * self.world.size / int(self.answers.batch(self.step).sum())
 
-    def save(self, directory: Path, counters: dict[str, int], earlier: Path | None) -> None:
+    def save(self, directory: Path, counters: dict[str, float], earlier: Path | None) -> None:
         """Gates, LoRA, its optimizer and counters."""
         save_state(directory, self.config, *self._parts(), counters, earlier)
 
-    def load(self, directory: Path) -> dict[str, int]:
+    def load(self, directory: Path) -> dict[str, float]:
         """Restore what `save` wrote; returns the counters."""
         return load_state(directory, *self._parts())
 
