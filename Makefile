@@ -49,7 +49,7 @@ bench-memory: $(VENV) $(MODEL) ## memory of each of four ranks under ZeRO-3, mea
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 4 -m pipeline.bench.memory
 
 bench-ranks: $(VENV) $(MODEL) $(TEXT) ## the same run on one process, two and four ranks: losses and units compared
-	OMP_NUM_THREADS=1 $(BIN)/python -m pipeline.bench.ranks
+	$(BIN)/python -m pipeline.bench.ranks $(BENCH_ARGS)
 
 lint: $(VENV) ## check style
 	$(BIN)/ruff check .

@@ -64,15 +64,16 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         for start in range(0, tokens, chunk):
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], weight).float()
-            slope = 0.0
-            if teacher is not None:
-                loss, own = _kl(logits, F.linear(teacher[rows], weight).float(), temperature)
-                kl += loss / tokens
-                slope = kl_weight * own
+            slope = None
             if labels is not None:
-                loss, own = _cross_entropy(logits, labels[rows])
+                loss, slope = _cross_entropy_(logits if teacher is None else logits.clone(), labels[rows])
                 entropy += loss / learned
-                slope = slope + label_weight * tokens / learned * own
+                slope *= label_weight * tokens / learned
+            if teacher is not None:
+                loss, own = _kl_(logits, F.linear(teacher[rows], weight).float(), temperature)
+                kl += loss / tokens
+                own *= kl_weight
+                slope = own if slope is None else slope.add_(own)
             if keep_gradient:
                 gradient[rows] = slope.to(weight.dtype).mm(weight)
         ctx.save_for_backward(gradient)
@@ -105,21 +106,27 @@ def head_loss(
     )
 
 
-def _kl(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sum over rows of T²·KL and its gradient T·(q − p) in the student's logits."""
-    log_q = F.log_softmax(student / temperature, dim=-1)
-    log_p = F.log_softmax(teacher / temperature, dim=-1)
+def _kl_(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sum over rows of T²·KL and its gradient T·(q − p) in the student's logits; both logits are overwritten."""
+    log_q, log_p = (_log_softmax_(logits.div_(temperature)) for logits in (student, teacher))
     p = log_p.exp()
-    loss = temperature**2 * (p * (log_p - log_q)).sum()
-    return loss, (log_q.exp() - p) * temperature
+    loss = temperature**2 * log_p.sub_(log_q).mul_(p).sum()
+    return loss, log_q.exp_().sub_(p).mul_(temperature)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over learned rows of −log q[label] and its gradient q − onehot."""
+def _cross_entropy_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over learned rows of −log q[label] and its gradient q − onehot; the logits are overwritten."""
     learned = labels != IGNORE
     labels = labels.where(learned, 0)
-    log_q = F.log_softmax(logits, dim=-1)
+    log_q = _log_softmax_(logits)
     loss = -(log_q.gather(1, labels[:, None]).squeeze(1) * learned).sum()
-    slope = log_q.exp()
+    slope = log_q.exp_()
     slope[torch.arange(len(labels), device=labels.device), labels] -= 1.0
-    return loss, slope * learned[:, None]
+    return loss, slope.mul_(learned[:, None])
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    """Log-probabilities over the last dimension, in the memory of the logits."""
+    logits -= logits.amax(-1, keepdim=True)
+    logits -= logits.logsumexp(-1, keepdim=True)
+    return logits

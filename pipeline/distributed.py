@@ -220,4 +220,4 @@ def _set_allocator(ranks: int) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            libc.mallopt(parameter, 1 << 30 if ranks == 1 else 1 << 20)
+            libc.mallopt(parameter, 1 << 30 if ranks == 1 else 1 << 17)

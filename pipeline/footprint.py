@@ -148,13 +148,16 @@ def snapshot_bytes(job: Job) -> int:
 def zero3_sizes(spec: ArchSpec) -> dict[str, int]:
     """DeepSpeed's sizes for ZeRO-3, in elements: one layer is prefetched, and nothing is kept for later reuse.
 
-    Vectors (norms, biases) stay whole on every rank. Nothing is prefetched beyond two live layers.
+    Vectors (norms, biases) stay whole on every rank. The matrices of one layer fill the prefetch exactly, and those of
+    two the live parameters: with room for one more, the output head would be gathered together with the last layer's,
+    and DeepSpeed copies what was gathered together.
     """
-    layer = sum(layer_tensors(spec))
+    threshold = persistence_threshold(spec)
+    matrices = sum(t for t in layer_tensors(spec) if t > threshold)
     return {
-        "stage3_param_persistence_threshold": persistence_threshold(spec),
-        "stage3_prefetch_bucket_size": layer,
-        "stage3_max_live_parameters": 2 * layer,
+        "stage3_param_persistence_threshold": threshold,
+        "stage3_prefetch_bucket_size": matrices,
+        "stage3_max_live_parameters": 2 * matrices,
         "stage3_max_reuse_distance": 0,
     }
 
@@ -300,6 +303,10 @@ def working_per_token(job: Job) -> float:
 
 
 def logits_chunk(job: Job, tokens: int) -> float:
-    """Bytes of the full-vocabulary tensors alive at once in `distill._kl`: seven of float32 (cross entropy: three)."""
-    copies = 3 if job.config.teacher.mode == "none" else 7
+    """Bytes of the full-vocabulary tensors alive at once in `distill._ChunkedHeadLoss`.
+
+    Three of float32 for KL, two for cross entropy, four for both.
+    """
+    kl, entropy = job.config.teacher.mode != "none", job.config.teacher.mode == "none" or job.config.loss.label_weight
+    copies = (3 if kl else 1) + (1 if entropy else 0)
     return copies * FP32 * min(job.config.loss.chunk, tokens) * job.spec.vocab

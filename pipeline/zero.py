@@ -11,6 +11,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed
+from torch import Tensor
+
 from pipeline.arch import ArchSpec
 from pipeline.config import Config, ConfigError
 from pipeline.distributed import World
@@ -157,6 +161,30 @@ def attach(model: PairedModel, settings: dict) -> None:
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     # In a tuple it does not become a submodule. It must live: its destructor takes the hooks off.
     model.partitioning = (engine,)
+    if torch.distributed.get_backend() == "gloo":
+        deepspeed.comm.comm.cdb.all_gather_into_tensor = _gather_in_place
+
+
+class _Handles(list):
+    """Collective operations that are waited for together."""
+
+    def wait(self) -> None:
+        for work in self:
+            work.wait()
+
+
+def _gather_in_place(
+    output_tensor: Tensor, input_tensor: Tensor, group: torch.distributed.ProcessGroup, async_op: bool = False
+) -> _Handles:
+    """All-gather by a broadcast from each rank: gloo's own fills a second buffer as large as the output, and copies."""
+    parts = output_tensor.view(-1).chunk(group.size())
+    parts[group.rank()].copy_(input_tensor.view(-1))
+    handles = _Handles(
+        torch.distributed.broadcast(part, group_src=rank, group=group, async_op=True) for rank, part in enumerate(parts)
+    )
+    if not async_op:
+        handles.wait()
+    return handles
 
 
 def quiet() -> None:

@@ -53,7 +53,7 @@ class GatheredBytes:
         try:
             yield self
         finally:
-            del backend.all_gather_into_tensor
+            backend.all_gather_into_tensor = original
 
 
 def partitioned_run(model: str, tokens: int, world: World) -> tuple[Config, ArchSpec]:

@@ -1,9 +1,8 @@
 """Memory of each rank under ZeRO-3, measured and planned: `make bench-memory`, or torchrun … -m pipeline.bench.memory.
 
 Counted bytes of the frozen weights and of LoRA with its optimizer stand beside the planner's; and the peak of the
-process's resident memory while loading and training, above what the interpreter and its libraries take, beside the sum
-of the rank's share, the largest layer, the embedding, LoRA and the activations. gloo, which ranks on CPUs use, gathers
-through a second buffer; NCCL does not.
+process's resident memory while loading and training, above what the interpreter, its libraries and the modelling code
+take, beside the sum of the rank's share, the largest layer, the embedding and the activations.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
 
 from pipeline.__main__ import quiet_libraries
 from pipeline.bench.comm import partitioned_run
@@ -22,6 +23,7 @@ from pipeline.engine import Engine
 from pipeline.footprint import Cluster, Job, Layout, layer_tensors, lora_memory, memory, total_parameters
 from pipeline.layers import build_view
 from pipeline.masks import MaskSet
+from pipeline.models import read_config
 from pipeline.pairing import PairedModel
 from pipeline.zero import load_paired, zero_settings
 
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/smollm2-135m")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4, help="from the third on DeepSpeed prefetches")
     args = parser.parse_args(argv)
     quiet_libraries()
     world = discover()
@@ -43,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     with connected(world, config.train.rank_timeout):
         import deepspeed  # noqa: F401  its import is the interpreter's own memory, not the model's
 
+        with init_empty_weights():  # imports the modelling code
+            AutoModelForCausalLM.from_config(read_config(args.model)[0])
         before = Peak()
         model = load_paired(config, world, settings)
         loading = before.since()
@@ -62,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Peak:
-    """Peak of the resident memory of this process from now on (Linux)."""
+    """Peak of the resident memory of this process from now on (Linux), without further code pages of libraries."""
 
     def __init__(self):
         Path("/proc/self/clear_refs").write_text("5")
@@ -73,7 +77,9 @@ class Peak:
         return self._read() - self.start
 
     def _read(self) -> int:
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        status = Path("/proc/self/status").read_text()
+        peak, files = (int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmHWM", "RssFile"))
+        return (peak - files) * 1024
 
 
 def lines(job: Job, model: PairedModel, engine: Engine, peaks: list[tuple[int, int]]) -> list[str]:
@@ -93,8 +99,8 @@ def lines(job: Job, model: PairedModel, engine: Engine, peaks: list[tuple[int, i
         f"frozen weights of a rank {frozen_bytes(model) / MB:.1f} MB (planner {weights / MB:.1f})",
         f"LoRA, gradient, moments of a rank {lora_bytes(engine) / MB:.1f} MB (planner {planned / MB:.1f})",
         f"peak while loading {loading / MB:.0f} MB (share + layer + embedding {bound / MB:.0f})",
-        f"peak while training {training / MB:.0f} MB (with LoRA {planned / MB:.0f} and activations "
-        f"{activations / MB:.0f}: {(bound + planned + activations) / MB:.0f}; gloo's buffer {embedding / MB:.0f}; "
+        f"peak while training {training / MB:.0f} MB (share + layer + embedding + activations "
+        f"{(bound + activations) / MB:.0f}; with LoRA {(bound + activations + planned) / MB:.0f}; "
         f"planner's peak {plan.peak / MB:.0f})",
     ]
 
