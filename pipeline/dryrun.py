@@ -77,6 +77,8 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
         )
         partitioned = settings is not None and settings["zero_optimization"]["stage"] == 3
         if partitioned:
+            if "offload_param" in settings["zero_optimization"]:  # no disk is needed for tensors without memory
+                settings["zero_optimization"]["offload_param"] |= {"device": "cpu"}
             deepspeed.zero.Init(module=hf_model, config_dict_or_path=settings)
         model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
         if partitioned:

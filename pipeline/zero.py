@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import tempfile
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,8 +22,8 @@ from torch import Tensor
 from pipeline.arch import ArchSpec
 from pipeline.config import Config, ConfigError
 from pipeline.distributed import World
-from pipeline.footprint import zero3_sizes
-from pipeline.models import load_model
+from pipeline.footprint import nvme_buffers, total_parameters, zero3_sizes
+from pipeline.models import load_model, read_config
 from pipeline.pairing import PairedDecoderLayer, PairedModel
 from pipeline.shards import load_partitioned
 
@@ -82,10 +86,9 @@ def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
             if zero.get(key, "auto") == "auto":
                 zero[key] = size
         if isinstance(zero.get("offload_param"), dict):
-            zero["offload_param"].setdefault("pin_memory", world.device.type == "cuda")
+            _fill_offload(zero["offload_param"], spec, world)
         _check_hpz(zero, world)
     _validate(config.deepspeed, zero)
-    _check_nvme(zero.get("offload_param") or {})
     return settings
 
 
@@ -105,16 +108,45 @@ def _check_hpz(zero: dict, world: World) -> None:
         raise ConfigError(f"deepspeed: {key} {size} does not divide the {world.size} ranks: set it to those of a node")
 
 
-def _check_nvme(offload: dict) -> None:
-    """Check that weights can be offloaded to a disk, where that is asked for."""
-    if offload.get("device") != "nvme":
-        return
-    if not offload.get("nvme_path"):
-        raise ConfigError("deepspeed: offload_param to nvme needs nvme_path, a directory on a disk of each node")
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+def _fill_offload(offload: dict, spec: ArchSpec, world: World) -> None:
+    """Fill in how weights are kept off the accelerator; a disk is reached through buffers."""
+    offload.setdefault("pin_memory", world.device.type == "cuda")
+    if offload.get("device") == "nvme":
+        offload.setdefault("nvme_path", "auto")
+        for key, size in nvme_buffers(spec, world.size).items():
+            if offload.get(key, "auto") == "auto":
+                offload[key] = size
 
-    if not AsyncIOBuilder().is_compatible():
-        raise ConfigError("deepspeed: offload_param to nvme needs libaio and its headers: install libaio-dev")
+
+def _swap_directory(config: Config, settings: dict, world: World) -> TemporaryDirectory | None:
+    """A directory of this rank's own on the disk that weights are offloaded to, removed at the end; None without."""
+    offload = settings["zero_optimization"].get("offload_param") or {}
+    if offload.get("device") != "nvme":
+        return None
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.utils import logger
+
+    disk = tempfile.gettempdir() if offload["nvme_path"] == "auto" else offload["nvme_path"]
+    itemsize = getattr(torch, config.model.dtype).itemsize
+    need = total_parameters(read_config(config.model.path)[1]) * itemsize * world.local_size // world.size
+    try:
+        free = shutil.disk_usage(disk).free
+        if free < need:
+            raise ConfigError(
+                f"deepspeed: offload_param.nvme_path {disk}: {free / 1e9:.1f} GB are free, the node's share of the "
+                f"weights takes {need / 1e9:.1f} GB; name another disk"
+            )
+        if not AsyncIOBuilder().is_compatible():
+            raise ConfigError("deepspeed: offload_param to nvme needs libaio and its headers: install libaio-dev")
+        directory = TemporaryDirectory(prefix="nuteprune-", dir=disk)
+    except OSError as error:
+        raise ConfigError(
+            f"deepspeed: offload_param.nvme_path {disk}: {error.strerror}; name a directory on a disk of each node"
+        ) from None
+    offload["nvme_path"] = directory.name
+    # What it warns of, wear by repeated writing, does not happen: frozen weights are written once.
+    logger.addFilter(lambda record: "heavy write traffic" not in record.getMessage())
+    return directory
 
 
 def _validate(name: str, zero: dict) -> None:
@@ -142,9 +174,12 @@ def load_paired(config: Config, world: World, settings: dict | None) -> PairedMo
             hf_model, spec = load_model(config.model, world.device)
         return PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
     quiet()
+    with world.together():
+        swap = _swap_directory(config, settings, world)
     hf_model, spec = load_partitioned(config.model, world, settings)
     model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
     attach(model, settings)
+    model.partitioning += (swap,)
     return model
 
 
@@ -197,4 +232,5 @@ def quiet() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

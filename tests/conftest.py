@@ -8,7 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Modelling files of per_layer exports are copied there when they are loaded: not into the user's home.
-os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="nuteprune-tests-"))
+if "HF_MODULES_CACHE" not in os.environ:
+    modules = tempfile.TemporaryDirectory(prefix="nuteprune-tests-")
+    os.environ["HF_MODULES_CACHE"] = modules.name
 
 import pytest
 from tiny import SENTENCES, VOCAB, tiny_model

@@ -27,10 +27,11 @@ from pipeline.zero import load_paired, zero_settings
 
 
 class GatheredBytes:
-    """Counts the bytes that gathers deliver to this rank, by the number of ranks that take part."""
+    """Counts the bytes that gathers deliver to this rank, by the number of ranks that take part, and of the largest."""
 
     def __init__(self):
         self.by_ranks: dict[int, int] = {}
+        self.largest = 0
 
     @property
     def total(self) -> int:
@@ -47,6 +48,7 @@ class GatheredBytes:
         def counted(output_tensor, input_tensor, *args, **kwargs):
             ranks = output_tensor.numel() // input_tensor.numel()
             self.by_ranks[ranks] = self.by_ranks.get(ranks, 0) + output_tensor.nbytes
+            self.largest = max(self.largest, output_tensor.nbytes)
             return original(output_tensor, input_tensor, *args, **kwargs)
 
         backend.all_gather_into_tensor = counted

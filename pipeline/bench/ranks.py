@@ -1,8 +1,8 @@
 """The same run on one process and on several ranks, on a real model: `make bench-ranks`.
 
 Runs `prune` on one process, and on two and four ranks under several DeepSpeed files, with micro-batches of one sequence
-so that all draw the same gates; prints how far the losses are apart, and whether the units kept are the same. The last
-row shows what rounding alone does: one process again, with two threads.
+so that all draw the same gates; prints how far the losses are apart, and whether the units kept are the same. One
+process with two threads shows what rounding alone does.
 
 Steps are as small as in a run of 300. Those of a run of 30 make any rounding grow beyond comparison, on one process as
 well: `make bench-ranks BENCH_ARGS="gates.lr=2.5 train.lora_lr=3e-3"` shows it.
@@ -23,6 +23,7 @@ WORLDS = [
     (1, "", 1),
     *((ranks, settings, 1) for ranks in (2, 4) for settings in ("zero2", "zero3", "zero3_offload")),
     (1, "", 2),
+    (2, "zero3_nvme", 1),  # last: it needs libaio-dev
 ]
 """Ranks, DeepSpeed file, threads of each rank."""
 

@@ -26,8 +26,9 @@ def test_recipe_on_its_ranks(recipe):
         assert 0.99 * found.total < found.gathered < found.total
 
 
-def test_13b_on_16_ranks_with_offload(capsys):
-    arguments = ["recipe=llama2-13b", "deepspeed=zero3_offload", "train.activation_checkpointing=true"]
+@pytest.mark.parametrize("settings", ["zero3_offload", "zero3_nvme"])
+def test_13b_on_16_ranks_with_offload(capsys, settings):
+    arguments = ["recipe=llama2-13b", f"deepspeed={settings}", "train.activation_checkpointing=true"]
     assert main(["prune", *arguments, "--dry-run", "--world-size", "16"]) == 0
     printed = capsys.readouterr().out
     assert "partitioned by ZeRO-3: 1.6" in printed

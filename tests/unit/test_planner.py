@@ -312,7 +312,7 @@ def test_command_writes_settings_that_load(tmp_path, capsys):
     spec = read_spec(tiny_config("llama"))
     zero = zero_settings(config, spec, World(size=8, local_size=4))["zero_optimization"]
     assert zero["stage"] == 3
-    assert zero["stage3_prefetch_bucket_size"] == sum(layer_tensors(spec))
+    assert zero["stage3_max_live_parameters"] == 2 * zero["stage3_prefetch_bucket_size"] > 0
 
 
 def test_settings_reload_whatever_the_recipe(tmp_path):
