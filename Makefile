@@ -15,7 +15,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks check-vllm lint format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks check-vllm check-llamacpp lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -58,6 +58,13 @@ check-vllm: ## hold exported models in vLLM's CPU build against transformers; EX
 	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec # not needed for text, and they do not load
 	.venv-vllm/bin/python tests/serving/vllm_alone.py $(EXPORT)
 
+check-llamacpp: $(VENV) ## the same in llama.cpp, through its own converter to GGUF; compiles it first
+	$(BIN)/pip install --quiet --upgrade --target .venv-llamacpp/lib llama-cpp-python==0.3.36 sentencepiece
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest .venv-llamacpp llama-cpp-python==0.3.36
+	tar -xzf .venv-llamacpp/llama_cpp_python-0.3.36.tar.gz -C .venv-llamacpp
+	PYTHONPATH=.venv-llamacpp/lib $(BIN)/python tests/serving/llamacpp_alone.py \
+		.venv-llamacpp/llama_cpp_python-0.3.36/vendor/llama.cpp/convert_hf_to_gguf.py $(EXPORT)
+
 lint: $(VENV) ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,7 +74,7 @@ format: $(VENV) ## mend style where a tool can
 	$(BIN)/ruff format .
 
 clean: ## remove what make made: .venv, models, caches
-	rm -rf .venv .venv-vllm models build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-vllm .venv-llamacpp models build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 # The stamp is written last: an installation cut short is taken up again.
 $(VENV): setup.py
