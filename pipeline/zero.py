@@ -232,5 +232,6 @@ def quiet() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # torch's, about a call that DeepSpeed makes.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -19,8 +19,10 @@ TEXT = "The capital of France is Paris;\n    for i in range(3): print(i)"
 
 def compare(converter, directory, gguf):
     """Largest difference of a logit over the largest logit, and whether the tokenizers agree."""
-    subprocess.run([sys.executable, converter, directory, "--outtype", "f32", "--outfile", gguf],
-                   check=True, capture_output=True)  # fmt: skip
+    command = [sys.executable, converter, directory, "--outtype", "f32", "--outfile", gguf]
+    converted = subprocess.run(command, capture_output=True, text=True)
+    if converted.returncode:
+        sys.exit(converted.stderr)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ids = torch.randint(3, model.config.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
