@@ -35,22 +35,22 @@ test: $(VENV) $(MODEL) ## run the tests; TESTS=tests/unit runs some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 bench: $(VENV) $(MODEL) ## time a training step against sparsity
-	$(BIN)/python -m pipeline.bench.steps
+	$(BIN)/python -m nuteprune.bench.steps
 
 bench-kernels: $(VENV) ## time the fused projections against eager torch, peft and the bare GEMM
-	$(BIN)/python -m kernels.bench
+	$(BIN)/python -m nuteprune.kernels.bench
 
 bench-quality: $(VENV) $(MODEL) ## perplexity against a baseline; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt
-	$(BIN)/python -m pipeline.bench.quality --train "$(TRAIN)" --test "$(TEST)" $(BENCH_ARGS)
+	$(BIN)/python -m nuteprune.bench.quality --train "$(TRAIN)" --test "$(TEST)" $(BENCH_ARGS)
 
 bench-comm: $(VENV) $(MODEL) ## bytes that ZeRO-3 gathers in a step, paired and separate, on two ranks
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m pipeline.bench.comm
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m nuteprune.bench.comm
 
 bench-memory: $(VENV) $(MODEL) ## memory of each of four ranks under ZeRO-3, measured and planned
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 4 -m pipeline.bench.memory $(BENCH_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 4 -m nuteprune.bench.memory $(BENCH_ARGS)
 
 bench-ranks: $(VENV) $(MODEL) $(TEXT) ## the same run on one process, two and four ranks: losses and units compared
-	$(BIN)/python -m pipeline.bench.ranks $(BENCH_ARGS)
+	$(BIN)/python -m nuteprune.bench.ranks $(BENCH_ARGS)
 
 # An EXPORT that is none ends both before anything is installed.
 check-vllm: $(addsuffix /config.json,$(EXPORT)) ## hold exported models in vLLM's CPU build against transformers; EXPORT=runs/my-model/export
@@ -85,9 +85,9 @@ $(VENV): setup.py
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
-$(MODEL): pipeline/fetch.py | $(VENV)
-	$(BIN)/python -m pipeline.fetch --out $(@D) $(if $(HUB),--from-hub)
+$(MODEL): pipeline/data/fetch.py | $(VENV)
+	$(BIN)/python -m nuteprune.data.fetch --out $(@D) $(if $(HUB),--from-hub)
 	@touch $@
 
-$(TEXT): pipeline/fetch.py | $(VENV)
-	$(BIN)/python -m pipeline.fetch --text $(@D)
+$(TEXT): pipeline/data/fetch.py | $(VENV)
+	$(BIN)/python -m nuteprune.data.fetch --text $(@D)

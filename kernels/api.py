@@ -5,10 +5,9 @@ import os
 from typing import NamedTuple
 
 import torch
+from nuteprune.kernels import torch_path
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-
-from kernels import torch_path
 
 BACKENDS = ("torch", "triton")
 ENV = "NUTEPRUNE_KERNELS"
@@ -109,7 +108,7 @@ def _implementation(x: Tensor, backend: str | None):
     """The module that holds both calls."""
     if choose_backend(x, backend) == "torch":
         return torch_path
-    from kernels import masked_lora
+    from nuteprune.kernels import masked_lora
 
     return masked_lora
 

@@ -1,6 +1,6 @@
 """Time and peak memory of the masked LoRA projection against eager torch, torch.compile, peft and the bare GEMM.
 
-python -m kernels.bench [--quick] [--json PATH]
+python -m nuteprune.kernels.bench [--quick] [--json PATH]
 
 On a GPU: the projections of LLaMA-7B, LLaMA-13B and Llama-3.1-8B in bf16, triton. Elsewhere: smaller ones in fp32
 through the torch path, so that the bench itself is known to work; the columns that need a GPU say "not measured".
@@ -20,9 +20,8 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from nuteprune.kernels.api import Half, masked_lora_linear, masked_lora_linear_pair, reference
 from torch import Tensor, nn
-
-from kernels import Half, masked_lora_linear, masked_lora_linear_pair, reference
 
 # (name, K, N, which side has the FFN or head gates) of the distinct projections of each model
 MODELS = {
@@ -211,7 +210,7 @@ def markdown(facts: dict, table: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m nuteprune.kernels.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one rank, and few repeats or one model")
     parser.add_argument("--json", type=Path, help="also write everything that was measured to this file")
     arguments = parser.parse_args()

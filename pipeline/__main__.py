@@ -1,4 +1,4 @@
-"""Command line: `nuteprune STAGE --config x.yaml [key.sub=value …]`, also as `python -m pipeline`."""
+"""Command line: `nuteprune STAGE --config x.yaml [key.sub=value …]`, also as `python -m nuteprune`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import traceback
 import warnings
 from typing import NoReturn
 
-from pipeline.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
+from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
 
 STAGES = {
     "prepare": "fetch the model, tokenise and pack the text, once and without a GPU",
@@ -105,14 +105,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.stage == "status":
         return show_status(args)
     quiet_libraries()
-    from pipeline.distributed import RankLost, discover
+    from nuteprune.parallel.distributed import RankLost, discover
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         world = discover()
         is_main = world.is_main
         if not is_main:
-            logging.getLogger("pipeline").setLevel(logging.ERROR)
+            logging.getLogger("nuteprune").setLevel(logging.ERROR)
         if world.size > 1 and args.stage not in DISTRIBUTED:
             raise ConfigError(f"{args.stage} runs in one process, not in {world.size}: start it without a launcher")
         config = read_settings(args)
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(dry_run(config, args) + "\n")
             return 0
         if args.stage == "plan":
-            from pipeline.stages import plan
+            from nuteprune.stages import plan
 
             typed = args.config is not None or any(o.startswith("model.dtype=") for o in args.overrides)
             outcome = plan.run(config, args, typed)
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"nuteprune: {error}\n")
         return 2
     except RuntimeError as error:
-        if not type(error).__module__.startswith("pipeline."):
+        if not type(error).__module__.startswith("nuteprune."):
             raise
         if is_main or isinstance(error, RankLost):
             sys.stderr.write(f"nuteprune: {error}\n")
@@ -144,8 +144,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def dry_run(config: Config, args: argparse.Namespace) -> str:
     """What a dry run of the prune stage found, and the planner's figures for it."""
-    from pipeline import dryrun
-    from pipeline.stages import plan
+    from nuteprune.planning import dryrun
+    from nuteprune.stages import plan
 
     ranks, per_node = args.world_size, min(args.world_size, args.gpus_per_node)
     if ranks < 1 or per_node < 1 or ranks % per_node:
@@ -158,7 +158,7 @@ def dry_run(config: Config, args: argparse.Namespace) -> str:
 
 def show_status(args: argparse.Namespace) -> int:
     """Print how far a run is; returns the exit code. Imports neither torch nor transformers: it answers at once."""
-    from pipeline.stages import status
+    from nuteprune.stages import status
 
     # A run that has not started yet has no config.yaml: its directory is named like a setting.
     args.overrides = [o if "=" in o or os.path.isfile(f"{o}/config.yaml") else f"run_dir={o}" for o in args.overrides]
@@ -188,11 +188,10 @@ def read_settings(args: argparse.Namespace) -> Config:
 def run_stage(name: str, config: Config) -> str:
     """Run a stage; returns what the command line prints at its end."""
     # Imported here, so that --help answers at once.
-    from pipeline import api, ladder
+    from nuteprune import api
 
     result = getattr(api, name)(config)
-    stage = ladder if name == "export" and config.export.ladder else importlib.import_module(f"pipeline.stages.{name}")
-    return stage.summary(config, result)
+    return importlib.import_module(f"nuteprune.stages.{name}").summary(config, result)
 
 
 def cli() -> NoReturn:
@@ -212,7 +211,7 @@ def cli() -> NoReturn:
 def quiet_libraries() -> None:
     """Our own log on stderr; of the libraries only warnings and worse."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("pipeline").setLevel(logging.INFO)
+    logging.getLogger("nuteprune").setLevel(logging.INFO)
     # DeepSpeed calls a name that torch has renamed.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,7 +1,7 @@
 """The six calls of the Python API, which the command line uses too.
 
 Each takes the settings as a YAML file, the directory of a run, a nested dict, or a `Config`, and overrides as on the
-command line. A user's mistake raises `pipeline.config.ConfigError` with one line that says how to mend it.
+command line. A user's mistake raises `nuteprune.config.ConfigError` with one line that says how to mend it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline import ladder, masked
-from pipeline.config import Config, load_config
-from pipeline.masked import MaskedModel
-from pipeline.stages import evaluate as evaluate_stage
-from pipeline.stages import export as export_stage
-from pipeline.stages import finetune as finetune_stage
-from pipeline.stages import prepare as prepare_stage
-from pipeline.stages import prune as prune_stage
+from nuteprune.config import Config, load_config
+from nuteprune.exporting import masked
+from nuteprune.exporting.masked import MaskedModel
+from nuteprune.stages import evaluate as evaluate_stage
+from nuteprune.stages import export as export_stage
+from nuteprune.stages import finetune as finetune_stage
+from nuteprune.stages import prepare as prepare_stage
+from nuteprune.stages import prune as prune_stage
 
 Settings = Config | Mapping | str | Path | None
 
@@ -67,8 +67,7 @@ def export(settings: Settings, overrides: Sequence[str] = ()) -> Path:
         ConfigError: as `prune`; or a rung that the run never reached.
         ExportError: the small model does not compute what the masked model computes.
     """
-    config = load_config(settings, overrides)
-    return ladder.run(config) if config.export.ladder else export_stage.run(config)
+    return export_stage.run(load_config(settings, overrides))
 
 
 def evaluate(settings: Settings, overrides: Sequence[str] = ()) -> dict:

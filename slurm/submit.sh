@@ -44,7 +44,7 @@ source "$cluster"
 [[ ${PYTHON:-} ]] || die "$cluster sets no PYTHON"
 
 # Name, state and job of each stage, and the run's directory: one line each.
-state=$("$PYTHON" -m pipeline status --config "$config" --tsv "${overrides[@]}")
+state=$("$PYTHON" -m nuteprune status --config "$config" --tsv "${overrides[@]}")
 run_dir=$(sed -n 's/^run_dir\t//p' <<<"$state")
 mapfile -t stages < <(sed -n '/^run_dir\t/d; s/\t.*//p' <<<"$state")
 [[ -z $from || " ${stages[*]} " == *" $from "* ]] || die "--from $from: this run has the stages ${stages[*]}"
@@ -60,7 +60,7 @@ plan() {
     local nodes figures out=()
     nodes=$(setting prune NODES 1)
     [[ $dry ]] || out=(--out "$run_dir/plan")
-    figures=$("$PYTHON" -m pipeline plan --config "$config" --nodes "${nodes%%-*}" --gpus-per-node "$PRUNE_GPUS" \
+    figures=$("$PYTHON" -m nuteprune plan --config "$config" --nodes "${nodes%%-*}" --gpus-per-node "$PRUNE_GPUS" \
         --gpu-memory "${GPU_MEMORY:-80GB}" --json "${out[@]}" "${overrides[@]}") ||
         die "no plan for $nodes x $PRUNE_GPUS GPUs of ${GPU_MEMORY:-80GB}: \`nuteprune plan\` shows what was tried"
     planned=$("$PYTHON" -c 'import json, math, sys; print(math.ceil(1.5 * json.load(sys.stdin)["hours"]))' <<<"$figures")
@@ -149,7 +149,7 @@ for stage in "${stages[@]}"; do
 done
 
 [[ $dry || -z $jobs ]] || cat <<END
-watch:        $PYTHON -m pipeline status $run_dir
+watch:        $PYTHON -m nuteprune status $run_dir
 the queue:    squeue --jobs $jobs
 logs:         $run_dir/logs/
 cancel:       scancel ${jobs//,/ }

@@ -5,16 +5,15 @@ import string
 
 import torch
 import transformers
+from nuteprune.arch import ArchSpec, read_spec
+from nuteprune.config import load_config
+from nuteprune.exporting import folding
+from nuteprune.masks import Gates, sparsity_of, unit_shape
+from nuteprune.model.layers import build_view
+from nuteprune.model.pairing import PairedModel
+from nuteprune.runs.rundir import save_run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-from pipeline import folding
-from pipeline.arch import ArchSpec, read_spec
-from pipeline.config import load_config
-from pipeline.layers import build_view
-from pipeline.masks import Gates, sparsity_of, unit_shape
-from pipeline.pairing import PairedModel
-from pipeline.rundir import save_run
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SHAPES = ("uniform", "per_layer")

@@ -1,7 +1,10 @@
-"""Architectures: one small file a family; `read_spec` is the only way in."""
+"""Families of models: one small file each, which says its sizes, names and what an export of it is.
 
-from pipeline.arch import llama, mistral, qwen2, qwen3
-from pipeline.arch.base import ATTENTION, FFN, PROJECTIONS, ArchSpec, Family, projections
+`read_spec` is the only way in. Knows configurations of transformers and nothing else of ours; every room may call it.
+"""
+
+from nuteprune.arch import llama, mistral, qwen2, qwen3
+from nuteprune.arch.base import ATTENTION, FFN, PROJECTIONS, ArchSpec, Family, projections
 
 FAMILIES: dict[str, Family] = {m.FAMILY.model_type: m.FAMILY for m in (llama, mistral, qwen2, qwen3)}
 

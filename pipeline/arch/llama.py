@@ -1,6 +1,6 @@
 """LLaMA 1-3 and its relatives that ship as `LlamaForCausalLM` (SmolLM2, TinyLlama, …)."""
 
-from pipeline.arch.base import ArchSpec, Family, read_llama_like
+from nuteprune.arch.base import ArchSpec, Family, read_llama_like
 
 
 def read(config) -> ArchSpec:

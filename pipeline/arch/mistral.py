@@ -1,5 +1,5 @@
 """Mistral (with or without a sliding window)."""
 
-from pipeline.arch.base import Family, read_llama_like
+from nuteprune.arch.base import Family, read_llama_like
 
 FAMILY = Family("mistral", read_llama_like, lambda config, hidden, heads: "MistralConfig")

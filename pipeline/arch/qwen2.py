@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: biases on q, k and v."""
 
-from pipeline.arch.base import ArchSpec, Family, read_llama_like
+from nuteprune.arch.base import ArchSpec, Family, read_llama_like
 
 
 def read(config) -> ArchSpec:

@@ -1,6 +1,6 @@
 """Qwen3: RMSNorm on each query and key head."""
 
-from pipeline.arch.base import ArchSpec, Family, read_llama_like
+from nuteprune.arch.base import ArchSpec, Family, read_llama_like
 
 
 def read(config) -> ArchSpec:

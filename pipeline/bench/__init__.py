@@ -1,1 +1,4 @@
-"""Benchmarks: `make bench`, `make bench-quality`. Each prints a table and writes JSON; none of them is a test."""
+"""Benchmarks: `make bench`, `make bench-quality`, …; each prints a table and writes JSON; none of them is a test.
+
+They may call any room; nothing calls them.
+"""

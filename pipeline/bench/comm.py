@@ -1,4 +1,4 @@
-"""Bytes of weights that ZeRO-3 gathers in a step: `make bench-comm`, or torchrun … -m pipeline.bench.comm.
+"""Bytes of weights that ZeRO-3 gathers in a step: `make bench-comm`, or torchrun … -m nuteprune.bench.comm.
 
 Counted at DeepSpeed's calls of all-gather, after the first step, with its sizes as a run has them (smaller than the
 model, so that nothing stays gathered between uses). Paired is the step of a run: teacher and student in one forward.
@@ -13,17 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-
-from pipeline.__main__ import quiet_libraries
-from pipeline.arch import ArchSpec
-from pipeline.config import Config, load_config
-from pipeline.costs import traffic
-from pipeline.distributed import World, connected, discover
-from pipeline.footprint import Cluster, Job, Layout, total_parameters
-from pipeline.layers import View, build_view
-from pipeline.models import read_config
-from pipeline.pairing import PairedModel
-from pipeline.zero import load_paired, zero_settings
+from nuteprune.__main__ import quiet_libraries
+from nuteprune.arch import ArchSpec
+from nuteprune.config import Config, load_config
+from nuteprune.model.layers import View, build_view
+from nuteprune.model.loading import read_config
+from nuteprune.model.pairing import PairedModel
+from nuteprune.parallel.distributed import World, connected, discover
+from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.planning.costs import traffic
+from nuteprune.planning.footprint import Cluster, Job, Layout, total_parameters
 
 
 class GatheredBytes:

@@ -1,4 +1,4 @@
-"""Memory of each rank under ZeRO-3, measured and planned: `make bench-memory`, or torchrun … -m pipeline.bench.memory.
+"""Memory of each rank under ZeRO-3, measured and planned: `make bench-memory`, or torchrun … -m nuteprune.bench.memory.
 
 Counted bytes of the frozen weights and of LoRA with its optimizer stand beside the planner's; and the peak of the
 process's resident memory while loading and training, above what the interpreter, its libraries and the modelling code
@@ -14,18 +14,17 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from nuteprune.__main__ import quiet_libraries
+from nuteprune.bench.comm import partitioned_run
+from nuteprune.masks import MaskSet
+from nuteprune.model.layers import build_view
+from nuteprune.model.loading import read_config
+from nuteprune.model.pairing import PairedModel
+from nuteprune.parallel.distributed import connected, discover
+from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.planning.footprint import Cluster, Job, Layout, layer_tensors, lora_memory, memory, total_parameters
+from nuteprune.training.engine import Engine
 from transformers import AutoModelForCausalLM
-
-from pipeline.__main__ import quiet_libraries
-from pipeline.bench.comm import partitioned_run
-from pipeline.distributed import connected, discover
-from pipeline.engine import Engine
-from pipeline.footprint import Cluster, Job, Layout, layer_tensors, lora_memory, memory, total_parameters
-from pipeline.layers import build_view
-from pipeline.masks import MaskSet
-from pipeline.models import read_config
-from pipeline.pairing import PairedModel
-from pipeline.zero import load_paired, zero_settings
 
 MB = 1e6
 

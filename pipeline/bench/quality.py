@@ -15,14 +15,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.__main__ import quiet_libraries
-from pipeline.config import Config, ConfigError, load_config
-from pipeline.data import text_tokens
-from pipeline.distributed import discover
-from pipeline.measure import environment, perplexity
-from pipeline.model_card import RECORD
-from pipeline.models import load_any
-from pipeline.stages import export, finetune, prune
+from nuteprune.__main__ import quiet_libraries
+from nuteprune.config import Config, ConfigError, load_config
+from nuteprune.data.text import text_tokens
+from nuteprune.evaluation.measure import environment, perplexity
+from nuteprune.exporting.card import RECORD
+from nuteprune.model.loading import load_any
+from nuteprune.parallel.distributed import discover
+from nuteprune.stages import export, finetune, prune
 
 VARIANTS = {
     "ours": [],

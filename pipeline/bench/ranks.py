@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.rundir import load_run
+from nuteprune.runs.rundir import load_run
 
 WORLDS = [
     (1, "", 1),
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         run_dir = args.out / f"{ranks}-{deepspeed or 'plain'}-{threads}"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         own = [f"run_dir={run_dir}", f"deepspeed={deepspeed}"]
-        command = [*launcher, "-m", "pipeline", "prune", *settings, *own]
+        command = [*launcher, "-m", "nuteprune", "prune", *settings, *own]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         curve, gates = losses(run_dir), load_run(run_dir).gates.as_dict()

@@ -1,4 +1,4 @@
-"""What a training step costs as sparsity rises: `python -m pipeline.bench.steps` (part of `make bench`).
+"""What a training step costs as sparsity rises: `python -m nuteprune.bench.steps` (part of `make bench`).
 
 The sparsities are measured in turns, round by round, so that a machine whose speed drifts biases none of them; the
 ratios are medians over rounds of a round's time over the same round's time at 0%.
@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from pipeline.__main__ import quiet_libraries
-from pipeline.config import TeacherConfig, load_config
-from pipeline.distributed import World, discover
-from pipeline.layers import View, build_view
-from pipeline.masks import Gates, select_units, unit_shape
-from pipeline.measure import environment
-from pipeline.models import load_model
-from pipeline.pairing import PairedModel
-from pipeline.teachers import TeacherBank
+from nuteprune.__main__ import quiet_libraries
+from nuteprune.config import TeacherConfig, load_config
+from nuteprune.evaluation.measure import environment
+from nuteprune.masks import Gates, select_units, unit_shape
+from nuteprune.model.layers import View, build_view
+from nuteprune.model.loading import load_model
+from nuteprune.model.pairing import PairedModel
+from nuteprune.parallel.distributed import World, discover
+from nuteprune.training.teachers import TeacherBank
 
 LAG = 0.10
 """How far the teacher is behind the student in the measured step: ten intervals of 1%, as in the paper."""

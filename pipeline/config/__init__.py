@@ -4,7 +4,7 @@ A user's mistake (unknown key, wrong type, value out of range) raises `ConfigErr
 says how to mend it. `nuteprune STAGE --help` prints every field from its metadata.
 """
 
-from pipeline.config.fields import (
+from nuteprune.config.fields import (
     STAGE_SECTIONS,
     CheckpointConfig,
     Config,
@@ -22,7 +22,7 @@ from pipeline.config.fields import (
     TrackingConfig,
     TrainConfig,
 )
-from pipeline.config.loading import describe, flatten, load_config, read_yaml, recipe_path, to_dict
+from nuteprune.config.loading import describe, flatten, load_config, read_yaml, recipe_path, to_dict
 
 __all__ = [
     "STAGE_SECTIONS",

@@ -1,17 +1,23 @@
-"""Learned gates: distribution, sets of gates, sparsity counts, schedules."""
+"""Learned gates: their distribution, sets of them, what they keep, sparsity counts, schedules, and the choice of units.
 
-from pipeline.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
-from pipeline.masks.mask_set import POINT, MaskSet, check_target, gated_kinds, multiples
-from pipeline.masks.selection import select_units
+Pure arithmetic on tensors and an `ArchSpec`: no model, no files. Everything above may call it.
+"""
+
+from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
+from nuteprune.masks.kept import Kept, kept_units
+from nuteprune.masks.mask_set import POINT, MaskSet, check_target, gated_kinds, multiples
+from nuteprune.masks.selection import select_units
 
 __all__ = [
     "KINDS",
     "POINT",
     "Gates",
+    "Kept",
     "MaskSet",
     "check_target",
     "gated_kinds",
     "kept_parameters",
+    "kept_units",
     "multiples",
     "select_units",
     "sparsity_of",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.config import Config
+from nuteprune.config import Config
 
 
 def target_at(config: Config, step: int, total: int) -> float:

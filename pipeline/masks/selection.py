@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from itertools import product
 
 import torch
+from nuteprune.arch import ArchSpec
+from nuteprune.config import ConfigError
+from nuteprune.masks.gates import Gates, kept_parameters, sparsity_of, unit_shape
 from torch import Tensor
-
-from pipeline.arch import ArchSpec
-from pipeline.config import ConfigError
-from pipeline.masks.gates import Gates, kept_parameters, sparsity_of, unit_shape
 
 TOLERANCE = 0.009
 """Largest distance from the target that rounding to multiples may cause before the multiple is halved."""

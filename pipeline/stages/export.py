@@ -1,243 +1,25 @@
-"""Export: from a finished prune run to a physically smaller Hugging Face model, checked against the masked model."""
+"""The export stage: a finished run's student, or a snapshot, or a ladder of them, as small Hugging Face models."""
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import shutil
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
-
-from pipeline import modeling_ragged
-from pipeline.arch import ArchSpec
-from pipeline.checkpoint import MANIFEST, atomic_directory
-from pipeline.config import Config, ConfigError
-from pipeline.data import packed_blocks
-from pipeline.folding import (
-    Fold,
-    exported_parameters,
-    fold_model,
-    model_class,
-    plan_fold,
-    small_config,
-)
-from pipeline.layers import build_view
-from pipeline.masks import Gates, sparsity_of
-from pipeline.model_card import RECORD, Result, kept_record, model_card
-from pipeline.models import load_model, load_tokenizer, read_config
-from pipeline.pairing import PairedModel
-from pipeline.prepared import load_blocks
-from pipeline.publish import push
-from pipeline.rundir import Run
-from pipeline.students import Student, newest_student, open_run, shape_of
-
-log = logging.getLogger(__name__)
-
-LOGIT_TOLERANCE = 1e-3
-"""Largest difference of two float32 logits, relative to the largest logit."""
-COUNT_TOLERANCE = 1e-3
-"""The counted and the computed sparsity may be this far apart."""
-FLOAT32_ATTENTION = ("sdpa", "eager")
-"""Flash attention has no float32; all of them compute the same function."""
-
-
-class ExportError(RuntimeError):
-    """The small model does not compute what the masked model computes, or has another size: nothing was written."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a base model becomes the small one.
-
-    Attributes:
-        run, student: what is exported.
-        fold: what its gates and LoRA do to the weights.
-        shape: "uniform" or "per_layer".
-        dtype: type of the exported weights.
-        shard_size: largest safetensors file.
-    """
-
-    run: Run
-    student: Student
-    fold: Fold
-    shape: str
-    dtype: torch.dtype
-    shard_size: str
-
-    @property
-    def config(self) -> Config:
-        """The run's configuration."""
-        return self.run.config
-
-    @property
-    def dtype_name(self) -> str:
-        """The type's name without `torch.`."""
-        return str(self.dtype).removeprefix("torch.")
+from nuteprune.config import Config
+from nuteprune.evaluation import ladder
+from nuteprune.exporting.small import export_model
 
 
 def run(config: Config) -> Path:
-    """Export the run in `config.run_dir`; returns the directory of the small model.
+    """Export one model, or with `export.ladder` several and their comparison; returns the directory.
 
     Raises:
-        ConfigError: no finished run there, an output directory that is not ours to replace, a sparsity the run has no
-            snapshot of, or a structure that the asked shape cannot hold.
-        ExportError: the small model failed its checks.
+        ConfigError, ExportError: as of `export_model`; or a rung that the run never reached.
     """
-    trained = open_run(config)
-    output = output_directory(config, trained)
-    _, spec = read_config(trained.config.model.path)
-    student = newest_student(config, trained, spec)
-    shape = shape_of(config, trained)
-    base, spec, dtype = load_base(trained.config, config.export.dtype)
-    try:
-        fold = plan_fold(spec, student.gates, student.lora, student.scaling)
-        small_config(base.config, fold, shape)  # fails early where no stock class can hold the sizes
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
-    plan = Plan(trained, student, fold, shape, dtype, config.export.shard_size)
-    tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
-    with atomic_directory(output) as directory:
-        tokenizer.save_pretrained(directory)
-        result = write_model(directory, base, plan, tokens)
-        write_record(directory, plan, result)
-    log.info("exported %s: %.2f%% of the prunable parameters removed, %s parameters left (%s before)", output,
-             100 * result.sparsity, f"{result.parameters:,}", f"{result.base_parameters:,}")  # fmt: skip
-    if config.export.push_to_hub:
-        push(output, config.export)
-    return output
-
-
-def output_directory(config: Config, trained: Run) -> Path:
-    """Where the model goes; raises `ConfigError` if something else than an earlier export is there."""
-    output = Path(config.export.output) if config.export.output else trained.directory / "export"
-    if output.resolve() == Path(trained.config.model.path).resolve():
-        raise ConfigError(f"export.output {output} is the base model itself: choose another directory")
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"export.output {output} is a file: choose a directory")
-    ours = (output / MANIFEST).is_file() and (output / RECORD).is_file()
-    if output.is_dir() and any(output.iterdir()) and not ours:
-        raise ConfigError(f"export.output {output} holds files that are not an earlier export: choose another one")
-    return output
-
-
-def load_base(config: Config, dtype: str) -> tuple[PreTrainedModel, ArchSpec, torch.dtype]:
-    """The base model in float32, its architecture, and the type of the exported weights (`as_base`: its files' own)."""
-    attention = config.model.attention if config.model.attention in FLOAT32_ATTENTION else "sdpa"
-    found, _ = read_config(config.model.path)
-    base, spec = load_model(replace(config.model, dtype="float32", attention=attention))
-    return base, spec, (found.dtype or torch.float32) if dtype == "as_base" else getattr(torch, dtype)
-
-
-def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
-    """About `count` tokens [N, T] of the run's own training text, in blocks no longer than those of training."""
-    length = min(config.data.seq_len, count)
-    blocks = load_blocks(config)
-    if blocks is not None:
-        return blocks.flatten()[: -(-count // length) * length].view(-1, length)
-    documents = min(config.data.documents or count, count)  # a document has at least one token
-    blocks = packed_blocks(replace(config.data, documents=documents, seq_len=length), tokenizer, vocab)
-    return blocks[: -(-count // length)]
-
-
-def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tensor) -> Result:
-    """Fold the base into a small model, save it and check what was saved; consumes the base.
-
-    The check is on float32 weights read back from the directory; they are cast, and saved again, only after it.
-    """
-    fold, before = plan.fold, base.num_parameters()
-    config = small_config(base.config, fold, plan.shape)
-    wanted = masked_logits(base, plan, tokens)
-    model = fold_model(base, config, fold, partial(tqdm, desc="folding layers", unit="layer", disable=None))
-    save = partial(_save, directory, plan=plan, generation=base.generation_config)
-    save(model)
-    del model
-    attention = plan.config.model.attention if plan.config.model.attention in FLOAT32_ATTENTION else "sdpa"
-    reload = partial(model_class(config).from_pretrained, directory, dtype=torch.float32, attn_implementation=attention)
-    model = reload()
-    sparsity = check_count(fold.spec, plan.student.gates, model)
-    difference = check_logits(model, tokens, wanted)
-    cast_difference = 0.0
-    if plan.dtype != torch.float32:
-        save(model.to(plan.dtype))
-        model = reload()
-        cast_difference = largest_difference(model, tokens, wanted)
-        if not math.isfinite(cast_difference):
-            raise ExportError(f"the weights overflow in {plan.dtype_name}: use export.dtype=bfloat16")
-    log.info("logits differ by %.1e of the largest one on %d tokens (cast to %s: %.1e)", difference, tokens.numel(),
-             plan.dtype_name, cast_difference)  # fmt: skip
-    untied = model.lm_head.weight.numel() if fold.unties else 0
-    if untied:
-        log.warning("hidden gates between 0 and 1: the output head was untied, which adds %s parameters", f"{untied:,}")
-    return Result(plan.student.target, sparsity, model.num_parameters(), before, untied, difference, cast_difference,
-                  tokens.numel())  # fmt: skip
-
-
-@torch.no_grad()
-def masked_logits(base: PreTrainedModel, plan: Plan, tokens: Tensor) -> list[Tensor]:
-    """Logits [T, V] of the masked model for each block of tokens; the base keeps its weights."""
-    fold = plan.fold
-    paired = PairedModel(base, fold.spec, plan.config.lora)
-    view = build_view(fold.spec, plan.student.gates.to(torch.float32), fold.lora, fold.scaling, torch.float32)
-    logits = [paired.logits(block[None], view)[0] for block in tokens]
-    base.model.layers = nn.ModuleList(wrapped.layer for wrapped in paired.layers)
-    return logits
-
-
-@torch.no_grad()
-def largest_difference(model: PreTrainedModel, tokens: Tensor, wanted: list[Tensor]) -> float:
-    """Largest difference of the model's logits from the wanted ones, over the largest wanted logit."""
-    model.eval()
-    pairs = zip(tokens, wanted, strict=True)
-    differences = torch.stack([(model(block[None]).logits[0] - logits).abs().max() for block, logits in pairs])
-    largest = torch.stack([logits.abs().max() for logits in wanted]).max()
-    return float(differences.max() / largest)  # a NaN stays one, which Python's max would lose
-
-
-def check_logits(model: PreTrainedModel, tokens: Tensor, wanted: list[Tensor]) -> float:
-    """`largest_difference`, with `ExportError` where it is above `LOGIT_TOLERANCE` or not a number."""
-    difference = largest_difference(model, tokens, wanted)
-    if not difference <= LOGIT_TOLERANCE:
-        raise ExportError(
-            f"the small model's logits differ from the masked model's by {difference:.1e} of the largest logit "
-            f"(allowed: {LOGIT_TOLERANCE:g}); nothing was exported, please report this with the run's config.yaml"
-        )
-    return difference
-
-
-def check_count(spec: ArchSpec, gates: Gates, model: PreTrainedModel) -> float:
-    """Removed share of the prunable parameters, counted from tensors; `ExportError` if the gates promise another."""
-    counted, promised = 1 - exported_parameters(model) / spec.prunable, sparsity_of(spec, gates)
-    if abs(counted - promised) > COUNT_TOLERANCE:
-        raise ExportError(f"the small model lacks {counted:.4f} of the parameters, its gates say {promised:.4f}")
-    return counted
-
-
-def write_record(directory: Path, plan: Plan, result: Result) -> None:
-    """Write README.md and nuteprune.json."""
-    card = model_card(plan.run, plan.student, plan.fold, plan.shape, plan.dtype_name, result)
-    (directory / "README.md").write_text(card, encoding="utf-8")
-    record = json.dumps(kept_record(plan.run, plan.student, plan.fold, result))
-    (directory / RECORD).write_text(record + "\n", encoding="utf-8")
-
-
-def _save(directory: Path, model: PreTrainedModel, *, plan: Plan, generation: GenerationConfig) -> None:
-    for old in directory.glob("model*.safetensors*"):  # an earlier save may have had more shards
-        old.unlink()
-    model.save_pretrained(directory, max_shard_size=plan.shard_size)
-    # Copied as it is: transformers refuses to save some of the generation configs that it loads.
-    generation.to_json_file(directory / "generation_config.json", use_diff=True)
-    if plan.shape == "per_layer":
-        shutil.copyfile(modeling_ragged.__file__, directory / "modeling_ragged.py")
+    return ladder.run(config) if config.export.ladder else export_model(config)
 
 
 def summary(config: Config, result: Path) -> str:
     """What the command line prints at the end."""
+    if config.export.ladder:
+        return f"{(result / 'ladder.md').read_text(encoding='utf-8')}\nladder: {result}"
     return f"exported model: {result}\nnext: nuteprune evaluate {config.run_dir}"

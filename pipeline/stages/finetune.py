@@ -7,26 +7,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from nuteprune.arch import PROJECTIONS
+from nuteprune.config import Config, ConfigError, flatten, to_dict
+from nuteprune.data.instructions import packed_windows
+from nuteprune.data.text import BatchStream
+from nuteprune.masks import MaskSet, sparsity_of
+from nuteprune.model.distill import IGNORE
+from nuteprune.model.layers import LoraWeights, View, build_view
+from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.pairing import Answers, Losses
+from nuteprune.parallel.distributed import World
+from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.runs.rundir import Run
+from nuteprune.runs.students import (
+    TUNED,
+    finetune_directory,
+    open_run,
+    pruned_student,
+    rounding_of,
+    save_tuned,
+    shape_of,
+)
+from nuteprune.training.engine import Engine
+from nuteprune.training.loop import Trainer, train
+from nuteprune.training.resume import load_state, save_state
+from nuteprune.training.teachers import TeacherBank
+from nuteprune.training.tracking import Tracker
 from torch import Tensor
-
-from pipeline.arch import PROJECTIONS
-from pipeline.config import Config, ConfigError, flatten, to_dict
-from pipeline.data import BatchStream
-from pipeline.distill import IGNORE
-from pipeline.distributed import World
-from pipeline.engine import Engine
-from pipeline.instructions import packed_windows
-from pipeline.layers import LoraWeights, View, build_view
-from pipeline.masks import MaskSet, sparsity_of
-from pipeline.models import load_tokenizer, read_config
-from pipeline.pairing import Answers, Losses
-from pipeline.resume import load_state, save_state
-from pipeline.rundir import Run
-from pipeline.students import TUNED, finetune_directory, open_run, pruned_student, rounding_of, save_tuned, shape_of
-from pipeline.teachers import TeacherBank
-from pipeline.tracking import Tracker
-from pipeline.training import Trainer, train
-from pipeline.zero import load_paired, zero_settings
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
-
-from pipeline.config import Config, ConfigError
-from pipeline.costs import ASSUMPTIONS, extra_steps, passes, traffic
-from pipeline.footprint import USABLE, Cluster, Job, Layout, Memory, total_parameters
-from pipeline.planner import (
+from nuteprune.config import Config, ConfigError
+from nuteprune.planning.costs import ASSUMPTIONS, extra_steps, passes, traffic
+from nuteprune.planning.footprint import USABLE, Cluster, Job, Layout, Memory, total_parameters
+from nuteprune.planning.planner import (
     MODELS,
     Estimate,
     Plan,
@@ -89,7 +88,7 @@ def settings_files(plan: Plan, out: Path | None) -> dict[str, str]:
     """Text of plan.yaml and deepspeed.json, by name."""
     cluster = plan.job.cluster
     deepspeed = str(out / "deepspeed.json") if out else "deepspeed.json"
-    launch = f"deepspeed --num_nodes {cluster.nodes} --num_gpus {cluster.gpus_per_node} --module pipeline prune"
+    launch = f"deepspeed --num_nodes {cluster.nodes} --num_gpus {cluster.gpus_per_node} --module nuteprune prune"
     head = f"# {launch} --config plan.yaml\n# DeepSpeed settings: {deepspeed}\n"
     if plan.job.config.model.path.lower() in MODELS:
         head += "# model.path is a name of the planner: set it to the model's directory or hub id\n"

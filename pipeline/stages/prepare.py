@@ -8,13 +8,12 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from nuteprune.config import Config, ConfigError
+from nuteprune.data.instructions import packed_windows
+from nuteprune.data.prepared import load_blocks, save_blocks
+from nuteprune.data.text import packed_blocks
+from nuteprune.model.loading import load_tokenizer, read_config
 from safetensors import SafetensorError, safe_open
-
-from pipeline.config import Config, ConfigError
-from pipeline.data import packed_blocks
-from pipeline.instructions import packed_windows
-from pipeline.models import load_tokenizer, read_config
-from pipeline.prepared import load_blocks, save_blocks
 
 log = logging.getLogger(__name__)
 

@@ -7,26 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from nuteprune.config import Config, flatten, to_dict
+from nuteprune.data.prepared import training_blocks
+from nuteprune.data.text import BatchStream
+from nuteprune.masks import Gates, MaskSet, check_target, sparsity_of
+from nuteprune.masks.schedule import noise_at, settle_step, target_at, warmup_steps
+from nuteprune.model.layers import View, build_view
+from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.pairing import Losses
+from nuteprune.parallel.distributed import World
+from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.runs.rundir import save_run
+from nuteprune.training.engine import Engine, Multipliers
+from nuteprune.training.importance import initial_log_alpha, taylor_importance
+from nuteprune.training.lifecycle import Preempted
+from nuteprune.training.loop import Trainer, train
+from nuteprune.training.resume import load_state, save_state
+from nuteprune.training.teachers import TeacherBank
+from nuteprune.training.tracking import Tracker
 from torch import Tensor
-
-from pipeline.config import Config, flatten, to_dict
-from pipeline.data import BatchStream
-from pipeline.distributed import World
-from pipeline.engine import Engine, Multipliers
-from pipeline.importance import initial_log_alpha, taylor_importance
-from pipeline.layers import View, build_view
-from pipeline.lifecycle import Preempted
-from pipeline.masks import Gates, MaskSet, check_target, sparsity_of
-from pipeline.masks.schedule import noise_at, settle_step, target_at, warmup_steps
-from pipeline.models import load_tokenizer, read_config
-from pipeline.pairing import Losses
-from pipeline.prepared import training_blocks
-from pipeline.resume import load_state, save_state
-from pipeline.rundir import save_run
-from pipeline.teachers import TeacherBank
-from pipeline.tracking import Tracker
-from pipeline.training import Trainer, train
-from pipeline.zero import load_paired, zero_settings
 
 log = logging.getLogger(__name__)
 

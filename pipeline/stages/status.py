@@ -8,8 +8,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from pipeline import jobs
-from pipeline.config import Config, ConfigError
+from nuteprune.config import Config, ConfigError
+from nuteprune.runs import jobs
 
 TRAINING = ("prune", "finetune")
 """Stages that take steps."""

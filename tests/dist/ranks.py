@@ -84,7 +84,7 @@ def free_port() -> int:
 def _context():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.stages.prune", "pipeline.__main__", "pipeline.bench.comm", "deepspeed"])
+    context.set_forkserver_preload(["nuteprune.stages.prune", "nuteprune.__main__", "nuteprune.bench.comm", "deepspeed"])
     return context
 
 
@@ -101,7 +101,7 @@ def _run(arguments, rank, size, port, log, hook, program):
     torch.set_num_threads(1)
     if hook is not None:
         hook(rank)
-    from pipeline.__main__ import cli
+    from nuteprune.__main__ import cli
 
     sys.argv[1:] = arguments
     (program or cli)()

@@ -12,8 +12,8 @@ import ranks
 import torch
 from safetensors.torch import load_file
 
-from pipeline.config import ConfigError, load_config
-from pipeline.stages import prune
+from nuteprune.config import ConfigError, load_config
+from nuteprune.stages import prune
 
 STEPS = 50
 

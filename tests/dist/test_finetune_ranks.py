@@ -7,7 +7,7 @@ import pytest
 import ranks
 from safetensors.torch import load_file
 
-from pipeline.__main__ import main
+from nuteprune.__main__ import main
 
 
 def test_two_ranks_learn_what_one_process_learns(run_dir, tmp_path):

@@ -10,8 +10,8 @@ import pytest
 import ranks
 from safetensors.torch import load_file
 
-from pipeline.config import ConfigError
-from pipeline.distributed import discover, first_host
+from nuteprune.config import ConfigError
+from nuteprune.parallel.distributed import discover, first_host
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -38,7 +38,7 @@ def environment(monkeypatch):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_ranks_of_every_launcher_prune_together(launcher, settings, tmp_path, environment):
     overrides = [*settings, "train.steps=2", "gates.importance_batches=1", "deepspeed=zero3"]
-    command = [*map(str, LAUNCHERS[launcher]()), "pipeline", "prune", *overrides]
+    command = [*map(str, LAUNCHERS[launcher]()), "nuteprune", "prune", *overrides]
     variables = os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",

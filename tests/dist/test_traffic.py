@@ -9,12 +9,12 @@ import ranks
 import torch
 from tiny import tiny_model
 
-from pipeline.bench import comm, memory
-from pipeline.config import load_config
-from pipeline.costs import traffic
-from pipeline.distributed import connected, discover
-from pipeline.engine import Engine
-from pipeline.footprint import (
+from nuteprune.bench import comm, memory
+from nuteprune.config import load_config
+from nuteprune.planning.costs import traffic
+from nuteprune.parallel.distributed import connected, discover
+from nuteprune.training.engine import Engine
+from nuteprune.planning.footprint import (
     Cluster,
     Job,
     Layout,
@@ -25,9 +25,9 @@ from pipeline.footprint import (
     persistence_threshold,
     total_parameters,
 )
-from pipeline.masks import MaskSet
-from pipeline.models import read_config
-from pipeline.zero import load_paired, zero_settings
+from nuteprune.masks import MaskSet
+from nuteprune.model.loading import read_config
+from nuteprune.parallel.zero import load_paired, zero_settings
 
 LAYERS = 24
 

@@ -4,8 +4,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-
-from kernels import reference
+from nuteprune.kernels import reference
 
 # TRITON_INTERPRET=0 on a machine with a GPU runs the same tests on the real thing.
 DEVICE = "cuda" if os.environ.get("TRITON_INTERPRET") == "0" and torch.cuda.is_available() else "cpu"

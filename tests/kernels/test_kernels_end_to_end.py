@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-
-from pipeline.config import load_config
-from pipeline.stages import prune
+from nuteprune.config import load_config
+from nuteprune.stages import prune
 
 
 def losses(settings, run_dir, backend, monkeypatch):

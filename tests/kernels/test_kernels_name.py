@@ -14,7 +14,7 @@ import sys, tempfile, torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_kernels_available
 assert not is_kernels_available()
-import kernels
+import nuteprune.kernels.api as kernels
 assert kernels.__file__.startswith(sys.argv[1]), kernels.__file__
 config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
 with tempfile.TemporaryDirectory() as folder:

@@ -6,9 +6,8 @@ from functools import partial
 import pytest
 import torch
 from kernels_cases import Case, as_double, assert_near, build, value_and_grads
-
-from kernels import Half, masked_lora_linear, masked_lora_linear_pair, reference
-from kernels.tuning import Config, Tuner, bucket, options
+from nuteprune.kernels.api import Half, masked_lora_linear, masked_lora_linear_pair, reference
+from nuteprune.kernels.tuning import Config, Tuner, bucket, options
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
@@ -27,7 +26,7 @@ def positional(kwargs: dict) -> list:
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_custom_ops_keep_their_contract(compact):
-    from kernels.masked_lora import backward_op, forward_op, pair_forward_op
+    from nuteprune.kernels.masked_lora import backward_op, forward_op, pair_forward_op
 
     args = positional(build(Case(in_kind="half", out_kind="half", compact_in=compact, compact_out=compact)))
     checks = ("test_schema", "test_faketensor")
@@ -131,7 +130,7 @@ def test_bucket(tokens, want):
 
 
 def test_bench_runs_without_a_gpu(tmp_path, monkeypatch, capsys):
-    from kernels import bench
+    from nuteprune.kernels import bench
 
     if torch.cuda.is_available():
         pytest.skip("on a GPU the bench runs at full size: run it by hand")

@@ -73,7 +73,7 @@ class TinyRun:
 
     def status(self) -> dict:
         """`nuteprune status --json` on the cluster."""
-        return json.loads(self.cluster.run(sys.executable, "-m", "pipeline", "status", "--json", str(self.run_dir)))
+        return json.loads(self.cluster.run(sys.executable, "-m", "nuteprune", "status", "--json", str(self.run_dir)))
 
     def log(self, stage: str) -> str:
         """Everything that was logged of a stage."""

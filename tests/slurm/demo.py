@@ -29,7 +29,7 @@ def main() -> int:
     if missing := missing_programs():
         sys.stderr.write(f"demo-slurm: {', '.join(missing)} missing here; .ci/run shows the packages\n")
         return 2
-    status = [sys.executable, "-m", "pipeline", "status", RUN]
+    status = [sys.executable, "-m", "nuteprune", "status", RUN]
     cluster = Cluster(nodes=2)
     try:
         cluster.start()

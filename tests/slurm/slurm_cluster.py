@@ -154,7 +154,7 @@ class Cluster:
                 command = (process / "cmdline").read_bytes()
             except OSError:  # gone meanwhile
                 continue
-            if wanted <= set(environment) and b"pipeline" in command:
+            if wanted <= set(environment) and b"nuteprune" in command:
                 return int(process.name)
         raise AssertionError(f"job {job} has no rank {rank}")
 

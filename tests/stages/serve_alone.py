@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-OURS = ("pipeline", "kernels")
+OURS = ("nuteprune",)
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
 sys.path = [entry for entry in sys.path if not any((Path(entry) / name).is_dir() for name in OURS)]
 assert all(importlib.util.find_spec(name) is None for name in OURS)

@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-import pipeline
-from pipeline.config import ConfigError, load_config
+from nuteprune.config import ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,12 +38,12 @@ def test_settings_in_every_form_give_the_same(tmp_path, settings):
     assert load_config(wanted) == wanted
     assert load_config(wanted, ["seed=3"]).seed == 3
     with pytest.raises(ConfigError, match="settings: unknown key 'trian'"):
-        pipeline.prune({"trian": {}})
+        nuteprune.prune({"trian": {}})
 
 
 def test_importing_the_package_is_light_and_offers_five_calls():
-    code = "import sys, pipeline; print(sorted(pipeline.__all__), 'torch' in sys.modules)"
+    code = "import sys, nuteprune; print(sorted(nuteprune.__all__), 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out == "['evaluate', 'export', 'finetune', 'load_masked', 'prune'] False\n"
     with pytest.raises(AttributeError, match="no attribute 'merge'"):
-        pipeline.merge  # noqa: B018  the access itself raises
+        nuteprune.merge  # noqa: B018  the access itself raises

@@ -8,13 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from nuteprune.__main__ import main
+from nuteprune.config import load_config
+from nuteprune.runs.checkpoint import Checkpoints
+from nuteprune.stages import prune
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
-
-from pipeline.__main__ import main
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import load_config
-from pipeline.stages import prune
 
 
 def refused(capsys, *arguments: str) -> str:

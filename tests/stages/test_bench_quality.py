@@ -2,7 +2,7 @@
 
 import json
 
-from pipeline.bench import quality
+from nuteprune.bench import quality
 
 
 def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, tmp_path, capsys):

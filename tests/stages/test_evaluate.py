@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from nuteprune.arch import read_spec
+from nuteprune.config import Config, ConfigError, EvaluateConfig, ModelConfig, TrackingConfig
+from nuteprune.evaluation import measure, report, speed
+from nuteprune.evaluation.tasks import PAPER, lm_eval_tasks, load_tasks, mean_accuracy
+from nuteprune.model.loading import load_any
+from nuteprune.runs.checkpoint import verify, write_manifest
+from nuteprune.stages import evaluate
 from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from pipeline import measure, report, speed
-from pipeline.arch import read_spec
-from pipeline.checkpoint import verify, write_manifest
-from pipeline.config import Config, ConfigError, EvaluateConfig, ModelConfig, TrackingConfig
-from pipeline.models import load_any
-from pipeline.stages import evaluate
-from pipeline.tasks import PAPER, lm_eval_tasks, load_tasks, mean_accuracy
 
 TEXT = "\n".join(f"Line {i}: the quick brown fox jumps over the lazy dog {i * i} times." for i in range(40))
 

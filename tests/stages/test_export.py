@@ -21,16 +21,16 @@ from exporting import (
     some_ids,
     trained,
 )  # fmt: skip
+from nuteprune.arch import PROJECTIONS, read_spec
+from nuteprune.config import ConfigError
+from nuteprune.exporting import folding
+from nuteprune.exporting.folding import exported_parameters, fold_model, kept_units, plan_fold, small_config
+from nuteprune.masks import Gates, sparsity_of
+from nuteprune.runs import students
+from nuteprune.runs.checkpoint import verify
+from nuteprune.runs.snapshot import Snapshot
+from nuteprune.stages import export
 from safetensors.torch import load_file
-
-from pipeline import folding, students
-from pipeline.arch import PROJECTIONS, read_spec
-from pipeline.checkpoint import verify
-from pipeline.config import ConfigError
-from pipeline.folding import exported_parameters, fold_model, kept_units, plan_fold, small_config
-from pipeline.masks import Gates, sparsity_of
-from pipeline.stages import export
-from pipeline.teachers import Snapshot
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog):
         lambda s: some_gates(s, "uniform"),
         **{"export.dtype": "bfloat16", "export.shard_size": "20KB"},
     )
-    with caplog.at_level("INFO", logger="pipeline"):
+    with caplog.at_level("INFO", logger="nuteprune"):
         directory = export.run(config)
     shards = list(directory.glob("model-*.safetensors"))
     assert len(shards) > 1
@@ -254,7 +254,7 @@ def test_structure_is_chosen_anew_where_the_shape_differs(tmp_path, caplog):
     config, model, gates, _ = trained(
         tmp_path, "qwen2", ragged, **{"gates.shape": "per_layer", "export.shape": "uniform"}
     )
-    with caplog.at_level("INFO", logger="pipeline"):
+    with caplog.at_level("INFO", logger="nuteprune"):
         small = loaded(export.run(config))
     assert "units change to fit the uniform shape" in caplog.text
     spec = read_spec(model.config)

@@ -9,19 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from nuteprune.__main__ import main
+from nuteprune.config import ConfigError, load_config
+from nuteprune.model.distill import IGNORE
+from nuteprune.model.layers import build_view
+from nuteprune.parallel.distributed import World
+from nuteprune.runs.rundir import load_run
+from nuteprune.runs.students import load_tuned, open_run
+from nuteprune.stages import export, finetune
+from nuteprune.training.lifecycle import Preempted
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
-
-from pipeline.__main__ import main
-from pipeline.config import ConfigError, load_config
-from pipeline.distill import IGNORE
-from pipeline.distributed import World
-from pipeline.layers import build_view
-from pipeline.lifecycle import Preempted
-from pipeline.rundir import load_run
-from pipeline.stages import export, finetune
-from pipeline.students import load_tuned, open_run
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +145,8 @@ def test_the_export_takes_the_fine_tuned_student(tuning, run_dir, sparsity, caps
     assert {k: t.shape for k, t in before.items()} == {k: t.shape for k, t in after.items()}
     assert all(torch.equal(before[k], again[k]) for k in before)
     assert any(not torch.equal(before[k], after[k]) for k in before)
-    import pipeline
 
-    masked = pipeline.load_masked(run_dir, [f"export.sparsity={sparsity}"])
+    masked = nuteprune.load_masked(run_dir, [f"export.sparsity={sparsity}"])
     small = AutoModelForCausalLM.from_pretrained(run_dir / "export")
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-
-from pipeline import ladder
-from pipeline.__main__ import main
-from pipeline.checkpoint import verify
-from pipeline.config import ConfigError, load_config
+from nuteprune.__main__ import main
+from nuteprune.config import ConfigError, load_config
+from nuteprune.evaluation import ladder
+from nuteprune.runs.checkpoint import verify
 
 
 @pytest.fixture

@@ -5,12 +5,11 @@ import shutil
 
 import pytest
 import torch
-
-from pipeline.config import ConfigError, load_config
-from pipeline.data import packed_blocks
-from pipeline.models import load_tokenizer
-from pipeline.prepared import load_blocks, training_blocks
-from pipeline.stages import prepare
+from nuteprune.config import ConfigError, load_config
+from nuteprune.data.prepared import load_blocks, training_blocks
+from nuteprune.data.text import packed_blocks
+from nuteprune.model.loading import load_tokenizer
+from nuteprune.stages import prepare
 
 
 def test_prepared_text_is_what_would_be_packed(settings, text_file, monkeypatch):
@@ -19,7 +18,7 @@ def test_prepared_text_is_what_would_be_packed(settings, text_file, monkeypatch)
     tokenizer = load_tokenizer(config.model.path, 300)
     expected = packed_blocks(config.data, tokenizer, 300)
     assert torch.equal(load_blocks(config), expected)
-    monkeypatch.setattr("pipeline.prepared.packed_blocks", None)  # not called any more
+    monkeypatch.setattr("nuteprune.data.prepared.packed_blocks", None)  # not called any more
     assert torch.equal(training_blocks(config, tokenizer, 300), expected)
     before = (directory / "manifest.json").stat().st_mtime_ns
     assert prepare.run(config) == directory

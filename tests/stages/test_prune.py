@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from nuteprune.config import load_config
+from nuteprune.runs.rundir import load_run
+from nuteprune.stages import export, prune
+from nuteprune.training.lifecycle import Preempted
+from nuteprune.training.loop import TrainingFailed
 from safetensors.torch import load_file
 from tiny import tiny_model
-
-from pipeline.config import load_config
-from pipeline.lifecycle import Preempted
-from pipeline.rundir import load_run
-from pipeline.stages import export, prune
-from pipeline.training import TrainingFailed
 
 
 def metrics(run_dir) -> list[dict]:
@@ -183,7 +182,7 @@ def test_kill_9_at_random_points_loses_nothing(settings, tmp_path):
     whole = load_config(None, [*overrides, f"run_dir={tmp_path / 'whole'}"])
     prune.run(whole)
     cut = tmp_path / "cut"
-    command = [sys.executable, "-m", "pipeline", "prune", *overrides, f"run_dir={cut}"]
+    command = [sys.executable, "-m", "nuteprune", "prune", *overrides, f"run_dir={cut}"]
     rng = random.Random(0)
     for _ in range(3):
         process = subprocess.Popen(command, cwd=Path(prune.__file__).parents[2], stderr=subprocess.PIPE, text=True)

@@ -7,10 +7,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import huggingface_hub
 import pytest
-
-from pipeline.checkpoint import write_manifest
-from pipeline.config import ConfigError, ExportConfig
-from pipeline.publish import push
+from nuteprune.config import ConfigError, ExportConfig
+from nuteprune.exporting.publish import push
+from nuteprune.runs.checkpoint import write_manifest
 
 
 class Hub(BaseHTTPRequestHandler):

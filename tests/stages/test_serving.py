@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from exporting import FAMILIES, SHAPES, assert_close, base_model, loaded, masked_logits, some_gates, some_ids, trained
+from nuteprune.exporting import modeling_ragged
+from nuteprune.stages import export
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from pipeline import modeling_ragged
-from pipeline.stages import export
 
 LONG = {"max_position_embeddings": 128, "rope_parameters": {
     "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32}}  # fmt: skip

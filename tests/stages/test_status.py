@@ -3,11 +3,10 @@
 import json
 
 import pytest
-
-from pipeline import jobs
-from pipeline.__main__ import main
-from pipeline.config import load_config
-from pipeline.stages import prune, status
+from nuteprune.__main__ import main
+from nuteprune.config import load_config
+from nuteprune.runs import jobs
+from nuteprune.stages import prune, status
 
 
 def written(path, text):

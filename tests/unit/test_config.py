@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from pipeline.__main__ import main
-from pipeline.config import STAGE_SECTIONS, Config, ConfigError, load_config
-from pipeline.rundir import save_config
+from nuteprune.__main__ import main
+from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, load_config
+from nuteprune.runs.rundir import save_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,7 +75,7 @@ def test_every_field_is_read_somewhere():
 
 
 def test_both_entry_points_answer():
-    for command in ([sys.executable, "-m", "pipeline", "--help"], ["nuteprune", "--help"]):
+    for command in ([sys.executable, "-m", "nuteprune", "--help"], ["nuteprune", "--help"]):
         if command[0] == "nuteprune":
             command[0] = str(Path(sys.executable).with_name("nuteprune"))
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -1,12 +1,11 @@
 """Dry runs of the big models' recipes, and what they find, without any download."""
 
 import pytest
-
-from pipeline.__main__ import main
-from pipeline.config import ConfigError, load_config
-from pipeline.dryrun import dry_run
-from pipeline.footprint import total_parameters
-from pipeline.planner import HUB, named_spec
+from nuteprune.__main__ import main
+from nuteprune.config import ConfigError, load_config
+from nuteprune.planning.dryrun import dry_run
+from nuteprune.planning.footprint import total_parameters
+from nuteprune.planning.planner import HUB, named_spec
 
 RECIPES = {"llama2-13b": 8, "llama3.1-8b": 8, "llama3.1-70b": 16, "mistral-7b": 8, "qwen3-14b": 8}
 """Recipe and the number of ranks that it is made for."""

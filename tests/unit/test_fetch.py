@@ -5,11 +5,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from nuteprune.config import ConfigError
+from nuteprune.data import fetch
+from nuteprune.runs.checkpoint import write_manifest
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from pipeline import fetch
-from pipeline.checkpoint import write_manifest
-from pipeline.config import ConfigError
 
 WEIGHTS = "model.safetensors"
 MODEL = Path(__file__).parents[2] / "models" / "smollm2-135m"

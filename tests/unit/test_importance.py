@@ -1,14 +1,13 @@
 """Importance of units against what removing them really does, and the start of log-alpha from it."""
 
 import torch
+from nuteprune.arch import read_spec
+from nuteprune.config import LoraConfig, LossConfig
+from nuteprune.masks import Gates, sparsity_of, unit_shape
+from nuteprune.model.layers import build_view
+from nuteprune.model.pairing import PairedModel
+from nuteprune.training.importance import initial_log_alpha, taylor_importance, unit_costs
 from tiny import VOCAB, tiny_model
-
-from pipeline.arch import read_spec
-from pipeline.config import LoraConfig, LossConfig
-from pipeline.importance import initial_log_alpha, taylor_importance, unit_costs
-from pipeline.layers import build_view
-from pipeline.masks import Gates, sparsity_of, unit_shape
-from pipeline.pairing import PairedModel
 
 
 def paired(name="llama"):

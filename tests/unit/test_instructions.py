@@ -6,15 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from nuteprune.arch import read_spec
+from nuteprune.config import ConfigError, FinetuneConfig, LoraConfig, LossConfig
+from nuteprune.data.instructions import pack, packed_windows, worded
+from nuteprune.masks import Gates
+from nuteprune.model.distill import IGNORE
+from nuteprune.model.layers import build_view
+from nuteprune.model.pairing import Answers, PairedModel
 from tiny import tiny_model
-
-from pipeline.arch import read_spec
-from pipeline.config import ConfigError, FinetuneConfig, LoraConfig, LossConfig
-from pipeline.distill import IGNORE
-from pipeline.instructions import pack, packed_windows, worded
-from pipeline.layers import build_view
-from pipeline.masks import Gates
-from pipeline.pairing import Answers, PairedModel
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"

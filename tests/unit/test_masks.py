@@ -5,11 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, tiny_config, tiny_model
-
-from pipeline.arch import projections, read_spec
-from pipeline.config import ConfigError, GateConfig, load_config
-from pipeline.masks import (
+from nuteprune.arch import projections, read_spec
+from nuteprune.config import ConfigError, GateConfig, load_config
+from nuteprune.masks import (
     KINDS,
     Gates,
     MaskSet,
@@ -20,8 +18,9 @@ from pipeline.masks import (
     sparsity_of,
     unit_shape,
 )
-from pipeline.masks import hard_concrete as hc
-from pipeline.masks.schedule import noise_at, settle_step, target_at, warmup_steps
+from nuteprune.masks import hard_concrete as hc
+from nuteprune.masks.schedule import noise_at, settle_step, target_at, warmup_steps
+from tiny import CONFIGS, tiny_config, tiny_model
 
 SPEC = read_spec(tiny_config("llama"))
 

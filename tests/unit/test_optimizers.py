@@ -1,14 +1,13 @@
 """The optimizer side: the loss scale of float16, and gradients that lie in one buffer."""
 
 import torch
+from nuteprune.arch import read_spec
+from nuteprune.config import load_config
+from nuteprune.masks import MaskSet
+from nuteprune.model.pairing import PairedModel
+from nuteprune.parallel.distributed import World
+from nuteprune.training.engine import Engine, LossScale
 from tiny import tiny_model
-
-from pipeline.arch import read_spec
-from pipeline.config import load_config
-from pipeline.distributed import World
-from pipeline.engine import Engine, LossScale
-from pipeline.masks import MaskSet
-from pipeline.pairing import PairedModel
 
 
 def engine(dtype=torch.float32) -> Engine:

@@ -3,14 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from nuteprune.arch import read_spec
+from nuteprune.config import GateConfig, LoraConfig, LossConfig
+from nuteprune.masks import MaskSet
+from nuteprune.model.distill import IGNORE, head_loss, layer_loss
+from nuteprune.model.layers import build_view
+from nuteprune.model.pairing import PairedModel
 from tiny import CONFIGS, VOCAB, tiny_model
-
-from pipeline.arch import read_spec
-from pipeline.config import GateConfig, LoraConfig, LossConfig
-from pipeline.distill import IGNORE, head_loss, layer_loss
-from pipeline.layers import build_view
-from pipeline.masks import MaskSet
-from pipeline.pairing import PairedModel
 
 ALL_UNITS = ["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"]
 IDS = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3))

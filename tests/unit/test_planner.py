@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from tiny import CONFIGS, tiny_config, tiny_model
-
-from pipeline.__main__ import main
-from pipeline.arch import read_spec
-from pipeline.config import load_config
-from pipeline.costs import mean_kept, over_links, step_flops, timing, total_steps, traffic
-from pipeline.distributed import World
-from pipeline.footprint import (
+from nuteprune.__main__ import main
+from nuteprune.arch import read_spec
+from nuteprune.config import load_config
+from nuteprune.masks import MaskSet
+from nuteprune.model.layers import build_view
+from nuteprune.model.pairing import PairedModel
+from nuteprune.parallel.distributed import World
+from nuteprune.parallel.zero import zero_settings
+from nuteprune.planning.costs import mean_kept, over_links, step_flops, timing, total_steps, traffic
+from nuteprune.planning.footprint import (
     Cluster,
     Job,
     Layout,
@@ -28,12 +30,9 @@ from pipeline.footprint import (
     snapshots,
     total_parameters,
 )
-from pipeline.layers import build_view
-from pipeline.masks import MaskSet
-from pipeline.pairing import PairedModel
-from pipeline.planner import MODELS, candidates, make_plan, named_spec, quantity, table
-from pipeline.teachers import TeacherBank
-from pipeline.zero import zero_settings
+from nuteprune.planning.planner import MODELS, candidates, make_plan, named_spec, quantity, table
+from nuteprune.training.teachers import TeacherBank
+from tiny import CONFIGS, tiny_config, tiny_model
 
 TOTALS = {
     "llama-7b": 6_738_415_616,

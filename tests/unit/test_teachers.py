@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from nuteprune.arch import read_spec
+from nuteprune.config import TeacherConfig
+from nuteprune.masks import Gates, unit_shape
+from nuteprune.training.teachers import TeacherBank
 from tiny import tiny_config
-
-from pipeline.arch import read_spec
-from pipeline.config import TeacherConfig
-from pipeline.masks import Gates, unit_shape
-from pipeline.teachers import TeacherBank
 
 SPEC = read_spec(tiny_config("llama"))
 

@@ -5,10 +5,9 @@ import time
 
 import pytest
 import torch
+from nuteprune.config import ConfigError, TrackingConfig
+from nuteprune.training.tracking import PICTURE_HEIGHT, PICTURE_WIDTH, Tracker, heat_map
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from pipeline.config import ConfigError, TrackingConfig
-from pipeline.tracking import PICTURE_HEIGHT, PICTURE_WIDTH, Tracker, heat_map
 
 QUIET = TrackingConfig(progress=False)
 

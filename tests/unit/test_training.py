@@ -1,10 +1,9 @@
 """What ranks compare before they train."""
 
 import pytest
-
-from pipeline.config import ConfigError, load_config
-from pipeline.distributed import World
-from pipeline.training import check_alike
+from nuteprune.config import ConfigError, load_config
+from nuteprune.parallel.distributed import World
+from nuteprune.training.loop import check_alike
 
 
 def ranks(**change) -> World:

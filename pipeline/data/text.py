@@ -1,0 +1,248 @@
+"""Text: reading through `datasets`, packing to blocks, and an order that is a function of the step.
+
+Shape letters: N blocks, B sequences of the global batch, T tokens of a block, n tokens of a stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from nuteprune.config import ConfigError, DataConfig
+from transformers import PreTrainedTokenizerBase
+
+C4 = "allenai/c4"
+FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+TOKENIZE_BATCH = 256
+"""Documents handed to the fast tokenizer at once: enough to keep its threads busy, little memory."""
+
+
+def load_text(source: str, documents: int, text_field: str) -> datasets.Dataset:
+    """The documents of a source, in order, in the column `text`; empty documents are left out.
+
+    Local files are read as a stream, so nothing is written to the `datasets` cache in the user's home.
+
+    Args:
+        source: `c4` (the hub's allenai/c4, English, train split), a .jsonl/.json/.txt/.parquet file, or a directory of
+            those, read in sorted order. A .txt file is one document.
+        documents: at most this many documents; 0 takes all.
+        text_field: column that holds the text in JSONL and parquet files.
+
+    Raises:
+        ConfigError: nothing there, an unsupported suffix, an unreadable or malformed file, a missing text column, no
+            text at all, or a hub that cannot be reached.
+    """
+    if source == "c4":
+        texts = _c4_texts(documents)
+    else:
+        texts = (text for file in _text_files(source) for text in _file_texts(file, text_field))
+    kept = list(itertools.islice((text for text in texts if text), documents or None))
+    if not kept:
+        raise ConfigError(f"data source '{source}' holds no text: give a file with at least one document")
+    return datasets.Dataset.from_dict({"text": kept})
+
+
+def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.LongTensor:
+    """All documents as one stream, end-of-sequence tokens between them, cut into blocks; the remainder is dropped.
+
+    Args:
+        config: source, number of documents, text column and block length.
+        tokenizer: its `eos_token_id`, where it has one, separates documents; no other special token is added.
+        vocab_size: rows of the model's embedding.
+
+    Returns:
+        Token ids `[N, seq_len]`.
+
+    Raises:
+        ConfigError: see `load_text`; fewer tokens than one block; a token id the model has no embedding for.
+    """
+    documents = load_text(config.source, config.documents, config.text_field)
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces: list[np.ndarray] = []
+    for ids in _token_ids(documents["text"], tokenizer):
+        # int32 while collecting: half the memory of the result.
+        pieces.append(np.asarray((eos if pieces else []) + ids, dtype=np.int32))
+    stream = np.concatenate(pieces)
+    count = len(stream) // config.seq_len
+    if count == 0:
+        raise ConfigError(
+            f"data source '{config.source}' has {len(stream)} tokens, less than one block of {config.seq_len}: "
+            "give more text or lower data.seq_len"
+        )
+    if stream.max() >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives id {stream.max()} but the model has {vocab_size} embeddings: "
+            "the tokenizer belongs to another model; use the model's own"
+        )
+    return torch.from_numpy(stream[: count * config.seq_len].astype(np.int64)).view(count, config.seq_len)
+
+
+def text_tokens(
+    path: str | Path, text_field: str, tokenizer: PreTrainedTokenizerBase, documents: int = 0
+) -> torch.LongTensor:
+    """The tokens `[n]` of a text source as one long stream without special tokens, as perplexity wants them.
+
+    Documents (a .txt file is one) are joined by an empty line and tokenised as one string.
+
+    Args:
+        path: a source as in `load_text`.
+        text_field: column that holds the text in JSONL and parquet files.
+        tokenizer: tokenizer of the model to be scored.
+        documents: at most this many documents; 0 takes all.
+
+    Raises:
+        ConfigError: see `load_text`.
+    """
+    text = "\n\n".join(load_text(str(path), documents, text_field)["text"])
+    return torch.tensor(next(_token_ids([text], tokenizer)), dtype=torch.int64)
+
+
+class BatchStream:
+    """Batches as a pure function of the global step, the same global batch for any number of ranks.
+
+    Step s takes the positions s·B … s·B+B-1 of the endless stream made of one permutation of all blocks after another;
+    the permutation of epoch e is seeded by (seed, e). Going on in mid-epoch is asking for a later step.
+
+    Args:
+        blocks: token ids `[N, T]`.
+        batch_size: B, over all ranks.
+        seed: seed of the order.
+        rank: this process; it takes the rank-th contiguous slice of the global batch.
+        world: number of processes.
+
+    Raises:
+        ConfigError: `world` does not divide `batch_size`.
+    """
+
+    def __init__(self, blocks: torch.LongTensor, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        if batch_size % world:
+            raise ConfigError(
+                f"train.batch_size {batch_size} cannot be split over {world} processes: make it a multiple of {world}"
+            )
+        assert 0 <= rank < world
+        self.blocks = blocks
+        self.batch_size = batch_size
+        self.seed = seed
+        self.local_size = batch_size // world
+        self.offset = rank * self.local_size
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps that show every block once."""
+        return len(self.blocks) / self.batch_size
+
+    def batch(self, step: int) -> torch.LongTensor:
+        """This rank's sequences `[B // world, T]` of the global batch of a step, counted from 0."""
+        start = step * self.batch_size + self.offset
+        rows = [self._block_at(position) for position in range(start, start + self.local_size)]
+        return self.blocks[torch.tensor(rows)].long()
+
+    def _block_at(self, position: int) -> int:
+        epoch, index = divmod(position, len(self.blocks))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.blocks))
+            self._epoch = epoch
+        return int(self._order[index])
+
+
+def _c4_texts(documents: int) -> Iterator[str]:
+    """The first documents of C4's English train split, streamed from the hub."""
+    if documents == 0:
+        raise ConfigError("c4 has 365 million documents: set data.documents to the number wanted")
+    try:
+        rows = datasets.load_dataset(C4, "en", split="train", streaming=True)
+        for row in rows.take(documents):
+            yield row["text"]
+    # The hub's client lets through what its HTTP library raises, and that library changes with its version.
+    except Exception as error:
+        raise ConfigError(
+            f"cannot read {C4} from the hub ({_one_line(error)}): give a local path in data.source"
+        ) from error
+
+
+def _text_files(source: str) -> list[Path]:
+    """The files of a local source in sorted order; other files in a directory are passed over."""
+    path = Path(source).expanduser()
+    supported = ", ".join(FORMATS)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in FORMATS and file.is_file())
+        if not files:
+            raise ConfigError(f"no text files in {source}: put {supported} files there")
+        return files
+    if not path.is_file():
+        raise ConfigError(f"data source '{source}' does not exist: give `c4`, a file ({supported}) or a directory")
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"cannot read {source}: suffix '{path.suffix}' is not one of {supported}")
+    return [path]
+
+
+def _file_texts(file: Path, text_field: str) -> Iterator[str]:
+    """The texts of one file; a null counts as an empty text."""
+    text_file = FORMATS[file.suffix] == "text"
+    field = "text" if text_file else text_field
+    for number, row in enumerate(read_rows(file, {"sample_by": "document"} if text_file else {}), 1):
+        if field not in row:
+            raise ConfigError(
+                f"{file} has no column '{field}': set the text field to one of its columns ({', '.join(row)})"
+            )
+        if not isinstance(row[field], str | None):
+            raise ConfigError(f"{file}: row {number} holds no text in '{field}' but {type(row[field]).__name__}")
+        yield row[field] or ""
+
+
+def read_rows(file: Path, options: dict) -> Iterator[dict]:
+    """The rows of one file as `datasets` reads them, with its failures told in one line; an empty file has none."""
+    if file.stat().st_size == 0:
+        return
+    with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
+        try:
+            yield from datasets.load_dataset(
+                FORMATS[file.suffix],
+                # A path is a pattern for `datasets`; brackets in a name are meant literally.
+                data_files=glob.escape(str(file)),
+                split="train",
+                streaming=True,
+                cache_dir=cache,
+                **options,
+            )
+        except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as error:
+            raise ConfigError(
+                f"cannot read {file} as {FORMATS[file.suffix]} ({_one_line(error)}): mend or remove the file"
+            ) from error
+
+
+def _token_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of each text without special tokens, tokenised a batch at a time."""
+    for texts_batch in _batched(texts, TOKENIZE_BATCH):
+        # verbose=False: documents longer than the model's context are cut into blocks later, no warning needed.
+        yield from tokenizer(texts_batch, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Keep `datasets` from logging what is about to be raised as one line."""
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

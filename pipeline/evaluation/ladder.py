@@ -1,0 +1,156 @@
+"""The ladder: several sparsities exported from one run, compared with the intact model, and the knee among them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from nuteprune.config import Config, ConfigError
+from nuteprune.evaluation import pictures, report
+from nuteprune.evaluation.compare import evaluate_models
+from nuteprune.evaluation.speed import speed_ratio
+from nuteprune.exporting.card import RECORD
+from nuteprune.exporting.small import export_model
+from nuteprune.runs.checkpoint import write_atomic, write_manifest
+from nuteprune.runs.students import choose_student, open_run
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> Path:
+    """Export every rung of `export.ladder`, evaluate all of them with the intact model in one run, and compare.
+
+    Returns:
+        The directory (`export.output`, or `ladder` below the run directory) with a model per rung, `evaluate/` and
+        ladder.md, ladder.png, ladder.json.
+
+    Raises:
+        ConfigError: a rung that the run never reached, before anything is exported; or as the two stages.
+        ExportError: as `export_model`.
+    """
+    rungs = sorted(set(config.export.ladder))
+    if not all(0 < rung < 1 for rung in rungs):
+        raise ConfigError(f"export.ladder: sparsities lie between 0 and 1, got {config.export.ladder}")
+    if config.export.push_to_hub:
+        raise ConfigError("export.push_to_hub takes one model: push a rung with `nuteprune export RUN --sparsity …`")
+    trained = open_run(config)
+    for rung in rungs:
+        choose_student(trained, rung)
+    output = Path(config.export.output or trained.directory / "ladder")
+    models = {rung: _export(config, output / f"{rung:g}", rung, config.export.shape) for rung in rungs}
+    free = {}
+    if config.export.ladder_per_layer:
+        free = {rung: _export(config, output / f"{rung:g}-per_layer", rung, "per_layer") for rung in rungs}
+    base = trained.config.model
+    paths = [base.path, *map(str, models.values()), *map(str, free.values())]
+    settings = replace(config.evaluate, models=paths, output=str(output / "evaluate"))
+    result = evaluate_models(replace(config, model=base, evaluate=settings))
+    entries = {entry["path"]: entry for entry in result["models"]}
+    points = [_point(entries[path], result["models"][0], rung)
+              for rung, path in zip([0.0, *rungs], paths, strict=False)]  # fmt: skip
+    for point in points[1:]:
+        rung = point["sparsity"]
+        record = json.loads((models[rung] / RECORD).read_text(encoding="utf-8"))
+        if record["finetuned"]:
+            point["finetuned"] = record["finetuned"]
+        if free:
+            point["per_layer_perplexity"] = _perplexity(entries[str(free[rung])])
+    _write(output, points, result)
+    return output
+
+
+def knee(points: list[dict]) -> int | None:
+    """Index of the rung after which quality falls faster than size: the one furthest below the chord of the curve.
+
+    Over the removed share of the parameters and the log perplexity, each scaled to 0…1, the chord runs from the intact
+    model to the sparsest rung (Satopaa et al. 2011, "Kneedle"). None with less than two rungs, or where none is below.
+    """
+    if len(points) < 3 or not all(_is_number(point["perplexity"]) for point in points):
+        return None
+    size = [points[0]["parameters"] - point["parameters"] for point in points]
+    loss = [math.log(point["perplexity"] / points[0]["perplexity"]) for point in points]
+    if size[-1] <= 0 or loss[-1] <= 0:
+        return None
+    below = [x / size[-1] - y / loss[-1] for x, y in zip(size, loss, strict=True)]
+    best = max(range(1, len(points) - 1), key=below.__getitem__)
+    return best if below[best] > 0 else None
+
+
+def table(points: list[dict], best: int | None) -> str:
+    """The rungs as a Markdown table; the knee's line is bold."""
+    ratio = "{:.2f}".format
+    columns = {
+        "sparsity": lambda p: f"{p['sparsity']:.0%}" if p["sparsity"] else "intact",
+        "parameters": lambda p: f"{p['parameters']:,}",
+        "bytes": lambda p: f"{p['bytes']:,}",
+        "perplexity": lambda p: report.number(p["perplexity"]),
+    }
+    optional = {
+        "finetuned": ("fine-tuned, steps", "{:,}".format),
+        "prefill": ("prefill", ratio), "decode": ("decode", ratio), "retained": ("retained", "{:.1%}".format),
+        "per_layer_perplexity": ("perplexity, `per_layer`", report.number),
+    }  # fmt: skip
+    for key, (title, form) in optional.items():
+        if any(key in point for point in points):
+            columns[title] = lambda p, key=key, form=form: form(p[key]) if key in p else ""
+    if any("per_layer_perplexity" in point for point in points):
+        columns["cost of the shape"] = lambda p: _cost(p)
+    rows = [list(columns)] + [[cell(point) for cell in columns.values()] for point in points]
+    if best is not None:
+        rows[best + 1] = [f"**{cell}**" for cell in rows[best + 1]]
+    return report.markdown_table(rows)
+
+
+def _export(config: Config, output: Path, rung: float, shape: str) -> Path:
+    return export_model(
+        replace(config, export=replace(config.export, ladder=[], sparsity=rung, shape=shape, output=str(output)))
+    )
+
+
+def _point(entry: dict, intact: dict, rung: float) -> dict:
+    """What is drawn of one model."""
+    point = {"sparsity": rung, "perplexity": _perplexity(entry)} | {key: entry[key] for key in ("parameters", "bytes")}
+    if "speed" in entry:
+        batch = next(iter(intact["speed"]))
+        faster = speed_ratio(intact["speed"][batch], entry["speed"][batch])
+        point |= {key.removesuffix("_tokens_per_s"): value for key, value in faster.items()}
+    return point | ({"retained": entry["retained"]} if "retained" in entry else {})
+
+
+def _perplexity(entry: dict) -> float | None:
+    """Perplexity of the first text; None where it is not finite."""
+    return next(iter(entry["perplexity"].values()))["perplexity"]
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _cost(point: dict) -> str:
+    """By how much rounding to the shape raises the perplexity over free counts per layer."""
+    free, own = point.get("per_layer_perplexity"), point["perplexity"]
+    return f"{own / free - 1:+.1%}" if _is_number(free) and _is_number(own) else ""
+
+
+def _write(output: Path, points: list[dict], result: dict) -> None:
+    best, text = knee(points), next(iter(result["models"][0]["perplexity"]))
+    parts = [
+        "# The ladder", table(points, best),
+        f"Perplexity of `{text}`, speeds relative to the intact model, all measured in one run; "
+        "[conditions and details](evaluate/report.md).",
+    ]  # fmt: skip
+    if best is not None:
+        parts.append(f"The knee is {points[best]['sparsity']:.0%}: beyond it perplexity rises faster than size falls.")
+    parts.append("![Perplexity and speed against size](ladder.png)")
+    files = {
+        "ladder.json": (json.dumps({"points": points, "knee": best}, indent=1) + "\n").encode(),
+        "ladder.md": ("\n\n".join(parts) + "\n").encode(),
+        "ladder.png": pictures.ladder(points, best),
+    }
+    for name, data in files.items():
+        write_atomic(output / name, data)
+    write_manifest(output, files)
+    log.info("ladder: %s", output / "ladder.md")

@@ -1,0 +1,158 @@
+"""The exported model's README.md and nuteprune.json: how it was made and what it kept."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from nuteprune.exporting.folding import Fold
+from nuteprune.runs.checkpoint import update_manifest, write_atomic
+from nuteprune.runs.rundir import Run
+from nuteprune.runs.students import Student
+from transformers.utils import cached_file
+
+RECORD = "nuteprune.json"
+"""What was kept, beside the weights: the sign of an export of ours."""
+RESULTS = "\n## Results\n"
+PAPER = "NutePrune (Li et al. 2024, [arXiv 2402.09773](https://arxiv.org/abs/2402.09773))"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an export reached.
+
+    Attributes:
+        target, sparsity: wanted and removed share of the base's prunable parameters.
+        parameters, base_parameters: all parameters, tied ones once.
+        untied: parameters that untying the head added.
+        difference: largest logit difference from the masked model over the largest logit, both float32.
+        cast_difference: the same after the weights were cast, 0 where they stay float32.
+        tokens: tokens of real text compared.
+    """
+
+    target: float
+    sparsity: float
+    parameters: int
+    base_parameters: int
+    untied: int
+    difference: float
+    cast_difference: float
+    tokens: int
+
+
+def kept_record(run: Run, student: Student, fold: Fold, result: Result) -> dict:
+    """Contents of nuteprune.json: kept indices per layer, the original sizes, what was reached, fine-tuning steps."""
+    spec, kept = fold.spec, fold.kept
+    layers = {"heads": kept.heads, "kv_groups": kept.kv_groups, "ffn": kept.ffn}
+    return {
+        "kept": {k: [t.tolist() for t in v] for k, v in layers.items()} | {"hidden": kept.hidden.tolist()},
+        "layers": spec.layers,
+        "original": {"heads": spec.heads, "kv_heads": spec.kv_heads, "ffn": spec.ffn, "hidden": spec.hidden},
+        "sparsity": result.sparsity,
+        "parameters": result.parameters,
+        "finetuned": student.facts.get("steps", 0),
+        "base": run.config.model.path,
+    }
+
+
+def model_card(run: Run, student: Student, fold: Fold, shape: str, dtype: str, result: Result) -> str:
+    """README.md of the exported model.
+
+    Args:
+        run: the run it comes from.
+        student: what was exported of it.
+        fold: what was folded.
+        shape: "uniform" or "per_layer".
+        dtype: type of the saved weights.
+        result: what the export reached.
+    """
+    base = run.config.model.path
+    licence = base_licence(base)
+    name = Path(base).name if Path(base).exists() else base
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [nuteprune, pruned]"]
+    head += [f"license: {licence}"] if licence else []
+    head += [f"base_model: {name}"] if name == base else []
+    return "\n".join([*head, "---", "", *_body(run, student, name, shape, dtype, result), "", *_table(fold), ""])
+
+
+def add_results(directory: Path, results: str) -> None:
+    """Put an evaluation (Markdown) into an export's README.md, in place of an earlier one."""
+    card = directory / "README.md"
+    made = card.read_text(encoding="utf-8").split(RESULTS)[0].rstrip()
+    write_atomic(card, f"{made}\n{RESULTS}\n{results}\n".encode())
+    update_manifest(directory, card.name)
+
+
+def base_licence(base: str) -> str | None:
+    """The `license:` entry of the base model's card, None where it has none."""
+    card = cached_file(base, "README.md", _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False,
+                       _raise_exceptions_for_gated_repo=False)  # fmt: skip
+    if card is None:
+        return None
+    front = re.match(r"---\n(.*?)\n---", Path(card).read_text(encoding="utf-8"), re.DOTALL)
+    found = front and re.search(r"^license:[ \t]*(\S.*)$", front[1], re.MULTILINE)
+    return found[1].strip() if found else None
+
+
+def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result: Result) -> list[str]:
+    config, facts, tuned = run.config, run.facts, student.facts
+    train, lora = config.train, config.lora
+    steps = f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs"
+    trust = ", trust_remote_code=True" if shape == "per_layer" else ""
+    lines = [
+        f"# {name}, pruned by {result.sparsity:.1%}",
+        "",
+        f"A structurally pruned `{name}`: {result.base_parameters / 1e6:,.1f}M parameters became "
+        f"{result.parameters / 1e6:,.1f}M. Made with {PAPER}: learned gates and LoRA on the frozen base, distilled "
+        "from the student's own earlier snapshots, then folded into the weights.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained(path{trust})",
+        f"tokenizer = AutoTokenizer.from_pretrained(path{trust})",
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| Removed share of the decoder projections | {result.sparsity:.2%} (target {result.target:.2%}) |",
+        f"| Parameters | {result.parameters:,} of {result.base_parameters:,} |",
+        f"| Gated units | {', '.join(config.gates.units)} |",
+        f"| Shape | `{shape}` |",
+        f"| Weights | {dtype} |",
+        f"| Data | `{_data_name(config.data.source)}`, blocks of {config.data.seq_len} tokens |",
+        f"| Training | {steps}, batch {train.batch_size}, LoRA rank {lora.rank}, learning rate {train.lora_lr:g} |",
+        f"| Tokens | {facts.get('tokens', 0):,} |",
+        f"| Teacher | {config.teacher.mode} |",
+        f"| Largest logit difference from the masked model | {result.difference:.1e} of the largest logit, float32, "
+        f"{result.tokens} tokens |",
+    ]
+    if tuned:
+        lines.append(
+            f"| Fine-tuned | {tuned['steps']:,} steps on `{_data_name(tuned['data'])}`, {tuned['tokens']:,} tokens of "
+            f"which {tuned['answer_tokens']:,} are answers |"
+        )
+    if result.cast_difference:
+        lines.append(f"| The same after the cast to {dtype} | {result.cast_difference:.1e} |")
+    if result.untied:
+        lines.append(f"| Added by untying the output head (fractional hidden gates) | {result.untied:,} parameters |")
+    return lines
+
+
+def _data_name(source: str) -> str:
+    """A local path is of no use to a reader, and may hold private names."""
+    return Path(source).name if Path(source).exists() else source
+
+
+def _table(fold: Fold) -> list[str]:
+    spec, kept = fold.spec, fold.kept
+    lines = [
+        f"Hidden size {len(kept.hidden)} of {spec.hidden}. Kept in each layer:",
+        "",
+        f"| Layer | Query heads of {spec.heads} | KV heads of {spec.kv_heads} | FFN units of {spec.ffn} |",
+        "|---|---|---|---|",
+    ]
+    counts = zip(kept.heads, kept.kv_groups, kept.ffn, strict=True)
+    return lines + [f"| {i} | {len(h)} | {len(k)} | {len(f)} |" for i, (h, k, f) in enumerate(counts)]

@@ -1,0 +1,208 @@
+"""Folding: gates and LoRA multiplied into the weights, removed rows and columns deleted, in float32.
+
+Exactness of the norms. With d' of d hidden dimensions kept the removed ones are zero, so RMSNorm's mean square over d'
+is d/d' times that over d. With c = sqrt(d/d'), eps' = c²·eps and w' = c·w:
+    w'·x / sqrt(c²·ms(x) + c²·eps) = w·x / sqrt(ms(x) + eps).
+Qwen3's q_norm and k_norm run over the head dimension, which does not change, but read the same eps' from the
+configuration. Scaling their input (the rows and biases of q_proj and k_proj) by c makes that exact too:
+    w·(c·q) / sqrt(c²·ms(q) + c²·eps) = w·q / sqrt(ms(q) + eps).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import transformers
+from nuteprune.arch import ATTENTION, PROJECTIONS, ArchSpec, family_of, projections
+from nuteprune.exporting import modeling_ragged
+from nuteprune.masks import Gates, Kept, kept_units
+from nuteprune.model.layers import LoraWeights
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+_RENAMED = {"architectures", "model_type", "quantization_config", "transformers_version", "auto_map"}
+"""Entries of a base configuration that say what the base was, not how it computes."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What is folded into a base model.
+
+    Attributes:
+        spec: the base's architecture.
+        head_gate, ffn_gate, hidden_gate: effective gates [L, H], [L, F], [D], float32.
+        kept: the units that stay.
+        lora, scaling: LoRA pairs by "layer.projection", and alpha / rank.
+    """
+
+    spec: ArchSpec
+    head_gate: Tensor
+    ffn_gate: Tensor
+    hidden_gate: Tensor
+    kept: Kept
+    lora: LoraWeights
+    scaling: float
+
+    @property
+    def norm_scale(self) -> float:
+        """c = sqrt(d / d'), see the module's docstring."""
+        return math.sqrt(self.spec.hidden / len(self.kept.hidden))
+
+    @property
+    def unties(self) -> bool:
+        """Tied embeddings cannot hold a fractional hidden gate: it scales the embedding but not the head."""
+        return self.spec.tied and bool((self.hidden_gate[self.kept.hidden] != 1).any())
+
+
+def plan_fold(spec: ArchSpec, gates: Gates, lora: LoraWeights, scaling: float) -> Fold:
+    """The fold of given gates and LoRA; raises ValueError where no hidden dimension is left."""
+    full = gates.detach().to("cpu", torch.float32).full(spec)
+    kept = kept_units(spec, full)
+    if len(kept.hidden) == 0:
+        raise ValueError("no hidden dimension is left: lower the target sparsity")
+    return Fold(spec, full.head_gate(spec), full.ffn_gate(), full.hidden, kept, lora, scaling)
+
+
+def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedConfig:
+    """The configuration of the small model; everything but the sizes is carried over from the base.
+
+    Args:
+        base: the base model's configuration.
+        fold: what is folded.
+        shape: "uniform" (a stock class) or "per_layer" (a class of `modeling_ragged`).
+
+    Raises:
+        ValueError: no stock class can hold these sizes.
+    """
+    groups = fold.kept.heads_per_group(fold.spec)
+    values = {k: v for k, v in base.to_dict().items() if k not in _RENAMED}
+    values |= {
+        "hidden_size": len(fold.kept.hidden),
+        "num_attention_heads": max(1, *map(sum, groups)),
+        "num_key_value_heads": max(1, *map(len, groups)),
+        "head_dim": fold.spec.head_dim,
+        "intermediate_size": max(1, *map(len, fold.kept.ffn)),
+        "rms_norm_eps": fold.spec.norm_eps * fold.norm_scale**2,
+        "tie_word_embeddings": fold.spec.tied and not fold.unties,
+    }
+    if shape == "per_layer":
+        stem = type(base).__name__.removesuffix("Config")
+        values |= {"heads_per_group": groups, "ffn_sizes": [len(f) for f in fold.kept.ffn]}
+        values["auto_map"] = {
+            "AutoConfig": f"modeling_ragged.Ragged{stem}Config",
+            "AutoModelForCausalLM": f"modeling_ragged.Ragged{stem}ForCausalLM",
+        }
+        return getattr(modeling_ragged, f"Ragged{stem}Config")(**values)
+    name = family_of(base).small_class(base, values["hidden_size"], values["num_attention_heads"])
+    cls = getattr(transformers, name)
+    if not isinstance(base, cls):
+        values = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
+        values["sliding_window"] = None  # the one thing Mistral adds to LLaMA
+    return cls(**values)
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The causal language model class of a small configuration."""
+    name = type(config).__name__.removesuffix("Config") + "ForCausalLM"
+    return getattr(modeling_ragged if hasattr(config, "heads_per_group") else transformers, name)
+
+
+def fold_model(model: PreTrainedModel, config: PreTrainedConfig, fold: Fold, progress=iter) -> PreTrainedModel:
+    """The small model in float32; consumes the base layer by layer, so that no second copy is ever held.
+
+    Args:
+        model: the base model; its decoder layers are dropped as they are folded.
+        config: from `small_config`.
+        fold: what is folded.
+        progress: wraps the iterable of layer indices, e.g. `tqdm`.
+    """
+    with torch.device("meta"):
+        small = model_class(config)(config)
+    layers = model.model.layers
+    for index in progress(range(fold.spec.layers)):
+        small.model.layers[index].load_state_dict(fold_layer(fold, layers[index], index), assign=True)
+        layers[index] = nn.Identity()
+    embedding, norm, head = fold_ends(fold, model)
+    small.model.embed_tokens.load_state_dict({"weight": embedding}, assign=True)
+    small.model.norm.load_state_dict({"weight": norm}, assign=True)
+    small.lm_head.load_state_dict({"weight": embedding if head is None else head}, assign=True)
+    small.tie_weights()
+    return small
+
+
+def fold_layer(fold: Fold, layer: nn.Module, index: int) -> dict[str, Tensor]:
+    """State dict of one small decoder layer, float32; tensors with nothing left in them are not in it."""
+    state = {}
+    for name, (owner, attribute) in projections(layer).items():
+        block = "self_attn" if name in ATTENTION else "mlp"
+        for part, tensor in _projection(fold, getattr(owner, attribute), name, index):
+            state[f"{block}.{name}.{part}"] = tensor
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        state[f"{norm}.weight"] = _norm(fold, getattr(layer, norm))
+    if fold.spec.qk_norm:
+        for norm in ("q_norm", "k_norm"):
+            state[f"self_attn.{norm}.weight"] = getattr(layer.self_attn, norm).weight.detach().float()
+    return {key: tensor for key, tensor in state.items() if tensor.numel()}
+
+
+def fold_ends(fold: Fold, model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Embedding [V, d'], final norm [d'] and head [V, d'] (None: tied), float32."""
+    kept = fold.kept.hidden
+    embedding = model.get_input_embeddings().weight.detach()[:, kept].float() * fold.hidden_gate[kept]
+    tied = fold.spec.tied and not fold.unties
+    head = None if tied else model.lm_head.weight.detach()[:, kept].float()
+    return embedding, _norm(fold, model.model.norm), head
+
+
+def exported_parameters(model: nn.Module) -> int:
+    """Prunable parameters of a model as `ArchSpec` counts them: all projections, without the biases of o and down.
+
+    Those two belong to the residual stream, not to a unit.
+    """
+    counted = 0
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        projection = module.rpartition(".")[2]
+        if projection in PROJECTIONS and not (kind == "bias" and projection in ("o_proj", "down_proj")):
+            counted += parameter.numel()
+    return counted
+
+
+def _projection(fold: Fold, linear: nn.Module, name: str, index: int) -> Iterator[tuple[str, Tensor]]:
+    rows, columns, out_gate, in_gate = _sides(fold, name, index)
+    weight = linear.weight.detach()[rows][:, columns].float()
+    if f"{index}.{name}" in fold.lora:
+        a, b = (t.detach().to(weight.device, torch.float32) for t in fold.lora[f"{index}.{name}"])
+        weight = weight.addmm_(b[rows], a[:, columns], alpha=fold.scaling)
+    scale = fold.norm_scale if fold.spec.qk_norm and name in ("q_proj", "k_proj") else 1.0
+    out_scale = scale if out_gate is None else scale * out_gate[rows]
+    weight = weight * (out_scale[:, None] if isinstance(out_scale, Tensor) else out_scale)
+    yield "weight", weight if in_gate is None else weight * in_gate[columns]
+    if linear.bias is not None:
+        yield "bias", linear.bias.detach()[rows].float() * out_scale
+
+
+def _sides(fold: Fold, name: str, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Kept rows and columns of a projection, and the full-size gates on its output and input."""
+    kept, dim = fold.kept, fold.spec.head_dim
+    if name in ("q_proj", "o_proj"):
+        unit, gate = _expand(kept.heads[index], dim), fold.head_gate[index].repeat_interleave(dim)
+    elif name in ("k_proj", "v_proj"):
+        unit, gate = _expand(kept.kv_groups[index], dim), None
+    else:
+        unit, gate = kept.ffn[index], fold.ffn_gate[index]
+    if name in ("o_proj", "down_proj"):
+        return kept.hidden, unit, fold.hidden_gate, gate
+    # Gates act where units enter o_proj and down_proj; the residual stream arrives already gated.
+    return unit, kept.hidden, None, None
+
+
+def _expand(units: Tensor, size: int) -> Tensor:
+    return (units[:, None] * size + torch.arange(size)).flatten()
+
+
+def _norm(fold: Fold, norm: nn.Module) -> Tensor:
+    return norm.weight.detach()[fold.kept.hidden].float() * fold.norm_scale

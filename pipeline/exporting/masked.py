@@ -1,0 +1,52 @@
+"""A run's student as it was trained: base weights, gates and LoRA, to look into or to compare an export with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from nuteprune.config import Config
+from nuteprune.masks import Gates, sparsity_of
+from nuteprune.model.layers import View, build_view
+from nuteprune.model.loading import load_model, load_tokenizer
+from nuteprune.model.pairing import PairedModel
+from nuteprune.parallel.distributed import discover
+from nuteprune.runs.students import newest_student, open_run
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class MaskedModel:
+    """A student over its base model.
+
+    Attributes:
+        gates: gate values by kind (`gates.as_dict()`), 0 where a unit is removed.
+        sparsity: removed share of the prunable parameters.
+        tokenizer: the base model's.
+    """
+
+    gates: Gates
+    sparsity: float
+    tokenizer: PreTrainedTokenizerBase
+    _model: PairedModel
+    _view: View
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Logits [B, T, V] of token ids [B, T]."""
+        device = next(self._model.parameters()).device
+        return self._model.logits(input_ids.to(device), self._view)
+
+
+def load(config: Config) -> MaskedModel:
+    """The student that `config.export` asks for; raises `ConfigError` as the export does."""
+    trained, world = open_run(config), discover()
+    model, spec = load_model(trained.config.model, world.device)
+    student = newest_student(config, trained, spec)
+    paired = PairedModel(model, spec, trained.config.lora)
+    gates = student.gates.to(world.device)
+    lora = {key: tuple(t.to(world.device) for t in pair) for key, pair in student.lora.items()}
+    view = build_view(spec, gates, lora, student.scaling, paired.dtype)
+    tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
+    return MaskedModel(gates, sparsity_of(spec, gates), tokenizer, paired, view)

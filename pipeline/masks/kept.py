@@ -1,0 +1,42 @@
+"""The units that a set of gates keeps, as indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from nuteprune.arch import ArchSpec
+from nuteprune.masks.gates import Gates
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Sorted indices of the units that stay; lists have one entry per layer.
+
+    A KV group stays exactly if one of its query heads has a nonzero effective gate.
+    """
+
+    heads: list[Tensor]
+    kv_groups: list[Tensor]
+    ffn: list[Tensor]
+    hidden: Tensor
+
+    def heads_per_group(self, spec: ArchSpec) -> list[list[int]]:
+        """For each layer the number of kept query heads in each kept KV group."""
+        counts = [torch.bincount(h // spec.group_size, minlength=spec.kv_heads) for h in self.heads]
+        return [[n for n in layer.tolist() if n] for layer in counts]
+
+    def is_uniform(self, spec: ArchSpec) -> bool:
+        """Every layer keeps the same counts, and something of both sublayers: a stock architecture can hold it."""
+        groups, ffn = self.heads_per_group(spec), {len(f) for f in self.ffn}
+        sizes = {size for layer in groups for size in layer}
+        return len({len(layer) for layer in groups}) == len(sizes) == len(ffn) == 1 and ffn != {0}
+
+
+def kept_units(spec: ArchSpec, gates: Gates) -> Kept:
+    """The units with a nonzero effective gate."""
+    full = gates.full(spec)
+    heads = [row.nonzero().squeeze(1) for row in full.head_gate(spec)]
+    groups = [torch.unique(h // spec.group_size) for h in heads]
+    return Kept(heads, groups, [row.nonzero().squeeze(1) for row in full.ffn_gate()], full.hidden.nonzero().squeeze(1))

@@ -1,0 +1,111 @@
+"""Loading a pretrained model of a supported family, with one clear line for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from pathlib import Path
+
+import torch
+from nuteprune.arch import ArchSpec, read_spec
+from nuteprune.config import ConfigError, ModelConfig
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+log = logging.getLogger(__name__)
+
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: there is none, or it has more tokens than the model's vocabulary.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.path {path}: no usable tokenizer there ({_first_line(error)})") from None
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"model.path {path}: the tokenizer has {len(tokenizer)} tokens but the model only {vocab_size}: "
+            "they do not belong together"
+        )
+    return tokenizer
+
+
+def read_config(path: str) -> tuple[object, ArchSpec]:
+    """transformers' configuration of a model and its `ArchSpec`; raises `ConfigError` as `load_model` does."""
+    if not path:
+        raise ConfigError("model.path is empty: set it to a model directory or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        if Path(path).exists():
+            raise ConfigError(f"model.path {path}: no readable config.json there ({_first_line(error)})") from None
+        raise ConfigError(
+            f"model.path {path}: neither a directory here nor a model the hub would give ({_first_line(error)})"
+        ) from None
+    try:
+        return config, read_spec(config)
+    except ValueError as error:
+        raise ConfigError(f"model.path {path}: {error}") from None
+
+
+def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[nn.Module, ArchSpec]:
+    """The pretrained model, unmodified, in `config.dtype` on `device`, and its architecture.
+
+    Raises:
+        ConfigError: no such model, unsupported family, or missing, damaged or incomplete weights.
+    """
+    _, spec = read_config(config.path)
+    directory = Path(config.path)
+    if directory.is_dir() and not any(p for pattern in WEIGHT_FILES for p in directory.glob(pattern)):
+        raise ConfigError(f"model.path {config.path}: config.json but no weights (*.safetensors) there")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, SafetensorError, struct.error, RuntimeError, ValueError, ImportError) as error:
+        raise ConfigError(f"model.path {config.path}: the weights cannot be loaded ({_first_line(error)})") from None
+    _check_whole(config.path, info)
+    return model.to(device), spec
+
+
+def load_any(path: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+    """Any causal language model in `config.dtype` for evaluation, its tokenizer, and the directory of its files.
+
+    Code that came with a model is run only from a local directory whose config.json asks for it (`auto_map`), which is
+    how a `per_layer` export brings its modelling file.
+
+    Raises:
+        ConfigError: no whole model or no tokenizer there.
+    """
+    try:
+        folder = Path(cached_file(path, "config.json")).parent
+        own_code = Path(path).is_dir() and '"auto_map"' in (folder / "config.json").read_text(encoding="utf-8")
+        if own_code:
+            log.info("%s brings its own modelling file (auto_map), which is run", path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=own_code)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
+            trust_remote_code=own_code, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"cannot load the model '{path}' for evaluation: {_first_line(error)}") from error
+    _check_whole(path, info)
+    return model.eval(), tokenizer, folder
+
+
+def _check_whole(path: str, info: dict) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(f"model {path}: {len(missing)} weights are missing, first {missing[0]}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

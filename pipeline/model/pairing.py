@@ -1,0 +1,255 @@
+"""The paired forward: one pass over a Hugging Face model in which each layer serves teacher and student in turn.
+
+The decoder layers are wrapped; transformers' own forward drives the student's stream, and the teacher's stream rides
+along in a `_Pass`. Each layer adds its distillation term on the spot, so no list of hidden states is ever kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from nuteprune.arch import ArchSpec
+from nuteprune.config import LoraConfig, LossConfig
+from nuteprune.model.distill import IGNORE, HeadLosses, head_loss, layer_loss
+from nuteprune.model.layers import LoraParameters, View, activate, fresh_lora, install
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+
+
+class Losses(NamedTuple):
+    """Terms of one paired forward: the weighted total (to call backward on) and its parts, float32 scalars."""
+
+    total: Tensor
+    layer: Tensor
+    kl: Tensor
+    cross_entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is to be learned of packed instruction records.
+
+    Attributes:
+        labels: [B, T] token ids, `IGNORE` where nothing is learned.
+        positions: [B, T], from 0 in each record: attention does not cross from one record into another.
+    """
+
+    labels: Tensor
+    positions: Tensor
+
+
+@dataclass
+class _Pass:
+    """What the wrapped layers share during one forward."""
+
+    student: View
+    teacher: View | None = None
+    loss: LossConfig | None = None
+    teacher_stream: Tensor | None = None
+    layer_terms: list[Tensor] = field(default_factory=list)
+
+
+class PairedDecoderLayer(nn.Module):
+    """A decoder layer that runs the teacher's hidden state (no grad), then the student's, and adds their distance."""
+
+    def __init__(self, layer: nn.Module, index: int):
+        super().__init__()
+        self.layer, self.index = layer, index
+        self.checkpointing = False
+        self.current: _Pass | None = None
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        """hidden_states [B, T, D] of the student to its output; the teacher's stream is read and replaced in place."""
+        p = self.current
+        if p.teacher is None or p.loss is None or p.loss.layer_weight == 0:
+            if p.teacher is not None:
+                p.teacher_stream = self._teacher(p, kwargs)
+            return self._student(hidden_states, p.student, kwargs)
+        p.teacher_stream = teacher = self._teacher(p, kwargs)
+        student = self._student(hidden_states, p.student, kwargs)
+        if not p.student.layers[self.index].removed:
+            p.layer_terms.append(layer_loss(student, teacher, p.student.hidden, p.loss.layer))
+        return student
+
+    def _teacher(self, p: _Pass, kwargs: dict) -> Tensor:
+        with torch.no_grad():
+            activate(self.layer, p.teacher.layers[self.index])
+            return self.layer(p.teacher_stream, **kwargs)
+
+    def _student(self, hidden: Tensor, view: View, kwargs: dict) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            # Inside the checkpointed function, so that the recomputation in backward sees the student again.
+            activate(self.layer, view.layers[self.index])
+            return self.layer(x, **kwargs)
+
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(run, hidden, use_reentrant=False)
+        return run(hidden)
+
+
+class _Head(nn.Module):
+    """Lends the output head's weight to a loss.
+
+    ZeRO-3 gathers the weight for this module's forward. It would do so again for its backward, for nothing: the losses
+    have their gradient by then (distill.py). So their result leaves in an attribute, past ZeRO-3's hooks on the output.
+    """
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+        self._result: HeadLosses | None = None
+
+    def forward(self, loss: Callable[[Tensor], HeadLosses]) -> None:
+        """Keep the losses of the weight for `lend`."""
+        self._result = loss(self.weight)
+
+    def lend(self, loss: Callable[[Tensor], HeadLosses]) -> HeadLosses:
+        """The losses of the whole weight [V, D]."""
+        self(loss)
+        result, self._result = self._result, None
+        return result
+
+
+class PairedModel(nn.Module):
+    """A frozen Hugging Face causal LM whose layers compute teacher and student together.
+
+    Args:
+        model: an unmodified transformers model of a supported family; its projections and layers are wrapped in place.
+        spec: its architecture.
+        lora: rank and targets of the student's LoRA.
+        checkpointing: recompute each student layer in the backward pass (non-reentrant).
+    """
+
+    def __init__(self, model: nn.Module, spec: ArchSpec, lora: LoraConfig, checkpointing: bool = False):
+        super().__init__()
+        model.requires_grad_(False)
+        model.eval()
+        self.spec, self.model = spec, model
+        self.scaling = lora.alpha / lora.rank
+        install(model.model.layers)
+        self.head = _Head(model.lm_head.weight)
+        self._lora = fresh_lora(model.model.layers, lora, model.device)
+        model.model.layers = nn.ModuleList(
+            PairedDecoderLayer(layer, index) for index, layer in enumerate(model.model.layers)
+        )
+        for layer in self.layers:
+            layer.checkpointing = checkpointing
+        model.set_attn_implementation(_register_attention(model.config._attn_implementation))
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The wrapped decoder layers."""
+        return self.model.model.layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute type: that of the frozen weights."""
+        return self.model.dtype
+
+    def lora(self) -> LoraParameters:
+        """The student's LoRA parameters by "layer.projection"; they are none of this module's `parameters()`."""
+        return self._lora
+
+    def forward(
+        self, input_ids: Tensor, student: View, teacher: View | None, loss: LossConfig, answers: Answers | None = None
+    ) -> Losses:
+        """Distil the student from the teacher on one batch, or fit the next token where there is no teacher.
+
+        With `answers`: fit their tokens, and distil on them with `loss.kl_weight` where there is a teacher.
+
+        Args:
+            input_ids: [B, T].
+            student: view with gradient.
+            teacher: view without, or None for the language-model loss.
+            loss: weights and forms of the terms.
+            answers: what is to be learned of windows of instruction records, see `instructions.packed_windows`.
+        """
+        p = _Pass(student, teacher, loss)
+        embedded = self.model.get_input_embeddings()(input_ids)
+        if teacher is not None:
+            p.teacher_stream = _masked(embedded, teacher.hidden)
+        positions = None if answers is None else answers.positions
+        # ZeRO-3 frees a layer's weights when the gradient of its input is there: the first layer's needs one too.
+        final = self._stream(_masked(embedded.detach().requires_grad_(), student.hidden), p, positions)
+        output = self._output_losses(final, p, input_ids, answers)
+        terms = torch.stack(p.layer_terms) if p.layer_terms else output.kl.new_zeros(1)
+        layer = terms.sum() if loss.layer_reduction == "sum" else terms.mean()
+        total = loss.layer_weight * layer + output.total if p.layer_terms else output.total
+        return Losses(total, layer, output.kl, output.cross_entropy)
+
+    def _output_losses(self, final: Tensor, p: _Pass, input_ids: Tensor, answers: Answers | None) -> HeadLosses:
+        """KL from the teacher where there is one, and cross entropy of the next token where it counts."""
+        loss, target, labels = p.loss, None, None
+        if p.teacher is not None:
+            with torch.no_grad():
+                target = self.model.model.norm(p.teacher_stream).flatten(0, 1)
+        label_weight = 1.0 if p.teacher is None or answers is not None else loss.label_weight
+        if label_weight:
+            labels = input_ids if answers is None else answers.labels
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+        rows = final.flatten(0, 1)
+        if answers is not None:
+            learned = labels != IGNORE
+            rows, labels, target = rows[learned], labels[learned], None if target is None else target[learned]
+        return self.head.lend(
+            lambda weight: head_loss(
+                rows, weight, loss.chunk, target, labels, loss.kl_weight, label_weight, loss.temperature
+            )
+        )
+
+    def logits(self, input_ids: Tensor, view: View) -> Tensor:
+        """Logits [B, T, V] of one view, in full."""
+        return self.model.lm_head(self.hidden(input_ids, view))
+
+    def hidden(self, input_ids: Tensor, view: View) -> Tensor:
+        """Final hidden states [B, T, D] of one view, after the last norm."""
+        embedded = self.model.get_input_embeddings()(input_ids)
+        return self._stream(_masked(embedded, view.hidden), _Pass(view))
+
+    def _stream(self, embedded: Tensor, p: _Pass, positions: Tensor | None = None) -> Tensor:
+        with self._in_pass(p):
+            output = self.model.model(inputs_embeds=embedded, position_ids=positions, use_cache=False)
+            return output.last_hidden_state
+
+    @contextmanager
+    def _in_pass(self, p: _Pass):
+        for layer in self.layers:
+            layer.current = p
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.current = None
+
+
+def _masked(embedded: Tensor, hidden: Tensor | None) -> Tensor:
+    return embedded if hidden is None else embedded * hidden.to(embedded.dtype)
+
+
+def _register_attention(base: str) -> str:
+    """Register transformers' attention `base` with ragged KV groups allowed; returns the new implementation's name."""
+    name = f"nuteprune_{base}"
+    AttentionInterface.register(name, _ragged(base))
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
+    return name
+
+
+def _ragged(base: str) -> Callable:
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if query.shape[1] == 0:
+            return query.transpose(1, 2), None
+        if module.kv_index is not None:
+            key, value = key[:, module.kv_index], value[:, module.kv_index]
+        return inner(module, query, key, value, attention_mask, **kwargs)
+
+    if base == "eager":
+        from transformers.models.llama.modeling_llama import eager_attention_forward as inner
+    else:
+        inner = AttentionInterface()[base]
+    return attention

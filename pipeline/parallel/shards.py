@@ -1,0 +1,106 @@
+"""Loading a model that ZeRO-3 partitions: rank 0 reads one layer at a time, and no rank ever holds the whole model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from nuteprune.arch import ArchSpec
+from nuteprune.config import ConfigError, ModelConfig
+from nuteprune.model.loading import read_config
+from nuteprune.parallel.distributed import World
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+
+def load_partitioned(config: ModelConfig, world: World, settings: dict) -> tuple[PreTrainedModel, ArchSpec]:
+    """The pretrained model with every parameter partitioned over the ranks; collective.
+
+    It is built without weights; then rank 0 reads the embedding, each decoder layer, the last norm and the head in
+    turn, and `deepspeed.zero.Init` sends each to all ranks, which keep their share. Only rank 0 reads the files, and
+    on top of its share a rank holds one of those modules at a time.
+
+    Args:
+        config: path, dtype, attention implementation.
+        world: this rank's place; the process group exists.
+        settings: complete DeepSpeed settings, stage 3.
+
+    Raises:
+        ConfigError: no safetensors there, or weights are missing or damaged.
+    """
+    import deepspeed
+
+    with world.together():
+        hf_config, spec = read_config(config.path)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+            )
+        modules = _in_order(model, spec)
+        names = {module: name for name, module in model.named_modules()}
+        files = _files(config.path) if world.is_main else {}
+        if world.is_main:
+            _check_whole(config.path, files, (f"{names[m]}.{n}" for m in modules for n, _ in m.named_parameters()))
+    partitioned: list[nn.Parameter] = []
+    for module in modules:
+        _materialise(module, names[module], files, world)
+        if partitioned:  # as DeepSpeed itself adds parameters to a partitioned model: one set of groups for all
+            partitioned[0].convert_to_zero_parameters(param_list=list(module.parameters()))
+        else:
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+            partitioned = list(module.parameters())
+    model.tie_weights()
+    for module in model.modules():
+        module._buffers |= {name: b.to(world.device) for name, b in module._buffers.items() if b is not None}
+    return model, spec
+
+
+def _in_order(model: PreTrainedModel, spec: ArchSpec) -> list[nn.Module]:
+    """The modules that hold all parameters between them, a tied head left out."""
+    head = [] if spec.tied else [model.lm_head]
+    return [model.model.embed_tokens, *model.model.layers, model.model.norm, *head]
+
+
+def _materialise(module: nn.Module, name: str, files: dict[str, Path], world: World) -> None:
+    """Give a module real parameters: those of the files on rank 0, memory to receive them on the others."""
+    for key, empty in list(module.named_parameters()):
+        if world.is_main:
+            value = _read(files[f"{name}.{key}"], f"{name}.{key}").to(world.device, empty.dtype)
+        else:
+            value = torch.empty(empty.shape, dtype=empty.dtype, device=world.device)
+        owner, _, attribute = key.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
+
+
+def _read(file: Path, name: str) -> Tensor:
+    # Opened for each tensor: an open file's pages stay in this process's memory once they were read.
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def _files(path: str) -> dict[str, Path]:
+    """The safetensors file of each weight of a model directory or a hub model."""
+    try:
+        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        if index is None:
+            file = Path(cached_file(path, SAFE_WEIGHTS_NAME))
+            with safe_open(file, framework="pt") as tensors:
+                return dict.fromkeys(tensors.keys(), file)
+        weights = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        found = {name: Path(cached_file(path, name)) for name in sorted(set(weights.values()))}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.path {path}: ZeRO-3 reads safetensors, and they cannot be read ({str(error).splitlines()[0][:200]})"
+        ) from None
+    return {weight: found[name] for weight, name in weights.items()}
+
+
+def _check_whole(path: str, files: dict[str, Path], wanted: Iterable[str]) -> None:
+    missing = sorted(set(wanted) - files.keys())
+    if missing:
+        raise ConfigError(f"model {path}: {len(missing)} weights are missing, first {missing[0]}")

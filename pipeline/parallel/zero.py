@@ -1,0 +1,237 @@
+"""DeepSpeed's part of a run: its settings from a file and the run's own, and a model partitioned by ZeRO-3.
+
+What DeepSpeed partitions is the frozen base model. Gates, multipliers and LoRA are small and stay whole on every rank
+(engine.py), so checkpoints do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed
+from nuteprune.arch import ArchSpec
+from nuteprune.config import Config, ConfigError
+from nuteprune.model.loading import load_model, read_config
+from nuteprune.model.pairing import PairedDecoderLayer, PairedModel
+from nuteprune.parallel.distributed import World
+from nuteprune.parallel.shards import load_partitioned
+from nuteprune.parallel.sizes import nvme_buffers, total_parameters, zero3_sizes
+from torch import Tensor
+
+DS_CONFIGS = Path(str(files("nuteprune.ds_configs")))
+_OURS = {
+    "optimizer": "the run has its own optimizers: see train.lora_lr and gates.optimizer",
+    "scheduler": "the run has its own schedule: see train.lora_schedule",
+    "gradient_clipping": "set train.grad_clip",
+}
+"""Keys of a DeepSpeed file that would do nothing here, and what to do instead."""
+
+
+def read_settings(name: str) -> dict:
+    """The DeepSpeed settings of a name in ds_configs/ or a JSON file; raises `ConfigError` for one that cannot work."""
+    path = next((p for p in (DS_CONFIGS / f"{name}.json", Path(name)) if p.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
+        raise ConfigError(f"deepspeed '{name}': no such file; use one of {known}, or the path of a JSON file")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"deepspeed {path}: not readable as JSON ({error})") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
+        raise ConfigError(f"deepspeed {path}: has no section zero_optimization, which says what is partitioned")
+    for key, advice in _OURS.items():
+        if key in settings:
+            raise ConfigError(f"deepspeed {path}: remove {key}; {advice}")
+    zero = settings["zero_optimization"]
+    stage = zero.get("stage")
+    if stage not in (2, 3):
+        raise ConfigError(f"deepspeed {path}: zero_optimization.stage must be 2 or 3, got {stage!r}")
+    only = sorted(key for key in zero if key.startswith(("stage3", "offload", "zero_hpz")))
+    if stage == 2 and only:
+        raise ConfigError(f"deepspeed {path}: {only[0]} needs stage 3, under stage 2 every rank holds the whole model")
+    if "offload_optimizer" in zero:
+        raise ConfigError(f"deepspeed {path}: remove offload_optimizer; only LoRA has one, on each rank's device")
+    return settings
+
+
+def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
+    """The complete DeepSpeed settings of a run: its file, with batch, precision and sizes filled in; None without.
+
+    Raises:
+        ConfigError: the file cannot be used, contradicts the run's configuration, or does not suit the ranks.
+    """
+    if not config.deepspeed:
+        return None
+    settings = read_settings(config.deepspeed)
+    dtype = config.model.dtype
+    # The run drives its own micro-batches, so for DeepSpeed a step is one.
+    _fill(settings, "train_batch_size", config.train.batch_size, "train.batch_size")
+    _fill(settings, "gradient_accumulation_steps", 1, "train.micro_batch, which sets the forward passes of a step,")
+    _fill(settings, "bf16", {"enabled": dtype == "bfloat16"}, f"model.dtype={dtype}")
+    _fill(settings, "fp16", {"enabled": dtype == "float16"}, f"model.dtype={dtype}")
+    zero = settings["zero_optimization"]
+    if zero["stage"] == 3:
+        # Otherwise DeepSpeed replaces torch.nn.functional.linear for the whole process.
+        zero["memory_efficient_linear"] = False
+        for key, size in zero3_sizes(spec).items():
+            if zero.get(key, "auto") == "auto":
+                zero[key] = size
+        if isinstance(zero.get("offload_param"), dict):
+            _fill_offload(zero["offload_param"], spec, world)
+        _check_hpz(zero, world)
+    _validate(config.deepspeed, zero)
+    return settings
+
+
+def _fill(settings: dict, key: str, value: Any, source: str) -> None:
+    if settings.get(key, "auto") not in ("auto", value):
+        raise ConfigError(f"deepspeed: {key} is {settings[key]!r} there, but {source} says {value!r}: remove it there")
+    settings[key] = value
+
+
+def _check_hpz(zero: dict, world: World) -> None:
+    """Fill in and check the ranks over which hpZ keeps its second copy of the weights."""
+    key = "zero_hpz_partition_size"
+    if zero.get(key) == "auto":
+        zero[key] = world.local_size
+    size = zero.get(key, 1)
+    if isinstance(size, int) and size > 1 and world.size % size:
+        raise ConfigError(f"deepspeed: {key} {size} does not divide the {world.size} ranks: set it to those of a node")
+
+
+def _fill_offload(offload: dict, spec: ArchSpec, world: World) -> None:
+    """Fill in how weights are kept off the accelerator; a disk is reached through buffers."""
+    offload.setdefault("pin_memory", world.device.type == "cuda")
+    if offload.get("device") == "nvme":
+        offload.setdefault("nvme_path", "auto")
+        for key, size in nvme_buffers(spec, world.size).items():
+            if offload.get(key, "auto") == "auto":
+                offload[key] = size
+
+
+def _swap_directory(config: Config, settings: dict, world: World) -> TemporaryDirectory | None:
+    """A directory of this rank's own on the disk that weights are offloaded to, removed at the end; None without."""
+    offload = settings["zero_optimization"].get("offload_param") or {}
+    if offload.get("device") != "nvme":
+        return None
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.utils import logger
+
+    disk = tempfile.gettempdir() if offload["nvme_path"] == "auto" else offload["nvme_path"]
+    itemsize = getattr(torch, config.model.dtype).itemsize
+    need = total_parameters(read_config(config.model.path)[1]) * itemsize * world.local_size // world.size
+    try:
+        free = shutil.disk_usage(disk).free
+        if free < need:
+            raise ConfigError(
+                f"deepspeed: offload_param.nvme_path {disk}: {free / 1e9:.1f} GB are free, the node's share of the "
+                f"weights takes {need / 1e9:.1f} GB; name another disk"
+            )
+        if not AsyncIOBuilder().is_compatible():
+            raise ConfigError("deepspeed: offload_param to nvme needs libaio and its headers: install libaio-dev")
+        directory = TemporaryDirectory(prefix="nuteprune-", dir=disk)
+    except OSError as error:
+        raise ConfigError(
+            f"deepspeed: offload_param.nvme_path {disk}: {error.strerror}; name a directory on a disk of each node"
+        ) from None
+    offload["nvme_path"] = directory.name
+    # What it warns of, wear by repeated writing, does not happen: frozen weights are written once.
+    logger.addFilter(lambda record: "heavy write traffic" not in record.getMessage())
+    return directory
+
+
+def _validate(name: str, zero: dict) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"deepspeed {name}: zero_optimization.{key}: {first['msg']}") from None
+
+
+def load_paired(config: Config, world: World, settings: dict | None) -> PairedModel:
+    """The frozen base model, wrapped, with fresh LoRA: whole on this rank, or partitioned by ZeRO-3; collective.
+
+    Args:
+        config: model, LoRA, checkpointing.
+        world: this rank's place.
+        settings: complete DeepSpeed settings, or None.
+    """
+    if settings is None or settings["zero_optimization"]["stage"] != 3:
+        with world.together():
+            hf_model, spec = load_model(config.model, world.device)
+        return PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
+    quiet()
+    with world.together():
+        swap = _swap_directory(config, settings, world)
+    hf_model, spec = load_partitioned(config.model, world, settings)
+    model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
+    attach(model, settings)
+    model.partitioning += (swap,)
+    return model
+
+
+def attach(model: PairedModel, settings: dict) -> None:
+    """Hang ZeRO-3's gathering of weights on the model's forward and backward, which goes on being called directly.
+
+    Each wrapped layer is a leaf: its weights are gathered once for teacher and student in the forward pass, and once in
+    the backward pass, whatever is recomputed there.
+    """
+    import deepspeed
+
+    deepspeed.utils.set_z3_leaf_modules(model, [PairedDecoderLayer])
+    # The engine's own forward, backward and step are for models with an optimizer of DeepSpeed's.
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    # In a tuple it does not become a submodule. It must live: its destructor takes the hooks off.
+    model.partitioning = (engine,)
+    if torch.distributed.get_backend() == "gloo":
+        deepspeed.comm.comm.cdb.all_gather_into_tensor = _gather_in_place
+
+
+class _Handles(list):
+    """Collective operations that are waited for together."""
+
+    def wait(self) -> None:
+        for work in self:
+            work.wait()
+
+
+def _gather_in_place(
+    output_tensor: Tensor, input_tensor: Tensor, group: torch.distributed.ProcessGroup, async_op: bool = False
+) -> _Handles:
+    """All-gather by a broadcast from each rank: gloo's own fills a second buffer as large as the output, and copies."""
+    parts = output_tensor.view(-1).chunk(group.size())
+    parts[group.rank()].copy_(input_tensor.view(-1))
+    handles = _Handles(
+        torch.distributed.broadcast(part, group_src=rank, group=group, async_op=True) for rank, part in enumerate(parts)
+    )
+    if not async_op:
+        handles.wait()
+    return handles
+
+
+def quiet() -> None:
+    """Keep DeepSpeed to warnings, and from compiling an operator that nothing here needs.
+
+    Its shared-memory all-reduce for CPUs takes a minute to build, and a build that is killed leaves a lock on which
+    later runs wait for ever.
+    """
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # torch's, about a call that DeepSpeed makes.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

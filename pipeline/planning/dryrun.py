@@ -1,0 +1,164 @@
+"""A run's first step without its weights, its ranks or a GPU: the real model, partitioned by DeepSpeed for N ranks.
+
+Tensors are fake (shape, type and device, no memory) and so is the process group, so a 70B model on hundreds of ranks is
+built on a laptop in seconds. What is run is the code of the prune stage: a wrong shape, an option that DeepSpeed
+refuses or a target that the gates cannot reach is found here and not after hours in a queue.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from nuteprune.config import Config, ConfigError
+from nuteprune.masks import Gates, MaskSet, check_target, unit_shape
+from nuteprune.model.layers import build_view
+from nuteprune.model.pairing import PairedModel
+from nuteprune.parallel.distributed import World
+from nuteprune.parallel.zero import attach, quiet, zero_settings
+from nuteprune.planning.planner import read_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+STEP_LAYERS = 2
+"""Decoder layers that the step runs through: all layers of a model have the same shapes."""
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found.
+
+    Attributes:
+        ranks: world size.
+        total, share: bytes of the frozen weights, all and rank 0's part of them.
+        gathered: bytes of the weights that are partitioned and gathered for use; 0 where every rank holds all.
+        gates: shape of the gates by kind.
+        lora: number of LoRA parameters.
+        seconds: what it took.
+    """
+
+    ranks: int
+    total: int
+    share: int
+    gathered: int
+    gates: dict[str, tuple[int, ...]]
+    lora: int
+    seconds: float
+
+
+def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
+    """Build the run on `ranks` ranks, `ranks_per_node` on each node, and take a step through its first layers.
+
+    Raises:
+        ConfigError: the configuration, the model or the DeepSpeed settings cannot work on that many ranks.
+    """
+    import deepspeed
+
+    quiet()
+    began = time.perf_counter()
+    if config.train.batch_size % ranks:
+        raise ConfigError(f"train.batch_size {config.train.batch_size} cannot be split over {ranks} ranks")
+    hf_config, spec = read_model(config.model.path)
+    check_target(spec, config.gates, config.sparsity.target)
+    masks = MaskSet(spec, config.gates)
+    world = World(0, ranks, 0, min(ranks, ranks_per_node))
+    with _fake_world(world), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        settings = zero_settings(config, spec, world)
+        hf_model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=getattr(torch, config.model.dtype), attn_implementation=config.model.attention
+        )
+        partitioned = settings is not None and settings["zero_optimization"]["stage"] == 3
+        if partitioned:
+            if "offload_param" in settings["zero_optimization"]:  # no disk is needed for tensors without memory
+                settings["zero_optimization"]["offload_param"] |= {"device": "cpu"}
+            deepspeed.zero.Init(module=hf_model, config_dict_or_path=settings)
+        model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
+        if partitioned:
+            attach(model, settings)
+        total, share, gathered = _bytes(hf_model)
+        lora = sum(p.numel() for pair in model.lora().values() for p in pair)
+        _cut(model)
+        _step(model, config, masks, fake, ranks)
+    gates = {kind: unit_shape(spec, kind) for kind in masks.kinds}
+    return DryRun(ranks, total, share, gathered, gates, lora, time.perf_counter() - began)
+
+
+@contextmanager
+def _fake_world(world: World) -> Iterator[None]:
+    """A process group of `world.size` ranks whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(world.size), "LOCAL_RANK": "0"}
+    dist.init_process_group("fake", rank=0, world_size=world.size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _bytes(model: nn.Module) -> tuple[int, int, int]:
+    """Bytes of all parameters, of rank 0's share, and of those that are partitioned."""
+    total = share = gathered = 0
+    for parameter in model.parameters():
+        whole, own = getattr(parameter, "ds_numel", parameter.numel()), parameter.numel()
+        if hasattr(parameter, "ds_numel"):
+            own = whole if parameter.ds_persist else parameter.ds_tensor.numel()
+            gathered += 0 if parameter.ds_persist else whole * parameter.element_size()
+        total += whole * parameter.element_size()
+        share += own * parameter.element_size()
+    return total, share, gathered
+
+
+def _cut(model: PairedModel) -> None:
+    """Leave the model its first layers only."""
+    model.spec = replace(model.spec, layers=STEP_LAYERS)
+    model.model.config.num_hidden_layers = STEP_LAYERS
+    model.model.model.layers = model.layers[:STEP_LAYERS]
+
+
+def _step(model: PairedModel, config: Config, masks: MaskSet, fake: FakeTensorMode, ranks: int) -> None:
+    """A paired forward and backward of one micro-batch; every gate and LoRA matrix in it must get a gradient."""
+    local = config.train.batch_size // ranks
+    size = min(config.train.micro_batch or local, local)
+    gates = Gates(**{kind: fake.from_tensor(_rows(z.detach(), kind)).requires_grad_()
+                     for kind, z in masks.sample(torch.Generator().manual_seed(0)).as_dict().items()})  # fmt: skip
+    # Which units are removed is not known without values: gates multiply, and no unit is left out.
+    student = build_view(model.spec, gates, model.lora(), model.scaling, model.dtype, skip_removed=False)
+    teacher = None if config.teacher.mode == "none" else build_view(model.spec, None, {}, model.scaling, model.dtype)
+    ids = torch.zeros(size, config.data.seq_len, dtype=torch.long)
+    model(ids, student, teacher, config.loss).total.backward()
+    assert all(z.grad is not None for z in gates.as_dict().values())
+    used = [pair for key, pair in model.lora().items() if int(key.split(".")[0]) < STEP_LAYERS]
+    assert all(p.grad is not None for pair in used for p in pair)
+
+
+def _rows(gate: torch.Tensor, kind: str) -> torch.Tensor:
+    """The gates of the first layers; the hidden dimensions are shared by all."""
+    return gate if kind == "hidden" else gate[:STEP_LAYERS]
+
+
+def text(found: DryRun, config: Config) -> str:
+    """What the command prints."""
+    lines = [f"dry run of {config.model.path} on {found.ranks} ranks: {found.seconds:.0f} s, a step through "
+             f"{STEP_LAYERS} layers included"]  # fmt: skip
+    how = "partitioned by ZeRO-3" if found.gathered else "whole on every rank"
+    lines.append(f"  frozen weights  {found.total / GB:9.3f} GB, {how}: {found.share / GB:.3f} GB a rank")
+    if found.gathered:
+        lines.append(f"                  {found.gathered / GB:9.3f} GB of them are gathered for use")
+    for kind, shape in found.gates.items():
+        count = torch.Size(shape).numel()
+        lines.append(f"  gates           {count:>9,} {kind} ({' x '.join(map(str, shape))}), alike on every rank")
+    lines.append(f"  LoRA            {found.lora:>9,} parameters, alike on every rank")
+    return "\n".join(lines)

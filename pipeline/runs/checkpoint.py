@@ -1,0 +1,162 @@
+"""Directories that are complete or absent: sha256 manifests, atomic renames, and the newest one that is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nuteprune.config import ConfigError
+from safetensors import SafetensorError
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(Exception):
+    """A directory that is incomplete, truncated or altered; the message says which file and how it differs."""
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield a temporary sibling directory; on success write its manifest, flush it to disk and rename it to `target`.
+
+    An existing `target` is replaced only after the new one is complete; on an error nothing is left behind.
+
+    Raises:
+        ConfigError: the disk is full or the place cannot be written to.
+    """
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{target.name}.*-*"):  # by a process that was killed here
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        write_manifest(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            _fsync(path)
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        _fsync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"cannot write {target}: {reason}; free space or choose another directory (what was saved before is intact)"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_manifest(directory: Path, names: Iterable[str] | None = None) -> None:
+    """Write manifest.json: size and sha256 of the named files, or of every file below the directory."""
+    paths = sorted(p for p in directory.rglob("*") if p.is_file()) if names is None else [directory / n for n in names]
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in paths
+        if path.name != MANIFEST
+    }
+    temporary = directory / f".{MANIFEST}"
+    temporary.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(directory / MANIFEST)
+
+
+def update_manifest(directory: Path, name: str) -> None:
+    """Record anew the size and sha256 of one file that was replaced; the other files are not read."""
+    manifest = directory / MANIFEST
+    files = json.loads(manifest.read_text(encoding="utf-8"))
+    path = directory / name
+    files["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_atomic(manifest, (json.dumps(files, indent=1) + "\n").encode())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def verify(directory: Path) -> None:
+    """Raise `CheckpointError` unless every file of the manifest is there with its size and sha256."""
+    try:
+        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        raise CheckpointError(f"{directory} has no readable {MANIFEST}") from None
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        if sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path} does not match its sha256")
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Checkpoints:
+    """The checkpoints of one run: `step-N` directories, the newest ones kept.
+
+    Args:
+        directory: where they live.
+        keep: how many stay after a save.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory, self.keep = directory, keep
+
+    def path(self, step: int) -> Path:
+        """Directory of the checkpoint taken after `step` steps."""
+        return self.directory / f"step-{step:08d}"
+
+    def newest_first(self) -> list[Path]:
+        """All complete-looking checkpoints (their rename happened), newest first."""
+        return sorted(self.directory.glob("step-*"), reverse=True)
+
+    def newest_valid(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that verifies, and for each newer one why it was skipped."""
+        skipped = []
+        for path in self.newest_first():
+            try:
+                verify(path)
+            except CheckpointError as error:
+                skipped.append(str(error))
+                continue
+            return path, skipped
+        return None, skipped
+
+    def drop_newer_than(self, path: Path | None) -> None:
+        """Delete the checkpoints that were skipped for `path`: they must not count as kept, nor lend their files."""
+        for other in self.newest_first():
+            if path is None or other.name > path.name:
+                shutil.rmtree(other)
+
+    def prune(self) -> None:
+        """Delete all but the newest `keep` checkpoints, and what killed saves left behind."""
+        for path in [*self.newest_first()[self.keep :], *self.directory.glob(".step-*")]:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""What a run leaves on disk: gates, LoRA in peft's format, teachers, and the finished student, as safetensors and JSON.
+
+The base model is never part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from nuteprune.arch import FFN, ArchSpec
+from nuteprune.config import Config, ConfigError, load_config, to_dict
+from nuteprune.masks import KINDS, Gates
+from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, verify
+from nuteprune.runs.fingerprint import fingerprint
+from nuteprune.runs.snapshot import Snapshot
+from peft import LoraConfig, TaskType
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+PEFT_PREFIX = "base_model.model.model.layers"
+
+
+def save_gates(path: Path, gates: Gates, scores: Mapping[str, Tensor]) -> None:
+    """Write gate values as "gates.KIND" and log-alpha as "scores.KIND" to one safetensors file."""
+    save_file(_gate_tensors(gates, scores), path)
+
+
+def load_gates(path: Path) -> tuple[Gates, dict[str, Tensor]]:
+    """Read what `save_gates` wrote."""
+    return _split_gates(load_file(path))
+
+
+def _gate_tensors(gates: Gates, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {f"gates.{k}": v for k, v in gates.as_dict().items()} | {f"scores.{k}": v for k, v in scores.items()}
+    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+
+
+def _split_gates(tensors: Mapping[str, Tensor]) -> tuple[Gates, dict[str, Tensor]]:
+    gates = {k: tensors[f"gates.{k}"] for k in KINDS if f"gates.{k}" in tensors}
+    return Gates(**gates), {k: tensors[f"scores.{k}"] for k in KINDS if f"scores.{k}" in tensors}
+
+
+def save_adapter(directory: Path, lora: Mapping[str, tuple[Tensor, Tensor]], config: Config) -> None:
+    """Write LoRA in peft's format: adapter_config.json and adapter_model.safetensors.
+
+    The adapter holds the student's whole update over the *unpruned* base; with the gates of gates.safetensors it is the
+    pruned student.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for key, (a, b) in lora.items():
+        for name, tensor in (("lora_A", a), ("lora_B", b)):
+            tensors[f"{_peft_key(key)}.{name}.weight"] = tensor.detach().cpu().contiguous()
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    LoraConfig(
+        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets), bias="none",
+        task_type=TaskType.CAUSAL_LM, base_model_name_or_path=config.model.path, inference_mode=True,
+    ).save_pretrained(directory)  # fmt: skip
+
+
+def load_adapter(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """LoRA pairs by "layer.projection" from a peft adapter directory."""
+    tensors = load_file(directory / "adapter_model.safetensors")
+    pairs = {}
+    for key in tensors:
+        if key.endswith(".lora_A.weight"):
+            stem = key.removesuffix(".lora_A.weight")
+            layer, _, name = stem.removeprefix(PEFT_PREFIX + ".").split(".")
+            pairs[f"{layer}.{name}"] = (tensors[key], tensors[f"{stem}.lora_B.weight"])
+    return pairs
+
+
+def _peft_key(key: str) -> str:
+    layer, name = key.split(".")
+    block = "mlp" if name in FFN else "self_attn"
+    return f"{PEFT_PREFIX}.{layer}.{block}.{name}"
+
+
+def save_snapshots(directory: Path, snapshots: list[Snapshot], earlier: Path | None = None) -> None:
+    """Write teachers as one safetensors file each, plus teachers.json with their steps and sparsities.
+
+    A snapshot never changes, so one that the directory `earlier` holds already is linked from there, not written again.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    index = [
+        {"file": f"{number:04d}.safetensors", "step": s.step, "sparsity": s.sparsity}
+        for number, s in enumerate(snapshots)
+    ]
+    known = _teacher_index(earlier) if earlier is not None else []
+    for entry, s in zip(index, snapshots, strict=True):
+        if entry in known:
+            _link(earlier / entry["file"], directory / entry["file"])
+            continue
+        tensors = _gate_tensors(s.gates, s.scores)
+        tensors |= {f"lora.{k}.{side}": t for k, pair in s.lora.items() for side, t in zip("AB", pair, strict=True)}
+        save_file(tensors, directory / entry["file"])
+    (directory / "teachers.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _teacher_index(directory: Path) -> list[dict]:
+    path = directory / "teachers.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def load_snapshots(directory: Path) -> list[Snapshot]:
+    """Read what `save_snapshots` wrote, in order."""
+    snapshots = []
+    for entry in _teacher_index(directory):
+        tensors = load_file(directory / entry["file"])
+        gates, scores = _split_gates(tensors)
+        keys = [k.removeprefix("lora.").removesuffix(".A") for k in tensors if k.endswith(".A")]
+        lora = {k: (tensors[f"lora.{k}.A"], tensors[f"lora.{k}.B"]) for k in sorted(keys)}
+        snapshots.append(Snapshot(entry["step"], entry["sparsity"], gates, scores, lora))
+    return snapshots
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished prune stage left behind.
+
+    Attributes:
+        directory: the run directory.
+        config: its resolved configuration.
+        gates, scores: the final student's gates and log-alpha.
+        lora: its LoRA pairs.
+        snapshots: the teacher bank, by rising sparsity.
+        sparsity: the student's sparsity.
+        facts: what pruned.json records: steps, tokens, `base` (fingerprint of the base model), …
+    """
+
+    directory: Path
+    config: Config
+    gates: Gates
+    scores: dict[str, Tensor]
+    lora: dict[str, tuple[Tensor, Tensor]]
+    snapshots: list[Snapshot]
+    sparsity: float
+    facts: dict
+
+
+def save_run(
+    directory: Path, config: Config, spec: ArchSpec, gates: Gates, scores, lora, snapshots, facts: dict
+) -> Path:
+    """Write the finished student to `<run>/pruned`, atomically. `facts` (steps, sparsity, …) go to pruned.json."""
+    target = directory / "pruned"
+    with atomic_directory(target) as tmp:
+        save_config(tmp / "config.yaml", config)
+        save_gates(tmp / "gates.safetensors", gates, scores)
+        save_adapter(tmp / "adapter", lora, config)
+        save_snapshots(tmp / "teachers", snapshots)
+        facts = {**facts, "architecture": spec.__dict__, "base": fingerprint(config.model.path)}
+        (tmp / "pruned.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return target
+
+
+def load_run(directory: str | Path) -> Run:
+    """Read a finished prune stage; raises `ConfigError` (one line) where it is missing, unfinished or damaged."""
+    if not str(directory):
+        raise ConfigError("run_dir is empty: set it to the directory of a finished prune run")
+    pruned = Path(directory) / "pruned"
+    if not pruned.is_dir():
+        raise ConfigError(
+            f"{directory} holds no finished prune run (no `pruned` directory): run `nuteprune prune` first"
+        )
+    try:
+        verify(pruned)
+        gates, scores = load_gates(pruned / "gates.safetensors")
+        facts = json.loads((pruned / "pruned.json").read_text(encoding="utf-8"))
+        return Run(
+            Path(directory), load_config(pruned / "config.yaml"), gates, scores, load_adapter(pruned / "adapter"),
+            load_snapshots(pruned / "teachers"), facts["sparsity"], facts,
+        )  # fmt: skip
+    except (CheckpointError, SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(f"the finished run in {pruned} is damaged: {error}") from None
+
+
+def save_config(path: Path, config: Config) -> None:
+    """Write the resolved configuration as YAML; read back anywhere it gives the same values."""
+    settings = yaml.safe_dump({**to_dict(config), "recipe": "default"}, sort_keys=False, allow_unicode=True)
+    path.write_text(f"# every field, from recipe {config.recipe}\n{settings}", encoding="utf-8")

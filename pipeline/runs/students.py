@@ -1,0 +1,194 @@
+"""Which student of a finished run is meant, and in which structure: its final one or a snapshot, fine-tuned or not."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from nuteprune.arch import ArchSpec
+from nuteprune.config import Config, ConfigError, load_config
+from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
+from nuteprune.model.layers import LoraWeights
+from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, sha256, verify
+from nuteprune.runs.fingerprint import check_base
+from nuteprune.runs.rundir import Run, load_adapter, load_gates, load_run, save_adapter, save_config, save_gates
+from safetensors import SafetensorError
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SUBLAYERS = ("attn_sublayers", "ffn_sublayers")
+TUNED = "tuned"
+"""Name of the fine-tuned student below `finetune_directory`."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A pruned model over the base weights.
+
+    Attributes:
+        gates, scores, lora: gates, log-alpha and LoRA of the final student or of a snapshot.
+        scaling: LoRA alpha / rank.
+        target: sparsity wanted.
+        facts: of its fine-tuning (`steps`, `tokens`, `records`, …); empty where there was none.
+    """
+
+    gates: Gates
+    scores: Mapping[str, Tensor]
+    lora: LoraWeights
+    scaling: float
+    target: float
+    facts: Mapping
+
+
+def open_run(config: Config) -> Run:
+    """The finished run in `config.run_dir` on the base model of `model.path`, or where that is empty on the run's own.
+
+    Raises:
+        ConfigError: no finished run there, or another base model than the one that was pruned.
+    """
+    trained = load_run(config.run_dir)
+    model = config.model if config.model.path else trained.config.model
+    check_base(model.path, trained.facts.get("base"))
+    return replace(trained, config=replace(trained.config, model=model))
+
+
+def shape_of(config: Config, trained: Run) -> str:
+    """The shape that is asked for: `uniform` or `per_layer`."""
+    return trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
+
+
+def rounding_of(config: Config, trained: Run) -> tuple[int, int, int]:
+    """Multiples of the FFN width and the hidden size, and the tensor-parallel size: the export's, or else the run's."""
+    asked = (config.export.ffn_multiple, config.export.hidden_multiple, config.export.tensor_parallel)
+    return tuple(a or b for a, b in zip(asked, multiples(trained.config.gates), strict=True))
+
+
+def pruned_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
+    """The student as pruning left it at a sparsity (0: the final one), in the structure that the export asks for."""
+    student = choose_student(trained, sparsity)
+    gates = structure(spec, student.gates, student.scores, student.target, shape_of(config, trained),
+                      rounding_of(config, trained))  # fmt: skip
+    return replace(student, gates=gates)
+
+
+def newest_student(config: Config, trained: Run, spec: ArchSpec) -> Student:
+    """The student that `config.export` asks for: fine-tuned where `export.source` wants that and it is finished.
+
+    Raises:
+        ConfigError: a sparsity that the run never reached, a shape that cannot hold the structure, or no finished
+            fine-tuning where one is asked for.
+    """
+    source, sparsity = config.export.source, config.export.sparsity
+    student = pruned_student(config, trained, spec, sparsity)
+    directory = finetune_directory(trained, sparsity) / TUNED
+    if source == "pruned" or (source == "newest" and not directory.is_dir()):
+        return student
+    tuned = load_tuned(directory, trained, student.scores, student.target)
+    log.info("with the LoRA that was fine-tuned for %d steps: %s", tuned.facts["steps"], directory)
+    gates = structure(spec, tuned.gates, tuned.scores, tuned.target, shape_of(config, trained),
+                      rounding_of(config, trained))  # fmt: skip
+    return replace(tuned, gates=gates)
+
+
+def finetune_directory(trained: Run, sparsity: float) -> Path:
+    """Where a student of a run is fine-tuned: its checkpoints, logs and result. The target stands for the final one."""
+    final = sparsity in (0, trained.config.sparsity.target)
+    return trained.directory / ("finetune" if final else f"finetune-{sparsity:g}")
+
+
+def save_tuned(directory: Path, config: Config, trained: Run, gates: Gates, lora: LoraWeights, facts: dict) -> Path:
+    """Write a fine-tuned student to `<directory>/tuned`, atomically; `facts` go to tuned.json."""
+    with atomic_directory(directory / TUNED) as temporary:
+        save_config(temporary / "config.yaml", config)
+        save_gates(temporary / "gates.safetensors", gates, {})
+        save_adapter(temporary / "adapter", lora, config)
+        facts = {**facts, "pruned": sha256(trained.directory / "pruned" / MANIFEST)}
+        (temporary / "tuned.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return directory / TUNED
+
+
+def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], target: float) -> Student:
+    """Read what `save_tuned` wrote; raises `ConfigError` where it is missing, damaged, or of an earlier pruning."""
+    again = f"run `nuteprune finetune {trained.directory}`"
+    if not directory.is_dir():
+        raise ConfigError(f"no finished fine-tuning in {directory.parent}: {again} (finetune.sparsity names a rung)")
+    try:
+        verify(directory)
+        gates, _ = load_gates(directory / "gates.safetensors")
+        facts = json.loads((directory / "tuned.json").read_text(encoding="utf-8"))
+        lora, config = load_adapter(directory / "adapter"), load_config(directory / "config.yaml").lora
+    except (CheckpointError, SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(f"the fine-tuned student in {directory} is damaged: {error}") from None
+    if facts["pruned"] != sha256(trained.directory / "pruned" / MANIFEST):
+        raise ConfigError(
+            f"{directory} was fine-tuned from an earlier pruning of this run: {again} with checkpoint.resume=never, or "
+            "set export.source=pruned"
+        )
+    return Student(gates, scores, lora, config.alpha / config.rank, target, facts)
+
+
+def choose_student(trained: Run, sparsity: float) -> Student:
+    """The final student (sparsity 0), or whatever the run has nearest to a sparsity."""
+    scaling = trained.config.lora.alpha / trained.config.lora.rank
+    final = Student(trained.gates, trained.scores, trained.lora, scaling, trained.config.sparsity.target, {})
+    if sparsity in (0, final.target):
+        return final
+    rungs = [(trained.sparsity, replace(final, target=sparsity))]
+    rungs += [(s.sparsity, Student(s.gates, s.scores, s.lora, scaling, sparsity, {})) for s in trained.snapshots]
+    if sparsity > max(reached for reached, _ in rungs) + POINT:
+        known = ", ".join(f"{r:.3f}" for r in sorted(r for r, _ in rungs))
+        raise ConfigError(f"sparsity {sparsity:g}: the run never got there; it has {known}")
+    reached, nearest = min(rungs, key=lambda rung: abs(rung[0] - sparsity))
+    log.info("from the run's snapshot at sparsity %.3f", reached)
+    return nearest
+
+
+def structure(
+    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: str, rounding: tuple[int, ...]
+) -> Gates:
+    """Gates of the model to export: the run's own if they fit the shape and the target, else chosen by score.
+
+    A unit that stays keeps its gate's value, or gets 1 where the run had removed it.
+
+    Args:
+        spec: the architecture.
+        gates, scores: the run's gates and log-alpha.
+        target: wanted sparsity.
+        shape: "uniform" or "per_layer".
+        rounding: as from `multiples`.
+
+    Raises:
+        ConfigError: whole sublayers are removed but the shape is uniform, or the target is missed.
+    """
+    if shape == "uniform" and any((gates.as_dict()[k] == 0).any() for k in SUBLAYERS if k in gates.as_dict()):
+        raise ConfigError("the run removed whole sublayers, which no stock model lacks: use export.shape=per_layer")
+    kept = kept_units(spec, gates)
+    splits = not any(len(units) % rounding[2] for layer in (kept.kv_groups, kept.ffn) for units in layer)
+    fits = shape == "per_layer" or (kept.is_uniform(spec) and splits)
+    if fits and abs(sparsity_of(spec, gates) - target) <= POINT:
+        return gates
+    if shape == "uniform":
+        scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
+    chosen = select_units(spec, scores, target, shape, *rounding).as_dict()
+    values = {k: torch.where(z == 0, torch.ones_like(z), z) for k, z in gates.as_dict().items()}
+    settled = Gates(**{k: v * chosen[k] if k in chosen else v for k, v in values.items()})
+    reached = sparsity_of(spec, settled)
+    log.info("%d units change to fit the %s shape at %.2f%%", changed_units(spec, gates, settled), shape, 100 * reached)
+    if abs(reached - target) > POINT:
+        raise ConfigError(
+            f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: lower export.ffn_multiple and "
+            "export.hidden_multiple, or gate more kinds of units"
+        )
+    return settled
+
+
+def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:
+    """Query heads, FFN units and hidden dimensions that are in one of two structures only."""
+    a, b = before.full(spec), after.full(spec)
+    pairs = ((a.head_gate(spec), b.head_gate(spec)), (a.ffn_gate(), b.ffn_gate()), (a.hidden, b.hidden))
+    return sum(int(((x != 0) != (y != 0)).sum()) for x, y in pairs)

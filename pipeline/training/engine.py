@@ -1,0 +1,171 @@
+"""The optimizer side of a run: gradients of all ranks, learning rates, clipping, and skipping of steps that went wrong.
+
+Gates, multipliers and LoRA are whole on every rank. Their gradients lie in one flat buffer, which one all-reduce a step
+averages; every rank then makes the same update, so all of them hold the same bits. Under ZeRO each rank updates a share
+of the LoRA matrices, holds AdamW's state of those only, and sends them to the others.
+
+DeepSpeed's own ZeRO-2 cannot do this: it reduces gradients in the order in which a rank's backward pass makes them, and
+that order is the rank's own where ranks draw their own gates and leave removed layers out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from nuteprune.config import Config
+from nuteprune.masks import MaskSet
+from nuteprune.masks.schedule import lora_lr_at, settle_step
+from nuteprune.model.pairing import PairedModel
+from nuteprune.parallel.distributed import World
+from torch import Tensor, nn
+
+_GATE_MOMENTUM = 0.9
+_FIRST_SCALE, _SCALE_PATIENCE = 2.0**12, 200
+
+
+class Multipliers(nn.Module):
+    """λ₁, λ₂ of the augmented Lagrangian λ₁(ŝ−t) + λ₂(ŝ−t)² (paper, eq. 6), moved by gradient ascent."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(2))
+
+    def penalty(self, expected: Tensor, target: float) -> Tensor:
+        """The constraint's term of the loss; `expected` is the expected sparsity."""
+        gap = (expected - target).float()
+        return self.values[0] * gap + self.values[1] * gap.square()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: the LoRA gradient's norm, and whether the step was skipped as not finite."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class LossScale:
+    """Factor on a float16 loss that keeps small gradients from vanishing (Micikevicius et al. 2018, section 3.2).
+
+    Doubled after `_SCALE_PATIENCE` good steps, halved at each overflow; 1 for other types.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        self.dynamic = dtype == torch.float16
+        self.value, self.good_steps = _FIRST_SCALE if self.dynamic else 1.0, 0
+
+    def update(self, finite: bool) -> None:
+        """Adapt to whether the last step's gradients were finite."""
+        if not self.dynamic:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good_steps % _SCALE_PATIENCE == 0:
+            self.value *= 2
+
+
+class Engine:
+    """Optimizers of LoRA, gates and multipliers, alike on every rank.
+
+    Args:
+        model: holds the LoRA parameters.
+        masks: holds log-alpha.
+        multipliers: the Lagrangian's multipliers, or None under the projection.
+        config: learning rates, clipping, limits.
+        total: steps of the run.
+        world: the ranks whose gradients are averaged.
+    """
+
+    def __init__(
+        self, model: PairedModel, masks: MaskSet, multipliers: Multipliers | None, config: Config, total: int,
+        world: World,
+    ):  # fmt: skip
+        self.config, self.total, self.masks, self.world = config, total, masks, world
+        train, gates = config.train, config.gates
+        self.lora = [p for pair in model.lora().values() for p in pair]
+        self.alphas = list(masks.log_alpha.values())
+        adamw = {"lr": train.lora_lr, "betas": (0.9, train.beta2), "weight_decay": train.weight_decay, "fused": True}
+        self.optimizers = {
+            "lora": _sharded_adamw(self.lora, **adamw)
+            if config.deepspeed and world.size > 1
+            else torch.optim.AdamW(self.lora, **adamw),
+            "gates": torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
+            if gates.optimizer == "adam"
+            else torch.optim.SGD(
+                self.alphas, lr=gates.lr / max(1, min(total, settle_step(config, total))), momentum=_GATE_MOMENTUM
+            ),
+        }
+        if multipliers is not None:
+            self.optimizers["multipliers"] = torch.optim.AdamW(
+                multipliers.parameters(), lr=config.sparsity.multiplier_lr, weight_decay=0.0, maximize=True
+            )
+        self.scale = LossScale(model.dtype)
+        self.gradients = _flat_gradients([p for o in self.optimizers.values() for p in _parameters(o)])
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's share of the loss."""
+        (loss * self.scale.value).backward()
+
+    def step(self, step: int) -> StepResult:
+        """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
+        self.world.mean(self.gradients).div_(self.scale.value)
+        for group in self.optimizers["lora"].param_groups:
+            group["lr"] = lora_lr_at(self.config, step, self.total)
+        limit = self.config.train.grad_clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.lora, limit))
+        finite = math.isfinite(norm) and bool(self.gradients.isfinite().all())
+        self.scale.update(finite)
+        if finite:
+            if self.config.gates.optimizer == "sgd":
+                _normalize([a.grad for a in self.alphas if a.grad is not None])
+            for name, optimizer in self.optimizers.items():
+                # Settled gates no longer move, not even by momentum.
+                if name != "gates" or self.masks.fixed is None:
+                    optimizer.step()
+            self.masks.clamp()
+        self.discard()
+        return StepResult(norm, not finite)
+
+    def collect(self) -> None:
+        """Bring the shards of the LoRA optimizer's state to rank 0, for a checkpoint; collective."""
+        if hasattr(self.optimizers["lora"], "consolidate_state_dict"):
+            self.optimizers["lora"].consolidate_state_dict(to=0)
+
+    def discard(self) -> None:
+        """Forget accumulated gradients."""
+        self.gradients.zero_()
+
+
+def _sharded_adamw(parameters: list[nn.Parameter], **options) -> torch.optim.Optimizer:
+    """AdamW whose state is spread over the ranks: each updates its share and sends it to the others."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, parameters_as_bucket_view=True, **options)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """One zero float32 buffer whose parts are the parameters' gradients, into which backward adds.
+
+    A parameter that takes no part in a step (a layer that is wholly removed on this rank) has a gradient of zero there,
+    so all ranks reduce the same.
+    """
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
+
+
+@torch.no_grad()
+def _normalize(gradients: list[Tensor]) -> None:
+    """Divide each kind's gradient by its root mean square over the units in play (those with a nonzero gradient)."""
+    for gradient in gradients:
+        in_play = gradient[gradient != 0]
+        if len(in_play):
+            gradient.div_(in_play.square().mean().sqrt())

@@ -1,0 +1,103 @@
+"""What every long stage does around its loop: own its run directory, know when it is done, leave on a signal."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nuteprune.config import Config, ConfigError
+from nuteprune.runs.checkpoint import CheckpointError, verify
+from nuteprune.runs.rundir import save_config
+from nuteprune.training.resume import check_same_run
+
+log = logging.getLogger(__name__)
+
+
+class Preempted(RuntimeError):
+    """A signal asked the run to end; its state is saved and the same command goes on from there."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: try again."""
+
+
+def check_directory(config: Config, free: tuple[str, ...]) -> Path:
+    """The run directory, made if need be, after a check that it is this run's; nothing in it is changed.
+
+    Args:
+        config: the run's settings.
+        free: sections that may differ from those of an earlier start.
+
+    Raises:
+        ConfigError: none is set, it belongs to another configuration, or it cannot be written to.
+    """
+    if not config.run_dir:
+        raise ConfigError("run_dir is empty: set it to the directory this run may write to")
+    run_dir = Path(config.run_dir)
+    if config.checkpoint.resume == "auto":
+        check_same_run(run_dir, config, free)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
+    return run_dir
+
+
+def claim_directory(config: Config, outputs: tuple[str, ...]) -> None:
+    """Make the run directory this run's, once its model and data are known to be good.
+
+    The resolved configuration is written there (with checkpoint.resume=auto, so that it can be used to go on); with
+    checkpoint.resume=never, what an earlier run left in `outputs` is deleted first.
+    """
+    run_dir = Path(config.run_dir)
+    try:
+        if config.checkpoint.resume == "never":
+            for name in outputs:
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+        save_config(run_dir / "config.yaml", replace(config, checkpoint=replace(config.checkpoint, resume="auto")))
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a stage's output directory is there and whole."""
+    if not output.is_dir():
+        return False
+    try:
+        verify(output)
+    except CheckpointError as error:
+        log.warning("%s is damaged and will be made again: %s", output, error)
+        return False
+    return True
+
+
+@dataclass
+class Stop:
+    """Name of the signal that asked this rank to end the run, empty while none did."""
+
+    received: str = ""
+
+    @property
+    def name(self) -> str:
+        """The signal, for a message; where it came to other ranks only, they are named."""
+        return self.received or "a signal to another rank"
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Note SIGTERM and SIGUSR1 instead of dying, so that the step in hand is finished and saved."""
+    stop = Stop()
+
+    def note(number, _frame):
+        stop.received = signal.Signals(number).name
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,122 @@
+"""The state of a running prune stage on disk: enough to go on bit for bit, independent of the number of ranks.
+
+Gate samples and data order are functions of (seed, step), so no random-number state is needed beyond the step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from nuteprune.config import Config, ConfigError, flatten, read_yaml, to_dict
+from nuteprune.masks import Gates, MaskSet
+from nuteprune.runs.checkpoint import CheckpointError
+from nuteprune.runs.rundir import (
+    load_adapter,
+    load_gates,
+    load_snapshots,
+    save_adapter,
+    save_config,
+    save_gates,
+    save_snapshots,
+)
+from nuteprune.training.teachers import TeacherBank
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FREE_KEYS = (
+    "run_dir", "recipe", "deepspeed", "train.ranks", "train.rank_timeout", "train.activation_checkpointing",
+)  # fmt: skip
+"""Fields that may change between two starts of one run."""
+
+
+def save_state(
+    directory: Path, config: Config, masks: MaskSet, multipliers: nn.Module | None,
+    lora: Mapping[str, tuple[Tensor, Tensor]], optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank,
+    counters: dict[str, float], earlier: Path | None,
+) -> None:  # fmt: skip
+    """Write everything `load_state` needs into a directory; teachers are linked from the checkpoint `earlier`."""
+    save_config(directory / "config.yaml", config)
+    save_gates(directory / "gates.safetensors", masks.fixed or Gates(), masks.scores())
+    save_adapter(directory / "adapter", lora, config)
+    save_snapshots(directory / "teachers", bank.snapshots, earlier / "teachers" if earlier else None)
+    tensors = _optimizer_tensors(optimizers)
+    if multipliers is not None:
+        tensors["multipliers"] = multipliers.values.detach().cpu()
+    save_file(tensors, directory / "optimizer.safetensors")
+    (directory / "state.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
+
+
+def load_state(
+    directory: Path, masks: MaskSet, multipliers: nn.Module | None, lora: Mapping[str, tuple[Tensor, Tensor]],
+    optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank,
+) -> dict[str, float]:  # fmt: skip
+    """Restore in place what `save_state` wrote; returns the counters."""
+    gates, scores = load_gates(directory / "gates.safetensors")
+    with torch.no_grad():
+        for kind, value in scores.items():
+            masks.log_alpha[kind].copy_(value)
+        for key, pair in load_adapter(directory / "adapter").items():
+            for own, value in zip(lora[key], pair, strict=True):
+                own.copy_(value)
+        tensors = load_file(directory / "optimizer.safetensors")
+        if multipliers is not None:
+            multipliers.values.copy_(tensors.pop("multipliers"))
+    for name, optimizer in optimizers.items():
+        own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        _restore_optimizer(optimizer, own)
+    bank.restore(load_snapshots(directory / "teachers"))
+    if gates.as_dict():
+        masks.fix(gates)
+    return json.loads((directory / "state.json").read_text(encoding="utf-8"))
+
+
+def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None:
+    """Raise `ConfigError` naming the first setting in which a run directory was made with another configuration.
+
+    Args:
+        run_dir: the directory; fine where it holds no configuration yet.
+        config: the settings of this start.
+        free: sections that may differ.
+    """
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        return
+    old, new = flatten(read_yaml(saved)), flatten(to_dict(config))
+    for key, value in new.items():
+        if key.split(".")[0] in free or key in FREE_KEYS or old.get(key) == value:
+            continue
+        was = f"{key}={old[key]!r}" if key in old else f"no {key}, from an older version"
+        raise ConfigError(
+            f"run_dir {run_dir} belongs to a run with {was}, not {value!r}: choose another run_dir, "
+            "or checkpoint.resume=never to start it anew"
+        )
+
+
+def _optimizer_tensors(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Optimizer states as tensors named "optimizer.parameter.entry"."""
+    tensors = {}
+    for name, optimizer in optimizers.items():
+        for index, entries in optimizer.state_dict()["state"].items():
+            for key, value in entries.items():
+                if value is not None:
+                    tensors[f"{name}.{index}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".")
+        state.setdefault(int(index), {})[key] = value
+    # Parameters by number, as in `state_dict`, which a rank with a share of the state does not have.
+    groups, known = [], 0
+    for group in optimizer.param_groups:
+        numbers = range(known, known + len(group["params"]))
+        groups.append({**group, "params": list(numbers)})
+        known = numbers.stop
+    if any(index >= known for index in state):
+        raise CheckpointError("optimizer.safetensors belongs to a model with more parameters")
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,108 @@
+"""Numerous teachers: the student's own earlier gates and LoRA, kept in host memory over one shared base model."""
+
+from __future__ import annotations
+
+import torch
+from nuteprune.arch import ArchSpec
+from nuteprune.config import TeacherConfig
+from nuteprune.masks import Gates
+from nuteprune.model.layers import LoraWeights, View, build_view
+from nuteprune.runs.snapshot import Snapshot
+from torch import Tensor
+
+_GRID_EPS = 1e-6
+"""Slack on the interval grid: 0.29 / 0.01 is 28.999… in binary."""
+
+
+class TeacherBank:
+    """Records snapshots as sparsity rises and says which of them teaches a step (paper, section 3.3).
+
+    While the sparsity rises the teacher is the sparsest snapshot at least `lag` intervals below the student, the intact
+    model before there is one. From the step the target is reached on, the remaining steps walk from the sparsest such
+    snapshot back to the intact model in equal shares. `share` keeps out snapshots so sparse that, in a short run, they
+    know too little to teach.
+
+    Args:
+        spec: the architecture.
+        config: mode, interval, lag.
+        scaling: LoRA alpha / rank.
+        device, dtype: where and in what type teachers compute.
+    """
+
+    def __init__(self, spec: ArchSpec, config: TeacherConfig, scaling: float, device: torch.device, dtype: torch.dtype):
+        self.spec, self.config, self.scaling = spec, config, scaling
+        self.device, self.dtype = device, dtype
+        self.snapshots: list[Snapshot] = []
+        self._active: tuple[int | None, View] | None = None
+        self._fetched: tuple[int, Snapshot] | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of all snapshots in bytes."""
+        return sum(s.nbytes for s in self.snapshots)
+
+    def record(self, step: int, sparsity: float, gates: Gates, scores: dict[str, Tensor], lora: LoraWeights) -> bool:
+        """Keep a snapshot if the sparsity passed another interval since the last one; returns whether it did."""
+        last = self._interval(self.snapshots[-1].sparsity) if self.snapshots else 0
+        if self._interval(sparsity) <= last:
+            return False
+        host = {k: tuple(t.detach().to("cpu", torch.bfloat16, copy=True) for t in pair) for k, pair in lora.items()}
+        scores = {k: s.detach().to("cpu", torch.float32, copy=True) for k, s in scores.items()}
+        gates = gates.detach().to("cpu", torch.float32, copy=True)
+        self.restore([*self.snapshots, Snapshot(step, sparsity, gates, scores, host)])
+        return True
+
+    def restore(self, snapshots: list[Snapshot]) -> None:
+        """Hold these snapshots, in memory from which an accelerator copies without waiting."""
+        held = {id(s) for s in self.snapshots}
+        pinned = self.device.type == "cuda"
+        self.snapshots = [s.map(Tensor.pin_memory) if pinned and id(s) not in held else s for s in snapshots]
+
+    def choose(self, student_sparsity: float, step: int, reached: int, total: int) -> int | None:
+        """Index of the snapshot that teaches `step`, None for the intact model.
+
+        Args:
+            student_sparsity: expected sparsity of the student now.
+            step: this step; `reached`: first step at the full target; `total`: steps of the run.
+        """
+        if self.config.mode != "numerous":
+            return None
+        behind = student_sparsity - self.config.lag * self.config.interval
+        limit = min(behind, self.config.share * student_sparsity)
+        usable = [i for i, s in enumerate(self.snapshots) if s.sparsity <= limit + self.config.interval * _GRID_EPS]
+        if step < reached:
+            return usable[-1] if usable else None
+        walk = [*reversed(usable), None]
+        return walk[min(len(walk) - 1, (step - reached) * len(walk) // max(1, total - reached))]
+
+    def activate(self, index: int | None) -> View:
+        """The view of a snapshot (None: the intact model); moved and converted only when the teacher changes."""
+        if self._active is None or self._active[0] != index:
+            self._active = (index, self._view(index))
+        return self._active[1]
+
+    def prefetch(self, index: int | None) -> None:
+        """Start to copy the snapshot that will teach next to the accelerator, beside the work of this step."""
+        if self._stream is None or index is None or index in (self._active[0], self._fetched and self._fetched[0]):
+            return
+        with torch.cuda.stream(self._stream):
+            self._fetched = (index, self.snapshots[index].map(lambda t: t.to(self.device, non_blocking=True)))
+
+    def _view(self, index: int | None) -> View:
+        if index is None:
+            return build_view(self.spec, None, {}, self.scaling, self.dtype)
+        snapshot = self._on_device(index)
+        return build_view(self.spec, snapshot.gates, snapshot.lora, self.scaling, self.dtype)
+
+    def _on_device(self, index: int) -> Snapshot:
+        if self._fetched is None or self._fetched[0] != index:
+            return self.snapshots[index].map(lambda t: t.to(self.device, non_blocking=True))
+        snapshot, self._fetched = self._fetched[1], None
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_stream(self._stream)
+        snapshot.map(lambda t: t.record_stream(stream) or t)  # its memory was allocated for the other stream
+        return snapshot
+
+    def _interval(self, sparsity: float) -> int:
+        return int(sparsity / self.config.interval + _GRID_EPS)
