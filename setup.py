@@ -1,14 +1,15 @@
-"""Packaging of NutePrune: one installed package, `nuteprune`, whose parts are the folders of this repository.
+"""Packaging of NutePrune: one installed package, `nuteprune`, which is the folder `pipeline`.
 
-`kernels/`, `ds_configs/` and `slurm/` have no `__init__.py` on purpose: beside an installed package of the name
-(Hugging Face's `kernels`, say) Python then takes that one, also when it starts in this directory.
+`kernels/`, `ds_configs/` and `slurm/` are parts of it: links in `pipeline/` say so, also to an editable install, whose
+finder takes no nested folder without `__init__.py` from `package_dir`. They have none on purpose: a folder `kernels`
+with one would hide Hugging Face's package of that name from everything that starts in this directory.
 """
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-FOLDERS = {"nuteprune": "pipeline"} | {f"nuteprune.{name}": name for name in ("kernels", "ds_configs", "slurm")}
+LINKED = ("kernels", "ds_configs", "slurm")
 
 setup(
     name="nuteprune",
@@ -18,8 +19,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    package_dir=FOLDERS,
-    packages=[*FOLDERS, *(f"nuteprune.{name}" for name in find_packages("pipeline"))],
+    package_dir={"nuteprune": "pipeline"},
+    packages=["nuteprune", *(f"nuteprune.{name}" for name in (*find_packages("pipeline"), *LINKED))],
     package_data={
         "nuteprune": ["recipes/*.yaml"],
         "nuteprune.evaluation.tasks": ["*.yaml", "*.jsonl"],

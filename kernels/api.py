@@ -5,9 +5,10 @@ import os
 from typing import NamedTuple
 
 import torch
-from nuteprune.kernels import torch_path
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from nuteprune.kernels import torch_path
 
 BACKENDS = ("torch", "triton")
 ENV = "NUTEPRUNE_KERNELS"

@@ -20,8 +20,10 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from nuteprune.kernels.api import Half, masked_lora_linear, masked_lora_linear_pair, reference
 from torch import Tensor, nn
+
+from nuteprune.kernels import reference
+from nuteprune.kernels.api import Half, masked_lora_linear, masked_lora_linear_pair
 
 # (name, K, N, which side has the FFN or head gates) of the distinct projections of each model
 MODELS = {

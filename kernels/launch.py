@@ -7,10 +7,10 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from nuteprune.kernels.tuning import INTERPRETING, Config, bucket, choose, configs
 from torch import Tensor
 
 from kernels import triton_kernels, tuning
+from nuteprune.kernels.tuning import INTERPRETING, Config, bucket, choose, configs
 
 FUSED_RANK = 16  # up to here u = xAᵀ rides along in the matmul (1/8 of a 128-wide tile), else it is a launch before it
 REDUCE_PROGRAMS = 512  # about four a multiprocessor on the cards aimed at; a constant keeps sums equal across cards

@@ -4,10 +4,11 @@ Letters: M tokens, K inputs, N outputs, R rank.
 """
 
 import torch
+from torch import Tensor
+
 from nuteprune.kernels.launch import Operand, column_reduce, matmul, matmul_pair, skinny
 from nuteprune.kernels.torch_path import rows, spread
 from nuteprune.kernels.tuning import INTERPRETING
-from torch import Tensor
 
 _OPERAND = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor? in_gate, Tensor? out_gate, "

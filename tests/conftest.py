@@ -13,11 +13,12 @@ if "HF_MODULES_CACHE" not in os.environ:
     os.environ["HF_MODULES_CACHE"] = modules.name
 
 import pytest
-from nuteprune.config import load_config
-from nuteprune.stages import prune
 from tiny import SENTENCES, VOCAB, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from nuteprune.config import load_config
+from nuteprune.stages import prune
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,9 @@ import string
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
 from nuteprune.arch import ArchSpec, read_spec
 from nuteprune.config import load_config
 from nuteprune.exporting import folding
@@ -12,8 +15,6 @@ from nuteprune.masks import Gates, sparsity_of, unit_shape
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.runs.rundir import save_run
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SHAPES = ("uniform", "per_layer")

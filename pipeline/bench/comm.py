@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+
 from nuteprune.__main__ import quiet_libraries
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, load_config

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
 from nuteprune.__main__ import quiet_libraries
 from nuteprune.bench.comm import partitioned_run
 from nuteprune.masks import MaskSet
@@ -24,7 +26,6 @@ from nuteprune.parallel.distributed import connected, discover
 from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.planning.footprint import Cluster, Job, Layout, layer_tensors, lora_memory, memory, total_parameters
 from nuteprune.training.engine import Engine
-from transformers import AutoModelForCausalLM
 
 MB = 1e6
 

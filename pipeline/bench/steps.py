@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from nuteprune.__main__ import quiet_libraries
 from nuteprune.config import TeacherConfig, load_config
 from nuteprune.evaluation.measure import environment

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
 from nuteprune.config.fields import Config, ConfigError
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -16,11 +16,12 @@ import zipfile
 from pathlib import Path
 
 import torch
-from nuteprune.config import ConfigError
-from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, sha256, verify
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
+
+from nuteprune.config import ConfigError
+from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, sha256, verify
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
+
 from nuteprune.config import ConfigError, FinetuneConfig
 from nuteprune.data.text import read_rows
 from nuteprune.model.distill import IGNORE
-from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
 from nuteprune.config import Config
 from nuteprune.data.text import packed_blocks
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
-from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
 
 
 def save_blocks(config: Config, blocks: torch.LongTensor) -> Path:

@@ -15,8 +15,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from nuteprune.config import ConfigError, DataConfig
 from transformers import PreTrainedTokenizerBase
+
+from nuteprune.config import ConfigError, DataConfig
 
 C4 = "allenai/c4"
 FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}

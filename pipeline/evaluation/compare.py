@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from nuteprune.config import Config, ConfigError
 from nuteprune.data.text import text_tokens
 from nuteprune.evaluation import report
@@ -18,7 +20,6 @@ from nuteprune.exporting.publish import push
 from nuteprune.model.loading import load_any
 from nuteprune.parallel.distributed import discover
 from nuteprune.training.tracking import Tracker
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 

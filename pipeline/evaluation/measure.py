@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from nuteprune.config import ConfigError
-from nuteprune.exporting.folding import exported_parameters
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.config import ConfigError
+from nuteprune.exporting.folding import exported_parameters
 
 LOGIT_CHUNK = 256
 """Tokens whose full-vocabulary logits exist at once: 160 MB in fp32 for a vocabulary of 152k."""

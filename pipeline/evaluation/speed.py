@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from nuteprune.evaluation.measure import generate
 from transformers import PreTrainedModel
+
+from nuteprune.evaluation.measure import generate
 
 SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.utils import cached_file
+
 from nuteprune.exporting.folding import Fold
 from nuteprune.runs.checkpoint import update_manifest, write_atomic
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import Student
-from transformers.utils import cached_file
 
 RECORD = "nuteprune.json"
 """What was kept, beside the weights: the sign of an export of ours."""

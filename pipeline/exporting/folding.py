@@ -16,12 +16,13 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from nuteprune.arch import ATTENTION, PROJECTIONS, ArchSpec, family_of, projections
 from nuteprune.exporting import modeling_ragged
 from nuteprune.masks import Gates, Kept, kept_units
 from nuteprune.model.layers import LoraWeights
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 _RENAMED = {"architectures", "model_type", "quantization_config", "transformers_version", "auto_map"}
 """Entries of a base configuration that say what the base was, not how it computes."""

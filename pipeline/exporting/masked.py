@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
 from nuteprune.config import Config
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import View, build_view
@@ -12,8 +15,6 @@ from nuteprune.model.loading import load_model, load_tokenizer
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.students import newest_student, open_run
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+
 from nuteprune.config import ConfigError, ExportConfig
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, verify
 

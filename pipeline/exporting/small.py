@@ -11,6 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError
 from nuteprune.data.prepared import load_blocks
@@ -33,9 +37,6 @@ from nuteprune.model.pairing import PairedModel
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import Student, newest_student, open_run, shape_of
-from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
-from nuteprune.arch import ArchSpec
 from torch import Tensor
+
+from nuteprune.arch import ArchSpec
 
 KINDS = ("heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers")
 

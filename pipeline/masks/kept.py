@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from nuteprune.arch import ArchSpec
 from nuteprune.masks.gates import Gates
-from torch import Tensor
 
 
 @dataclass(frozen=True)

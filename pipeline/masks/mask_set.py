@@ -7,12 +7,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor, nn
+
 from nuteprune.arch import ArchSpec
 from nuteprune.config import ConfigError, GateConfig
 from nuteprune.masks import hard_concrete as hc
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
 from nuteprune.masks.selection import most_removed, select_units
-from torch import Tensor, nn
 
 POINT = 0.01
 """The exported sparsity may be this far from the target."""

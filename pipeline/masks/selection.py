@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from itertools import product
 
 import torch
+from torch import Tensor
+
 from nuteprune.arch import ArchSpec
 from nuteprune.config import ConfigError
 from nuteprune.masks.gates import Gates, kept_parameters, sparsity_of, unit_shape
-from torch import Tensor
 
 TOLERANCE = 0.009
 """Largest distance from the target that rounding to multiples may cause before the multiple is halved."""

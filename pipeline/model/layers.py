@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from nuteprune.arch import ATTENTION, FFN, ArchSpec, projections
 from nuteprune.config import LoraConfig
 from nuteprune.kernels.api import masked_lora_linear
 from nuteprune.masks import Gates
-from torch import Tensor, nn
 
 LoraWeights = Mapping[str, tuple[Tensor, Tensor]]
 """LoRA pairs (A [R, K], B [N, R]) by "layer.projection", e.g. "3.q_proj"."""

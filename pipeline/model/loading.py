@@ -7,12 +7,13 @@ import struct
 from pathlib import Path
 
 import torch
-from nuteprune.arch import ArchSpec, read_spec
-from nuteprune.config import ConfigError, ModelConfig
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
+
+from nuteprune.arch import ArchSpec, read_spec
+from nuteprune.config import ConfigError, ModelConfig
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+
 from nuteprune.arch import ArchSpec
 from nuteprune.config import LoraConfig, LossConfig
 from nuteprune.model.distill import IGNORE, HeadLosses, head_loss, layer_loss
 from nuteprune.model.layers import LoraParameters, View, activate, fresh_lora, install
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
 
 
 class Losses(NamedTuple):

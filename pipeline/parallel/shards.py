@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError, ModelConfig
-from nuteprune.model.loading import read_config
-from nuteprune.parallel.distributed import World
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from nuteprune.arch import ArchSpec
+from nuteprune.config import ConfigError, ModelConfig
+from nuteprune.model.loading import read_config
+from nuteprune.parallel.distributed import World
 
 
 def load_partitioned(config: ModelConfig, world: World, settings: dict) -> tuple[PreTrainedModel, ArchSpec]:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch import Tensor
+
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError
 from nuteprune.model.loading import load_model, read_config
@@ -25,7 +27,6 @@ from nuteprune.model.pairing import PairedDecoderLayer, PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.shards import load_partitioned
 from nuteprune.parallel.sizes import nvme_buffers, total_parameters, zero3_sizes
-from torch import Tensor
 
 DS_CONFIGS = Path(str(files("nuteprune.ds_configs")))
 _OURS = {

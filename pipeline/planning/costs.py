@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from nuteprune.config import Config, ConfigError
 from nuteprune.masks import Gates
 from nuteprune.masks.schedule import target_at, warmup_steps

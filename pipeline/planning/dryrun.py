@@ -15,6 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
 from nuteprune.config import Config, ConfigError
 from nuteprune.masks import Gates, MaskSet, check_target, unit_shape
 from nuteprune.model.layers import build_view
@@ -22,9 +26,6 @@ from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import attach, quiet, zero_settings
 from nuteprune.planning.planner import read_model
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
 
 STEP_LAYERS = 2
 """Decoder layers that the step runs through: all layers of a model have the same shapes."""

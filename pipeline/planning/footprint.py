@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError
 from nuteprune.masks import gated_kinds, unit_shape

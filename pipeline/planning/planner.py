@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from nuteprune.arch import ArchSpec, read_spec
 from nuteprune.config import Config, ConfigError, load_config, to_dict
 from nuteprune.masks import check_target
@@ -20,7 +22,6 @@ from nuteprune.planning.footprint import (
     Memory,
     memory,
 )
-from transformers import AutoConfig
 
 _LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "dtype": "bfloat16"}
 MODELS = {

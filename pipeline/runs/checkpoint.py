@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nuteprune.config import ConfigError
 from safetensors import SafetensorError
+
+from nuteprune.config import ConfigError
 
 MANIFEST = "manifest.json"
 

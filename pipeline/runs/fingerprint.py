@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers.utils import cached_file
+
 from nuteprune.config import ConfigError
 from nuteprune.runs.checkpoint import sha256
-from transformers.utils import cached_file
 
 SAMPLE = 1024
 """Bytes read at the start, the middle and the end of each tensor: any training changes all of them, and 70B parameters

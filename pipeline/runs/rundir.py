@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from peft import LoraConfig, TaskType
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from nuteprune.arch import FFN, ArchSpec
 from nuteprune.config import Config, ConfigError, load_config, to_dict
 from nuteprune.masks import KINDS, Gates
 from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, verify
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.snapshot import Snapshot
-from peft import LoraConfig, TaskType
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 PEFT_PREFIX = "base_model.model.model.layers"
 

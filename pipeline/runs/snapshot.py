@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from nuteprune.masks import Gates
 from torch import Tensor
+
+from nuteprune.masks import Gates
 
 
 @dataclass(frozen=True)

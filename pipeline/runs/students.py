@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError, load_config
 from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
@@ -16,8 +19,6 @@ from nuteprune.model.layers import LoraWeights
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, sha256, verify
 from nuteprune.runs.fingerprint import check_base
 from nuteprune.runs.rundir import Run, load_adapter, load_gates, load_run, save_adapter, save_config, save_gates
-from safetensors import SafetensorError
-from torch import Tensor
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from nuteprune.arch import PROJECTIONS
 from nuteprune.config import Config, ConfigError, flatten, to_dict
 from nuteprune.data.instructions import packed_windows
@@ -33,7 +35,6 @@ from nuteprune.training.loop import Trainer, train
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.teachers import TeacherBank
 from nuteprune.training.tracking import Tracker
-from torch import Tensor
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
+
 from nuteprune.config import Config, ConfigError
 from nuteprune.planning.costs import ASSUMPTIONS, extra_steps, passes, traffic
 from nuteprune.planning.footprint import USABLE, Cluster, Job, Layout, Memory, total_parameters

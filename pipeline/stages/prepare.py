@@ -8,12 +8,13 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
 from nuteprune.config import Config, ConfigError
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.prepared import load_blocks, save_blocks
 from nuteprune.data.text import packed_blocks
 from nuteprune.model.loading import load_tokenizer, read_config
-from safetensors import SafetensorError, safe_open
 
 log = logging.getLogger(__name__)
 

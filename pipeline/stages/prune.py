@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from nuteprune.config import Config, flatten, to_dict
 from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
@@ -25,7 +27,6 @@ from nuteprune.training.loop import Trainer, train
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.teachers import TeacherBank
 from nuteprune.training.tracking import Tracker
-from torch import Tensor
 
 log = logging.getLogger(__name__)
 

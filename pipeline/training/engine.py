@@ -14,12 +14,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from nuteprune.config import Config
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import lora_lr_at, settle_step
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
-from torch import Tensor, nn
 
 _GATE_MOMENTUM = 0.9
 _FIRST_SCALE, _SCALE_PATIENCE = 2.0**12, 200

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
+
 from nuteprune.arch import ArchSpec
 from nuteprune.config import LossConfig
 from nuteprune.masks import Gates, unit_shape
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
-from torch import Tensor
 
 
 def taylor_importance(model: PairedModel, kinds: list[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:

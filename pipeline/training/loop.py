@@ -19,6 +19,8 @@ from typing import ClassVar
 
 import torch
 import yaml
+from torch import Tensor
+
 from nuteprune.config import Config, ConfigError, flatten, to_dict
 from nuteprune.data.text import BatchStream
 from nuteprune.model.pairing import Losses, PairedModel
@@ -27,7 +29,6 @@ from nuteprune.runs.checkpoint import Checkpoints, atomic_directory
 from nuteprune.training.engine import Engine
 from nuteprune.training.lifecycle import Preempted, Stop, check_directory, claim_directory, is_finished, stop_signals
 from nuteprune.training.tracking import Tracker
-from torch import Tensor
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
 from nuteprune.config import Config, ConfigError, flatten, read_yaml, to_dict
 from nuteprune.masks import Gates, MaskSet
 from nuteprune.runs.checkpoint import CheckpointError
@@ -23,8 +26,6 @@ from nuteprune.runs.rundir import (
     save_snapshots,
 )
 from nuteprune.training.teachers import TeacherBank
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 FREE_KEYS = (
     "run_dir", "recipe", "deepspeed", "train.ranks", "train.rank_timeout", "train.activation_checkpointing",

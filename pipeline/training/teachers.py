@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from nuteprune.arch import ArchSpec
 from nuteprune.config import TeacherConfig
 from nuteprune.masks import Gates
 from nuteprune.model.layers import LoraWeights, View, build_view
 from nuteprune.runs.snapshot import Snapshot
-from torch import Tensor
 
 _GRID_EPS = 1e-6
 """Slack on the interval grid: 0.29 / 0.01 is 28.999… in binary."""

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nuteprune.config import ConfigError, TrackingConfig
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 from tqdm import tqdm
+
+from nuteprune.config import ConfigError, TrackingConfig
 
 LOW = torch.tensor([0.13, 0.11, 0.30])
 HIGH = torch.tensor([0.99, 0.85, 0.25])

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kernels import launch, triton_kernels, tuning
+from nuteprune.kernels import launch, triton_kernels, tuning
 
 M, N, K = 2048, 4096, 11008
 CARDS = (80, 90)

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+
 from nuteprune.kernels import reference
 
 # TRITON_INTERPRET=0 on a machine with a GPU runs the same tests on the real thing.

@@ -7,7 +7,8 @@ import torch
 from kernels_cases import Case, as_double, assert_near, build, value_and_grads
 from torch.utils.checkpoint import checkpoint
 
-from kernels import masked_lora_linear, reference
+from nuteprune.kernels import reference
+from nuteprune.kernels.api import masked_lora_linear
 
 
 @pytest.fixture(params=["torch", "triton"])

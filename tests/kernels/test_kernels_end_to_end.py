@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from nuteprune.config import load_config
 from nuteprune.stages import prune
 

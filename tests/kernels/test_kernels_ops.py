@@ -6,7 +6,9 @@ from functools import partial
 import pytest
 import torch
 from kernels_cases import Case, as_double, assert_near, build, value_and_grads
-from nuteprune.kernels.api import Half, masked_lora_linear, masked_lora_linear_pair, reference
+
+from nuteprune.kernels import reference
+from nuteprune.kernels.api import Half, masked_lora_linear, masked_lora_linear_pair
 from nuteprune.kernels.tuning import Config, Tuner, bucket, options
 
 pytest.importorskip("triton", reason="triton has no build for this platform")

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels_cases import Case, build, check
 
-from kernels import masked_lora_linear, reference
+from nuteprune.kernels import reference
+from nuteprune.kernels.api import masked_lora_linear
 
 torch_linear = partial(masked_lora_linear, backend="torch")
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernels_cases import Case, build, check
+
 from nuteprune.kernels.api import masked_lora_linear
 
 pytest.importorskip("triton", reason="triton has no build for this platform")

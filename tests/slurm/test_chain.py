@@ -6,8 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from nuteprune.runs.checkpoint import sha256
 from slurm_cluster import wait_for
+
+from nuteprune.runs.checkpoint import sha256
 
 # One worker of pytest-xdist starts the cluster and the run that others are compared with.
 pytestmark = pytest.mark.xdist_group("slurm")

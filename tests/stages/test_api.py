@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import nuteprune
 from nuteprune.config import ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]

@@ -8,12 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model
+
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.runs.checkpoint import Checkpoints
 from nuteprune.stages import prune
-from safetensors.torch import load_file, save_file
-from tiny import tiny_model
 
 
 def refused(capsys, *arguments: str) -> str:

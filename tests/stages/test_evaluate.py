@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from tiny import tiny_config, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from nuteprune.arch import read_spec
 from nuteprune.config import Config, ConfigError, EvaluateConfig, ModelConfig, TrackingConfig
 from nuteprune.evaluation import measure, report, speed
@@ -17,9 +21,6 @@ from nuteprune.evaluation.tasks import PAPER, lm_eval_tasks, load_tasks, mean_ac
 from nuteprune.model.loading import load_any
 from nuteprune.runs.checkpoint import verify, write_manifest
 from nuteprune.stages import evaluate
-from tiny import tiny_config, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEXT = "\n".join(f"Line {i}: the quick brown fox jumps over the lazy dog {i * i} times." for i in range(40))
 

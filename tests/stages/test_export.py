@@ -21,6 +21,8 @@ from exporting import (
     some_ids,
     trained,
 )  # fmt: skip
+from safetensors.torch import load_file
+
 from nuteprune.arch import PROJECTIONS, read_spec
 from nuteprune.config import ConfigError
 from nuteprune.exporting import folding
@@ -30,7 +32,6 @@ from nuteprune.runs import students
 from nuteprune.runs.checkpoint import verify
 from nuteprune.runs.snapshot import Snapshot
 from nuteprune.stages import export
-from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from nuteprune import load_masked
 from nuteprune.__main__ import main
 from nuteprune.config import ConfigError, load_config
 from nuteprune.model.distill import IGNORE
@@ -18,9 +23,6 @@ from nuteprune.runs.rundir import load_run
 from nuteprune.runs.students import load_tuned, open_run
 from nuteprune.stages import export, finetune
 from nuteprune.training.lifecycle import Preempted
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ def test_the_export_takes_the_fine_tuned_student(tuning, run_dir, sparsity, caps
     assert all(torch.equal(before[k], again[k]) for k in before)
     assert any(not torch.equal(before[k], after[k]) for k in before)
 
-    masked = nuteprune.load_masked(run_dir, [f"export.sparsity={sparsity}"])
+    masked = load_masked(run_dir, [f"export.sparsity={sparsity}"])
     small = AutoModelForCausalLM.from_pretrained(run_dir / "export")
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from nuteprune.__main__ import main
 from nuteprune.config import ConfigError, load_config
 from nuteprune.evaluation import ladder

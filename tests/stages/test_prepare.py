@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+
 from nuteprune.config import ConfigError, load_config
 from nuteprune.data.prepared import load_blocks, training_blocks
 from nuteprune.data.text import packed_blocks

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+
 from nuteprune.config import load_config
 from nuteprune.runs.rundir import load_run
 from nuteprune.stages import export, prune
 from nuteprune.training.lifecycle import Preempted
 from nuteprune.training.loop import TrainingFailed
-from safetensors.torch import load_file
-from tiny import tiny_model
 
 
 def metrics(run_dir) -> list[dict]:

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import huggingface_hub
 import pytest
+
 from nuteprune.config import ConfigError, ExportConfig
 from nuteprune.exporting.publish import push
 from nuteprune.runs.checkpoint import write_manifest

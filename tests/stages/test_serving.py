@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from exporting import FAMILIES, SHAPES, assert_close, base_model, loaded, masked_logits, some_gates, some_ids, trained
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from nuteprune.exporting import modeling_ragged
 from nuteprune.stages import export
-from transformers import AutoConfig, AutoModelForCausalLM
 
 LONG = {"max_position_embeddings": 128, "rope_parameters": {
     "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32}}  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.runs import jobs

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from nuteprune.__main__ import main
 from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, load_config
 from nuteprune.runs.rundir import save_config

@@ -6,10 +6,11 @@ import re
 import datasets
 import pytest
 import torch
-from nuteprune.config import ConfigError, DataConfig
-from nuteprune.data.text import BatchStream, load_text, packed_blocks, text_tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from nuteprune.config import ConfigError, DataConfig
+from nuteprune.data.text import BatchStream, load_text, packed_blocks, text_tokens
 
 DOCUMENTS = ["a b c", "b c d e", "a"]
 

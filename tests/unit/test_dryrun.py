@@ -1,6 +1,7 @@
 """Dry runs of the big models' recipes, and what they find, without any download."""
 
 import pytest
+
 from nuteprune.__main__ import main
 from nuteprune.config import ConfigError, load_config
 from nuteprune.planning.dryrun import dry_run

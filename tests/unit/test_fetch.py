@@ -5,10 +5,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from nuteprune.config import ConfigError
 from nuteprune.data import fetch
 from nuteprune.runs.checkpoint import write_manifest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WEIGHTS = "model.safetensors"
 MODEL = Path(__file__).parents[2] / "models" / "smollm2-135m"

@@ -1,13 +1,14 @@
 """Importance of units against what removing them really does, and the start of log-alpha from it."""
 
 import torch
+from tiny import VOCAB, tiny_model
+
 from nuteprune.arch import read_spec
 from nuteprune.config import LoraConfig, LossConfig
 from nuteprune.masks import Gates, sparsity_of, unit_shape
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.training.importance import initial_log_alpha, taylor_importance, unit_costs
-from tiny import VOCAB, tiny_model
 
 
 def paired(name="llama"):

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tiny import tiny_model
+
 from nuteprune.arch import read_spec
 from nuteprune.config import ConfigError, FinetuneConfig, LoraConfig, LossConfig
 from nuteprune.data.instructions import pack, packed_windows, worded
@@ -13,7 +15,6 @@ from nuteprune.masks import Gates
 from nuteprune.model.distill import IGNORE
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import Answers, PairedModel
-from tiny import tiny_model
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"

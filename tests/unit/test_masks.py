@@ -5,6 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tiny import CONFIGS, tiny_config, tiny_model
+
 from nuteprune.arch import projections, read_spec
 from nuteprune.config import ConfigError, GateConfig, load_config
 from nuteprune.masks import (
@@ -20,7 +22,6 @@ from nuteprune.masks import (
 )
 from nuteprune.masks import hard_concrete as hc
 from nuteprune.masks.schedule import noise_at, settle_step, target_at, warmup_steps
-from tiny import CONFIGS, tiny_config, tiny_model
 
 SPEC = read_spec(tiny_config("llama"))
 

@@ -1,13 +1,14 @@
 """The optimizer side: the loss scale of float16, and gradients that lie in one buffer."""
 
 import torch
+from tiny import tiny_model
+
 from nuteprune.arch import read_spec
 from nuteprune.config import load_config
 from nuteprune.masks import MaskSet
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.training.engine import Engine, LossScale
-from tiny import tiny_model
 
 
 def engine(dtype=torch.float32) -> Engine:

@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import CONFIGS, VOCAB, tiny_model
+
 from nuteprune.arch import read_spec
 from nuteprune.config import GateConfig, LoraConfig, LossConfig
 from nuteprune.masks import MaskSet
 from nuteprune.model.distill import IGNORE, head_loss, layer_loss
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
-from tiny import CONFIGS, VOCAB, tiny_model
 
 ALL_UNITS = ["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"]
 IDS = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3))

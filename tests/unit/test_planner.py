@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from tiny import CONFIGS, tiny_config, tiny_model
+
 from nuteprune.__main__ import main
 from nuteprune.arch import read_spec
 from nuteprune.config import load_config
@@ -32,7 +34,6 @@ from nuteprune.planning.footprint import (
 )
 from nuteprune.planning.planner import MODELS, candidates, make_plan, named_spec, quantity, table
 from nuteprune.training.teachers import TeacherBank
-from tiny import CONFIGS, tiny_config, tiny_model
 
 TOTALS = {
     "llama-7b": 6_738_415_616,

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from tiny import tiny_config
+
 from nuteprune.arch import read_spec
 from nuteprune.config import TeacherConfig
 from nuteprune.masks import Gates, unit_shape
 from nuteprune.training.teachers import TeacherBank
-from tiny import tiny_config
 
 SPEC = read_spec(tiny_config("llama"))
 

@@ -5,9 +5,10 @@ import time
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from nuteprune.config import ConfigError, TrackingConfig
 from nuteprune.training.tracking import PICTURE_HEIGHT, PICTURE_WIDTH, Tracker, heat_map
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 QUIET = TrackingConfig(progress=False)
 

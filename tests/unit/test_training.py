@@ -1,6 +1,7 @@
 """What ranks compare before they train."""
 
 import pytest
+
 from nuteprune.config import ConfigError, load_config
 from nuteprune.parallel.distributed import World
 from nuteprune.training.loop import check_alike

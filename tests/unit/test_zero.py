@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from tiny import tiny_config
+
 from nuteprune.arch import read_spec
 from nuteprune.config import ConfigError, load_config
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import DS_CONFIGS, load_paired, read_settings, zero_settings
 from nuteprune.planning.footprint import layer_tensors
-from tiny import tiny_config
 
 SPEC = read_spec(tiny_config("llama-bias"))
 WORLD = World(rank=1, size=8, local_rank=1, local_size=4)

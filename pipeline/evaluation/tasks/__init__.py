@@ -9,8 +9,9 @@ from pathlib import Path
 
 import datasets
 import yaml
-from nuteprune.config import ConfigError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.config import ConfigError
 
 SHIPPED = Path(__file__).parent
 PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
