@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import triton_kernels, tuning
+from nuteprune.kernels import triton_kernels, tuning
 from nuteprune.kernels.tuning import INTERPRETING, Config, bucket, choose, configs
 
 FUSED_RANK = 16  # up to here u = xAᵀ rides along in the matmul (1/8 of a 128-wide tile), else it is a launch before it
