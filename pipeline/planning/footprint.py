@@ -119,7 +119,7 @@ def gate_units(job: Job) -> int:
 
 def snapshots(config: Config, total: int) -> int:
     """Teachers recorded over a run: one per interval up to the target, at most one a step of the warm-up."""
-    if config.teacher.mode != "numerous":
+    if not config.teacher.from_snapshots:
         return 0
     return min(int(config.sparsity.target / config.teacher.interval + 1e-6), warmup_steps(config, total))
 
@@ -204,7 +204,7 @@ def lora_memory(job: Job) -> dict[str, float]:
     the next one's, which is fetched ahead), and a share of the two AdamW moments.
     """
     count, s = lora_parameters(job), job.itemsize
-    teachers = s + 2 if job.config.teacher.mode == "numerous" else 0
+    teachers = s + 2 if job.config.teacher.from_snapshots else 0
     return {
         "LoRA weights": FP32 * count,
         "LoRA in compute type (student, teachers)": ((s if s != FP32 else 0) + teachers) * count,

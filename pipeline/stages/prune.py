@@ -100,7 +100,7 @@ class Pruning(Trainer):
         if config.sparsity.constraint == "projection":
             self.masks.project(target)
         reached = float(self.masks.expected_sparsity().detach())
-        if config.teacher.mode == "numerous" and self.masks.fixed is None:
+        if config.teacher.from_snapshots and self.masks.fixed is None:
             self.bank.record(self.step, reached, self.masks.deterministic(), self.masks.scores(), self.model.lora())
         if self.multipliers is not None:
             first, second = self.multipliers.values.tolist()

@@ -67,7 +67,7 @@ class TeacherBank:
             student_sparsity: expected sparsity of the student now.
             step: this step; `reached`: first step at the full target; `total`: steps of the run.
         """
-        if self.config.mode != "numerous":
+        if not self.config.from_snapshots:
             return None
         behind = student_sparsity - self.config.lag * self.config.interval
         limit = min(behind, self.config.share * student_sparsity)
