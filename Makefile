@@ -3,7 +3,8 @@
 PYTHON ?= python3
 TESTS ?= tests
 WORKERS ?= 2
-TRAIN ?= data/c4_300.jsonl
+TRAIN ?= data/c4_900.jsonl
+HELD_OUT ?= 50
 TEST ?= data/wikitext2_raw_test.txt
 EXPORT ?= runs/my-model/export
 
@@ -40,8 +41,8 @@ bench: $(VENV) $(MODEL) ## time a training step against sparsity
 bench-kernels: $(VENV) ## time the fused projections against eager torch, peft and the bare GEMM
 	$(BIN)/python -m nuteprune.kernels.bench
 
-bench-quality: $(VENV) $(MODEL) ## perplexity against a baseline; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt
-	$(BIN)/python -m nuteprune.bench.quality --train "$(TRAIN)" --test "$(TEST)" $(BENCH_ARGS)
+bench-quality: $(VENV) $(MODEL) $(TEXT) ## quality against baselines; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt BENCH_ARGS="--seeds 3"
+	$(BIN)/python -m nuteprune.bench.quality --train "$(TRAIN)" --test $(TEST) $(TEXT) --held-out $(HELD_OUT) $(BENCH_ARGS)
 
 bench-comm: $(VENV) $(MODEL) ## bytes that ZeRO-3 gathers in a step, paired and separate, on two ranks
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m nuteprune.bench.comm
