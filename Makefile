@@ -15,7 +15,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks check-vllm check-llamacpp lint format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks check-vllm check-llamacpp lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -66,23 +66,31 @@ check-llamacpp: $(addsuffix /config.json,$(EXPORT)) $(VENV) ## the same in llama
 	PYTHONPATH=.venv-llamacpp/lib $(BIN)/python tests/serving/llamacpp_alone.py \
 		.venv-llamacpp/llama_cpp_python-0.3.36/vendor/llama.cpp/convert_hf_to_gguf.py $(EXPORT)
 
-lint: $(VENV) ## check style
+lint: $(VENV) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@mkdir -p build/types && ln -sfn ../../pipeline build/types/nuteprune
+	$(BIN)/mypy
+
+lock: ## renew constraints.txt, the versions that make venv and CI install
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet uv
+	.venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --no-annotate \
+		--no-emit-package nuteprune --custom-compile-command "make lock" setup.py --output-file constraints.txt
 
 format: $(VENV) ## mend style where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove what make made: .venv, models, caches
-	rm -rf .venv .venv-vllm .venv-llamacpp models build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-* models build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 # The stamp is written last: an installation cut short is taken up again.
-$(VENV): setup.py
+$(VENV): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is older than 3.10: make venv PYTHON=python3.12, say"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[dev]'
 	@touch $@
 
 $(MODEL): pipeline/data/fetch.py | $(VENV)
