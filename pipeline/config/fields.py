@@ -237,12 +237,12 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Config:
-    recipe: str = opt("default", "Base settings: a name in pipeline/recipes or a YAML file.")
+    recipe: str = opt("default", "Base settings: the name of a recipe (paper, taylor, llama2-13b, …) or a YAML file.")
     run_dir: str = opt("", "Directory of the run: configuration, checkpoints, logs, results.")
     seed: int = opt(0, "Seed of data order, gate samples and LoRA initialisation.", ge=0)
     deepspeed: str = opt(
-        "", "How several ranks share the memory: zero2, zero3, zero3_offload, zero3_hpz, or a DeepSpeed JSON file; "
-        "empty: every rank holds everything."
+        "", "How several ranks share the memory: zero2, zero3, zero3_hpz, zero3_offload, zero3_nvme, or a DeepSpeed "
+        "JSON file; empty: every rank holds everything."
     )  # fmt: skip
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
