@@ -47,7 +47,9 @@ class TrainConfig:
     batch_size: int = opt(16, "Sequences per optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(0, "Sequences per forward pass on one rank; 0 takes the whole batch at once.", ge=0)
     lora_lr: float = opt(3e-3, "Peak learning rate of the LoRA weights.", gt=0)
-    lora_schedule: Literal["constant", "cosine"] = opt("cosine", "LoRA learning rate after its warm-up.")
+    lora_schedule: Literal["constant", "cosine", "linear"] = opt(
+        "cosine", "LoRA learning rate after its warm-up: `cosine` falls to a tenth, `linear` (the paper) to 0."
+    )
     lora_warmup: float = opt(0.03, "Share of the steps over which the LoRA learning rate rises from 0.", ge=0, le=1)
     beta2: float = opt(0.999, "Second-moment decay of AdamW for LoRA.", gt=0, lt=1)
     weight_decay: float = opt(0.0, "AdamW weight decay of LoRA.", ge=0)
@@ -114,7 +116,8 @@ class SparsityConfig:
 @dataclass(frozen=True)
 class LoraConfig:
     targets: list[Projection] = opt(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "Projections that get LoRA."
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "Projections that get LoRA; none: gates are learned alone.",
     )
     rank: int = opt(8, "LoRA rank.", ge=1)
     alpha: float = opt(8.0, "LoRA alpha; the update is scaled by alpha / rank.", gt=0)
@@ -158,6 +161,7 @@ class FinetuneConfig:
     )
     unusable: Literal["refuse", "drop"] = opt("refuse", "What happens to empty answers and records beyond the window.")
     seq_len: int = opt(1024, "Tokens of a window into which whole records are packed.", ge=8)
+    pack: bool = opt(True, "Several records in a window; false (the authors): each in its own, padded.")
     steps: int = opt(0, "Optimizer steps; 0 takes `epochs` passes over the windows.", ge=0)
     epochs: float = opt(2.0, "Passes over the windows when `steps` is 0.", gt=0)
     batch_size: int = opt(16, "Windows per optimizer step over all ranks.", ge=1)

@@ -64,6 +64,8 @@ class PairedDecoderLayer(nn.Module):
         self.layer, self.index = layer, index
         self.checkpointing = False
         self.current: _Pass | None = None
+        self.final_norm: Callable[[Tensor], Tensor] | None = None
+        """Of the last layer: the model's norm behind it. Transformers, and so the authors' loss, name its output."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         """hidden_states [B, T, D] of the student to its output; the teacher's stream is read and replaced in place."""
@@ -75,8 +77,18 @@ class PairedDecoderLayer(nn.Module):
         p.teacher_stream = teacher = self._teacher(p, kwargs)
         student = self._student(hidden_states, p.student, kwargs)
         if not p.student.layers[self.index].removed:
-            p.layer_terms.append(layer_loss(student, teacher, p.student.hidden, p.loss.layer))
+            pair = (
+                (student, teacher)
+                if self.final_norm is None or p.loss.layer != "raw"
+                else self._normed(student, teacher)
+            )
+            p.layer_terms.append(layer_loss(*pair, p.student.hidden, p.loss.layer))
         return student
+
+    def _normed(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            teacher = self.final_norm(teacher)
+        return self.final_norm(student), teacher
 
     def _teacher(self, p: _Pass, kwargs: dict) -> Tensor:
         with torch.no_grad():
@@ -141,6 +153,8 @@ class PairedModel(nn.Module):
         )
         for layer in self.layers:
             layer.checkpointing = checkpointing
+        # Not a submodule of the layer: ZeRO-3 gathers a layer's own parameters, and norms are whole on every rank.
+        object.__setattr__(self.layers[-1], "final_norm", model.model.norm)
         model.set_attn_implementation(_register_attention(model.config._attn_implementation))
 
     @property

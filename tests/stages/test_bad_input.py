@@ -53,7 +53,6 @@ def refused(capsys, *arguments: str) -> str:
         ("data.seq_len=100000", "100000"),
         ("recipe=3", "recipe '3' not found"),
         ("export.shard_size=5XB", "expected a size such as 5GB"),
-        ("lora.targets=[]", "lora.targets is empty"),
         ("loss.kl_weight=0", "are both 0"),
     ],
 )

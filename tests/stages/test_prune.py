@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 
 from nuteprune.config import load_config
-from nuteprune.runs.rundir import load_run
-from nuteprune.stages import export, prune
+from nuteprune.runs.rundir import load_adapter, load_run
+from nuteprune.stages import export, finetune, prune
 from nuteprune.training.lifecycle import Preempted
 from nuteprune.training.loop import TrainingFailed
 
@@ -108,6 +108,18 @@ def test_the_papers_recipe_runs_with_its_lagrangian(settings):
     lines = metrics(config.run_dir)
     assert lines[-1]["prune/lambda_1"] != 0
     assert all(math.isfinite(m["prune/loss"]) for m in lines)
+
+
+def test_gates_are_learned_without_lora_and_fine_tuning_brings_it(settings, text_file, tmp_path):
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([{"prompt": f"The {n}", "completion": " river"} for n in range(8)]))
+    config = load_config(None, [*settings, "recipe=paper-masks", "train.steps=30", "gates.units=[ffn,hidden]",
+                                f"finetune.data={records}", "finetune.steps=2", "finetune.seq_len=32"])  # fmt: skip
+    prune.run(config)
+    lora = load_adapter(finetune.run(config) / "adapter")
+    assert len({key.split(".")[1] for key in lora}) == 7
+    assert any(b.any() for _, b in lora.values())
+    export.run(config)
 
 
 def test_ten_bad_steps_end_the_run_and_name_the_last_good_checkpoint(settings, monkeypatch):
