@@ -19,23 +19,24 @@ COLOURS = LinearSegmentedColormap.from_list("gates", ["#d9dee3", "#2b6cb0"])
 """From a gate of 0 (removed) to 1 (kept)."""
 
 
-def kept_units(gates: Mapping[str, Tensor]) -> bytes:
+def kept_units(gates: Mapping[str, Tensor], width: float = WIDTH) -> bytes:
     """A bar for each layer, of its gates in order of their value: the kept ones below, and how sure they are by shade.
 
     Args:
         gates: [L, U] in 0..1 by kind; `hidden` is [1, D] and stands in the title.
+        width: inches.
 
     Returns:
         The picture as PNG.
     """
     panels = [(label, gates[kind].detach().float().cpu()) for kind, label in LABELS.items() if kind in gates]
-    figure = Figure(figsize=(WIDTH, 0.6 + 1.8 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(width, 0.6 + 1.8 * len(panels)), layout="constrained")
     for axis, (label, values) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         layers, units = values.shape
         bars = np.repeat(values.sort(dim=1, descending=True).values.numpy().T, 5, axis=1)
         bars[:, 4::5] = np.nan  # the gap between two layers
         axis.imshow(bars, origin="lower", aspect="auto", interpolation="none", cmap=COLOURS, vmin=0, vmax=1,
-                    extent=(-0.4, layers - 0.4 + 0.2, 0, units))  # fmt: skip
+                    extent=(-0.4, layers - 0.4, 0, units))  # fmt: skip
         kept = float((values > 0).sum(1).double().mean())
         axis.set_title(f"{label}: {kept:,.1f} of {units:,} kept on average", size=10, loc="left")
         for side in ("top", "right"):

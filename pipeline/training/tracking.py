@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -29,13 +30,24 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from nuteprune.config import Config, ConfigError, TrackingConfig, flatten, to_dict
 from nuteprune.training.pictures import kept_units
 
+log = logging.getLogger(__name__)
+
 CHARTS = {
     "loss": ("loss", "layer_loss", "kl_loss", "label_loss"),
     "sparsity": ("expected_sparsity", "target_sparsity", "teacher_sparsity"),
     "tokens per second": ("tokens_per_s",),
     "peak memory (GB)": ("peak_memory_gb",),
 }
-"""TensorBoard's page of custom scalars: what one watches, by chart."""
+"""What one watches, by chart of TensorBoard's page of custom scalars; all else is in a group of its own."""
+WATCHED = {name for names in CHARTS.values() for name in names}
+PICTURE_WIDTH = 4.5
+"""Inches: TensorBoard shows pictures about 350 pixels wide, and labels must be read there."""
+
+
+def watch_command(run_dir: Path) -> str:
+    """The command that shows a run's curves, and the page to open."""
+    command = Path(sys.executable).with_name("tensorboard")
+    return f"{command} --logdir {run_dir / 'tensorboard'}, then http://localhost:6006/#custom_scalars"
 
 
 def check_reporters(config: TrackingConfig) -> None:
@@ -82,6 +94,7 @@ class Tracker:
             _drop_lines(path, stage, first_step or 0)
             self._metrics = path.open("a", encoding="utf-8")
             if "tensorboard" in names:
+                log.info("curves: %s", watch_command(run_dir))
                 self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=first_step, flush_secs=20)
         except OSError as error:
             self.close()
@@ -96,19 +109,21 @@ class Tracker:
             return
         values = {f"{self.stage}/{name}": float(value) for name, value in scalars.items()}
         self._write_line(step, values)
+        shown = {tag if tag.split("/")[1] in WATCHED else tag.replace("/", "_details/"): value
+                 for tag, value in values.items()}  # fmt: skip
         if self._writer is not None:
             if not self._described:
-                self._describe(values)
-            for tag, value in values.items():
+                self._describe(shown)
+            for tag, value in shown.items():
                 self._writer.add_scalar(tag, value, step)
         for module in self._modules:
-            module.log(values, step=step)
+            module.log(shown, step=step)
 
     def picture(self, step: int, gates: Mapping[str, Tensor]) -> None:
         """Draw what each layer keeps from gates [L, U] in 0..1 by kind, where a picture is shown at all."""
         if not gates or not (self._writer or self._modules):
             return
-        image = Image.open(io.BytesIO(kept_units(gates))).convert("RGB")
+        image = Image.open(io.BytesIO(kept_units(gates, PICTURE_WIDTH))).convert("RGB")
         tag = f"{self.stage}/kept"
         if self._writer is not None:
             self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")

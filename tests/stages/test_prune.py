@@ -19,8 +19,8 @@ from tiny import tiny_model
 from nuteprune.config import load_config
 from nuteprune.runs.rundir import load_run
 from nuteprune.stages import export, prune
-from nuteprune.training.lifecycle import Preempted
 from nuteprune.training.loop import TrainingFailed
+from nuteprune.training.signals import Preempted
 
 
 def metrics(run_dir) -> list[dict]:
