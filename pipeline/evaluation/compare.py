@@ -69,7 +69,7 @@ def evaluate_models(config: Config) -> dict:
         if (Path(entry["path"]) / RECORD).is_file():
             _into_card(result, entries[0], entry)
     if config.run_dir:
-        _to_tracker(result, config)
+        _to_tracker(result, report.results(written), config)
     if config.export.push_to_hub:
         push(Path(paths[-1]), config.export)
     return written
@@ -187,7 +187,7 @@ def _into_card(result: dict, first: dict, entry: dict) -> None:
         log.warning("the results could not be put into the card of %s (%s)", entry["path"], error.strerror)
 
 
-def _to_tracker(result: dict, config: Config) -> None:
+def _to_tracker(result: dict, table: str, config: Config) -> None:
     """The report's table beside the run's curves, and its numbers as `eval/MODEL/…`."""
     values = {}
     for model in result["models"]:
@@ -199,4 +199,4 @@ def _to_tracker(result: dict, config: Config) -> None:
             own |= {f"tasks/{task}/{metric}": score["value"] for metric, score in scores["metrics"].items()}
         values |= {f"{model['name']}/{key}": value for key, value in own.items()}
     with Tracker(config, "eval", total_steps=1, first_step=None) as tracker:
-        tracker.table("report", report.results(result), values)
+        tracker.table("report", table, values)

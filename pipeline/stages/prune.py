@@ -82,9 +82,7 @@ class Pruning(Trainer):
             with self.progress_bar("importance", "batch", count) as bar:
                 for number in range(count):
                     if self.world.any(bool(self.stop.received)):
-                        raise Preempted(
-                            f"{self.stop.name} while importance was measured: nothing to save yet, start again"
-                        )
+                        raise Preempted(self.stop.nothing)
                     yield self.stream.batch(number)
                     bar.update()
 

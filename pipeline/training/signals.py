@@ -40,10 +40,15 @@ class Stop:
         if again:
             return
         if not self.polled:
-            raise Preempted(f"{self.received}: nothing to save yet, start again")
+            raise Preempted(self.nothing)
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
             # Not through logging or sys.stderr, whose locks the interrupted code may hold.
             os.write(2, b"\nnuteprune: ending after this step; Ctrl-C again ends at once\n")
+
+    @property
+    def nothing(self) -> str:
+        """The message of a run that ends before its first step."""
+        return f"{self.name} before the first step: nothing to save yet, start again"
 
     @property
     def name(self) -> str:
@@ -62,6 +67,10 @@ def stop_signals() -> Iterator[Stop]:
     before = {s: signal.signal(s, stop) for s in SIGNALS}
     try:
         yield stop
+    except Exception as error:
+        if stop.received and not stop.polled:  # a library made an error of its own of the interruption
+            raise Preempted(stop.nothing) from error
+        raise
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
