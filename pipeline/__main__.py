@@ -11,10 +11,12 @@ import subprocess
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
 from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
+from nuteprune.training.signals import Preempted, stop_signals
 
 STAGES = {
     "prepare": "fetch the model, tokenise and pack the text, once and without a GPU",
@@ -111,6 +113,18 @@ def main(argv: list[str] | None = None) -> int:
     args.overrides += rest  # settings may stand before and behind --config
     if args.stage == "status":
         return show_status(args)
+    try:
+        # Before anything that takes time: a job may be told to leave while it loads.
+        with stop_signals() if args.stage in DISTRIBUTED else nullcontext():
+            return run(args)
+    except Preempted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"nuteprune: {stop}\n")
+        return stop.exit_code
+
+
+def run(args: argparse.Namespace) -> int:
+    """`main` from a parsed command line of any stage but status."""
     quiet_libraries()
     from nuteprune.parallel.distributed import RankLost, discover
 

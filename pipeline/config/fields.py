@@ -183,8 +183,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    tensorboard: bool = opt(True, "Write TensorBoard events below the run directory.")
-    progress: bool = opt(True, "Show a progress bar.")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = opt(
+        ["tensorboard"], "Where metrics go beside metrics.jsonl; empty: nowhere. wandb and trackio where installed."
+    )
+    progress: bool = opt(True, "Show progress bars.")
     log_every: int = opt(1, "Steps between two log entries.", ge=1)
     image_every: int = opt(50, "Steps between two pictures of the kept units.", ge=1)
 

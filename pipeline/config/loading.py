@@ -57,6 +57,7 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
     name = str(next((tree["recipe"] for _, tree in reversed(layers) if tree.get("recipe")), "default"))
     tree: dict = {}
     for source, layer in [*_recipe_layers(name), *layers]:
+        layer = _renamed(layer)
         _check_keys(Config, layer, source, "")
         tree = _merge(tree, layer)
     tree["recipe"] = name
@@ -70,6 +71,15 @@ def _consistent(config: Config) -> Config:
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", config.export.shard_size):
         raise ConfigError(f"export.shard_size: expected a size such as 5GB or 500MB, got '{config.export.shard_size}'")
     return config
+
+
+def _renamed(layer: dict) -> dict:
+    """A layer in today's names: `tracking.tensorboard` of earlier runs turned the one place to report to on or off."""
+    tracking = layer.get("tracking")
+    if not isinstance(tracking, dict) or not isinstance(tracking.get("tensorboard"), bool):
+        return layer
+    rest = {key: value for key, value in tracking.items() if key != "tensorboard"}
+    return layer | {"tracking": {"report_to": ["tensorboard"] if tracking["tensorboard"] else []} | rest}
 
 
 def _recipe_layers(name: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import PROJECTIONS
-from nuteprune.config import Config, ConfigError, flatten, to_dict
+from nuteprune.config import Config, ConfigError
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
@@ -34,7 +34,6 @@ from nuteprune.training.engine import Engine
 from nuteprune.training.loop import Trainer, train
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.teachers import TeacherBank
-from nuteprune.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +161,7 @@ class Finetuning(Trainer):
     def _parts(self) -> tuple:
         return self.masks, None, self.model.lora(), self.engine.optimizers, self.bank
 
-    def finish(self, tracker: Tracker) -> Path:
+    def finish(self) -> Path:
         """Save the fine-tuned student."""
         config = self.config
         facts = {
@@ -173,6 +172,5 @@ class Finetuning(Trainer):
             "sparsity": sparsity_of(self.model.spec, self.masks.fixed),
             "skipped_steps": self.bad_total,
         }
-        tracker.hparams(flatten(to_dict(config)), {"finetune/answer_tokens": facts["answer_tokens"]})
         lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
         return save_tuned(Path(config.run_dir), config, self.trained, self.masks.fixed, lora, facts)

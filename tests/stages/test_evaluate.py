@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -248,6 +249,10 @@ def test_report_files(settings, base, caplog):
     result = evaluate.run(settings)
     folder = Path(settings.run_dir) / "evaluate"
     assert json.loads((folder / "report.json").read_text()) == result
+    events = EventAccumulator(str(Path(settings.run_dir) / "tensorboard")).Reload()
+    table = events.Tensors("eval/report/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert table == report.results(result)
+    assert events.Tags()["scalars"] == []
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert sorted(files) == ["kept.png", "report.json", "report.md", "training.png"]
     verify(folder)
