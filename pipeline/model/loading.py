@@ -56,12 +56,19 @@ def read_config(path: str) -> tuple[object, ArchSpec]:
         raise ConfigError(f"model.path {path}: {error}") from None
 
 
+def check_attention(config: ModelConfig) -> None:
+    """Raise `ConfigError` for an attention that does not compute in the model's type."""
+    if config.attention == "flash_attention_2" and config.dtype == "float32":
+        raise ConfigError("model.attention=flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
+
+
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[nn.Module, ArchSpec]:
     """The pretrained model, unmodified, in `config.dtype` on `device`, and its architecture.
 
     Raises:
         ConfigError: no such model, unsupported family, or missing, damaged or incomplete weights.
     """
+    check_attention(config)
     _, spec = read_config(config.path)
     directory = Path(config.path)
     if directory.is_dir() and not any(p for pattern in WEIGHT_FILES for p in directory.glob(pattern)):
@@ -86,6 +93,7 @@ def load_any(path: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTraine
     Raises:
         ConfigError: no whole model or no tokenizer there.
     """
+    check_attention(config)
     try:
         folder = Path(cached_file(path, "config.json")).parent
         own_code = Path(path).is_dir() and '"auto_map"' in (folder / "config.json").read_text(encoding="utf-8")

@@ -248,23 +248,36 @@ def _masked(embedded: Tensor, hidden: Tensor | None) -> Tensor:
 
 
 def _register_attention(base: str) -> str:
-    """Register transformers' attention `base` with ragged KV groups allowed; returns the new implementation's name."""
-    name = f"nuteprune_{base}"
-    AttentionInterface.register(name, _ragged(base))
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
-    return name
+    """Register transformers' attention `base` with ragged KV groups allowed; returns the implementation's name.
 
-
-def _ragged(base: str) -> Callable:
-    def attention(module, query, key, value, attention_mask, **kwargs):
-        if query.shape[1] == 0:
-            return query.transpose(1, 2), None
-        if module.kv_index is not None:
-            key, value = key[:, module.kv_index], value[:, module.kv_index]
-        return inner(module, query, key, value, attention_mask, **kwargs)
-
+    Flash attention keeps its name: under another with "flash" in it, transformers looks for a kernel on the hub.
+    """
+    name = base if base.startswith("flash") else f"nuteprune_{base}"
     if base == "eager":
         from transformers.models.llama.modeling_llama import eager_attention_forward as inner
     else:
         inner = AttentionInterface()[base]
+    if not _is_wrapped(inner):
+        AttentionInterface.register(name, _ragged(inner))
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
+    return name
+
+
+def _is_wrapped(attention: Callable | None) -> bool:
+    """Whether `_ragged` is among the wrappers of an attention function (a per_layer export's file brings its own)."""
+    while attention is not None and not hasattr(attention, "takes_kv_index"):
+        attention = getattr(attention, "inner", None)
+    return attention is not None
+
+
+def _ragged(inner: Callable) -> Callable:
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if query.shape[1] == 0:
+            return query.transpose(1, 2), None
+        index = getattr(module, "kv_index", None)  # other models of the process may use flash attention too
+        if index is not None:
+            key, value = key[:, index], value[:, index]
+        return inner(module, query, key, value, attention_mask, **kwargs)
+
+    attention.inner, attention.takes_kv_index = inner, True
     return attention

@@ -133,6 +133,8 @@ class Engine:
         """Bring the shards of the LoRA optimizer's state to rank 0, for a checkpoint; collective."""
         if hasattr(self.optimizers.get("lora"), "consolidate_state_dict"):
             self.optimizers["lora"].consolidate_state_dict(to=0)
+            if self.world.device.type == "cuda":  # it copies to the CPU without waiting for the copies
+                torch.cuda.synchronize(self.world.device)
 
     def discard(self) -> None:
         """Forget accumulated gradients."""

@@ -123,3 +123,16 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
     if any(index >= known for index in state):
         raise CheckpointError("optimizer.safetensors belongs to a model with more parameters")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    _step_beside_parameters(getattr(optimizer, "optim", optimizer))
+
+
+def _step_beside_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Put the step counts of a fused optimizer on its parameters' devices, where its kernel reads them.
+
+    `ZeroRedundancyOptimizer` loads them to the CPU, on which those of other optimizers belong.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            entries = optimizer.state.get(parameter)
+            if entries:
+                entries["step"] = entries["step"].to(parameter.device)
