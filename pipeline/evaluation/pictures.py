@@ -9,6 +9,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from nuteprune.runs.checkpoint import CheckpointError, read_json
+
 log = logging.getLogger(__name__)
 
 WIDTH = 9.0
@@ -28,7 +30,14 @@ def kept(file: Path) -> bytes | None:
     """
     if not file.is_file():
         return None
-    facts = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return _kept(read_json(file))
+    except (CheckpointError, ValueError, TypeError, AttributeError, LookupError) as error:
+        log.warning("no picture of the kept units, %s is not a record of ours: %s", file, error)
+        return None
+
+
+def _kept(facts: dict) -> bytes | None:
     original = facts.get("original", {})
     panels = []
     for unit, (label, key) in UNITS.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils.tensorboard.summary import hparams as hparams_summary
 from tqdm import tqdm
 
 from nuteprune.config import ConfigError, TrackingConfig
+from nuteprune.runs.checkpoint import write_atomic
 
 LOW = torch.tensor([0.13, 0.11, 0.30])
 HIGH = torch.tensor([0.99, 0.85, 0.25])
@@ -65,6 +65,8 @@ class Tracker:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             path = run_dir / "metrics.jsonl"
+            if path.is_symlink():
+                raise ConfigError(f"{path} is a symbolic link, which is not written through: put a file there")
             _drop_lines(path, stage, first_step or 0)
             self._metrics = path.open("a", encoding="utf-8")
             if config.tensorboard:
@@ -171,14 +173,13 @@ def _drop_lines(path: Path, stage: str, first_step: int) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _is_kept(line, stage, first_step)]
     if kept != lines:
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(kept), encoding="utf-8")
-        os.replace(fresh, path)
+        write_atomic(path, "".join(kept).encode())
 
 
 def _is_kept(line: str, stage: str, first_step: int) -> bool:
     try:
         entry = json.loads(line)
-    except ValueError:
+        step = int(entry["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):
         return False
-    return entry["step"] < first_step or not any(key.startswith(f"{stage}/") for key in entry)
+    return step < first_step or not any(key.startswith(f"{stage}/") for key in entry)
