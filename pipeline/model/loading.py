@@ -6,6 +6,7 @@ import json
 import logging
 import struct
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -74,7 +75,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple
             config.path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
             trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, SafetensorError, struct.error, RuntimeError, ValueError, ImportError) as error:
+    except (OSError, SafetensorError, UnpicklingError, struct.error, RuntimeError, ValueError, ImportError) as error:
         raise ConfigError(f"model.path {config.path}: the weights cannot be loaded ({_first_line(error)})") from None
     _check_whole(config.path, info)
     return model.to(device), spec
@@ -114,7 +115,7 @@ def load_any(
             path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
             trust_remote_code=bool(asking), output_loading_info=True,
         )  # fmt: skip
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot load the model '{path}' for evaluation: {_first_line(error)}") from error
     _check_whole(path, info)
     return model.eval(), tokenizer, folder

@@ -60,16 +60,22 @@ def with_code(directory: Path, marker: Path, file: str = "config.json", key: str
         "class Evil(Model):\n    config_class = EvilConfig\n"
         "class EvilWords(Words):\n    pass\n"
     )
-    names = {"AutoModelForCausalLM": "Evil", "AutoConfig": "EvilConfig", "AutoTokenizer": [None, "EvilWords"]}
-    name = names[key]
-    name = [n and f"modeling_evil.{n}" for n in name] if isinstance(name, list) else f"modeling_evil.{name}"
+    model = {"AutoModelForCausalLM": "modeling_evil.Evil"}
+    asked = {
+        "AutoModelForCausalLM": model, "AutoConfig": {"AutoConfig": "modeling_evil.EvilConfig", **model},
+        "AutoTokenizer": {"AutoTokenizer": [None, "modeling_evil.EvilWords"]},
+    }  # fmt: skip
     facts = json.loads((directory / file).read_text())
-    (directory / file).write_text(json.dumps({**facts, "auto_map": {key: name}}))
+    (directory / file).write_text(json.dumps({**facts, "auto_map": asked[key]}))
 
 
 @pytest.mark.parametrize(
     ("file", "key"),
-    [("config.json", "AutoModelForCausalLM"), ("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")],
+    [
+        ("config.json", "AutoModelForCausalLM"),
+        ("config.json", "AutoConfig"),
+        ("tokenizer_config.json", "AutoTokenizer"),
+    ],
 )
 def test_code_beside_a_model_runs_only_when_asked_for(model_dir, marker, file, key, caplog):
     with_code(model_dir, marker, file, key)
@@ -79,7 +85,7 @@ def test_code_beside_a_model_runs_only_when_asked_for(model_dir, marker, file, k
     assert not marker.exists()
     model, tokenizer, _ = load_any(str(model_dir), MODEL, trust=True)
     assert marker.exists()
-    assert type(tokenizer if key == "AutoTokenizer" else model).__name__.startswith(("Evil", "Llama"))
+    assert type(tokenizer if key == "AutoTokenizer" else model).__name__.startswith("Evil")
     assert "code of its own" in caplog.text
 
 
@@ -163,14 +169,14 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
 
 @pytest.mark.parametrize(
     "text",
-    [BOMB, "recipe: &r [*r]\n", "model: " + "[" * 100_000, "seed: 1\n" * 200_000, "model: !!python/object/apply:os.getcwd []",
-     "seed: \x00", b"seed: \xff"],
+    [BOMB, "recipe: &r [*r]\n", "model: " + "[" * 100_000, "seed: 1\n" * 200_000,
+     "model: !!python/object/apply:os.getcwd []", "seed: \x00", b"seed: \xff"],
     ids=["aliases", "endless", "deep", "large", "object", "control", "bytes"],
 )  # fmt: skip
 def test_yaml_holds_plain_values_of_a_sane_size(tmp_path, text):
     file = tmp_path / "recipe.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ConfigError, match="is not valid YAML|has more than") as caught:
+    with pytest.raises(ConfigError, match=r"is not valid YAML|has more than") as caught:
         load_config(file)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -209,8 +215,8 @@ def test_links_out_of_a_directory_are_refused(directory):
         verify(directory)
     (directory / "loop").symlink_to("loop")
     (directory / "within").symlink_to("manifest.json")
-    with pytest.raises(CheckpointError, match="is not valid JSON|outside|missing|readable"):
-        (directory / "manifest.json").write_text('{"files": {"loop": {"bytes": 1, "sha256": ""}}}')
+    (directory / "manifest.json").write_text('{"files": {"loop": {"bytes": 1, "sha256": ""}}}')
+    with pytest.raises(CheckpointError, match="is missing"):
         verify(directory)
     assert inside(directory, "within") == directory / "within"
 
@@ -266,7 +272,7 @@ def test_a_run_of_another_make_is_one_line(tmp_path, name, text):
     pruned = tmp_path / "run" / "pruned"
     (pruned / name).write_text(text)
     write_manifest(pruned)
-    with pytest.raises(ConfigError, match="is damaged: .") as caught:
+    with pytest.raises(ConfigError, match=r"is damaged: .") as caught:
         load_run(tmp_path / "run")
     assert "\n" not in str(caught.value)
 
@@ -312,12 +318,10 @@ def test_the_terminal_is_not_steered(tmp_path):
     formatter = PlainFormatter("%(message)s")
     assert formatter.format(logging.LogRecord("a", 20, "", 0, "%s", (EVIL,), None)) == plain(EVIL)
     command = [sys.executable, "-m", "nuteprune", "status", f"run_dir={tmp_path}/\x1b[31mred"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "\x1b" not in done.stdout
-    assert "\\x1b[31mred" in done.stdout
-    done = subprocess.run([*command, "\x1b[31m=1"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert "\x1b" not in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\\x1b[31mred" in done.stderr
 
 
 def test_foreign_records_do_not_end_an_evaluation(tmp_path, caplog):
