@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
+from nuteprune.runs.words import plain
 from nuteprune.training.signals import Preempted, stop_signals
 
 STAGES = {
@@ -149,16 +150,16 @@ def run(args: argparse.Namespace) -> int:
             return 0 if outcome.fits else 1
         text = run_stage(args.stage, config)
         if is_main:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(plain(text) + "\n")
     except ConfigError as error:
         if is_main:
-            sys.stderr.write(f"nuteprune: {error}\n")
+            sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return 2
     except RuntimeError as error:
         if not type(error).__module__.startswith("nuteprune."):
             raise
         if is_main or isinstance(error, RankLost):
-            sys.stderr.write(f"nuteprune: {error}\n")
+            sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return getattr(error, "exit_code", 1)
     return 0
 
@@ -196,10 +197,10 @@ def show_status(args: argparse.Namespace) -> int:
     try:
         found = status.run(read_settings(args))
     except ConfigError as error:
-        sys.stderr.write(f"nuteprune: {error}\n")
+        sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return 2
-    sys.stdout.write((status.table(found) if args.tsv else json.dumps(found, indent=2) if args.json else
-                      status.text(found)) + "\n")  # fmt: skip
+    sys.stdout.write(plain(status.table(found) if args.tsv else json.dumps(found, indent=2) if args.json else
+                           status.text(found)) + "\n")  # fmt: skip
     return 0
 
 
@@ -239,9 +240,19 @@ def cli() -> NoReturn:
     sys.exit(code)
 
 
+class PlainFormatter(logging.Formatter):
+    """Names of files and models in a log cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line."""
+        return plain(super().format(record))
+
+
 def quiet_libraries() -> None:
     """Our own log on stderr; of the libraries only warnings and worse."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("nuteprune").setLevel(logging.INFO)
     # DeepSpeed calls a name that torch has renamed.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")

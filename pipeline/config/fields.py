@@ -238,6 +238,9 @@ class EvaluateConfig:
     new_tokens: int = opt(64, "Tokens decoded in the speed measurement.", ge=1)
     batch_sizes: list[int] = opt([1, 8], "Sequences at once in the speed measurement, one measurement each.")
     sample_prompt: str = opt("The capital of France is", "Prompt whose greedy continuation is shown; empty: none.")
+    trust_remote_code: bool = opt(
+        False, "Run Python that comes with a model (auto_map) or a task file; only as an override, never from a file."
+    )
     output: str = opt("", "Directory of report.json and report.md; empty: `evaluate` below the run directory.")
 
 
@@ -264,6 +267,9 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+
+ASKED_EACH_TIME = (("evaluate", "trust_remote_code"),)
+"""Fields that no file can set: a recipe or a run directory of someone else's must not allow itself to run code."""
 
 STAGE_SECTIONS = {
     "prepare": ["model", "data", "finetune"],

@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import yaml
 
-from nuteprune.config.fields import Config, ConfigError
+from nuteprune.config.fields import ASKED_EACH_TIME, Config, ConfigError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+YAML_LIMIT = 1 << 20
+"""Bytes of a YAML file that is read: every field with its comments has a hundredth of that."""
 
 
 def load_config(settings: Config | Mapping | str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -100,19 +102,35 @@ def recipe_path(name: str) -> Path:
     raise ConfigError(f"recipe '{name}' not found: use one of {known}, or the path of a YAML file")
 
 
+class _NoAliases(yaml.SafeLoader):
+    """Plain values only: a few lines of aliases (*name) to aliases stand for more text than any memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; raises `ConfigError` where there is none."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > YAML_LIMIT:
+            raise ConfigError(f"{path} has more than {YAML_LIMIT} bytes: settings are shorter")
+        tree = yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold `key: value` lines at its top level")
+    for section, field in ASKED_EACH_TIME:
+        if isinstance(tree.get(section), dict) and field in tree[section]:
+            raise ConfigError(
+                f"{path} sets {section}.{field}, which no file can: give {section}.{field}=… when you start the stage"
+            )
     return tree
 
 

@@ -18,6 +18,8 @@ from nuteprune.exporting.card import RECORD, add_results
 from nuteprune.exporting.publish import push
 from nuteprune.model.loading import load_any
 from nuteprune.parallel.distributed import discover
+from nuteprune.runs.checkpoint import CheckpointError
+from nuteprune.runs.words import one_line
 from nuteprune.training.tracking import Tracker, check_reporters
 
 log = logging.getLogger(__name__)
@@ -39,10 +41,11 @@ def evaluate_models(config: Config) -> dict:
     paths, output = _model_paths(config), report_directory(config)
     device = discover().device
     check_reporters(config.tracking)
-    tasks = load_tasks(settings.tasks)  # first, so that a mistake in them costs no evaluation
+    # First, so that a mistake in them costs no evaluation.
+    tasks = load_tasks(settings.tasks, settings.trust_remote_code)
     entries, models, streams = [], [], []
     for name, path in zip(_names(paths), paths, strict=True):
-        model, tokenizer, folder = load_any(path, config.model)
+        model, tokenizer, folder = load_any(path, config.model, settings.trust_remote_code)
         texts = _texts(config, tokenizer)
         streams.append(torch.cat(list(texts.values())))
         entry = {"name": name, "path": path, **sizes(model, folder)}
@@ -183,8 +186,8 @@ def _into_card(result: dict, first: dict, entry: dict) -> None:
     pair = {"models": [first, entry], "ratio": _ratio(first, entry)}
     try:
         add_results(Path(entry["path"]), report.results(result | pair))
-    except OSError as error:
-        log.warning("the results could not be put into the card of %s (%s)", entry["path"], error.strerror)
+    except (OSError, ValueError, CheckpointError) as error:
+        log.warning("the results could not be put into the card of %s (%s)", entry["path"], error)
 
 
 def _to_tracker(result: dict, table: str, config: Config) -> None:
@@ -197,6 +200,6 @@ def _to_tracker(result: dict, table: str, config: Config) -> None:
             own |= {f"batch_{batch}/{key}": measured[key] for key in SPEEDS}
         for task, scores in model.get("tasks", {}).items():
             own |= {f"tasks/{task}/{metric}": score["value"] for metric, score in scores["metrics"].items()}
-        values |= {f"{model['name']}/{key}": value for key, value in own.items()}
+        values |= {one_line(f"{model['name']}/{key}"): value for key, value in own.items()}
     with Tracker(config, "eval", total_steps=1, first_step=None) as tracker:
         tracker.table("report", table, values)

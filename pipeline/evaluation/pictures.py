@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from nuteprune.runs.checkpoint import CheckpointError, read_json
 from nuteprune.training.pictures import WIDTH, kept_units, png
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,14 @@ def kept(file: Path) -> bytes | None:
     """
     if not file.is_file():
         return None
-    facts = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return _kept(read_json(file))
+    except (CheckpointError, ValueError, TypeError, AttributeError, LookupError) as error:
+        log.warning("no picture of the kept units, %s is not a record of ours: %s", file, error)
+        return None
+
+
+def _kept(facts: dict) -> bytes | None:
     original = facts.get("original", {})
     gates = {}
     for unit, key in UNITS.items():

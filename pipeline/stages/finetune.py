@@ -150,9 +150,9 @@ class Finetuning(Trainer):
         own = int((micro_batch[:, 1] != IGNORE).sum())
         return own * self.world.size / int(self.answers.batch(self.step).sum())
 
-    def save(self, directory: Path, counters: dict[str, float], earlier: Path | None) -> None:
+    def save(self, directory: Path, counters: dict[str, float]) -> None:
         """Gates, LoRA, its optimizer and counters."""
-        save_state(directory, self.config, *self._parts(), counters, earlier)
+        save_state(directory, self.config, *self._parts(), counters)
 
     def load(self, directory: Path) -> dict[str, float]:
         """Restore what `save` wrote; returns the counters."""

@@ -156,9 +156,9 @@ class Pruning(Trainer):
         key = (self.config.seed * 1_000_003 + self.step) * 65_537 + micro_batch
         return self.masks.sample(torch.Generator().manual_seed(key % (1 << 63)))
 
-    def save(self, directory: Path, counters: dict[str, float], earlier: Path | None) -> None:
+    def save(self, directory: Path, counters: dict[str, float]) -> None:
         """Gates, multipliers, LoRA, optimizers, teachers and counters."""
-        save_state(directory, self.config, *self._parts(), counters, earlier)
+        save_state(directory, self.config, *self._parts(), counters)
 
     def load(self, directory: Path) -> dict[str, float]:
         """Restore what `save` wrote; returns the counters."""

@@ -82,8 +82,8 @@ class Trainer(ABC):
         """Step `self.step`: forward, backward, update; returns the scalars to log."""
 
     @abstractmethod
-    def save(self, directory: Path, counters: dict[str, float], earlier: Path | None) -> None:
-        """Write all that `load` needs, on rank 0; files that never change may be linked from `earlier`."""
+    def save(self, directory: Path, counters: dict[str, float]) -> None:
+        """Write all that `load` needs, on rank 0."""
 
     @abstractmethod
     def load(self, directory: Path) -> dict[str, float]:
@@ -275,9 +275,8 @@ def save_checkpoint(trainer: Trainer) -> None:
     trainer.engine.collect()
     with trainer.world.together():
         if trainer.world.is_main:
-            earlier = next(iter(trainer.checkpoints.newest_first()), None)
             with atomic_directory(trainer.checkpoints.path(trainer.step)) as temporary:
-                trainer.save(temporary, counters, earlier)
+                trainer.save(temporary, counters)
             trainer.checkpoints.prune()
 
 

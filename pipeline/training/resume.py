@@ -36,13 +36,13 @@ FREE_KEYS = (
 def save_state(
     directory: Path, config: Config, masks: MaskSet, multipliers: nn.Module | None,
     lora: Mapping[str, tuple[Tensor, Tensor]], optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank,
-    counters: dict[str, float], earlier: Path | None,
+    counters: dict[str, float],
 ) -> None:  # fmt: skip
-    """Write everything `load_state` needs into a directory; teachers are linked from the checkpoint `earlier`."""
+    """Write everything `load_state` needs into a directory."""
     save_config(directory / "config.yaml", config)
     save_gates(directory / "gates.safetensors", masks.fixed or Gates(), masks.scores())
     save_adapter(directory / "adapter", lora, config)
-    save_snapshots(directory / "teachers", bank.snapshots, earlier / "teachers" if earlier else None)
+    save_snapshots(directory / "teachers", bank.snapshots)
     tensors = _optimizer_tensors(optimizers)
     if multipliers is not None:
         tensors["multipliers"] = multipliers.values.detach().cpu()

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nuteprune.config import Config, ConfigError, TrackingConfig, flatten, to_dict
+from nuteprune.runs.checkpoint import write_atomic
 from nuteprune.training.pictures import kept_units
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ class Tracker:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             path = run_dir / "metrics.jsonl"
+            if path.is_symlink():
+                raise ConfigError(f"{path} is a symbolic link, which is not written through: put a file there")
             _drop_lines(path, stage, first_step or 0)
             self._metrics = path.open("a", encoding="utf-8")
             if "tensorboard" in names:
@@ -225,14 +228,13 @@ def _drop_lines(path: Path, stage: str, first_step: int) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _is_kept(line, stage, first_step)]
     if kept != lines:
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(kept), encoding="utf-8")
-        os.replace(fresh, path)
+        write_atomic(path, "".join(kept).encode())
 
 
 def _is_kept(line: str, stage: str, first_step: int) -> bool:
     try:
         entry = json.loads(line)
-    except ValueError:
+        step = int(entry["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):
         return False
-    return entry["step"] < first_step or not any(key.startswith(f"{stage}/") for key in entry)
+    return step < first_step or not any(key.startswith(f"{stage}/") for key in entry)
