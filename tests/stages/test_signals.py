@@ -19,8 +19,19 @@ SLOW = (
 """The command line with a third step of a minute."""
 
 
-def started(*command) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start():
+    """Starts a process of Python, given its arguments; what is left of it at the end is killed."""
+    processes = []
+
+    def begin(*arguments) -> subprocess.Popen:
+        processes.append(subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def until(condition, process) -> None:
@@ -45,8 +56,8 @@ def has_loaded(process, library) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("library", ["", "libtorch_cpu", "tokenizers"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
-def test_a_signal_while_it_loads_ends_with_a_line(settings, tmp_path, number, library):
-    process = started("-m", "nuteprune", "prune", *settings)
+def test_a_signal_while_it_loads_ends_with_a_line(start, settings, tmp_path, number, library):
+    process = start("-m", "nuteprune", "prune", *settings)
     until(lambda: catches(process, signal.SIGUSR1) and has_loaded(process, library), process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=HANG)
@@ -58,9 +69,9 @@ def test_a_signal_while_it_loads_ends_with_a_line(settings, tmp_path, number, li
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_ctrl_c_saves_after_the_step_and_a_second_one_ends_at_once(settings, tmp_path):
+def test_ctrl_c_saves_after_the_step_and_a_second_one_ends_at_once(start, settings, tmp_path):
     run_dir = tmp_path / "run"
-    process = started("-c", SLOW, "prune", *settings, "checkpoint.every=1")
+    process = start("-c", SLOW, "prune", *settings, "checkpoint.every=1")
     until(lambda: (run_dir / "checkpoints/step-00000003/manifest.json").exists(), process)
     process.send_signal(signal.SIGINT)
     lines = iter(process.stderr.readline, "")
@@ -71,7 +82,7 @@ def test_ctrl_c_saves_after_the_step_and_a_second_one_ends_at_once(settings, tmp
     assert time.monotonic() - began < 20
     process.stderr.close()
 
-    process = started("-m", "nuteprune", "prune", *settings, "checkpoint.every=1")
+    process = start("-m", "nuteprune", "prune", *settings, "checkpoint.every=1")
     until(lambda: len((run_dir / "metrics.jsonl").read_text().splitlines()) > 5, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=HANG)
