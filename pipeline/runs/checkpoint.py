@@ -186,7 +186,10 @@ class Checkpoints:
         """Delete the checkpoints that were skipped for `path`: they must not count as kept, nor lend their files."""
         for other in self.newest_first():
             if path is None or other.name > path.name:
-                shutil.rmtree(other)
+                try:
+                    shutil.rmtree(other)
+                except OSError as error:
+                    raise ConfigError(f"{other} is damaged and cannot be deleted: {error.strerror}") from None
 
     def prune(self) -> None:
         """Delete all but the newest `keep` checkpoints, and what killed saves left behind."""

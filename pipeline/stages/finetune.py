@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Answers, Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.runs.checkpoint import MANIFEST, sha256
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import (
     TUNED,
@@ -127,6 +129,11 @@ class Finetuning(Trainer):
                  total)  # fmt: skip
         return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank)
 
+    @cached_property
+    def inputs(self) -> dict[str, str | None]:
+        """The pruned student too."""
+        return super().inputs | {"the pruned student": sha256(self.trained.directory / "pruned" / MANIFEST)}
+
     def start(self) -> None:
         """Nothing to do: the student is there."""
 
@@ -150,7 +157,7 @@ class Finetuning(Trainer):
         own = int((micro_batch[:, 1] != IGNORE).sum())
         return own * self.world.size / int(self.answers.batch(self.step).sum())
 
-    def save(self, directory: Path, counters: dict[str, float]) -> None:
+    def save(self, directory: Path, counters: dict) -> None:
         """Gates, LoRA, its optimizer and counters."""
         save_state(directory, self.config, *self._parts(), counters)
 

@@ -156,7 +156,7 @@ class Pruning(Trainer):
         key = (self.config.seed * 1_000_003 + self.step) * 65_537 + micro_batch
         return self.masks.sample(torch.Generator().manual_seed(key % (1 << 63)))
 
-    def save(self, directory: Path, counters: dict[str, float]) -> None:
+    def save(self, directory: Path, counters: dict) -> None:
         """Gates, multipliers, LoRA, optimizers, teachers and counters."""
         save_state(directory, self.config, *self._parts(), counters)
 

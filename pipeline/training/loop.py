@@ -5,6 +5,7 @@ A stage is a `Trainer`: it says what one step computes and what its state and it
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import resource
@@ -13,6 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
@@ -20,14 +22,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers.utils import cached_file
 
 from nuteprune.config import Config, ConfigError, flatten, to_dict
 from nuteprune.data.text import BatchStream
 from nuteprune.model.pairing import Losses, PairedModel
 from nuteprune.parallel.distributed import World, connected, discover
-from nuteprune.runs.checkpoint import Checkpoints, atomic_directory
+from nuteprune.runs.checkpoint import Checkpoints, atomic_directory, sha256
+from nuteprune.runs.fingerprint import fingerprint
+from nuteprune.runs.rundir import DAMAGED, reason
 from nuteprune.training.engine import Engine
 from nuteprune.training.lifecycle import check_directory, claim_directory, is_finished
+from nuteprune.training.resume import check_fits
 from nuteprune.training.signals import Preempted, Stop, stop_signals
 from nuteprune.training.tracking import Tracker, check_reporters, progress_bar
 
@@ -82,7 +88,7 @@ class Trainer(ABC):
         """Step `self.step`: forward, backward, update; returns the scalars to log."""
 
     @abstractmethod
-    def save(self, directory: Path, counters: dict[str, float]) -> None:
+    def save(self, directory: Path, counters: dict) -> None:
         """Write all that `load` needs, on rank 0."""
 
     @abstractmethod
@@ -92,6 +98,14 @@ class Trainer(ABC):
     @abstractmethod
     def finish(self) -> Path:
         """Write the result after the last step, on rank 0; returns its directory."""
+
+    @cached_property
+    def inputs(self) -> dict[str, str | None]:
+        """Fingerprints of what the state is worth nothing without: the base model and the text or records."""
+        base = self.config.model.path
+        data = hashlib.sha256(self.stream.blocks.contiguous().numpy()).hexdigest()
+        sizes = sha256(Path(cached_file(base, "config.json")))
+        return {"model.path": fingerprint(base), "config.json of model.path": sizes, "data.source": data}
 
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
         """What stands behind the progress bar."""
@@ -248,23 +262,37 @@ def resume(trainer: Trainer) -> None:
     if trainer.config.checkpoint.resume == "never":
         return
     path = None
-    if world.is_main:
-        path, skipped = trainer.checkpoints.newest_valid()
-        trainer.checkpoints.drop_newer_than(path)
-        for reason in skipped:
-            log.warning("checkpoint skipped: %s", reason)
-        if skipped and path is None:
-            log.warning("no checkpoint is whole: starting anew")
+    with world.together():
+        if world.is_main:
+            path = choose_checkpoint(trainer.checkpoints)
     path = world.from_main(path)
     if path is None:
         return
     with world.together():
         if not path.is_dir():
             raise ConfigError(f"{path} is not seen here: run_dir must be in a file system that all ranks share")
-        counters = trainer.load(path)
-    trainer.step, trainer.bad_total = counters["step"], counters["bad_total"]
-    trainer.engine.scale.value, trainer.engine.scale.good_steps = counters["loss_scale"], counters["good_steps"]
+        try:
+            if world.is_main:
+                check_fits(path, trainer.config, trainer.free, trainer.inputs)
+            counters, scale = trainer.load(path), trainer.engine.scale
+            trainer.step, trainer.bad_total = counters["step"], counters["bad_total"]
+            scale.value, scale.good_steps = counters["loss_scale"], counters["good_steps"]
+        except ConfigError:
+            raise
+        except (*DAMAGED, RuntimeError) as error:  # whole, but of something else
+            raise ConfigError(f"{path} does not fit this run ({reason(error)}): remove it and start again") from error
     log.info("resumed at step %d from %s", trainer.step, path)
+
+
+def choose_checkpoint(checkpoints: Checkpoints) -> Path | None:
+    """The newest checkpoint that verifies; newer ones are told of and deleted."""
+    path, skipped = checkpoints.newest_valid()
+    for why in skipped:
+        log.warning("checkpoint skipped: %s", why)
+    if skipped and path is None:
+        log.warning("no checkpoint is whole: starting anew")
+    checkpoints.drop_newer_than(path)
+    return path
 
 
 def save_checkpoint(trainer: Trainer) -> None:
@@ -275,6 +303,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     trainer.engine.collect()
     with trainer.world.together():
         if trainer.world.is_main:
+            counters |= {"inputs": trainer.inputs}
             with atomic_directory(trainer.checkpoints.path(trainer.step)) as temporary:
                 trainer.save(temporary, counters)
             trainer.checkpoints.prune()
