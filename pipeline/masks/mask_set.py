@@ -40,6 +40,11 @@ def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:
     """Raise `ConfigError` if the selected units cannot reach the target, or cannot be removed in the shape asked."""
     if config.shape == "uniform" and {"attn_sublayers", "ffn_sublayers"} & set(config.units):
         raise ConfigError("gates.units: whole sublayers need gates.shape=per_layer (no stock model lacks a sublayer)")
+    for name, reason in spec.refuses:
+        if name in config.units:
+            raise ConfigError(f"gates.units: {spec.family} cannot lose {name}, leave it out ({reason})")
+        if name == config.shape:
+            raise ConfigError(f"gates.shape={name} is not possible with this {spec.family} model ({reason})")
     kinds = gated_kinds(spec, config.units)
     most = most_removed(spec, kinds, config.shape)
     if target > most:

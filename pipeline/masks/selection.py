@@ -124,6 +124,8 @@ def _uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple, tensor
     hidden = {_round(count_hidden + i * hidden_multiple, hidden_multiple, spec.hidden) for i in (-1, 0, 1)}
     candidates = []
     for k, q, d in product(groups, heads, sorted(hidden) if "hidden" in scores else [spec.hidden]):
+        if spec.hidden_divides and d % (k * q) and (k, q, d) != (spec.kv_heads, spec.group_size, spec.hidden):
+            continue  # its stock configuration refuses such sizes
         f = _ffn_width(spec, k, q, d, target, ffn_multiple, tensor_parallel) if "ffn" in scores else spec.ffn
         miss = abs(_uniform_sparsity(spec, k, q, d, f) - target)
         change = abs(k - mean_groups) / spec.kv_heads + abs(q - mean_heads) / spec.group_size
