@@ -58,8 +58,7 @@ def _add_lora(
 
 
 @triton.jit
-def _matmul_tile(
-    pid,
+def matmul(
     x,
     w,
     bias,
@@ -96,9 +95,11 @@ def _matmul_tile(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One [BM, BN] tile of y. u = (x⊙m_in)Aᵀ [M, rank] is computed beside it (FUSE_U: rank <= RANK, stored once) or
-    read, RANK columns at a time."""
-    pid_m, pid_n = _tile_of(pid, (M + BM - 1) // BM, (n_kept + BN - 1) // BN, 8)
+    """y (or, with strides swapped, dx) over the kept units only; one program a [BM, BN] tile.
+
+    u = (x⊙m_in)Aᵀ [M, rank] is computed beside it (FUSE_U: rank <= RANK, stored once) or read, RANK columns at a time.
+    """
+    pid_m, pid_n = _tile_of(tl.program_id(0), (M + BM - 1) // BM, (n_kept + BN - 1) // BN, 8)
     # Tokens times features can pass 2³¹, so the tile's first row is a 64-bit shift of the base pointer; offsets inside
     # a tile and inside W stay 32 bits wide, for scattered tiles keep one per element in registers.
     first = pid_m.to(tl.int64) * BM
@@ -161,71 +162,6 @@ def _matmul_tile(
         targets = cols
     y_ptr = y + (rows[:, None] * stride_ym + targets[None, :])
     tl.store(y_ptr, acc.to(y.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
-
-
-@triton.jit
-def matmul(
-    half,
-    COMPACT_X: tl.constexpr,
-    COMPACT_Y: tl.constexpr,
-    FUSE_U: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    RANK: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """y (or, with strides swapped, dx) over the kept units only; one program a tile. `half`: the run-time arguments."""
-    _matmul_tile(tl.program_id(0), *half, COMPACT_X, COMPACT_Y, FUSE_U, EVEN_K, RANK, BM, BN, BK, PRECISION, INTERPRET)
-
-
-@triton.jit
-def matmul_pair(
-    teacher,
-    student,
-    teacher_tiles,
-    student_tiles,
-    T_COMPACT_X: tl.constexpr,
-    T_COMPACT_Y: tl.constexpr,
-    T_FUSE_U: tl.constexpr,
-    T_EVEN_K: tl.constexpr,
-    T_RANK: tl.constexpr,
-    COMPACT_X: tl.constexpr,
-    COMPACT_Y: tl.constexpr,
-    FUSE_U: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    RANK: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """Both halves of a pair over the same W. Tiles alternate, so that neighbours read the same part of W from L2."""
-    pid = tl.program_id(0)
-    common = tl.minimum(teacher_tiles, student_tiles)
-    alone = pid >= 2 * common
-    number = tl.where(alone, pid - common, pid // 2)
-    is_student = tl.where(alone, student_tiles > teacher_tiles, pid % 2 == 1)
-    if is_student:
-        _matmul_tile(number, *student, COMPACT_X, COMPACT_Y, FUSE_U, EVEN_K, RANK, BM, BN, BK, PRECISION, INTERPRET)
-    else:
-        _matmul_tile(
-            number,
-            *teacher,
-            T_COMPACT_X,
-            T_COMPACT_Y,
-            T_FUSE_U,
-            T_EVEN_K,
-            T_RANK,
-            BM,
-            BN,
-            BK,
-            PRECISION,
-            INTERPRET,
-        )
 
 
 @triton.jit

@@ -7,9 +7,11 @@ import importlib
 import json
 import logging
 import os
+import subprocess
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import NoReturn
 
 from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
@@ -32,6 +34,7 @@ SHORTCUTS = {
     "evaluate": {"--blocks": "evaluate.blocks", "--push-to-hub": "export.push_to_hub"},
 }
 """Flags of a stage that stand for one key; a list is given with commas."""
+SUBMIT = "submit the stages of a run as dependent jobs of a SLURM cluster, or print a cluster file to edit"
 STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"
 DISTRIBUTED = ("prune", "finetune")
 """Stages that several ranks run together."""
@@ -76,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
                 sub.add_argument(flag, type=type(default), default=default, metavar="X",
                                  help=f"of a dry run: {meaning} (default {default})")  # fmt: skip
         sub.add_argument("overrides", nargs="*", metavar="RUN | key.sub=value", help=OVERRIDES)
+    stages.add_parser("submit", help=SUBMIT, add_help=False)
     status = stages.add_parser("status", help=STATUS, description=STATUS.capitalize() + ".")
     status.add_argument("--config", help="YAML file of the run, instead of its directory")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -98,7 +102,10 @@ def main(argv: list[str] | None = None) -> int:
 
     Of several ranks the first speaks for all; only a rank that lost another says so itself.
     """
-    args, rest = parser().parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["submit"]:
+        return submit(words[1:])
+    args, rest = parser().parse_known_args(words)
     if any(word.startswith("-") for word in rest):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides += rest  # settings may stand before and behind --config
@@ -154,6 +161,16 @@ def dry_run(config: Config, args: argparse.Namespace) -> str:
     flags |= {"nodes": ranks // per_node, "gpus_per_node": per_node, "gpu_memory": args.gpu_memory}
     found = dryrun.text(dryrun.dry_run(config, ranks, per_node), config)
     return f"{found}\n\n{plan.figures(config, argparse.Namespace(**flags))}"
+
+
+def submit(words: list[str]) -> int:
+    """Run slurm/submit.sh with these arguments, with this Python on the nodes unless the cluster file names another."""
+    folder = Path(__file__).parent / "slurm"
+    if words == ["--example"]:
+        sys.stdout.write((folder / "clusters" / "example.env").read_text(encoding="utf-8"))
+        return 0
+    environment = {"PYTHON": sys.executable, **os.environ}
+    return subprocess.run(["bash", str(folder / "submit.sh"), *words], env=environment, check=False).returncode
 
 
 def show_status(args: argparse.Namespace) -> int:
@@ -227,4 +244,6 @@ def quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
+    # `python -m` puts the current directory first: a user's own kernels.py there is not the package transformers means.
+    sys.path[:] = [place for place in sys.path if place not in ("", os.getcwd())]
     cli()

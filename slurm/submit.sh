@@ -4,10 +4,10 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: slurm/submit.sh --config RUN.yaml --cluster CLUSTER.env [options] [key.sub=value …]
+usage: nuteprune submit --config RUN.yaml --cluster CLUSTER.env [options] [key.sub=value …]
 
-  --config FILE    the run's settings (YAML); its run_dir must be seen by every node
-  --cluster FILE   how the cluster is used: a copy of slurm/clusters/example.env
+  --config FILE    the run's settings (YAML), or recipe=NAME and others behind; run_dir must be seen by every node
+  --cluster FILE   how the cluster is used: an edited copy of what `nuteprune submit --example` prints
   --from STAGE     submit this stage and those after it, finished or not: prepare, prune, finetune, export, evaluate
   --sweep FILE     instead, prune, export and evaluate once for each entry of a YAML list of settings, as a job array
   --dry-run        print the sbatch commands only
@@ -33,10 +33,11 @@ while (($#)); do
         *) die "unknown argument '$1' (--help shows them)" ;;
     esac
 done
-[[ $config ]] || die "--config is missing"
-[[ $cluster ]] || die "--cluster is missing: copy slurm/clusters/example.env and edit it"
-[[ -r $config ]] || die "cannot read $config"
+[[ $config || ${#overrides[@]} -gt 0 ]] || die "--config is missing (or recipe=NAME run_dir=DIRECTORY)"
+[[ $cluster ]] || die "--cluster is missing: write it with \`nuteprune submit --example >my-cluster.env\` and edit it"
+[[ ! $config || -r $config ]] || die "cannot read $config"
 [[ -r $cluster ]] || die "cannot read $cluster"
+settings=(${config:+--config "$config"})
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cluster=$(realpath "$cluster")
 # shellcheck source=slurm/clusters/example.env
@@ -44,7 +45,7 @@ source "$cluster"
 [[ ${PYTHON:-} ]] || die "$cluster sets no PYTHON"
 
 # Name, state and job of each stage, and the run's directory: one line each.
-state=$("$PYTHON" -m nuteprune status --config "$config" --tsv "${overrides[@]}")
+state=$("$PYTHON" -m nuteprune status "${settings[@]}" --tsv "${overrides[@]}")
 run_dir=$(sed -n 's/^run_dir\t//p' <<<"$state")
 mapfile -t stages < <(sed -n '/^run_dir\t/d; s/\t.*//p' <<<"$state")
 [[ -z $from || " ${stages[*]} " == *" $from "* ]] || die "--from $from: this run has the stages ${stages[*]}"
@@ -55,16 +56,16 @@ setting() {
     echo "${!name:-$3}"
 }
 
-# The planner lays the run out for the fewest nodes that it may get; sets $planned (hours) and $config.
+# The planner lays the run out for the fewest nodes that it may get; sets $planned (hours) and $settings.
 plan() {
     local nodes figures out=()
     nodes=$(setting prune NODES 1)
     [[ $dry ]] || out=(--out "$run_dir/plan")
-    figures=$("$PYTHON" -m nuteprune plan --config "$config" --nodes "${nodes%%-*}" --gpus-per-node "$PRUNE_GPUS" \
+    figures=$("$PYTHON" -m nuteprune plan "${settings[@]}" --nodes "${nodes%%-*}" --gpus-per-node "$PRUNE_GPUS" \
         --gpu-memory "${GPU_MEMORY:-80GB}" --json "${out[@]}" "${overrides[@]}") ||
         die "no plan for $nodes x $PRUNE_GPUS GPUs of ${GPU_MEMORY:-80GB}: \`nuteprune plan\` shows what was tried"
     planned=$("$PYTHON" -c 'import json, math, sys; print(math.ceil(1.5 * json.load(sys.stdin)["hours"]))' <<<"$figures")
-    config=$run_dir/plan/plan.yaml
+    settings=(--config "$run_dir/plan/plan.yaml")
     overrides=()
 }
 
@@ -113,7 +114,7 @@ if [[ $sweep ]]; then
     fi
     resources prune
     submit sweep "${flags[@]}" --array="0-$((count - 1))${SWEEP_AT_ONCE:+%$SWEEP_AT_ONCE}" \
-        "$here/sweep.sbatch" "$cluster" "$here" "$run_dir" --config "$config" "${overrides[@]}"
+        "$here/sweep.sbatch" "$cluster" "$here" "$run_dir" "${settings[@]}" "${overrides[@]}"
     [[ $dry ]] || echo "sweep: job $job, $count runs below $run_dir (nuteprune status $run_dir/NAME)"
     exit
 fi
@@ -139,7 +140,7 @@ for stage in "${stages[@]}"; do
     else
         resources "$stage"
         submit "$stage" ${previous:+--dependency="afterok:$previous"} "${flags[@]}" \
-            "$here/stage.sbatch" "$cluster" "$stage" "$run_dir" --config "$config" "${overrides[@]}"
+            "$here/stage.sbatch" "$cluster" "$stage" "$run_dir" "${settings[@]}" "${overrides[@]}"
         if [[ ! $dry ]]; then
             printf '%s\t%s\n' "$stage" "$job" >>"$run_dir/jobs.tsv"
             echo "$stage: job $job${previous:+ after job $previous}"

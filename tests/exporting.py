@@ -21,7 +21,7 @@ NAMES = {
     "smollm3": "SmolLM3", "phi3": "Phi3", "olmo2": "Olmo2", "olmo3": "Olmo3", "gemma3_text": "Gemma3Text",
 }  # fmt: skip
 FAMILIES = tuple(NAMES)
-SHAPES = ("uniform", "per_layer")
+SHAPES = ("uniform", "per_layer_ffn", "per_layer")
 VOCAB, LAYERS = 61, 4
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": LAYERS,
@@ -70,11 +70,15 @@ def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int 
         if shape == "uniform":
             groups[layer, layer % spec.kv_heads] = 0
             ffn[layer, torch.randperm(spec.ffn, generator=g)[:13]] = 0
+            continue
+        if shape == "per_layer_ffn":
+            groups[layer, layer % spec.kv_heads] = 0
         else:
             heads[layer] = (torch.rand(spec.heads, generator=g) > 0.4).float()
-            ffn[layer] = (torch.rand(spec.ffn, generator=g) > 0.3).float()
+        ffn[layer] = (torch.rand(spec.ffn, generator=g) > 0.3).float()
     if shape == "per_layer":
         heads[1] = torch.tensor([1.0, 0, 1, 1, 0, 0])
+    if shape != "uniform":
         sublayers = {"attn_sublayers": torch.ones(spec.layers), "ffn_sublayers": torch.ones(spec.layers)}
         if empty:  # the first layer without attention, a layer without FFN, one with neither
             sublayers["attn_sublayers"][[0, 3]] = 0

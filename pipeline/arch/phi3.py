@@ -9,9 +9,9 @@ _PARTIAL = "its rotary positions turn a part of each head, which only the stock 
 def read(config) -> ArchSpec:
     refuses = []
     if config.rope_parameters["rope_type"] != "default":
-        refuses += [(kind, _LONG) for kind in ("heads", "kv_groups", "hidden", "per_layer")]
+        refuses += [(kind, _LONG) for kind in ("heads", "kv_groups", "hidden", "per_layer", "per_layer_ffn")]
     elif config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        refuses += [("per_layer", _PARTIAL)]
+        refuses += [(shape, _PARTIAL) for shape in ("per_layer", "per_layer_ffn")]
     return read_llama_like(config, refuses=tuple(refuses))
 
 

@@ -69,9 +69,8 @@ def _consistent(config: Config) -> Config:
         raise ConfigError("loss.layer_weight and loss.kl_weight are both 0: nothing would be learned; set one of them")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", config.export.shard_size):
         raise ConfigError(f"export.shard_size: expected a size such as 5GB or 500MB, got '{config.export.shard_size}'")
-    for key, value in (("lora.targets", config.lora.targets), ("gates.units", config.gates.units)):
-        if not value:
-            raise ConfigError(f"{key} is empty: name at least one")
+    if not config.lora.targets:
+        raise ConfigError("lora.targets is empty: name at least one")
     return config
 
 
@@ -152,8 +151,12 @@ def describe(sections: list[str]) -> str:
 
 
 def _describe_field(key: str, f: dataclasses.Field, hint: Any) -> str:
-    default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-    return f"  {key} ({_type_name(hint)}, default {default!r})\n      {f.metadata['help']}"
+    return f"  {key} ({type_name(hint)}, default {default_of(f)!r})\n      {f.metadata['help']}"
+
+
+def default_of(f: dataclasses.Field) -> Any:
+    """A field's default, also where it is made anew each time."""
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 
 
 def _check_keys(cls: type, tree: dict, source: str, prefix: str) -> None:
@@ -190,11 +193,12 @@ def _merge(base: dict, layer: dict) -> dict:
     return merged
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """A field's type in a user's words."""
     if typing.get_origin(hint) is Literal:
         return " | ".join(str(a) for a in typing.get_args(hint))
     if typing.get_origin(hint) is list:
-        return f"list of {_type_name(typing.get_args(hint)[0])}"
+        return f"list of {type_name(typing.get_args(hint)[0])}"
     return getattr(hint, "__name__", str(hint))
 
 
@@ -222,21 +226,22 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return ""  # `key=` on the command line
     elif hint in (int, str, bool) and type(value) is hint:
         return value
-    expected = _type_name(hint)
+    expected = type_name(hint)
     near = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(hint)], n=1)
     raise ConfigError(f"{key}: expected {expected}, got {value!r}" + (f"; did you mean '{near[0]}'?" if near else ""))
 
 
-_BOUNDS = {
+BOUNDS = {
     "ge": ("at least", operator.ge),
     "gt": ("greater than", operator.gt),
     "le": ("at most", operator.le),
     "lt": ("less than", operator.lt),
 }
+"""The bounds of `opt`: in words, and what holds."""
 
 
 def _bounded(value: Any, f: dataclasses.Field, key: str) -> Any:
-    bounds = [(*_BOUNDS[name], limit) for name, limit in f.metadata.items() if name in _BOUNDS and limit is not None]
+    bounds = [(*BOUNDS[name], limit) for name, limit in f.metadata.items() if name in BOUNDS and limit is not None]
     if not all(holds(value, limit) for _, holds, limit in bounds):
         wanted = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
         raise ConfigError(f"{key}: must be {wanted}, got {value!r}")

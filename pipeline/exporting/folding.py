@@ -77,7 +77,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
     Args:
         base: the base model's configuration.
         fold: what is folded.
-        shape: "uniform" (a stock class) or "per_layer" (a class of `modeling_ragged`).
+        shape: "uniform" (a stock class), "per_layer_ffn" or "per_layer" (a class of `modeling_ragged`).
 
     Raises:
         ValueError: no stock class can hold these sizes.
@@ -93,7 +93,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
         "rms_norm_eps": fold.spec.norm_eps * fold.norm_scale**2,
         "tie_word_embeddings": fold.spec.tied and not fold.unties,
     }
-    if shape == "per_layer":
+    if shape != "uniform":
         name = family_of(base).ragged_class or type(base).__name__
         values = _of_class(values, base, getattr(transformers, name))
         stem = name.removesuffix("Config")

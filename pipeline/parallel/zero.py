@@ -11,7 +11,6 @@ import logging
 import shutil
 import tempfile
 import warnings
-from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,7 +27,7 @@ from nuteprune.parallel.distributed import World
 from nuteprune.parallel.shards import load_partitioned
 from nuteprune.parallel.sizes import nvme_buffers, total_parameters, zero3_sizes
 
-DS_CONFIGS = Path(str(files("nuteprune.ds_configs")))
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 _OURS = {
     "optimizer": "the run has its own optimizers: see train.lora_lr and gates.optimizer",
     "scheduler": "the run has its own schedule: see train.lora_schedule",

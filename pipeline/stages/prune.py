@@ -13,7 +13,7 @@ from nuteprune.config import Config, flatten, to_dict
 from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import Gates, MaskSet, check_target, sparsity_of
-from nuteprune.masks.schedule import noise_at, settle_step, target_at, warmup_steps
+from nuteprune.masks.schedule import noise_at, settle_step, target_at
 from nuteprune.model.layers import View, build_view
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
@@ -131,8 +131,8 @@ class Pruning(Trainer):
         if self.config.teacher.mode == "none":
             return None, None
         expected = float(self.masks.expected_sparsity().detach())
-        reached = warmup_steps(self.config, self.total)
-        index, following = (self.bank.choose(expected, s, reached, self.total) for s in (self.step, self.step + 1))
+        self.bank.observe(self.step, expected, self.config.sparsity.target)
+        index, following = (self.bank.choose(expected, s, self.total) for s in (self.step, self.step + 1))
         view = self.bank.activate(index)
         self.bank.prefetch(following)
         return index, view

@@ -47,7 +47,7 @@ def save_state(
     if multipliers is not None:
         tensors["multipliers"] = multipliers.values.detach().cpu()
     save_file(tensors, directory / "optimizer.safetensors")
-    (directory / "state.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
+    (directory / "state.json").write_text(json.dumps(counters | {"reached": bank.reached}) + "\n", encoding="utf-8")
 
 
 def load_state(
@@ -71,7 +71,9 @@ def load_state(
     bank.restore(load_snapshots(directory / "teachers"))
     if gates.as_dict():
         masks.fix(gates)
-    return json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    counters = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    bank.reached = counters.pop("reached", None)
+    return counters
 
 
 def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None:

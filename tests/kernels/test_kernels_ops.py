@@ -1,20 +1,19 @@
-"""What surrounds the kernels: custom ops, the pair form, tuning."""
+"""What surrounds the kernels: custom ops, tuning."""
 
 import json
 from functools import partial
 
 import pytest
 import torch
-from kernels_cases import Case, as_double, assert_near, build, value_and_grads
+from kernels_cases import Case, build, value_and_grads
 
-from nuteprune.kernels import reference
-from nuteprune.kernels.api import Half, masked_lora_linear, masked_lora_linear_pair
+from nuteprune.kernels.api import masked_lora_linear
 from nuteprune.kernels.tuning import Config, Tuner, bucket, options
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
-HALF = ("lora_a", "lora_b", "in_gate", "out_gate", "keep_in", "keep_out", "scaling", "compact_in", "compact_out")
-ORDER = ("x", "weight", "bias", *HALF)
+ORDER = ("x", "weight", "bias", "lora_a", "lora_b", "in_gate", "out_gate", "keep_in", "keep_out", "scaling",
+         "compact_in", "compact_out")  # fmt: skip
 
 
 def positional(kwargs: dict) -> list:
@@ -28,12 +27,11 @@ def positional(kwargs: dict) -> list:
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_custom_ops_keep_their_contract(compact):
-    from nuteprune.kernels.masked_lora import backward_op, forward_op, pair_forward_op
+    from nuteprune.kernels.masked_lora import backward_op, forward_op
 
     args = positional(build(Case(in_kind="half", out_kind="half", compact_in=compact, compact_out=compact)))
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(forward_op, tuple(args), test_utils=checks)
-    torch.library.opcheck(pair_forward_op, (*args, *args), test_utils=checks)
     y, u = forward_op(*args)
     for needs in ([True] * 5, [False, True, False, True, False]):
         torch.library.opcheck(backward_op, (torch.randn_like(y), u, y, *args, needs), test_utils=checks)
@@ -57,42 +55,6 @@ def test_meta_device_through_the_custom_op():
     for name, grad in zip(names, torch.autograd.grad(y.sum(), [kwargs[n] for n in names]), strict=True):
         assert grad.is_meta
         assert grad.shape == kwargs[name].shape
-
-
-TEACHERS = {
-    "bare": Case(lead=(7,), rank=0),
-    "sparser": Case(lead=(2, 35), rank=17, in_kind="half", out_kind="half"),
-    "nothing kept": Case(lead=(3,), in_kind="zero", out_kind="zero"),
-    "no tokens": Case(lead=(0,), in_kind="half"),
-    "compact": Case(lead=(3,), in_kind="half", out_kind="half", compact_in=True, compact_out=True),
-}
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", TEACHERS)
-def test_pair_equals_two_calls(name, backend):
-    student = build(Case(lead=(40,), k=33, n=70, rank=4, in_kind="half", out_kind="soft", seed=1))
-    teacher = build(Case(**{**vars(TEACHERS[name]), "n": 70}))
-    teacher.update(weight=student["weight"], bias=student["bias"])
-    halves = [Half(**{field: kwargs.get(field, None) for field in HALF}) for kwargs in (teacher, student)]
-
-    def pair(**leaves):
-        y_teacher, y = masked_lora_linear_pair(
-            *(teacher["x"], leaves["x"], leaves["weight"], leaves["bias"]),
-            teacher=halves[0],
-            student=halves[1]._replace(**{field: leaves[field] for field in HALF}),
-            backend=backend,
-        )
-        assert not y_teacher.requires_grad
-        want = reference.masked_lora_linear(**as_double(teacher))
-        assert_near("teacher", y_teacher, want.detach(), 1e-5)
-        return y
-
-    got = value_and_grads(pair, student)
-    want = value_and_grads(reference.masked_lora_linear, as_double(student), got["upstream"])
-    for key in want:
-        if key != "upstream":
-            assert_near(key, got[key], want[key], 1e-5)
 
 
 def test_tuner_measures_once_and_remembers_on_disk(tmp_path, monkeypatch):
