@@ -6,14 +6,12 @@ from nuteprune.arch.base import SUBLAYERS_UNDER_NORMS, ArchSpec, Family, read_ll
 def read(config) -> ArchSpec:
     if config.final_logit_softcapping is not None or config.use_bidirectional_attention:
         raise ValueError("Gemma 3 with final_logit_softcapping or use_bidirectional_attention is not supported")
-    bias, refuses = bool(config.attention_bias), SUBLAYERS_UNDER_NORMS
-    if config.num_key_value_heads == 1:
-        refuses += (("kv_groups", "its one KV group is the whole attention, whose gate the norm behind it undoes"),)
+    bias = bool(config.attention_bias)
     return read_llama_like(
         config, qkv_bias=bias, o_bias=bias, qk_norm="head", norm_offset=1.0, embedding_root=True, hidden_divides=True,
         norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
                "post_feedforward_layernorm"),
-        refuses=refuses,
+        refuses=SUBLAYERS_UNDER_NORMS,
     )  # fmt: skip
 
 
