@@ -1,6 +1,9 @@
 """What surrounds the kernels: custom ops, tuning."""
 
 import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -70,7 +73,7 @@ def test_tuner_measures_once_and_remembers_on_disk(tmp_path, monkeypatch):
     widest = max(choices, key=lambda config: config.bn)
     assert first.pick("key", choices, measure) == widest
     assert measured == list(choices)
-    assert [path.name for path in tmp_path.iterdir()] == ["kernels-A-Card-80GB.json"]
+    assert [path.name for path in tmp_path.glob("*.json")] == ["kernels-A-Card-80GB.json"]
     second = Tuner("A Card/80GB")
     assert second.pick("key", choices, measure) == widest
     assert len(measured) == len(choices)
@@ -86,6 +89,40 @@ def test_tuner_survives_a_stale_or_broken_file(tmp_path, monkeypatch):
     assert Tuner("card").pick("key", choices, lambda config: config.bm) == choices[1]
     path.write_text("[]")
     assert Tuner("card").chosen == {}
+
+
+def test_ranks_that_tune_at_once_keep_each_others_choices(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path))
+    choices = options(torch.bfloat16, False, 80)
+
+    def rank(number: int) -> None:
+        tuner = Tuner("card")  # of its own, as in a process of its own
+        for turn in range(10):
+            tuner.pick(f"rank {number} shape {turn}", choices, lambda config: config.bm)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(rank, range(8)))
+    assert len(Tuner("card").chosen) == 80
+
+
+FAR = """
+import numpy, torch
+from nuteprune.kernels.launch import column_reduce
+rows, columns, stride = 80, 4, 2**31 // 64
+memory = torch.from_numpy(numpy.zeros(79 * stride + columns, dtype=numpy.float16))  # pages that nobody writes take none
+p = memory.as_strided((rows, columns), (stride, 1))
+p.copy_(torch.arange(rows * columns).view(rows, columns) % 7)
+q = torch.ones(rows, 2, dtype=torch.float16)
+outer, dots = column_reduce(p, q, p, None, False)
+assert torch.equal(outer, p.float().t() @ q.float()), outer
+assert torch.equal(dots, p.float().square().sum(0)), dots
+"""
+
+
+def test_rows_beyond_32_bit_offsets_are_reduced():
+    """74,899 tokens of a layer with 28,672 units are more than 2³¹ elements; here few rows lie far apart."""
+    done = subprocess.run([sys.executable, "-c", FAR], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr[-500:])
 
 
 @pytest.mark.parametrize(("tokens", "want"), [(0, 16), (1, 16), (17, 32), (2048, 2048), (2049, 4096)])
