@@ -60,6 +60,18 @@ PLAN_FLAGS = {
 DRY_RUN_FLAGS = ("--world-size", "--gpus-per-node", "--gpu-memory")
 
 
+OUT_OF_MEMORY = {
+    "prune": "lower train.micro_batch or data.seq_len, set train.activation_checkpointing=true, or share the weights "
+    "out with deepspeed=zero3 (`nuteprune plan` says what fits)",
+    "finetune": "lower finetune.micro_batch or finetune.seq_len, set train.activation_checkpointing=true, or share the "
+    "weights out with deepspeed=zero3",
+    "export": "it folds on the CPU in float32: lower export.check_tokens, or export on a machine with more memory",
+    "evaluate": "lower evaluate.window or evaluate.batch_sizes, or set model.dtype=bfloat16; what was measured is in "
+    "report.json",
+}
+"""What a stage that ran out of memory can do about it."""
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     top = argparse.ArgumentParser(prog="nuteprune", description="Structured pruning with numerous teachers.")
@@ -155,13 +167,27 @@ def run(args: argparse.Namespace) -> int:
         if is_main:
             sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            place = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+            told = (str(error).strip().splitlines() or ["MemoryError"])[0][:200]
+            sys.stderr.write(f"nuteprune: {place}out of memory ({told}): {OUT_OF_MEMORY.get(args.stage, 'use more')}\n")
+            return 1
         if not type(error).__module__.startswith("nuteprune."):
             raise
         if is_main or isinstance(error, RankLost):
             sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return getattr(error, "exit_code", 1)
     return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a GPU (torch's own type), or on the host (a message of its allocator)."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def dry_run(config: Config, args: argparse.Namespace) -> str:

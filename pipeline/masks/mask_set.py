@@ -26,9 +26,13 @@ _ALIKE = {"uniform": {"heads", "kv_groups", "ffn"}, "per_layer_ffn": {"heads", "
 
 
 def gated_kinds(spec: ArchSpec, units: list[str]) -> list[str]:
-    """The kinds that get gates: without grouped queries a head is its own KV group, so one gate serves both."""
+    """The kinds that get gates.
+
+    Without grouped queries a head is its own KV group, so one gate serves both; a layer's only group is its whole
+    attention, which `attn_sublayers` stands for.
+    """
     kinds = [k for k in KINDS if k in units]
-    if spec.group_size == 1 and "heads" in kinds and "kv_groups" in kinds:
+    if "kv_groups" in kinds and (spec.kv_heads == 1 or (spec.group_size == 1 and "heads" in kinds)):
         kinds.remove("kv_groups")
     return kinds
 
@@ -44,6 +48,11 @@ def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:
         raise ConfigError(
             "gates.units: whole sublayers need gates.shape=per_layer_ffn or per_layer (no stock model lacks a sublayer)"
         )
+    for name, reason in spec.refuses:
+        if name in config.units:
+            raise ConfigError(f"gates.units: {spec.family} cannot lose {name}, leave it out ({reason})")
+        if name == config.shape:
+            raise ConfigError(f"gates.shape={name} is not possible with this {spec.family} model ({reason})")
     kinds = gated_kinds(spec, config.units)
     most = most_removed(spec, kinds, config.shape)
     if target > most:

@@ -162,8 +162,15 @@ def _alike(spec, scores, wanted, hidden_multiple, tensor_parallel) -> list[tuple
     hidden = {_round(count_hidden + i * hidden_multiple, hidden_multiple, spec.hidden) for i in (-1, 0, 1)}
     found = []
     for k, q, d in product(groups, heads, sorted(hidden) if "hidden" in scores else [spec.hidden]):
+        if spec.hidden_divides and d % (k * q) and (k, q, d) != (spec.kv_heads, spec.group_size, spec.hidden):
+            continue  # its stock configuration refuses such sizes
         change = abs(k - mean_groups) / spec.kv_heads + abs(q - mean_heads) / spec.group_size
         found.append((change + abs(d - count_hidden) / spec.hidden, (k, q, d)))
+    if not found:
+        raise ConfigError(
+            f"{spec.family} wants a hidden size that its heads divide, and none near {count_hidden} is: "
+            "leave hidden out of gates.units, or add heads"
+        )
     return found
 
 
