@@ -39,7 +39,7 @@ SHORTCUTS = {
 """Flags of a stage that stand for one key; a list is given with commas."""
 SUBMIT = "submit the stages of a run as dependent jobs of a SLURM cluster, or print a cluster file to edit"
 SUBMIT_FLAGS = {
-    "--config": "YAML file with the run's settings (or recipe=NAME and others behind), with a run_dir that every node sees",
+    "--config": "YAML file with the run's settings (or recipe=NAME behind), with a run_dir that every node sees",
     "--cluster": "how the cluster is used: an edited copy of what --example prints",
     "--from": "submit this stage and those after it, finished or not",
     "--sweep": "instead, prune, export and evaluate once for each entry of a YAML list of settings, as a job array",
