@@ -97,6 +97,8 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
     Raises:
         ValueError: no stock class can hold these sizes.
     """
+    if (refusal := fold.spec.refusal([shape])) is not None:
+        raise ValueError(f"export.shape: {refusal}")
     groups = fold.kept.heads_per_group(fold.spec)
     values = {k: v for k, v in base.to_dict().items() if k not in _RENAMED}
     values |= {

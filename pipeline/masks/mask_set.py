@@ -48,11 +48,10 @@ def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:
         raise ConfigError(
             "gates.units: whole sublayers need gates.shape=per_layer_ffn or per_layer (no stock model lacks a sublayer)"
         )
-    for name, reason in spec.refuses:
-        if name in config.units:
-            raise ConfigError(f"gates.units: {spec.family} cannot lose {name}, leave it out ({reason})")
-        if name == config.shape:
-            raise ConfigError(f"gates.shape={name} is not possible with this {spec.family} model ({reason})")
+    if (refusal := spec.refusal(config.units)) is not None:
+        raise ConfigError(f"gates.units: {refusal}")
+    if (refusal := spec.refusal([config.shape])) is not None:
+        raise ConfigError(f"gates.shape: {refusal}")
     kinds = gated_kinds(spec, config.units)
     most = most_removed(spec, kinds, config.shape)
     if target > most:
