@@ -13,7 +13,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import ConfigError, GateConfig
 from nuteprune.masks import hard_concrete as hc
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
-from nuteprune.masks.selection import most_removed, select_units
+from nuteprune.masks.selection import cheapest_units, most_removed, select_units
 
 POINT = 0.01
 """The exported sparsity may be this far from the target."""
@@ -185,10 +185,17 @@ class MaskSet(nn.Module):
         return _ALIKE[self.config.shape] & set(self.kinds)
 
     @torch.no_grad()
-    def settle(self, target: float) -> None:
-        """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape."""
-        gates = select_units(self.spec, self.scores(), target, self.config.shape, *multiples(self.config))
-        self.fix(gates)
+    def settle(self, target: float, loss: Callable[[list[Gates]], list[float]]) -> None:
+        """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape.
+
+        Where the shape can meet the target in several structures, the one with the least loss.
+
+        Args:
+            target: sparsity.
+            loss: the losses of students with given gates.
+        """
+        config = self.config
+        self.fix(cheapest_units(self.spec, self.scores(), target, config.shape, multiples(config), loss))
 
     def fix(self, gates: Gates) -> None:
         """Use `gates` from now on; log-alpha no longer learns."""
