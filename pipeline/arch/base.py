@@ -16,7 +16,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 """Linear layers that hold several projections, one below the other (Phi-3)."""
 SUBLAYERS_UNDER_NORMS = tuple(
     (kind, "the norm behind a sublayer undoes a gate on all of it, so that gate would learn nothing")
-    for kind in ("attn_sublayers", "ffn_sublayers")
+    for kind in ("attn_sublayers", "ffn_sublayers", "layers")
 )
 """What families with norms behind their sublayers refuse."""
 
