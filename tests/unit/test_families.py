@@ -61,7 +61,7 @@ def test_heads_divide_the_hidden_size_where_the_stock_class_wants_it(target):
     masks = MaskSet(spec, config)
     for la in masks.log_alpha.values():
         la.data.normal_(0, 2)
-    masks.settle(target)
+    masks.settle(target, lambda structures: [0.0] * len(structures))
     kept = kept_units(spec, masks.fixed)
     assert kept.is_uniform(spec)
     assert len(kept.hidden) % len(kept.heads[0]) == 0
