@@ -161,7 +161,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, half: Half) -> None:
     n, k = weight.shape
     _check_keep("keep_in", keep_in, k, compact_in)
     _check_keep("keep_out", keep_out, n, compact_out)
-    width = keep_in.numel() if compact_in else k
+    width = k if keep_in is None or not compact_in else keep_in.numel()
     if x.dim() == 0 or x.shape[-1] != width:
         raise ValueError(f"x has shape {list(x.shape)}, expected its last dimension to be {width}")
     _check_shape("bias", bias, (n,))

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -174,7 +175,7 @@ def rows(device: str, quick: bool) -> list[dict]:
             for contender, maker in MAKERS.items():
                 skip = contender == "compile" and not on_gpu  # inductor's CPU code is not what we compete with
                 row[contender] = NOT_MEASURED if skip else measure(maker, Problem(*setup), device, repeats)
-            row["pair"] = measure_pair(lambda setup=setup: Problem(*setup), device, repeats)
+            row["pair"] = measure_pair(partial(Problem, *setup), device, repeats)
             table.append(row)
         if quick and on_gpu:
             break

@@ -117,7 +117,7 @@ def build(cls: type, tree: dict, prefix: str) -> Any:
         if f.name not in tree:
             continue
         key, value, hint = prefix + f.name, tree[f.name], hints[f.name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             values[f.name] = build(hint, value or {}, key + ".")
         else:
             values[f.name] = _bounded(_convert(value, hint, key), f, key)
@@ -131,7 +131,7 @@ def to_dict(config: Config) -> dict:
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with `section.field` keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
@@ -152,7 +152,7 @@ def describe(sections: list[str]) -> str:
 
 
 def _describe_field(key: str, f: dataclasses.Field, hint: Any) -> str:
-    default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+    default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     return f"  {key} ({_type_name(hint)}, default {default!r})\n      {f.metadata['help']}"
 
 

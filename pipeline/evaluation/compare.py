@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,7 +87,7 @@ def _quality(
     """Everything measured of one model but its speed."""
     settings = config.evaluate
     log.info("evaluating %s", name)
-    result = {"perplexity": {}}
+    result: dict[str, Any] = {"perplexity": {}}
     for text, tokens in texts.items():
         label = f"{text} by {name}" if config.tracking.progress else None
         score = perplexity(model, tokens, settings.window, settings.stride, settings.blocks, label)

@@ -4,6 +4,9 @@ Saved beside the weights of a model that NutePrune exported with shape `per_laye
 Everything is transformers' own but the projections' shapes; K and V are repeated by group where groups are unequal.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, cat, nn
@@ -12,15 +15,22 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 PREFIX = "ragged_"
 
+if TYPE_CHECKING:  # what the two mixins below stand in front of
+    from transformers import PreTrainedConfig as Config
+    from transformers import PreTrainedModel as Model
+else:
+    Config = Model = object
 
-class RaggedConfig:
+
+class RaggedConfig(Config):
     """What the configurations below add: the widths of each layer.
 
     `heads_per_group[layer]` lists the query heads of each KV group ([]: no attention), `ffn_sizes[layer]` is the FFN
     width (0: none). `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are the maxima.
     """
 
-    heads_per_group, ffn_sizes = (), ()
+    heads_per_group: Sequence[list[int]] = ()
+    ffn_sizes: Sequence[int] = ()
     base_model_tp_plan = None  # unequal groups cannot be split evenly over devices
 
     def validate_architecture(self):
@@ -43,7 +53,7 @@ class Absent(nn.Module):
         return zeros if self.bias is None else zeros + self.bias
 
 
-class RaggedForCausalLM:
+class RaggedForCausalLM(Model):
     """Mixed in before a stock `…ForCausalLM`: gives each layer its own widths once the stock model is built."""
 
     def __init__(self, config):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ _SHIFT_EPS = 1e-8
 """Width at which its bisection ends."""
 
 
-def gated_kinds(spec: ArchSpec, units: list[str]) -> list[str]:
+def gated_kinds(spec: ArchSpec, units: Sequence[str]) -> list[str]:
     """The kinds that get gates: without grouped queries a head is its own KV group, so one gate serves both."""
     kinds = [k for k in KINDS if k in units]
     if spec.group_size == 1 and "heads" in kinds and "kv_groups" in kinds:
@@ -159,10 +159,11 @@ class MaskSet(nn.Module):
         return [self.log_alpha[k] for k in self.kinds if k in ("heads", "kv_groups", "ffn")]
 
     @torch.no_grad()
-    def settle(self, target: float) -> None:
+    def settle(self, target: float) -> Gates:
         """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape."""
         gates = select_units(self.spec, self.scores(), target, self.config.shape, *multiples(self.config))
         self.fix(gates)
+        return gates
 
     def fix(self, gates: Gates) -> None:
         """Use `gates` from now on; log-alpha no longer learns."""

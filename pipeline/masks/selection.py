@@ -172,8 +172,9 @@ def _fill(spec: ArchSpec, scores: Mapping, k: int, q: int, d: int, f: int) -> di
 
 def _group_view(spec: ArchSpec, kept: Mapping[str, Tensor]) -> Tensor:
     """[L, K, G] bool: the kept query heads by group."""
-    gates = _as_gates(kept).full(spec)
-    return gates.head_gate(spec).unflatten(1, (spec.kv_heads, spec.group_size)) != 0
+    heads = _as_gates(kept).full(spec).head_gate(spec)
+    assert heads is not None
+    return heads.unflatten(1, (spec.kv_heads, spec.group_size)) != 0
 
 
 def _top(scores: Tensor, count: int) -> Tensor:

@@ -68,6 +68,7 @@ class PairedDecoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         """hidden_states [B, T, D] of the student to its output; the teacher's stream is read and replaced in place."""
         p = self.current
+        assert p is not None  # `PairedModel._in_pass` sets it
         if p.teacher is None or p.loss is None or p.loss.layer_weight == 0:
             if p.teacher is not None:
                 p.teacher_stream = self._teacher(p, kwargs)
@@ -79,6 +80,7 @@ class PairedDecoderLayer(nn.Module):
         return student
 
     def _teacher(self, p: _Pass, kwargs: dict) -> Tensor:
+        assert p.teacher is not None
         with torch.no_grad():
             activate(self.layer, p.teacher.layers[self.index])
             return self.layer(p.teacher_stream, **kwargs)
@@ -114,6 +116,7 @@ class _Head(nn.Module):
         """The losses of the whole weight [V, D]."""
         self(loss)
         result, self._result = self._result, None
+        assert result is not None
         return result
 
 
@@ -187,6 +190,7 @@ class PairedModel(nn.Module):
     def _output_losses(self, final: Tensor, p: _Pass, input_ids: Tensor, answers: Answers | None) -> HeadLosses:
         """KL from the teacher where there is one, and cross entropy of the next token where it counts."""
         loss, target, labels = p.loss, None, None
+        assert loss is not None
         if p.teacher is not None:
             with torch.no_grad():
                 target = self.model.model.norm(p.teacher_stream).flatten(0, 1)
@@ -196,6 +200,7 @@ class PairedModel(nn.Module):
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
         rows = final.flatten(0, 1)
         if answers is not None:
+            assert labels is not None
             learned = labels != IGNORE
             rows, labels, target = rows[learned], labels[learned], None if target is None else target[learned]
         return self.head.lend(

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from peft import LoraConfig, TaskType
@@ -90,13 +91,13 @@ def save_snapshots(directory: Path, snapshots: list[Snapshot], earlier: Path | N
     A snapshot never changes, so one that the directory `earlier` holds already is linked from there, not written again.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    index = [
+    index: list[dict[str, Any]] = [
         {"file": f"{number:04d}.safetensors", "step": s.step, "sparsity": s.sparsity}
         for number, s in enumerate(snapshots)
     ]
     known = _teacher_index(earlier) if earlier is not None else []
     for entry, s in zip(index, snapshots, strict=True):
-        if entry in known:
+        if earlier is not None and entry in known:
             _link(earlier / entry["file"], directory / entry["file"])
             continue
         tensors = _gate_tensors(s.gates, s.scores)
@@ -154,8 +155,9 @@ class Run:
 
 
 def save_run(
-    directory: Path, config: Config, spec: ArchSpec, gates: Gates, scores, lora, snapshots, facts: dict
-) -> Path:
+    directory: Path, config: Config, spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor],
+    lora: Mapping[str, tuple[Tensor, Tensor]], snapshots: list[Snapshot], facts: dict[str, Any],
+) -> Path:  # fmt: skip
     """Write the finished student to `<run>/pruned`, atomically. `facts` (steps, sparsity, …) go to pruned.json."""
     target = directory / "pruned"
     with atomic_directory(target) as tmp:

@@ -244,8 +244,8 @@ def resume(trainer: Trainer) -> None:
         if not path.is_dir():
             raise ConfigError(f"{path} is not seen here: run_dir must be in a file system that all ranks share")
         counters = trainer.load(path)
-    trainer.step, trainer.bad_total = counters["step"], counters["bad_total"]
-    trainer.engine.scale.value, trainer.engine.scale.good_steps = counters["loss_scale"], counters["good_steps"]
+    trainer.step, trainer.bad_total = int(counters["step"]), int(counters["bad_total"])
+    trainer.engine.scale.value, trainer.engine.scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
     log.info("resumed at step %d from %s", trainer.step, path)
 
 

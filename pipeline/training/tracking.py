@@ -92,7 +92,7 @@ class Tracker:
         if self._metrics is None or (step % self.log_every and step != self.last_step):
             return
         values = {f"{self.stage}/{name}": float(value) for name, value in scalars.items()}
-        line = {"step": step, "total": self.last_step + 1}
+        line: dict[str, float | None] = {"step": step, "total": self.last_step + 1}
         line |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         try:
             self._metrics.write(json.dumps(line) + "\n")
