@@ -206,7 +206,7 @@ class MaskSet(nn.Module):
         return 1.0 - float(self._kept(probabilities)) / self.spec.prunable
 
 
-def _bisect_rows(open_probability, rows: Tensor, wanted: Tensor) -> Tensor:
+def _bisect_rows(open_probability: Callable[[Tensor], Tensor], rows: Tensor, wanted: Tensor) -> Tensor:
     """[L] shifts at which each row's mean probability equals `wanted`."""
     high = rows.abs().amax(1) + _MARGIN
     low = -high

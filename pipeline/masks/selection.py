@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError
+from nuteprune.config import ConfigError, Shape
 from nuteprune.masks.gates import Gates, kept_parameters, sparsity_of, unit_shape
 
 TOLERANCE = 0.009
@@ -21,7 +21,7 @@ TOLERANCE = 0.009
 
 
 def select_units(
-    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: str, ffn_multiple: int = 1,
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: Shape, ffn_multiple: int = 1,
     hidden_multiple: int = 1, tensor_parallel: int = 1,
 ) -> Gates:  # fmt: skip
     """0/1 gates that keep the units with the highest scores at the target sparsity.
@@ -55,7 +55,10 @@ def select_units(
         hidden_multiple //= 2
 
 
-def _select(spec, scores, target, shape, ffn_multiple, hidden_multiple, tensor_parallel) -> Gates:
+def _select(
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: Shape, ffn_multiple: int,
+    hidden_multiple: int, tensor_parallel: int,
+) -> Gates:  # fmt: skip
     wanted = _threshold(spec, scores, target, {})
     fixed = {}
     if "hidden" in scores:
@@ -69,7 +72,7 @@ def _select(spec, scores, target, shape, ffn_multiple, hidden_multiple, tensor_p
     return _as_gates(_uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple, tensor_parallel))
 
 
-def most_removed(spec: ArchSpec, units: list[str], shape: str) -> float:
+def most_removed(spec: ArchSpec, units: list[str], shape: Shape) -> float:
     """The largest sparsity that removing `units` can reach (uniform layers keep one group and one FFN unit each)."""
     open_ = {}
     for kind in units:
@@ -111,7 +114,10 @@ def _threshold(spec: ArchSpec, scores: Mapping, target: float, fixed: dict[str, 
     return kept(near)
 
 
-def _uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple, tensor_parallel) -> dict[str, Tensor]:
+def _uniform(
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, wanted: Mapping[str, Tensor], ffn_multiple: int,
+    hidden_multiple: int, tensor_parallel: int,
+) -> dict[str, Tensor]:  # fmt: skip
     """The uniform structure nearest to the counts that `wanted` has on average and within reach of the target."""
     alive = _group_view(spec, wanted)
     mean_groups = float(alive.any(-1).double().sum(1).mean())

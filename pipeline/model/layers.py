@@ -167,7 +167,10 @@ class _Side:
     keep: Tensor | None = None
 
 
-def _layer_view(spec, head_gate, ffn_gate, residual: _Side, pairs, scaling, skip_removed) -> LayerView:
+def _layer_view(
+    spec: ArchSpec, head_gate: Tensor | None, ffn_gate: Tensor | None, residual: _Side,
+    pairs: Mapping[str, tuple[Tensor, Tensor]], scaling: float, skip_removed: bool,
+) -> LayerView:  # fmt: skip
     head_keep = _kept(head_gate) if skip_removed else None
     ffn_side = _Side(ffn_gate, _kept(ffn_gate) if skip_removed else None)
     group_keep, group_size, kv_index = _group_layout(spec, head_keep)
