@@ -17,15 +17,30 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.arch import ATTENTION, PROJECTIONS, ArchSpec, family_of, projections
 from nuteprune.exporting import modeling_ragged
 from nuteprune.masks import Gates, Kept, kept_units
 from nuteprune.model.layers import LoraWeights
+from nuteprune.model.loading import OWN_TYPES
 
 _RENAMED = {"architectures", "model_type", "quantization_config", "transformers_version", "auto_map"}
 """Entries of a base configuration that say what the base was, not how it computes."""
+
+
+def _register() -> None:
+    """Make transformers' auto classes use this package's classes for exports of ours, never a directory's own file."""
+    for cls in vars(modeling_ragged).values():
+        own = isinstance(cls, type) and cls.__module__ == modeling_ragged.__name__
+        if own and issubclass(cls, PreTrainedConfig):
+            AutoConfig.register(cls.model_type, cls, exist_ok=True)
+            OWN_TYPES.add(cls.model_type)
+        elif own and issubclass(cls, PreTrainedModel) and cls.__name__.endswith("ForCausalLM"):
+            AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
+
+
+_register()
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
     Args:
         base: the base model's configuration.
         fold: what is folded.
-        shape: "uniform" (a stock class) or "per_layer" (a class of `modeling_ragged`).
+        shape: "uniform" (a stock class), "per_layer_ffn" or "per_layer" (a class of `modeling_ragged`).
 
     Raises:
         ValueError: no stock class can hold these sizes.
@@ -89,7 +104,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
         "rms_norm_eps": fold.spec.norm_eps * fold.norm_scale**2,
         "tie_word_embeddings": fold.spec.tied and not fold.unties,
     }
-    if shape == "per_layer":
+    if shape != "uniform":
         stem = type(base).__name__.removesuffix("Config")
         values |= {"heads_per_group": groups, "ffn_sizes": [len(f) for f in fold.kept.ffn]}
         values["auto_map"] = {

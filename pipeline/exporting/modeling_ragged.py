@@ -5,7 +5,7 @@ Everything is transformers' own but the projections' shapes; K and V are repeate
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -102,23 +102,34 @@ def _cut(linear: nn.Linear, rows: int, columns: int) -> None:
 
 
 def _ragged(base: str | None) -> str:
-    """Register attention `base` (and its mask) with unequal groups allowed; returns the new implementation's name."""
+    """Register attention `base` (and its mask) with unequal groups allowed; returns the implementation's name.
+
+    Flash attention keeps its name: under another with "flash" in it, transformers looks for a kernel on the hub.
+    """
     base = (base or "eager").removeprefix(PREFIX)
+    name = base if "flash" in base else PREFIX + base
     inner = eager_attention_forward if base == "eager" else AttentionInterface()[base]
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         if query.shape[1] == 0:
             return query.transpose(1, 2), None
-        if len(set(module.heads_per_group)) > 1:
-            key, value = _per_head(key, module.heads_per_group), _per_head(value, module.heads_per_group)
+        groups = getattr(module, "heads_per_group", ())
+        if len(set(groups)) > 1:
+            key, value = _per_head(key, groups), _per_head(value, groups)
         return inner(module, query, key, value, attention_mask, **kwargs)
 
-    AttentionInterface.register(PREFIX + base, attention)
-    AttentionMaskInterface.register(PREFIX + base, AttentionMaskInterface()[base])
-    return PREFIX + base
+    wrapper: Any = attention
+    wrapper.inner, wrapper.takes_groups = inner, True
+    wrapped = inner
+    while wrapped is not None and not hasattr(wrapped, "takes_groups"):
+        wrapped = getattr(wrapped, "inner", None)
+    if wrapped is None:
+        AttentionInterface.register(name, wrapper)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
+    return name
 
 
-def _per_head(states: Tensor, groups: list[int]) -> Tensor:
+def _per_head(states: Tensor, groups: Sequence[int]) -> Tensor:
     """[B, K, T, P] to [B, H, T, P]: group g repeated groups[g] times."""
     return cat([states[:, g : g + 1].expand(-1, count, -1, -1) for g, count in enumerate(groups)], dim=1)
 

@@ -9,16 +9,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError, Shape, load_config
 from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
-from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, sha256, verify
+from nuteprune.runs.checkpoint import MANIFEST, atomic_directory, read_json, sha256, verify
 from nuteprune.runs.fingerprint import check_base
-from nuteprune.runs.rundir import Run, load_adapter, load_gates, load_run, save_adapter, save_config, save_gates
+from nuteprune.runs.rundir import (
+    DAMAGED,
+    Run,
+    load_adapter,
+    load_gates,
+    load_run,
+    reason,
+    save_adapter,
+    save_config,
+    save_gates,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +68,7 @@ def open_run(config: Config) -> Run:
 
 
 def shape_of(config: Config, trained: Run) -> Shape:
-    """The shape that is asked for: `uniform` or `per_layer`."""
+    """The shape that is asked for: `uniform`, `per_layer_ffn` or `per_layer`."""
     return trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
 
 
@@ -121,11 +130,12 @@ def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], targ
     try:
         verify(directory)
         gates, _ = load_gates(directory / "gates.safetensors")
-        facts = json.loads((directory / "tuned.json").read_text(encoding="utf-8"))
+        facts = read_json(directory / "tuned.json")
         lora, config = load_adapter(directory / "adapter"), load_config(directory / "config.yaml").lora
-    except (CheckpointError, SafetensorError, OSError, ValueError) as error:
-        raise ConfigError(f"the fine-tuned student in {directory} is damaged: {error}") from None
-    if facts["pruned"] != sha256(trained.directory / "pruned" / MANIFEST):
+        pruned = facts["pruned"]
+    except DAMAGED as error:
+        raise ConfigError(f"the fine-tuned student in {directory} is damaged: {reason(error)}") from None
+    if pruned != sha256(trained.directory / "pruned" / MANIFEST):
         raise ConfigError(
             f"{directory} was fine-tuned from an earlier pruning of this run: {again} with checkpoint.resume=never, or "
             "set export.source=pruned"
@@ -161,18 +171,17 @@ def structure(
         spec: the architecture.
         gates, scores: the run's gates and log-alpha.
         target: wanted sparsity.
-        shape: "uniform" or "per_layer".
+        shape: "uniform", "per_layer_ffn" or "per_layer".
         rounding: as from `multiples`.
 
     Raises:
         ConfigError: whole sublayers are removed but the shape is uniform, or the target is missed.
     """
     if shape == "uniform" and any((gates.as_dict()[k] == 0).any() for k in SUBLAYERS if k in gates.as_dict()):
-        raise ConfigError("the run removed whole sublayers, which no stock model lacks: use export.shape=per_layer")
-    kept = kept_units(spec, gates)
-    splits = not any(len(units) % rounding[2] for layer in (kept.kv_groups, kept.ffn) for units in layer)
-    fits = shape == "per_layer" or (kept.is_uniform(spec) and splits)
-    if fits and abs(sparsity_of(spec, gates) - target) <= POINT:
+        raise ConfigError(
+            "the run removed whole sublayers, which no stock model lacks: use export.shape=per_layer_ffn or per_layer"
+        )
+    if _fits(spec, gates, shape, rounding) and abs(sparsity_of(spec, gates) - target) <= POINT:
         return gates
     if shape == "uniform":
         scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
@@ -187,6 +196,19 @@ def structure(
             "export.hidden_multiple, or gate more kinds of units"
         )
     return settled
+
+
+def _fits(spec: ArchSpec, gates: Gates, shape: str, rounding: tuple[int, ...]) -> bool:
+    """Whether a shape can hold what the gates keep."""
+    if shape == "per_layer":
+        return True
+    kept, (ffn_multiple, _, parallel) = kept_units(spec, gates), rounding
+    if any(len(units) % parallel for layer in (kept.kv_groups, kept.ffn) for units in layer):
+        return False
+    if shape == "uniform":
+        return kept.is_uniform(spec)
+    widths = all(len(units) % ffn_multiple == 0 or len(units) == spec.ffn for units in kept.ffn)
+    return kept.attention_is_alike(spec) and widths
 
 
 def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:
