@@ -89,7 +89,8 @@ def _nll_sum(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> float:
     head, total = model.get_output_embeddings(), 0.0
     pairs = zip(hidden_TD[-scored - 1 : -1].split(LOGIT_CHUNK), ids[-scored:].split(LOGIT_CHUNK), strict=True)
     for hidden, target in pairs:
-        total += F.cross_entropy(head(hidden).float(), target, reduction="sum").item()
+        logits = head(hidden)  # of a model that is spread over devices: on the last one
+        total += F.cross_entropy(logits.float(), target.to(logits.device), reduction="sum").item()
     return total
 
 
@@ -120,7 +121,9 @@ def _check_head(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """Hold that the output matrix alone turns hidden states into logits (no scale, no soft cap), on ids `[T]`."""
     hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
     plain, logits = model.get_output_embeddings()(hidden), model(input_ids=ids[None], use_cache=False).logits
-    if not torch.allclose(plain.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+    if not torch.allclose(
+        plain.to(logits.device).float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())
+    ):
         raise ConfigError(f"{type(model).__name__} scales or caps its logits, which perplexity does not support")
 
 

@@ -61,6 +61,14 @@ def write(report: dict, output: Path, run_dir: Path | None) -> dict:
     return report
 
 
+def write_draft(draft: dict, output: Path) -> None:
+    """Keep what was measured so far as report.json, marked as unfinished; the manifest of a report before it goes."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MANIFEST).unlink(missing_ok=True)
+    text = json.dumps(_finite({"unfinished": True} | draft), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(output / "report.json", (text + "\n").encode())
+
+
 def table(report: dict) -> str:
     """Sizes, perplexity and speed as aligned plain text: one column a model, then the last over the first."""
     rows = _rows(report)
@@ -185,6 +193,8 @@ def _conditions(report: dict) -> str:
             f"the models took turns, on {measured['device']} (CPU threads: {measured['threads']}); the ratio is the "
             "median of the rounds' ratios. Peak memory: the weights and what generation adds to the process."
         )
+    if report.get("speed_missing"):
+        lines.append(f"Speed was not measured: {report['speed_missing']}.")
     if "ceiling" in report["ratio"]:
         most = report["ratio"]["ceiling"]
         lines.append(

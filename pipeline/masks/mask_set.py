@@ -13,7 +13,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import ConfigError, GateConfig
 from nuteprune.masks import hard_concrete as hc
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
-from nuteprune.masks.selection import most_removed, select_units
+from nuteprune.masks.selection import cheapest_units, most_removed, select_units
 
 POINT = 0.01
 """The exported sparsity may be this far from the target."""
@@ -26,9 +26,13 @@ _ALIKE = {"uniform": {"heads", "kv_groups", "ffn"}, "per_layer_ffn": {"heads", "
 
 
 def gated_kinds(spec: ArchSpec, units: Sequence[str]) -> list[str]:
-    """The kinds that get gates: without grouped queries a head is its own KV group, so one gate serves both."""
+    """The kinds that get gates.
+
+    Without grouped queries a head is its own KV group, so one gate serves both; a layer's only group is its whole
+    attention, which `attn_sublayers` stands for.
+    """
     kinds = [k for k in KINDS if k in units]
-    if spec.group_size == 1 and "heads" in kinds and "kv_groups" in kinds:
+    if "kv_groups" in kinds and (spec.kv_heads == 1 or (spec.group_size == 1 and "heads" in kinds)):
         kinds.remove("kv_groups")
     return kinds
 
@@ -44,6 +48,10 @@ def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:
         raise ConfigError(
             "gates.units: whole sublayers need gates.shape=per_layer_ffn or per_layer (no stock model lacks a sublayer)"
         )
+    if (refusal := spec.refusal(config.units)) is not None:
+        raise ConfigError(f"gates.units: {refusal}")
+    if (refusal := spec.refusal([config.shape])) is not None:
+        raise ConfigError(f"gates.shape: {refusal}")
     kinds = gated_kinds(spec, config.units)
     most = most_removed(spec, kinds, config.shape)
     if target > most:
@@ -177,9 +185,17 @@ class MaskSet(nn.Module):
         return _ALIKE[self.config.shape] & set(self.kinds)
 
     @torch.no_grad()
-    def settle(self, target: float) -> Gates:
-        """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape."""
-        gates = select_units(self.spec, self.scores(), target, self.config.shape, *multiples(self.config))
+    def settle(self, target: float, loss: Callable[[list[Gates]], list[float]]) -> Gates:
+        """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape.
+
+        Where the shape can meet the target in several structures, the one with the least loss.
+
+        Args:
+            target: sparsity.
+            loss: the losses of students with given gates.
+        """
+        config = self.config
+        gates = cheapest_units(self.spec, self.scores(), target, config.shape, multiples(config), loss)
         self.fix(gates)
         return gates
 

@@ -101,11 +101,40 @@ class MaskedLoRALinear(nn.Module):
         )  # fmt: skip
 
 
-def install(layers: nn.ModuleList) -> None:
-    """Replace the seven projections of every decoder layer by `MaskedLoRALinear`, in place."""
+class WidthNorm(nn.Module):
+    """RMSNorm over the whole width of queries or keys (OLMo 2), of which only the kept rows may arrive.
+
+    Removed rows count as zeros: y = w·x / sqrt(Σx²/N + eps) with N the intact width.
+
+    Args:
+        base: the norm it replaces; its weight is shared.
+        width: N.
+    """
+
+    def __init__(self, base: nn.Module, width: int):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.width = base.weight, base.variance_epsilon, width
+        self.keep: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., N] or its kept columns, normalised."""
+        weight = self.weight if self.keep is None else self.weight[self.keep]
+        mean_square = x.float().pow(2).mean(-1, keepdim=True) * (x.shape[-1] / self.width)
+        return (weight * (x.float() * torch.rsqrt(mean_square + self.variance_epsilon))).to(x.dtype)
+
+
+_WIDTH_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
+
+
+def install(layers: nn.ModuleList, spec: ArchSpec) -> None:
+    """Replace the seven projections of every decoder layer by `MaskedLoRALinear`, in place, and norms over heads."""
     for layer in layers:
         for owner, attribute in projections(layer).values():
             setattr(owner, attribute, MaskedLoRALinear(getattr(owner, attribute)))
+        if spec.qk_norm == "width":
+            attention = layer.self_attn
+            for norm, name in _WIDTH_NORMS.items():
+                setattr(attention, norm, WidthNorm(getattr(attention, norm), getattr(attention, name).out_features))
 
 
 def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.device) -> LoraParameters:
@@ -128,6 +157,9 @@ def activate(layer: nn.Module, view: LayerView) -> None:
         getattr(owner, attribute).state = view.states[name]
     layer.self_attn.num_key_value_groups = view.group_size
     layer.self_attn.kv_index = view.kv_index
+    for norm, name in _WIDTH_NORMS.items():
+        if isinstance(module := getattr(layer.self_attn, norm, None), WidthNorm):
+            module.keep = view.states[name].keep_out
 
 
 def build_view(
@@ -146,16 +178,16 @@ def build_view(
     """
     heads = ffn = hidden = None
     if gates is not None:
-        full = gates.full(spec) if gates.ffn is None and gates.ffn_sublayers is not None else gates
-        heads, ffn, hidden = gates.head_gate(spec), full.ffn_gate(), gates.hidden
+        heads, ffn, hidden = gates.head_gate(spec), gates.ffn_gate(spec), gates.hidden
     residual = _Side(hidden, _kept(hidden) if skip_removed else None)
+    scales = _layer_scales(spec, None if gates is None else gates.layers, skip_removed)
     layers = []
     for index in range(spec.layers):
         head_gate = None if heads is None else heads[index]
         ffn_gate = None if ffn is None else ffn[index]
         pairs = {n: tuple(t.to(dtype) for t in lora[f"{index}.{n}"]) for n in (*ATTENTION, *FFN)
                  if f"{index}.{n}" in lora}  # fmt: skip
-        layers.append(_layer_view(spec, head_gate, ffn_gate, residual, pairs, scaling, skip_removed))
+        layers.append(_layer_view(spec, head_gate, ffn_gate, residual, scales[index], pairs, scaling, skip_removed))
     return View(layers, hidden)
 
 
@@ -167,8 +199,17 @@ class _Side:
     keep: Tensor | None = None
 
 
+def _layer_scales(spec: ArchSpec, gate: Tensor | None, skip_removed: bool) -> list[Tensor | None]:
+    """For each layer the gate of what it adds to the stream; None where that stays as it is."""
+    if gate is None:
+        return [None] * spec.layers
+    if gate.requires_grad or not skip_removed:
+        return list(gate)
+    return [None if value == 1 else z for value, z in zip(gate.tolist(), gate, strict=True)]
+
+
 def _layer_view(
-    spec: ArchSpec, head_gate: Tensor | None, ffn_gate: Tensor | None, residual: _Side,
+    spec: ArchSpec, head_gate: Tensor | None, ffn_gate: Tensor | None, residual: _Side, scale: Tensor | None,
     pairs: Mapping[str, tuple[Tensor, Tensor]], scaling: float, skip_removed: bool,
 ) -> LayerView:  # fmt: skip
     head_keep = _kept(head_gate) if skip_removed else None
@@ -176,14 +217,25 @@ def _layer_view(
     group_keep, group_size, kv_index = _group_layout(spec, head_keep)
     queries = _Side(None if head_gate is None else head_gate.repeat_interleave(spec.head_dim), _rows(spec, head_keep))
     values = _Side(None, _rows(spec, group_keep))
+    into_norm: dict[str, Tensor] = {}
+    if spec.qk_norm == "width" and head_gate is not None and not skip_removed:
+        # A removed head leaves the norm that its queries and keys share with the others: no rows, or zeros.
+        alive = (head_gate.detach() != 0).to(head_gate.dtype)
+        groups = alive.view(-1, spec.group_size).amax(1)
+        into_norm = {
+            name: unit.repeat_interleave(spec.head_dim) for name, unit in (("q_proj", alive), ("k_proj", groups))
+        }
     outputs = {"q_proj": queries, "k_proj": values, "v_proj": values, "gate_proj": ffn_side, "up_proj": ffn_side}
     states = {}
     for name, side in outputs.items():
         # The residual stream is already masked, so removed hidden dimensions arrive as zeros: no gate, only the skip.
-        states[name] = ProjectionState(pairs.get(name), scaling, keep_in=residual.keep, keep_out=side.keep,
+        states[name] = ProjectionState(pairs.get(name), scaling, None, into_norm.get(name), residual.keep, side.keep,
                                        compact_out=side.keep is not None)  # fmt: skip
+    added = residual.gate
+    if scale is not None:
+        added = scale.repeat(spec.hidden) if added is None else scale * added
     for name, side in {"o_proj": queries, "down_proj": ffn_side}.items():
-        states[name] = ProjectionState(pairs.get(name), scaling, side.gate, residual.gate, side.keep, residual.keep,
+        states[name] = ProjectionState(pairs.get(name), scaling, side.gate, added, side.keep, residual.keep,
                                        compact_in=side.keep is not None)  # fmt: skip
     gone = [keep is not None and len(keep) == 0 for keep in (head_keep, ffn_side.keep)]
     return LayerView(states, group_size, kv_index, removed=all(gone))

@@ -26,6 +26,8 @@ from nuteprune.config import ConfigError, ModelConfig
 
 log = logging.getLogger(__name__)
 
+USABLE = 0.9
+"""Share of a device's memory that the weights of a model may fill, the rest is for what is computed with them."""
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 OWN_TYPES: set[str] = set()
 """Model types whose classes this package registered with transformers (`exporting.folding`)."""
@@ -95,8 +97,34 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple
     return model.to(device), spec
 
 
+def weight_bytes(path: str, config: ModelConfig) -> int:
+    """Bytes of a model's weights in `config.dtype`, from the sizes of its files; 0 where there are none."""
+    try:
+        folder = Path(cached_file(path, "config.json")).parent
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0  # loading it says what is wrong
+    dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype") or "float32"), torch.float32)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return size * getattr(torch, config.dtype).itemsize // dtype.itemsize
+
+
+def placement(size: int, device: torch.device) -> str | dict | None:
+    """transformers' device_map for weights of so many bytes: one card, or, where they do not fit, all of them and the
+    host ("auto", by accelerate); None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    if size <= USABLE * free:
+        return {"": device}
+    log.info(
+        "the weights take %.1f GB and %.1f GB are free on %s: spread over all devices", size / 1e9, free / 1e9, device
+    )
+    return "auto"
+
+
 def load_any(
-    path: str, config: ModelConfig, trust: bool = False
+    path: str, config: ModelConfig, trust: bool = False, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
     """Any causal language model in `config.dtype` for evaluation, its tokenizer, and the directory of its files.
 
@@ -107,6 +135,7 @@ def load_any(
         path: directory or hub id.
         config: type and attention.
         trust: whether Python files that came with the model may run.
+        device: the weights are read shard by shard onto it; a model that does not fit is spread over all devices.
 
     Raises:
         ConfigError: no whole model or no tokenizer there, or code of its own that is not trusted.
@@ -129,6 +158,7 @@ def load_any(
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
             trust_remote_code=bool(asking), output_loading_info=True,
+            device_map=placement(weight_bytes(path, config), torch.device(device)),
         )  # fmt: skip
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot load the model '{path}' for evaluation: {_first_line(error)}") from error

@@ -149,7 +149,7 @@ class PairedModel(nn.Module):
         model.eval()
         self.spec, self.model = spec, model
         self.scaling = lora.alpha / lora.rank
-        install(model.model.layers)
+        install(model.model.layers, spec)
         self.head = _Head(model.lm_head.weight)
         self._lora = fresh_lora(model.model.layers, lora, model.device)
         model.model.layers = nn.ModuleList(
@@ -192,7 +192,8 @@ class PairedModel(nn.Module):
         p = _Pass(student, teacher, loss)
         embedded = self.model.get_input_embeddings()(input_ids)
         if teacher is not None:
-            p.teacher_stream = _masked(embedded, teacher.hidden)
+            # The decoder itself multiplies the student's stream, which it is given.
+            p.teacher_stream = _masked(embedded, teacher.hidden) * self.spec.embedding_multiplier
         positions = None if answers is None else answers.positions
         # ZeRO-3 frees a layer's weights when the gradient of its input is there: the first layer's needs one too.
         final = self._stream(_masked(embedded.detach().requires_grad_(), student.hidden), p, positions)
@@ -213,7 +214,8 @@ class PairedModel(nn.Module):
         if label_weight:
             labels = input_ids if answers is None else answers.labels
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
-        rows = final.flatten(0, 1)
+        rows = final.flatten(0, 1) / self.spec.logits_scaling
+        target = None if target is None else target / self.spec.logits_scaling
         if answers is not None:
             assert labels is not None
             learned = labels != IGNORE
@@ -226,7 +228,7 @@ class PairedModel(nn.Module):
 
     def logits(self, input_ids: Tensor, view: View) -> Tensor:
         """Logits [B, T, V] of one view, in full."""
-        return self.model.lm_head(self.hidden(input_ids, view))
+        return self.model.lm_head(self.hidden(input_ids, view)) / self.spec.logits_scaling
 
     def hidden(self, input_ids: Tensor, view: View) -> Tensor:
         """Final hidden states [B, T, D] of one view, after the last norm."""

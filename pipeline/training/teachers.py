@@ -76,7 +76,7 @@ class TeacherBank:
         Args:
             student_sparsity: expected sparsity of the student now.
         """
-        if self.config.mode != "numerous":
+        if not self.config.from_snapshots:
             return None
         mark = student_sparsity
         if self.reached is not None:

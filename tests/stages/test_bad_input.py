@@ -8,9 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
+from nuteprune import api
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.runs.checkpoint import Checkpoints
@@ -166,3 +168,18 @@ def test_full_disk_while_saving_leaves_the_old_checkpoint(settings, tmp_path, ca
 def test_evaluate_of_a_missing_model(tmp_path, capsys):
     assert "nowhere" in refused(capsys, "evaluate", f"run_dir={tmp_path}", "evaluate.models=[/nowhere]")
     assert not list(Path(tmp_path).glob("evaluate*"))
+
+
+@pytest.mark.parametrize("where", ["card", "host"])
+def test_out_of_memory_is_one_line_with_what_to_lower(settings, capsys, monkeypatch, where):
+    def too_much(config):
+        if where == "card":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has a total …")
+        torch.empty(1 << 50)
+
+    monkeypatch.setattr(api, "prune", too_much)
+    assert main(["prune", *settings]) == 1
+    told = capsys.readouterr().err.strip()
+    assert "\n" not in told
+    assert "out of memory" in told
+    assert "lower train.micro_batch" in told
