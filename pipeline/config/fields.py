@@ -10,6 +10,8 @@ Shape = Literal["uniform", "per_layer_ffn", "per_layer"]
 DEFAULT_UNITS: dict[str, list[Unit]] = {"per_layer_ffn": ["ffn"]}
 """What is gated by default in a shape, as measured (README, "Results"); in the others KV groups and FFN units."""
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+ExportShape = Literal[Shape, "as_trained"]
 
 
 class ConfigError(ValueError):
@@ -28,7 +30,7 @@ def opt(default: Any, help: str, *, ge: float | None = None, gt: float | None = 
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = opt("", "Directory or hub id of the pretrained causal language model.")
-    dtype: Literal["float32", "bfloat16", "float16"] = opt("float32", "Type the frozen base weights are held in.")
+    dtype: Dtype = opt("float32", "Type the frozen base weights are held in.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = opt("sdpa", "Attention implementation of transformers.")
 
 
@@ -199,9 +201,7 @@ class TrackingConfig:
 @dataclass(frozen=True)
 class ExportConfig:
     output: str = opt("", "Directory of the exported model; empty: `export` below the run directory.")
-    shape: Literal["uniform", "per_layer_ffn", "per_layer", "as_trained"] = opt(
-        "as_trained", "Shape of the exported model; `as_trained` takes `gates.shape` of the run."
-    )
+    shape: ExportShape = opt("as_trained", "Shape of the exported model; `as_trained` takes `gates.shape` of the run.")
     sparsity: float = opt(0.0, "Export the run's snapshot at this sparsity; 0: the final student.", ge=0, lt=1)
     source: Literal["newest", "pruned", "finetuned"] = opt(
         "newest", "The student as pruned, as fine-tuned, or (newest) fine-tuned where that is finished."
@@ -213,7 +213,7 @@ class ExportConfig:
     ffn_multiple: int = opt(0, "FFN widths are rounded to this multiple; 0: gates.ffn_multiple of the run.", ge=0)
     hidden_multiple: int = opt(0, "The hidden size is rounded to this multiple; 0: as in the run.", ge=0)
     tensor_parallel: int = opt(0, "GPUs over which the model can be split; 0: as in the run.", ge=0)
-    dtype: Literal["as_base", "float32", "bfloat16", "float16"] = opt("as_base", "Type of the exported weights.")
+    dtype: Literal["as_base", Dtype] = opt("as_base", "Type of the exported weights.")
     push_to_hub: str = opt(
         "", "Repository of the Hugging Face hub (user/name) that the model is uploaded to; empty: none."
     )
