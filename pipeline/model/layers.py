@@ -7,7 +7,7 @@ Activating a view sets a few attributes; it copies nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -235,7 +235,7 @@ def _layer_scales(spec: ArchSpec, gate: Tensor | None, skip_removed: bool) -> li
 
 
 def _layer_view(
-    spec: ArchSpec, head_gate: Tensor | None, ffn_gate: Tensor | None, residual: _Side, scales: Sequence[Tensor | None],
+    spec: ArchSpec, head_gate: Tensor | None, ffn_gate: Tensor | None, residual: _Side, scales: tuple[Tensor | None, Tensor | None],
     pairs: Mapping[str, tuple[Tensor, Tensor]], scaling: float, skip_removed: bool,
 ) -> LayerView:  # fmt: skip
     head_keep = _kept(head_gate) if skip_removed else None
