@@ -235,8 +235,9 @@ def _layer_scales(spec: ArchSpec, gate: Tensor | None, skip_removed: bool) -> li
 
 
 def _layer_view(
-    spec: ArchSpec, head_gate: Tensor | None, ffn_gate: Tensor | None, residual: _Side, scales: tuple[Tensor | None, Tensor | None],
-    pairs: Mapping[str, tuple[Tensor, Tensor]], scaling: float, skip_removed: bool,
+    spec: ArchSpec, head_gate: Tensor | None, ffn_gate: Tensor | None, residual: _Side,
+    scales: tuple[Tensor | None, Tensor | None], pairs: Mapping[str, tuple[Tensor, Tensor]], scaling: float,
+    skip_removed: bool,
 ) -> LayerView:  # fmt: skip
     head_keep = _kept(head_gate) if skip_removed else None
     ffn_side = _Side(ffn_gate, _kept(ffn_gate) if skip_removed else None)
