@@ -51,7 +51,7 @@ class Pruning(Trainer):
     stage = "prune"
     output = "pruned"
     outputs = ("checkpoints", "pruned")
-    free = ("finetune", "checkpoint", "tracking", "export", "evaluate")
+    free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
 
     def __init__(self, *parts, masks: MaskSet, multipliers: Multipliers | None, bank: TeacherBank):
         super().__init__(*parts)
