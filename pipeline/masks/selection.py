@@ -106,7 +106,8 @@ def cheapest_units(
         return own
     scores = {k: s.detach().double().cpu() for k, s in scores.items()}
     build = _at_counts if shape == "uniform" else _free_ffn_at
-    gates, losses = {near: own}, {}
+    gates = {near: own}
+    losses: dict[Counts, float] = {}
 
     def measure(wanted: Iterable[Counts]) -> Counts:
         """Measure those that meet the target; the best of all so far."""
@@ -213,7 +214,7 @@ def _free_ffn(
     spec: ArchSpec, scores: Mapping[str, Tensor], target: float, near: Counts, rounding: Rounding
 ) -> dict[str, Tensor]:
     """Attention alike in every layer, as near to some counts as the target allows; FFN widths free."""
-    found = []
+    found: list[tuple[float, int, dict[str, Tensor]]] = []
     possible = every(spec, set(scores) - {"layers"}, near, rounding)
     for counts in sorted(possible, key=lambda c: c.distance(near, spec)):
         kept = _free_ffn_at(spec, scores, target, counts, rounding)
