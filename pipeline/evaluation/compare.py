@@ -47,7 +47,7 @@ def evaluate_models(config: Config) -> dict:
     # First, so that a mistake in them costs no evaluation.
     tasks = load_tasks(settings.tasks, settings.trust_remote_code)
     too_big = too_big_together([weight_bytes(path, config.model) for path in paths], device) if settings.speed else ""
-    entries: list[dict] = []
+    entries: list[dict[str, Any]] = []
     models, streams = [], []
     draft = {"models": entries, "dtype": config.model.dtype, "environment": environment(device)}
 

@@ -106,7 +106,7 @@ def cheapest_units(
         return own
     scores = {k: s.detach().double().cpu() for k, s in scores.items()}
     build = _at_counts if shape == "uniform" else _free_ffn_at
-    gates = {near: own}
+    gates: dict[Counts, Gates] = {near: own}
     losses: dict[Counts, float] = {}
 
     def measure(wanted: Iterable[Counts]) -> Counts:
