@@ -8,7 +8,7 @@ from typing import Any, Literal
 Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers"]
 Shape = Literal["uniform", "per_layer_ffn", "per_layer"]
 DEFAULT_UNITS: dict[str, list[Unit]] = {"per_layer_ffn": ["ffn"]}
-"""What is gated by default in a shape, as measured (README, "Results"); in the others KV groups and FFN units."""
+"""What is gated by default in a shape, as measured (docs/results.md); in the others KV groups and FFN units."""
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ExportShape = Literal[Shape, "as_trained"]
@@ -67,8 +67,8 @@ class GateConfig:
     units: list[Unit] = opt([], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, ffn_sublayers, "
                             "layers; empty: ffn in the shape `per_layer_ffn`, else kv_groups and ffn.")  # fmt: skip
     shape: Shape = opt(
-        "uniform", "`uniform` keeps the same counts in every layer (a stock architecture); `per_layer_ffn` the same "
-        "attention in every layer that has one, with an FFN width of its own each; `per_layer` is free."
+        "per_layer_ffn", "`per_layer_ffn`: the same attention in every layer that has one, an FFN width of its own each; "
+        "`uniform`: the same counts in every layer, a stock architecture; `per_layer`: free counts."
     )  # fmt: skip
     init: Literal["importance", "drop_rate"] = opt(
         "importance", "Start of log-alpha: from first-order Taylor importance, or one drop rate for all."
