@@ -3,7 +3,8 @@
 PYTHON ?= python3
 TESTS ?= tests
 WORKERS ?= 2
-TRAIN ?= data/c4_300.jsonl
+TRAIN ?= data/c4_900.jsonl
+HELD_OUT ?= 50
 TEST ?= data/wikitext2_raw_test.txt
 EXPORT ?= runs/my-model/export
 
@@ -15,7 +16,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks check-vllm check-llamacpp lint lock format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks check-vllm check-llamacpp docs lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -40,8 +41,8 @@ bench: $(VENV) $(MODEL) ## time a training step against sparsity
 bench-kernels: $(VENV) ## time the fused projections against eager torch, peft and the bare GEMM
 	$(BIN)/python -m nuteprune.kernels.bench
 
-bench-quality: $(VENV) $(MODEL) ## perplexity against a baseline; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt
-	$(BIN)/python -m nuteprune.bench.quality --train "$(TRAIN)" --test "$(TEST)" $(BENCH_ARGS)
+bench-quality: $(VENV) $(MODEL) $(TEXT) ## quality against baselines; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt BENCH_ARGS="--seeds 3"
+	$(BIN)/python -m nuteprune.bench.quality --train "$(TRAIN)" --test $(TEST) $(TEXT) --held-out $(HELD_OUT) $(BENCH_ARGS)
 
 bench-comm: $(VENV) $(MODEL) ## bytes that ZeRO-3 gathers in a step, paired and separate, on two ranks
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m nuteprune.bench.comm
@@ -65,6 +66,9 @@ check-llamacpp: $(addsuffix /config.json,$(EXPORT)) $(VENV) ## the same in llama
 	tar -xzf .venv-llamacpp/llama_cpp_python-0.3.36.tar.gz -C .venv-llamacpp
 	PYTHONPATH=.venv-llamacpp/lib $(BIN)/python tests/serving/llamacpp_alone.py \
 		.venv-llamacpp/llama_cpp_python-0.3.36/vendor/llama.cpp/convert_hf_to_gguf.py $(EXPORT)
+
+docs: $(VENV) ## write docs/configuration.md anew from the settings' fields
+	$(BIN)/python -m nuteprune.config.reference > docs/configuration.md
 
 lint: $(VENV) ## check style and types
 	$(BIN)/ruff check .

@@ -1,34 +1,54 @@
-"""Perplexity of pruned models at a small token budget: `make bench-quality`.
+"""Quality of pruned models at a small token budget, fairly compared: `make bench-quality`.
 
-Prunes one model with our recipe, with one intact teacher, with none, and with the baseline a user would build in an
-afternoon, at each sparsity, from the same data, seed and LoRA budget; exports each and scores the exported model on
-held-out text. `--finetune records.json` adds each student after fine-tuning, `--ladder 0.1 0.2` the rungs below each of
-our runs. A run that is already finished is not pruned again.
+Prunes one model with our recipe, with one intact teacher, with none, with the baseline a user would build in an
+afternoon, and by the paper's recipe, at each sparsity and for each seed, in the shape that is exported by default, from
+the same data. All rows but the paper's have the same optimizer, schedule of the learning rate and LoRA. Each exported
+model is scored on every text: perplexity, and the KL divergence per token of its predictions from the intact model's.
+
+The row `control` is the intact model with the same LoRA trained by cross entropy on the same text: what the text's
+domain alone is worth. Documents held out of the training file are a text of its own kind.
+
+`--finetune records.json` adds each student after fine-tuning, `--ladder 0.1 0.2` the rungs below each of our runs.
+Several `--steps` draw what each row makes of a budget. A run that is already finished is not pruned again.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator
+from itertools import groupby, product
 from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch import LongTensor
+from transformers import PreTrainedModel
 
 from nuteprune.__main__ import quiet_libraries
 from nuteprune.config import Config, ConfigError, load_config
 from nuteprune.data.text import text_tokens
-from nuteprune.evaluation.measure import environment, perplexity
+from nuteprune.evaluation.measure import divergence, environment, perplexity
 from nuteprune.exporting.card import RECORD
+from nuteprune.exporting.small import export_model
 from nuteprune.model.loading import load_any
 from nuteprune.parallel.distributed import discover
-from nuteprune.stages import export, finetune, prune
+from nuteprune.stages import finetune, prune
 
+WINDOW = 1024
+NOTHING = 1e-6
+"""A target sparsity at which no unit leaves: LoRA is all that changes."""
 VARIANTS = {
     "ours": [],
     "intact-teacher": ["teacher.mode=intact"],
     "no-teacher": ["teacher.mode=none"],
     "taylor": ["recipe=taylor"],
+    "paper": ["recipe=paper", "gates.units=[heads,kv_groups,ffn]"],
+    "control": ["teacher.mode=none", f"sparsity.target={NOTHING}"],
 }
 """Overrides of each row. `taylor` is the baseline: scores taken once, one ranking, a hard schedule (its recipe)."""
 
@@ -37,12 +57,16 @@ def main(argv: list[str] | None = None) -> int:
     """Prune, export, score and print; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="models/smollm2-135m")
-    parser.add_argument("--train", type=Path, required=True, help="training text, e.g. 300 documents of C4 as JSONL")
-    parser.add_argument("--test", type=Path, required=True, help="held-out text, e.g. the raw test set of WikiText-2")
+    parser.add_argument("--train", type=Path, required=True, help="training text: documents of C4 as JSONL, say")
+    parser.add_argument("--held-out", type=int, default=0, help="last documents of it that are scored, not trained on")
+    parser.add_argument(
+        "--test", type=Path, nargs="+", required=True, help="texts to score, e.g. WikiText-2's test set"
+    )
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.2, 0.5])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--blocks", type=int, default=20, help="blocks of 1,024 tokens that are scored")
+    parser.add_argument("--steps", type=int, nargs="+", default=[120])
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each row, seeded 0, 1, …")
+    parser.add_argument("--blocks", type=int, default=20, help=f"blocks of {WINDOW:,} tokens that are scored")
     parser.add_argument("--finetune", type=Path, help="instruction records to fine-tune each student on")
     parser.add_argument("--ladder", type=float, nargs="+", default=[], help="rungs of our runs that are scored too")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/quality"))
@@ -58,23 +82,71 @@ def main(argv: list[str] | None = None) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Fill the table row by row; what is measured is on disk after each row."""
-    for path in (args.train, args.test, args.finetune):
+    for path in (args.train, *args.test, args.finetune):
         if path and not path.is_file():
             raise ConfigError(f"{path} does not exist: give a text file (make bench-quality TRAIN=… TEST=…)")
-    rows = [{"variant": "intact", "sparsity": 0.0, "perplexity": score(args, args.model)}]
-    for sparsity in args.sparsities:
-        for variant in args.variants:
-            for row in measure(args, variant, sparsity):
-                rows.append(row)
-                save(args, rows)
-                sys.stderr.write(table(rows) + "\n")
-    sys.stdout.write(table(rows) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.train, held_out = split(args.train, args.held_out, args.out)
+    scorer = Scorer(args.model, [*args.test, *held_out], args.blocks)
+    runs = [{"variant": "intact", "sparsity": 0.0, "steps": 0, "seed": 0, **scorer.score(args.model)}]
+    for steps, sparsity, variant, seed in product(args.steps, args.sparsities, args.variants, range(args.seeds)):
+        if variant == "control" and sparsity != args.sparsities[0]:
+            continue  # removes nothing: one row for all of them
+        for run in measure(args, scorer, variant, sparsity, steps, seed):
+            runs.append(run)
+            save(args, runs)
+            sys.stderr.write(table(runs) + "\n")
+    if len(args.steps) > 1:
+        (args.out / "budget.png").write_bytes(picture(runs))
+    sys.stdout.write(table(runs) + "\n")
     return 0
 
 
-def measure(args: argparse.Namespace, variant: str, sparsity: float) -> Iterator[dict]:
-    """The rows of one run: the pruned student, the rungs below it, and each of them fine-tuned."""
-    config = run_config(args, variant, sparsity)
+def split(train: Path, held_out: int, out: Path) -> tuple[Path, list[Path]]:
+    """The training file and, where documents are held out, what is left of it and a file of those."""
+    if not held_out:
+        return train, []
+    lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
+    if train.suffix != ".jsonl" or held_out >= len(lines):
+        raise ConfigError(f"--held-out {held_out}: {train} must be a .jsonl file of more documents than that")
+    parts = {"train.jsonl": lines[:-held_out], "held-out.jsonl": lines[-held_out:]}
+    for name, part in parts.items():
+        (out / name).write_text("".join(part), encoding="utf-8")
+    return out / "train.jsonl", [out / "held-out.jsonl"]
+
+
+class Scorer:
+    """Scores model directories on texts, beside the intact model.
+
+    Args:
+        intact: directory of the intact model, which is kept in memory.
+        texts: files to score.
+        blocks: of `WINDOW` tokens from the start of each text.
+    """
+
+    def __init__(self, intact: str, texts: list[Path], blocks: int):
+        self.blocks = blocks
+        self.intact, tokenizer = self.load(intact)
+        self.texts: dict[str, LongTensor] = {text.stem: text_tokens(text, "text", tokenizer) for text in texts}
+
+    def load(self, path: str) -> tuple[PreTrainedModel, object]:
+        """A model on the device, in float32, and its tokenizer."""
+        model, tokenizer, _ = load_any(path, load_config(None, [f"model.path={path}"]).model)
+        return model.to(discover().device), tokenizer
+
+    def score(self, path: str) -> dict:
+        """`perplexity` and `kl` (nats per token, from the intact model) by text."""
+        model, _ = self.load(path)
+        result: dict[str, dict[str, float]] = {"perplexity": {}, "kl": {}}
+        for name, tokens in self.texts.items():
+            result["perplexity"][name] = perplexity(model, tokens, WINDOW, 0, self.blocks)["perplexity"]
+            result["kl"][name] = divergence(self.intact, model, tokens, WINDOW, self.blocks)
+        return result
+
+
+def measure(args, scorer: Scorer, variant: str, sparsity: float, steps: int, seed: int) -> Iterator[dict]:
+    """What one run gives: the pruned student, the rungs below it, and each of them fine-tuned."""
+    config = run_config(args, variant, sparsity, steps, seed)
     began = time.perf_counter()
     prune.run(config)
     rungs = [rung for rung in args.ladder if rung < sparsity] if variant == "ours" else []
@@ -84,52 +156,101 @@ def measure(args: argparse.Namespace, variant: str, sparsity: float) -> Iterator
             if tuned:
                 finetune.run(load_config(config, [f"finetune.sparsity={rung}"]))
             source = "finetuned" if tuned else "pruned"
-            exported = export.run(load_config(config, [f"export.sparsity={rung}", f"export.source={source}"]))
+            exported = export_model(load_config(config, [f"export.sparsity={rung}", f"export.source={source}"]))
             record = json.loads((exported / RECORD).read_text(encoding="utf-8"))
             yield {
-                "variant": f"{name}, tuned" if tuned else name, "sparsity": rung or sparsity,
-                "reached": record["sparsity"], "perplexity": score(args, str(exported)),
-                "seconds": round(time.perf_counter() - began),
+                "variant": f"{name}, tuned" if tuned else name, "sparsity": rung or config.sparsity.target,
+                "steps": steps, "seed": seed, "reached": record["sparsity"], "shape": config.gates.shape,
+                **scorer.score(str(exported)), "seconds": round(time.perf_counter() - began),
             }  # fmt: skip
             began = time.perf_counter()
 
 
-def run_config(args: argparse.Namespace, variant: str, sparsity: float) -> Config:
-    """The configuration of one row."""
+def run_config(args: argparse.Namespace, variant: str, sparsity: float, steps: int, seed: int) -> Config:
+    """The configuration of one run."""
     return load_config(None, [
-        *VARIANTS[variant], f"run_dir={args.out}/{variant}-{sparsity:g}-{args.steps}", f"model.path={args.model}",
+        f"run_dir={args.out}/{variant}-{sparsity:g}-{steps}-{seed}", f"model.path={args.model}",
         f"data.source={args.train}", "data.documents=0", "data.seq_len=256", "train.batch_size=4",
-        f"train.steps={args.steps}", f"sparsity.target={sparsity}", "gates.shape=per_layer", "seed=0",
-        f"finetune.data={args.finetune or ''}", *args.set,
+        f"train.steps={steps}", f"sparsity.target={sparsity}", f"seed={seed}",
+        f"finetune.data={args.finetune or ''}", *args.set, *VARIANTS[variant],
     ])  # fmt: skip
 
 
-def score(args: argparse.Namespace, path: str) -> float:
-    """Perplexity of a model directory on the first blocks of 1,024 tokens of the test text."""
-    config = load_config(None, [f"model.path={path}"])
-    model, tokenizer, _ = load_any(path, config.model)
-    tokens = text_tokens(args.test, config.data.text_field, tokenizer)
-    return perplexity(model.to(discover().device), tokens, 1024, 0, args.blocks)["perplexity"]
+def save(args: argparse.Namespace, runs: list[dict]) -> None:
+    """Write the runs so far and what they were measured on."""
+    result = {"model": args.model, "train": args.train.name, "test": [p.name for p in args.test], "blocks": args.blocks,
+              "settings": args.set, "environment": environment(discover().device), "runs": runs}  # fmt: skip
+    (args.out / "quality.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def save(args: argparse.Namespace, rows: list[dict]) -> None:
-    """Write the rows so far and what they were measured on."""
-    result = {"model": args.model, "train": args.train.name, "test": args.test.name, "steps": args.steps,
-              "blocks": args.blocks, "environment": environment(discover().device), "rows": rows}  # fmt: skip
-    (args.out / f"quality-{args.steps}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def key(run: dict) -> tuple:
+    """What the runs of one row have in common."""
+    return run["steps"], run["sparsity"], run["variant"]
 
 
-def table(rows: list[dict]) -> str:
-    """One line a row: variant, target, reached sparsity, perplexity, its ratio to the baseline's at that sparsity."""
-    baseline = {r["sparsity"]: r["perplexity"] for r in rows if r["variant"] == "taylor"}
-    lines = [f"{'variant':<20} {'target':>6} {'reached':>8} {'perplexity':>10} {'/ baseline':>10} {'seconds':>8}"]
-    for r in rows:
-        ratio = r["perplexity"] / baseline[r["sparsity"]] if r["sparsity"] in baseline else float("nan")
-        lines.append(
-            f"{r['variant']:<20} {r['sparsity']:>6.0%} {r.get('reached', 0.0):>8.2%} {r['perplexity']:>10.2f} "
-            f"{ratio:>10.3f} {r.get('seconds', 0):>8}"
-        )
+def rows(runs: list[dict]) -> dict[tuple, list[dict]]:
+    """The runs by row, in the order in which they were made."""
+    return {k: list(group) for k, group in groupby(runs, key)}
+
+
+def mean(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error over seeds; the error of one seed is not known."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def verdict(own: list[float], ours: list[float]) -> str:
+    """How a row's perplexities stand to ours: a ratio, or `equal` where two standard errors cannot tell them apart."""
+    (a, a_error), (b, b_error) = mean(own), mean(ours)
+    if math.isnan(a_error) or math.isnan(b_error):
+        return f"{b / a:.3f}, one seed"
+    return "equal" if abs(a - b) < 2 * math.hypot(a_error, b_error) else f"{b / a:.3f}"
+
+
+def table(runs: list[dict]) -> str:
+    """A line a row: mean ± standard error of perplexity and KL on each text, and ours over it on the first text."""
+    texts = list(runs[0]["perplexity"])
+    titles = [f"{text[:18]} {what}" for text in texts for what in ("ppl", "KL")]
+    head = f"{'steps':>5} {'target':>6} {'reached':>7} {'variant':<17} {'seeds':>5}"
+    lines = [head + "".join(f" {title:>22}" for title in titles) + f" {'ours / it':>16} {'s a run':>8}"]
+    grouped = rows(runs)
+    for (steps, sparsity, variant), group in grouped.items():
+        cells = [_cell([run[what][text] for run in group]) for text in texts for what in ("perplexity", "kl")]
+        ours = grouped.get((steps, sparsity, "ours"))
+        told = verdict(*([run["perplexity"][texts[0]] for run in part] for part in (group, ours))) if ours else ""
+        reached = statistics.fmean(run.get("reached", 0.0) for run in group)
+        seconds = statistics.fmean(run.get("seconds", 0) for run in group)
+        line = f"{steps:>5} {sparsity:>6.0%} {reached:>7.2%} {variant:<17} {len(group):>5}"
+        lines.append(line + "".join(f" {cell:>22}" for cell in cells) + f" {told:>16} {seconds:>8.0f}")
     return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    value, error = mean(values)
+    return f"{value:.3f}" if math.isnan(error) else f"{value:.3f} ± {error:.3f}"
+
+
+def picture(runs: list[dict]) -> bytes:
+    """Perplexity on the first text over the steps of a run, a line a row and sparsity, as PNG."""
+    figure = Figure(figsize=(9.0, 5.0), layout="constrained")
+    axis = figure.subplots()
+    text = next(iter(runs[0]["perplexity"]))
+    lines: dict[tuple[str, float], dict[int, tuple[float, float]]] = {}
+    for (steps, sparsity, variant), group in rows(runs).items():
+        if steps:
+            values = mean([run["perplexity"][text] for run in group])
+            lines.setdefault((variant, sparsity), {})[steps] = values
+    for (variant, sparsity), points in lines.items():
+        errors = [0.0 if math.isnan(error) else error for _, error in points.values()]
+        axis.errorbar(list(points), [value for value, _ in points.values()], errors, marker="o",
+                      label=f"{variant}, {sparsity:.0%}")  # fmt: skip
+    axis.set(xscale="log", xlabel="optimizer steps", ylabel=f"perplexity of {text}")
+    axis.set_xticks(sorted({steps for points in lines.values() for steps in points}))
+    axis.get_xaxis().set_major_formatter("{x:.0f}")
+    axis.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,9 +17,11 @@ from nuteprune.evaluation.speed import SPEEDS, ceiling, speed, speed_ratio
 from nuteprune.evaluation.tasks import lm_eval_tasks, load_tasks, mean_accuracy
 from nuteprune.exporting.card import RECORD, add_results
 from nuteprune.exporting.publish import push
-from nuteprune.model.loading import load_any
+from nuteprune.model.loading import USABLE, load_any, weight_bytes
 from nuteprune.parallel.distributed import discover
-from nuteprune.training.tracking import Tracker
+from nuteprune.runs.checkpoint import CheckpointError
+from nuteprune.runs.words import one_line
+from nuteprune.training.tracking import Tracker, check_reporters
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,8 @@ def evaluate_models(config: Config) -> dict:
     """Evaluate the base model and the export (or `evaluate.models`) and write the report, also into the exports' cards.
 
     Models are measured one after the other, except that their speeds are measured in turns, for which all of
-    them are on the device together; without `evaluate.speed` only one is in memory at a time.
+    them are on the device together; where they do not fit, the report says so instead. Without `evaluate.speed` only
+    one is in memory at a time. report.json is written after each part, so that what ends the run costs one part.
 
     Returns:
         The report, as written to `report.json`; see `report.write` for the directory.
@@ -39,19 +42,29 @@ def evaluate_models(config: Config) -> dict:
     settings = config.evaluate
     paths, output = _model_paths(config), report_directory(config)
     device = discover().device
-    tasks = load_tasks(settings.tasks)  # first, so that a mistake in them costs no evaluation
+    check_reporters(config.tracking)
+    # First, so that a mistake in them costs no evaluation.
+    tasks = load_tasks(settings.tasks, settings.trust_remote_code)
+    too_big = too_big_together([weight_bytes(path, config.model) for path in paths], device) if settings.speed else ""
     entries, models, streams = [], [], []
+    draft = {"models": entries, "dtype": config.model.dtype, "environment": environment(device)}
+
+    def keep(entry: dict, part: dict) -> None:
+        entry |= part
+        report.write_draft(draft, output)
+
     for name, path in zip(_names(paths), paths, strict=True):
-        model, tokenizer, folder = load_any(path, config.model)
+        model, tokenizer, folder = load_any(path, config.model, settings.trust_remote_code, device)
         texts = _texts(config, tokenizer)
         streams.append(torch.cat(list(texts.values())))
-        entry = {"name": name, "path": path, **sizes(model, folder)}
-        entries.append(entry | _quality(model.to(device), tokenizer, texts, tasks, config, name))
-        if settings.speed:
+        entries.append({"name": name, "path": path, **sizes(model, folder), "perplexity": {}})
+        for part in _quality(model, tokenizer, texts, tasks, config, name):
+            keep(entries[-1], part)
+        if settings.speed and not too_big:
             models.append(model.to("cpu"))
-    if settings.speed:
-        for entry, measured in zip(entries, _speeds(models, device, config), strict=True):
-            entry["speed"] = measured
+        del model
+    if models:
+        too_big = _speeds(models, device, config, entries, keep)
     for entry in entries if entries[0].get("accuracy") else ():
         entry["retained"] = entry["accuracy"] / entries[0]["accuracy"]
     result = {
@@ -61,15 +74,14 @@ def evaluate_models(config: Config) -> dict:
         "same_tokens": all(torch.equal(streams[0], other) for other in streams[1:]),
         "task_limit": settings.task_limit,
         "prompt": settings.sample_prompt,
-        "dtype": config.model.dtype,
-        "environment": environment(device),
-    }
+        "speed_missing": too_big,
+    } | {key: draft[key] for key in ("dtype", "environment")}
     written = report.write(result, output, Path(config.run_dir) if config.run_dir else None)
     for entry in entries[1:]:
         if (Path(entry["path"]) / RECORD).is_file():
             _into_card(result, entries[0], entry)
     if config.run_dir:
-        _to_tensorboard(result, config)
+        _to_tracker(result, report.results(written), config)
     if config.export.push_to_hub:
         push(Path(paths[-1]), config.export)
     return written
@@ -82,41 +94,52 @@ def _quality(
     tasks: list,
     config: Config,
     name: str,
-) -> dict:
-    """Everything measured of one model but its speed."""
+) -> Iterator[dict]:
+    """Everything measured of one model but its speed, part by part."""
     settings = config.evaluate
     log.info("evaluating %s", name)
-    result = {"perplexity": {}}
+    scores: dict[str, dict] = {}
     for text, tokens in texts.items():
         label = f"{text} by {name}" if config.tracking.progress else None
-        score = perplexity(model, tokens, settings.window, settings.stride, settings.blocks, label)
-        result["perplexity"][text] = score
+        scores[text] = perplexity(model, tokens, settings.window, settings.stride, settings.blocks, label)
+        yield {"perplexity": scores}
     if tasks:
-        result["tasks"] = lm_eval_tasks(model, tokenizer, tasks, settings.task_limit, settings.fewshot)
-        result["accuracy"] = mean_accuracy(result["tasks"])
+        measured = lm_eval_tasks(model, tokenizer, tasks, settings.task_limit, settings.fewshot)
+        yield {"tasks": measured, "accuracy": mean_accuracy(measured)}
     if settings.sample_prompt:
-        result["sample"] = sample(model, tokenizer, settings.sample_prompt)
-    return result
+        yield {"sample": sample(model, tokenizer, settings.sample_prompt)}
 
 
-def _speeds(models: list[PreTrainedModel], device: torch.device, config: Config) -> list[dict]:
-    """Speed of each model by number of sequences."""
-    settings = config.evaluate
-    measured: list[dict] = [{} for _ in models]
+def _speeds(
+    models: list[PreTrainedModel], device: torch.device, config: Config, entries: list[dict],
+    keep: Callable[[dict, dict], None],
+) -> str:  # fmt: skip
+    """Measure each model by number of sequences; returns why some were not measured, empty where all were."""
+    settings, done = config.evaluate, ""
     try:
         on_device = [model.to(device) for model in models]
         for batch in settings.batch_sizes:
             log.info("measuring speed in turns, %d at once", batch)
-            for own, result in zip(
-                measured, speed(on_device, settings.prompt_tokens, settings.new_tokens, batch), strict=True
-            ):
-                own[str(batch)] = result
-        return measured
+            measured = speed(on_device, settings.prompt_tokens, settings.new_tokens, batch)
+            for entry, result in zip(entries, measured, strict=True):
+                keep(entry, {"speed": entry.get("speed", {}) | {str(batch): result}})
+            done = f"for more than {batch} sequences "
     except torch.OutOfMemoryError:
-        raise ConfigError(
-            "the models do not fit on the device together, which measuring their speeds in turns needs: "
-            "set evaluate.speed=false or name fewer in evaluate.models"
-        ) from None
+        missing = f"{done}the models and their caches do not fit on the device together"
+        log.warning("speed not measured: %s", missing)
+        return missing
+    return ""
+
+
+def too_big_together(sizes: list[int], device: torch.device) -> str:
+    """Why models of so many bytes cannot take turns on a device, empty where they can (on a CPU always)."""
+    if device.type != "cuda" or sum(sizes) <= (
+        usable := USABLE * torch.cuda.get_device_properties(device).total_memory
+    ):
+        return ""
+    missing = f"the models take {sum(sizes) / 1e9:.1f} GB together, of which {usable / 1e9:.1f} GB fit on the device"
+    log.warning("speed will not be measured: %s", missing)
+    return missing
 
 
 def _texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.LongTensor]:
@@ -183,19 +206,20 @@ def _into_card(result: dict, first: dict, entry: dict) -> None:
     pair = {"models": [first, entry], "ratio": _ratio(first, entry)}
     try:
         add_results(Path(entry["path"]), report.results(result | pair))
-    except OSError as error:
-        log.warning("the results could not be put into the card of %s (%s)", entry["path"], error.strerror)
+    except (OSError, ValueError, CheckpointError) as error:
+        log.warning("the results could not be put into the card of %s (%s)", entry["path"], error)
 
 
-def _to_tensorboard(result: dict, config: Config) -> None:
-    """The report's numbers as `eval/MODEL/…` scalars beside the run's own."""
-    tracking = replace(config.tracking, progress=False, log_every=1)
-    with Tracker(config.run_dir, tracking, total_steps=1, first_step=None, stage="eval") as tracker:
-        for model in result["models"]:
-            values = {key: model[key] for key in SIZES}
-            values |= {f"perplexity/{text}": score["perplexity"] for text, score in model["perplexity"].items()}
-            for batch, measured in model.get("speed", {}).items():
-                values |= {f"batch_{batch}/{key}": measured[key] for key in SPEEDS}
-            for task, scores in model.get("tasks", {}).items():
-                values |= {f"tasks/{task}/{metric}": score["value"] for metric, score in scores["metrics"].items()}
-            tracker.log(0, {f"{model['name']}/{key}": value for key, value in values.items()})
+def _to_tracker(result: dict, table: str, config: Config) -> None:
+    """The report's table beside the run's curves, and its numbers as `eval/MODEL/…`."""
+    values = {}
+    for model in result["models"]:
+        own = {key: model[key] for key in SIZES}
+        own |= {f"perplexity/{text}": score["perplexity"] for text, score in model["perplexity"].items()}
+        for batch, measured in model.get("speed", {}).items():
+            own |= {f"batch_{batch}/{key}": measured[key] for key in SPEEDS}
+        for task, scores in model.get("tasks", {}).items():
+            own |= {f"tasks/{task}/{metric}": score["value"] for metric, score in scores["metrics"].items()}
+        values |= {one_line(f"{model['name']}/{key}"): value for key, value in own.items()}
+    with Tracker(config, "eval", total_steps=1, first_step=None) as tracker:
+        tracker.table("report", table, values)

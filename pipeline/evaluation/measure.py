@@ -89,15 +89,41 @@ def _nll_sum(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> float:
     head, total = model.get_output_embeddings(), 0.0
     pairs = zip(hidden_TD[-scored - 1 : -1].split(LOGIT_CHUNK), ids[-scored:].split(LOGIT_CHUNK), strict=True)
     for hidden, target in pairs:
-        total += F.cross_entropy(head(hidden).float(), target, reduction="sum").item()
+        logits = head(hidden)  # of a model that is spread over devices: on the last one
+        total += F.cross_entropy(logits.float(), target.to(logits.device), reduction="sum").item()
     return total
+
+
+@torch.inference_mode()
+def divergence(
+    intact: PreTrainedModel, model: PreTrainedModel, tokens: torch.LongTensor, window: int, blocks: int
+) -> float:
+    """KL(intact ‖ model) of the next-token predictions, in nats per token, in fp32.
+
+    Args:
+        intact, model: causal language models over the same vocabulary.
+        tokens: token ids `[n]` of the text.
+        window: tokens of a block; blocks stand side by side from the start of the text.
+        blocks: how many; 0 takes all.
+    """
+    spans, total = _spans(len(tokens), window, window, blocks), 0.0
+    for begin, end, _ in spans:
+        ids = tokens[begin:end].to(model.device)[None]
+        hidden = [m.base_model(input_ids=ids, use_cache=False).last_hidden_state[0] for m in (intact, model)]
+        for wanted, own in zip(*(h.split(LOGIT_CHUNK) for h in hidden), strict=True):
+            pair = (m.get_output_embeddings()(h).float().log_softmax(-1) for m, h in ((intact, wanted), (model, own)))
+            p, q = pair
+            total += float(F.kl_div(q, p, reduction="sum", log_target=True))
+    return total / (len(spans) * window)
 
 
 def _check_head(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """Hold that the output matrix alone turns hidden states into logits (no scale, no soft cap), on ids `[T]`."""
     hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
     plain, logits = model.get_output_embeddings()(hidden), model(input_ids=ids[None], use_cache=False).logits
-    if not torch.allclose(plain.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+    if not torch.allclose(
+        plain.to(logits.device).float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())
+    ):
         raise ConfigError(f"{type(model).__name__} scales or caps its logits, which perplexity does not support")
 
 

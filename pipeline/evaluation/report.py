@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nuteprune.evaluation import pictures
 from nuteprune.runs.checkpoint import MANIFEST, write_atomic, write_manifest
+from nuteprune.runs.words import code, markdown_words, plain
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,14 @@ def write(report: dict, output: Path, run_dir: Path | None) -> dict:
     return report
 
 
+def write_draft(draft: dict, output: Path) -> None:
+    """Keep what was measured so far as report.json, marked as unfinished; the manifest of a report before it goes."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MANIFEST).unlink(missing_ok=True)
+    text = json.dumps(_finite({"unfinished": True} | draft), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(output / "report.json", (text + "\n").encode())
+
+
 def table(report: dict) -> str:
     """Sizes, perplexity and speed as aligned plain text: one column a model, then the last over the first."""
     rows = _rows(report)
@@ -74,10 +83,10 @@ def markdown(report: dict) -> str:
     """The whole report as Markdown."""
     parts = ["# Evaluation", results(report)]
     if report["prompt"]:
-        parts += ["## Samples", f"Greedy continuations of `{report['prompt']}`:"]
+        parts += ["## Samples", f"Greedy continuations of {code(report['prompt'])}:"]
         # Indented blocks: a model may write anything, fences of its own included.
         parts += [
-            f"**{title}**\n\n" + "\n".join(f"    {line}" for line in model["sample"].splitlines() or [""])
+            f"**{title}**\n\n" + "\n".join(f"    {plain(line)}" for line in model["sample"].splitlines() or [""])
             for title, model in zip(_titles(report), report["models"], strict=True)
         ]
     if "kept.png" in report["pictures"]:
@@ -98,7 +107,7 @@ def results(report: dict) -> str:
 
 def _titles(report: dict) -> list[str]:
     """Column titles: before and after for a pair, the models' names otherwise."""
-    names = [model["name"] for model in report["models"]]
+    names = [markdown_words(model["name"]) for model in report["models"]]
     return ["before", "after"] if len(names) == 2 else names
 
 
@@ -115,7 +124,7 @@ def _rows(report: dict) -> list[list[str]]:
             add(label, [model[key] for model in models], ratio.get(key))
     for text in models[0]["perplexity"]:
         scores = [model["perplexity"][text]["perplexity"] for model in models]
-        add(f"perplexity of {text}", scores, ratio.get("perplexity", {}).get(text))
+        add(f"perplexity of {markdown_words(text)}", scores, ratio.get("perplexity", {}).get(text))
     for batch in models[0].get("speed", {}):
         for label, key in SPEED_ROWS.items():
             values = [model["speed"][batch][key] for model in models]
@@ -141,7 +150,7 @@ def _task_rows(report: dict) -> list[list[str]]:
         for metric in task["metrics"]:
             scores = [model["tasks"][name]["metrics"][metric] for model in report["models"]]
             facts = [str(task[key]) if task[key] is not None else "-" for key in ("version", "fewshot", "examples")]
-            rows.append([name, *facts, metric, *(_score(score) for score in scores)])
+            rows.append([markdown_words(name), *facts, markdown_words(metric), *(_score(score) for score in scores)])
     return rows
 
 
@@ -167,7 +176,7 @@ def _conditions(report: dict) -> str:
     for text, score in first["perplexity"].items():
         how = "side by side" if score["stride"] == score["window"] else "sliding"
         lines.append(
-            f"Perplexity of `{text}`: {score['blocks']} window{'s' * (score['blocks'] > 1)} of {score['window']} "
+            f"Perplexity of {code(text)}: {score['blocks']} window{'s' * (score['blocks'] > 1)} of {score['window']} "
             f"tokens, stride {score['stride']} ({how}), mean over {score['tokens']:,} predicted tokens, weights in "
             f"{report['dtype']}."
         )
@@ -183,6 +192,8 @@ def _conditions(report: dict) -> str:
             f"the models took turns, on {measured['device']} (CPU threads: {measured['threads']}); the ratio is the "
             "median of the rounds' ratios. Peak memory: the weights and what generation adds to the process."
         )
+    if report.get("speed_missing"):
+        lines.append(f"Speed was not measured: {report['speed_missing']}.")
     if "ceiling" in report["ratio"]:
         most = report["ratio"]["ceiling"]
         lines.append(
@@ -193,7 +204,7 @@ def _conditions(report: dict) -> str:
 
 
 def _model_lines(report: dict) -> list[str]:
-    return [f"- {title}: `{m['path']}`" for title, m in zip(_titles(report), report["models"], strict=True)]
+    return [f"- {title}: {code(m['path'])}" for title, m in zip(_titles(report), report["models"], strict=True)]
 
 
 def _environment_lines(report: dict) -> list[str]:

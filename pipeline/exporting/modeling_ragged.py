@@ -1,4 +1,4 @@
-"""LLaMA, Mistral, Qwen2 and Qwen3 whose decoder layers differ in attention heads, KV groups and FFN width.
+"""Stock models whose decoder layers differ in attention heads, KV groups and FFN width.
 
 Saved beside the weights of a model that NutePrune exported with shape `per_layer`; loads with `trust_remote_code=True`.
 Everything is transformers' own but the projections' shapes; K and V are repeated by group where groups are unequal.
@@ -62,6 +62,12 @@ def _resize_attention(attention: nn.Module, groups: list[int]) -> None:
     width, size = sum(groups) * attention.head_dim, len(groups) * attention.head_dim
     attention.heads_per_group = groups
     attention.num_key_value_groups = groups[0] if len(set(groups)) == 1 else 1
+    for name, rows in (("q_norm", width), ("k_norm", size)):
+        norm = getattr(attention, name, None)
+        if norm is not None and not groups:
+            setattr(attention, name, nn.Identity())
+        elif norm is not None and len(norm.weight) != attention.head_dim:  # OLMo's, over all heads
+            norm.weight = nn.Parameter(norm.weight.detach()[:rows].clone())
     if groups:
         for linear, rows in ((attention.q_proj, width), (attention.k_proj, size), (attention.v_proj, size)):
             _cut(linear, rows, linear.in_features)
@@ -92,20 +98,30 @@ def _cut(linear: nn.Linear, rows: int, columns: int) -> None:
 
 
 def _ragged(base: str | None) -> str:
-    """Register attention `base` (and its mask) with unequal groups allowed; returns the new implementation's name."""
+    """Register attention `base` (and its mask) with unequal groups allowed; returns the implementation's name.
+
+    Flash attention keeps its name: under another with "flash" in it, transformers looks for a kernel on the hub.
+    """
     base = (base or "eager").removeprefix(PREFIX)
+    name = base if "flash" in base else PREFIX + base
     inner = eager_attention_forward if base == "eager" else AttentionInterface()[base]
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         if query.shape[1] == 0:
             return query.transpose(1, 2), None
-        if len(set(module.heads_per_group)) > 1:
-            key, value = _per_head(key, module.heads_per_group), _per_head(value, module.heads_per_group)
+        groups = getattr(module, "heads_per_group", ())
+        if len(set(groups)) > 1:
+            key, value = _per_head(key, groups), _per_head(value, groups)
         return inner(module, query, key, value, attention_mask, **kwargs)
 
-    AttentionInterface.register(PREFIX + base, attention)
-    AttentionMaskInterface.register(PREFIX + base, AttentionMaskInterface()[base])
-    return PREFIX + base
+    attention.inner, attention.takes_groups = inner, True
+    wrapped = inner
+    while wrapped is not None and not hasattr(wrapped, "takes_groups"):
+        wrapped = getattr(wrapped, "inner", None)
+    if wrapped is None:
+        AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
+    return name
 
 
 def _per_head(states: Tensor, groups: list[int]) -> Tensor:
@@ -113,37 +129,17 @@ def _per_head(states: Tensor, groups: list[int]) -> Tensor:
     return cat([states[:, g : g + 1].expand(-1, count, -1, -1) for g, count in enumerate(groups)], dim=1)
 
 
-@strict
-class RaggedLlamaConfig(RaggedConfig, transformers.LlamaConfig):
-    model_type = "nuteprune_llama"
+def _define(name: str, causal: str) -> None:
+    """`Ragged…Config` and `Ragged…ForCausalLM` over the stock classes of a family."""
+    stock, module = getattr(transformers, f"{name}Config"), {"__module__": __name__}
+    config = strict(
+        type(f"Ragged{name}Config", (RaggedConfig, stock), module | {"model_type": f"nuteprune_{name.lower()}"})
+    )
+    bases = (RaggedForCausalLM, getattr(transformers, f"{causal}ForCausalLM"))
+    model = type(f"Ragged{name}ForCausalLM", bases, module | {"config_class": config})
+    globals().update({config.__name__: config, model.__name__: model})
 
 
-@strict
-class RaggedMistralConfig(RaggedConfig, transformers.MistralConfig):
-    model_type = "nuteprune_mistral"
-
-
-@strict
-class RaggedQwen2Config(RaggedConfig, transformers.Qwen2Config):
-    model_type = "nuteprune_qwen2"
-
-
-@strict
-class RaggedQwen3Config(RaggedConfig, transformers.Qwen3Config):
-    model_type = "nuteprune_qwen3"
-
-
-class RaggedLlamaForCausalLM(RaggedForCausalLM, transformers.LlamaForCausalLM):
-    config_class = RaggedLlamaConfig
-
-
-class RaggedMistralForCausalLM(RaggedForCausalLM, transformers.MistralForCausalLM):
-    config_class = RaggedMistralConfig
-
-
-class RaggedQwen2ForCausalLM(RaggedForCausalLM, transformers.Qwen2ForCausalLM):
-    config_class = RaggedQwen2Config
-
-
-class RaggedQwen3ForCausalLM(RaggedForCausalLM, transformers.Qwen3ForCausalLM):
-    config_class = RaggedQwen3Config
+for _name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite", "SmolLM3", "Olmo2", "Olmo3", "Gemma3Text"):
+    if hasattr(transformers, f"{_name}Config"):  # an older transformers lacks the newest
+        _define(_name, _name.removesuffix("Text"))

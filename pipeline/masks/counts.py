@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
+from nuteprune.config import ConfigError
 from nuteprune.masks.gates import Gates
 
 TOLERANCE = 0.009
@@ -88,7 +89,13 @@ def every(spec: ArchSpec, kinds: Collection[str], near: Counts, rounding: Roundi
     """All numbers of groups, heads and layers, with the hidden sizes about that of `near`; FFN whole."""
     hidden = [near.hidden + i * rounding.hidden for i in (-1, 0, 1)]
     axes = (range(1, spec.kv_heads + 1), range(1, spec.group_size + 1), hidden, range(1, spec.layers + 1))
-    return _product(spec, kinds, axes, rounding)
+    found = _product(spec, kinds, axes, rounding)
+    if not found:
+        raise ConfigError(
+            f"{spec.family} wants a hidden size that its heads divide, and none near by is: leave hidden out of "
+            "gates.units, or add heads"
+        )
+    return found
 
 
 def grid(spec: ArchSpec, kinds: Collection[str], near: Counts, target: float, rounding: Rounding) -> list[Counts]:
@@ -110,7 +117,11 @@ def _product(spec: ArchSpec, kinds: Collection[str], axes, rounding: Rounding) -
     )  # fmt: skip
     rounded = [sorted({round_to(v, multiple, most) for v in axis} if free else {most}) for free, axis, multiple, most
                in values]  # fmt: skip
-    return [Counts(*combination, spec.ffn) for combination in product(*rounded)]
+    found = [Counts(*combination, spec.ffn) for combination in product(*rounded)]
+    if spec.hidden_divides:  # its stock configuration refuses other sizes, but for those it has
+        own = astuple(intact(spec))[:3]
+        found = [c for c in found if c.hidden % (c.groups * c.heads) == 0 or astuple(c)[:3] == own]
+    return found
 
 
 def shortlist(spec: ArchSpec, possible: Collection[Counts], near: Counts, most: int) -> list[Counts]:

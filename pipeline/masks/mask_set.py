@@ -26,9 +26,13 @@ _ALIKE = {"uniform": {"heads", "kv_groups", "ffn"}, "per_layer_ffn": {"heads", "
 
 
 def gated_kinds(spec: ArchSpec, units: list[str]) -> list[str]:
-    """The kinds that get gates: without grouped queries a head is its own KV group, so one gate serves both."""
+    """The kinds that get gates.
+
+    Without grouped queries a head is its own KV group, so one gate serves both; a layer's only group is its whole
+    attention, which `attn_sublayers` stands for.
+    """
     kinds = [k for k in KINDS if k in units]
-    if spec.group_size == 1 and "heads" in kinds and "kv_groups" in kinds:
+    if "kv_groups" in kinds and (spec.kv_heads == 1 or (spec.group_size == 1 and "heads" in kinds)):
         kinds.remove("kv_groups")
     return kinds
 
@@ -44,6 +48,10 @@ def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:
         raise ConfigError(
             "gates.units: whole sublayers need gates.shape=per_layer_ffn or per_layer (no stock model lacks a sublayer)"
         )
+    if (refusal := spec.refusal(config.units)) is not None:
+        raise ConfigError(f"gates.units: {refusal}")
+    if (refusal := spec.refusal([config.shape])) is not None:
+        raise ConfigError(f"gates.shape: {refusal}")
     kinds = gated_kinds(spec, config.units)
     most = most_removed(spec, kinds, config.shape)
     if target > most:
@@ -100,10 +108,13 @@ class MaskSet(nn.Module):
     def deterministic(self) -> Gates:
         """Gates without chance: as many as are expected to be closed are 0, those with the lowest log-alpha.
 
-        The others have the mean that they have while open.
+        The others have the mean that they have while open. With the noise as published, as in the authors' code: closed
+        ones are counted layer by layer, and the others are σ(0.8·log α / β) (Xia et al. 2022, CoFi).
         """
         if self.fixed is not None:
             return self.fixed
+        if self.config.noise_end == 1:
+            return Gates(**{kind: self._as_published(la) for kind, la in self.log_alpha.items()})
         gates = {}
         for kind, la in self.log_alpha.items():
             z = hc.mean_open(la, self.config.temperature, self.noise)
@@ -112,6 +123,13 @@ class MaskSet(nn.Module):
                 z.view(-1)[la.flatten().topk(closed, largest=False).indices] = 0.0
             gates[kind] = z
         return Gates(**gates)
+
+    def _as_published(self, la: Tensor) -> Tensor:
+        rows = la.view(-1, la.shape[-1])
+        closed = (1 - self._open(rows)).sum(1).round()
+        ranks = rows.argsort(dim=1, stable=True).argsort(dim=1)
+        z = torch.sigmoid(0.8 * rows / self.config.temperature)
+        return z.masked_fill(ranks < closed[:, None], 0.0).view_as(la)
 
     def expected_sparsity(self) -> Tensor:
         """Expected removed share of the prunable parameters, a scalar differentiable in log-alpha."""

@@ -50,12 +50,14 @@ class LayerView:
         states: by projection name.
         group_size: query heads per group where that is the same for all kept groups, else 1.
         kv_index: [kept heads] group of each kept head where groups are ragged, else None.
+        behind: gates behind the norms that follow attention and FFN, where there are such norms.
         removed: nothing of the layer is left.
     """
 
     states: dict[str, ProjectionState]
     group_size: int
     kv_index: Tensor | None = None
+    behind: tuple[Tensor | None, Tensor | None] = (None, None)
     removed: bool = False
 
 
@@ -101,11 +103,61 @@ class MaskedLoRALinear(nn.Module):
         )  # fmt: skip
 
 
-def install(layers: nn.ModuleList) -> None:
-    """Replace the seven projections of every decoder layer by `MaskedLoRALinear`, in place."""
+class WidthNorm(nn.Module):
+    """RMSNorm over the whole width of queries or keys (OLMo 2), of which only the kept rows may arrive.
+
+    Removed rows count as zeros: y = w·x / sqrt(Σx²/N + eps) with N the intact width.
+
+    Args:
+        base: the norm it replaces; its weight is shared.
+        width: N.
+    """
+
+    def __init__(self, base: nn.Module, width: int):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.width = base.weight, base.variance_epsilon, width
+        self.keep: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., N] or its kept columns, normalised."""
+        weight = self.weight if self.keep is None else self.weight[self.keep]
+        mean_square = x.float().pow(2).mean(-1, keepdim=True) * (x.shape[-1] / self.width)
+        return (weight * (x.float() * torch.rsqrt(mean_square + self.variance_epsilon))).to(x.dtype)
+
+
+class GatedNorm(nn.Module):
+    """A norm behind a sublayer, and the gate of all that the sublayer adds, which would be lost before the norm."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+        self.gate: Tensor | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The norm's own."""
+        return self.norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D], normalised and gated."""
+        y = self.norm(x)
+        return y if self.gate is None else y * self.gate.to(y.dtype)
+
+
+_WIDTH_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
+
+
+def install(layers: nn.ModuleList, spec: ArchSpec) -> None:
+    """Replace the seven projections of every decoder layer by `MaskedLoRALinear`, in place, and norms over heads."""
     for layer in layers:
         for owner, attribute in projections(layer).values():
             setattr(owner, attribute, MaskedLoRALinear(getattr(owner, attribute)))
+        for name in spec.norms_behind:
+            setattr(layer, name, GatedNorm(getattr(layer, name)))
+        if spec.qk_norm == "width":
+            attention = layer.self_attn
+            for norm, name in _WIDTH_NORMS.items():
+                setattr(attention, norm, WidthNorm(getattr(attention, norm), getattr(attention, name).out_features))
 
 
 def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.device) -> LoraParameters:
@@ -128,6 +180,11 @@ def activate(layer: nn.Module, view: LayerView) -> None:
         getattr(owner, attribute).state = view.states[name]
     layer.self_attn.num_key_value_groups = view.group_size
     layer.self_attn.kv_index = view.kv_index
+    for norm, name in _WIDTH_NORMS.items():
+        if isinstance(module := getattr(layer.self_attn, norm, None), WidthNorm):
+            module.keep = view.states[name].keep_out
+    for module, gate in zip((m for m in layer.children() if isinstance(m, GatedNorm)), view.behind, strict=False):
+        module.gate = gate
 
 
 def build_view(
@@ -148,7 +205,8 @@ def build_view(
     if gates is not None:
         heads, ffn, hidden = gates.head_gate(spec), gates.ffn_gate(spec), gates.hidden
     residual = _Side(hidden, _kept(hidden) if skip_removed else None)
-    scales = _layer_scales(spec, None if gates is None else gates.layers, skip_removed)
+    added = (None, None) if gates is None else gates.added_gates(spec)
+    scales = list(zip(*(_layer_scales(spec, gate, skip_removed) for gate in added), strict=True))
     layers = []
     for index in range(spec.layers):
         head_gate = None if heads is None else heads[index]
@@ -176,26 +234,35 @@ def _layer_scales(spec: ArchSpec, gate: Tensor | None, skip_removed: bool) -> li
     return [None if value == 1 else z for value, z in zip(gate.tolist(), gate, strict=True)]
 
 
-def _layer_view(spec, head_gate, ffn_gate, residual: _Side, scale, pairs, scaling, skip_removed) -> LayerView:
+def _layer_view(spec, head_gate, ffn_gate, residual: _Side, scales, pairs, scaling, skip_removed) -> LayerView:
     head_keep = _kept(head_gate) if skip_removed else None
     ffn_side = _Side(ffn_gate, _kept(ffn_gate) if skip_removed else None)
     group_keep, group_size, kv_index = _group_layout(spec, head_keep)
     queries = _Side(None if head_gate is None else head_gate.repeat_interleave(spec.head_dim), _rows(spec, head_keep))
     values = _Side(None, _rows(spec, group_keep))
+    into_norm: dict[str, Tensor] = {}
+    if spec.qk_norm == "width" and head_gate is not None and not skip_removed:
+        # A removed head leaves the norm that its queries and keys share with the others: no rows, or zeros.
+        alive = (head_gate.detach() != 0).to(head_gate.dtype)
+        groups = alive.view(-1, spec.group_size).amax(1)
+        into_norm = {
+            name: unit.repeat_interleave(spec.head_dim) for name, unit in (("q_proj", alive), ("k_proj", groups))
+        }
     outputs = {"q_proj": queries, "k_proj": values, "v_proj": values, "gate_proj": ffn_side, "up_proj": ffn_side}
     states = {}
     for name, side in outputs.items():
         # The residual stream is already masked, so removed hidden dimensions arrive as zeros: no gate, only the skip.
-        states[name] = ProjectionState(pairs.get(name), scaling, keep_in=residual.keep, keep_out=side.keep,
+        states[name] = ProjectionState(pairs.get(name), scaling, None, into_norm.get(name), residual.keep, side.keep,
                                        compact_out=side.keep is not None)  # fmt: skip
-    added = residual.gate
-    if scale is not None:
-        added = scale.repeat(spec.hidden) if added is None else scale * added
-    for name, side in {"o_proj": queries, "down_proj": ffn_side}.items():
+    behind = scales if spec.norms_behind else (None, None)
+    for (name, side), scale in zip({"o_proj": queries, "down_proj": ffn_side}.items(), scales, strict=True):
+        added = residual.gate
+        if scale is not None and not spec.norms_behind:
+            added = scale.repeat(spec.hidden) if added is None else scale * added
         states[name] = ProjectionState(pairs.get(name), scaling, side.gate, added, side.keep, residual.keep,
                                        compact_in=side.keep is not None)  # fmt: skip
     gone = [keep is not None and len(keep) == 0 for keep in (head_keep, ffn_side.keep)]
-    return LayerView(states, group_size, kv_index, removed=all(gone))
+    return LayerView(states, group_size, kv_index, behind, removed=all(gone))
 
 
 def _kept(gate: Tensor | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from nuteprune.arch import split_fused
 from nuteprune.config import Config, ConfigError
 from nuteprune.masks import Gates, MaskSet, check_target, unit_shape
 from nuteprune.model.layers import build_view
@@ -62,6 +63,7 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
     """
     import deepspeed
 
+    _on_cpu()
     quiet()
     began = time.perf_counter()
     if config.train.batch_size % ranks:
@@ -75,6 +77,8 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
         hf_model = AutoModelForCausalLM.from_config(
             hf_config, dtype=getattr(torch, config.model.dtype), attn_implementation=config.model.attention
         )
+        for layer in hf_model.model.layers:
+            split_fused(layer)
         partitioned = settings is not None and settings["zero_optimization"]["stage"] == 3
         if partitioned:
             if "offload_param" in settings["zero_optimization"]:  # no disk is needed for tensors without memory
@@ -89,6 +93,14 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
         _step(model, config, masks, fake, ranks)
     gates = {kind: unit_shape(spec, kind) for kind in masks.kinds}
     return DryRun(ranks, total, share, gathered, gates, lora, time.perf_counter() - began)
+
+
+def _on_cpu() -> None:
+    """Let DeepSpeed place tensors on the CPU, where the ids and gates of a dry run are, also beside a GPU."""
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    set_accelerator(CPU_Accelerator())
 
 
 @contextmanager

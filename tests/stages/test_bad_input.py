@@ -8,9 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
+from nuteprune import api
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.runs.checkpoint import Checkpoints
@@ -53,7 +55,6 @@ def refused(capsys, *arguments: str) -> str:
         ("data.seq_len=100000", "100000"),
         ("recipe=3", "recipe '3' not found"),
         ("export.shard_size=5XB", "expected a size such as 5GB"),
-        ("lora.targets=[]", "lora.targets is empty"),
         ("loss.kl_weight=0", "are both 0"),
     ],
 )
@@ -147,7 +148,7 @@ def test_full_disk_while_saving_leaves_the_old_checkpoint(settings, tmp_path, ca
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=True)
     try:
-        arguments = [*settings, f"run_dir={disk}", "checkpoint.every=2", "tracking.tensorboard=false", "lora.rank=24",
+        arguments = [*settings, f"run_dir={disk}", "checkpoint.every=2", "tracking.report_to=[]", "lora.rank=24",
                      "sparsity.warmup=0.9"]  # fmt: skip
         line = refused(capsys, "prune", *arguments)
         assert "No space left on device" in line
@@ -167,3 +168,18 @@ def test_full_disk_while_saving_leaves_the_old_checkpoint(settings, tmp_path, ca
 def test_evaluate_of_a_missing_model(tmp_path, capsys):
     assert "nowhere" in refused(capsys, "evaluate", f"run_dir={tmp_path}", "evaluate.models=[/nowhere]")
     assert not list(Path(tmp_path).glob("evaluate*"))
+
+
+@pytest.mark.parametrize("where", ["card", "host"])
+def test_out_of_memory_is_one_line_with_what_to_lower(settings, capsys, monkeypatch, where):
+    def too_much(config):
+        if where == "card":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has a total …")
+        torch.empty(1 << 50)
+
+    monkeypatch.setattr(api, "prune", too_much)
+    assert main(["prune", *settings]) == 1
+    told = capsys.readouterr().err.strip()
+    assert "\n" not in told
+    assert "out of memory" in told
+    assert "lower train.micro_batch" in told

@@ -1,8 +1,14 @@
-"""The quality benchmark fills its table: a run, a rung below it, and both fine-tuned."""
+"""The quality benchmark fills its table: runs of several seeds, rungs, and fine-tuning; and says what is equal."""
 
 import json
+import math
+
+import pytest
+import torch
+from tiny import tiny_model
 
 from nuteprune.bench import quality
+from nuteprune.evaluation.measure import divergence
 
 
 def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, tmp_path, capsys):
@@ -11,12 +17,40 @@ def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, tmp_path,
     settings = ["gates.importance_batches=1", "tracking.progress=false", "train.micro_batch=4", "finetune.steps=1",
                 "finetune.seq_len=32", "finetune.batch_size=1", "data.seq_len=32"]  # fmt: skip
     arguments = ["--model", model_dir, "--train", text_file, "--test", text_file, "--sparsities", "0.4", "--variants",
-                 "ours", "--steps", "30", "--blocks", "1", "--out", tmp_path / "out", "--finetune", records, "--ladder",
+                 "ours", "--steps", "30", "--seeds", "2", "--blocks", "1",
+                 "--out", tmp_path / "out", "--finetune", records, "--ladder",
                  "0.2", "0.6"]  # fmt: skip
     assert quality.main([*map(str, arguments), *(f"--set={s}" for s in settings)]) == 0
-    rows = json.loads((tmp_path / "out" / "quality-30.json").read_text())["rows"]
-    assert [(r["variant"], r["sparsity"]) for r in rows] == [
-        ("intact", 0.0), ("ours", 0.4), ("ours, tuned", 0.4), ("ours, rung", 0.2), ("ours, rung, tuned", 0.2)
-    ]  # fmt: skip
-    assert len({r["perplexity"] for r in rows}) == 5
+    runs = json.loads((tmp_path / "out" / "quality.json").read_text())["runs"]
+    one = [("ours", 0.4), ("ours, tuned", 0.4), ("ours, rung", 0.2), ("ours, rung, tuned", 0.2)]
+    assert [(r["variant"], r["sparsity"]) for r in runs] == [("intact", 0.0), *one, *one]
+    assert len({r["perplexity"]["train"] for r in runs}) == 9
+    assert runs[0]["kl"]["train"] == pytest.approx(0, abs=1e-6)
+    assert all(r["kl"]["train"] > 0.01 for r in runs[1:])
     assert "ours, rung, tuned" in capsys.readouterr().out
+
+
+def test_documents_held_out_are_not_trained_on(tmp_path):
+    file = tmp_path / "c4.jsonl"
+    file.write_text("".join(json.dumps({"text": str(n)}) + "\n" for n in range(9)))
+    train, (held_out,) = quality.split(file, 2, tmp_path)
+    texts = [[json.loads(line)["text"] for line in part.read_text().splitlines()] for part in (train, held_out)]
+    assert texts == [[str(n) for n in range(7)], ["7", "8"]]
+
+
+def test_rows_within_two_standard_errors_are_equal():
+    assert quality.verdict([10.0, 11.0, 12.0], [11.5, 10.5, 12.5]) == "equal"
+    assert quality.verdict([20.0, 20.1, 19.9], [10.0, 10.1, 9.9]) == "0.500"
+    assert quality.verdict([20.0], [10.0]) == "0.500, one seed"
+    assert math.isnan(quality.mean([1.0])[1])
+
+
+def test_divergence_is_that_of_the_definition():
+    intact, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    ids = torch.randint(300, (70,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        p, q = (
+            torch.cat([m(ids[None, i : i + 32]).logits[0] for i in (0, 32)]).log_softmax(-1) for m in (intact, other)
+        )
+    wanted = float((p.exp() * (p - q)).sum(-1).mean())
+    assert divergence(intact, other, ids, 32, 0) == pytest.approx(wanted, rel=1e-4)

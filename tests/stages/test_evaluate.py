@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nuteprune.arch import read_spec
 from nuteprune.config import Config, ConfigError, EvaluateConfig, ModelConfig, TrackingConfig
-from nuteprune.evaluation import measure, report, speed
+from nuteprune.evaluation import compare, measure, report, speed
 from nuteprune.evaluation.tasks import PAPER, lm_eval_tasks, load_tasks, mean_accuracy
+from nuteprune.model import loading
 from nuteprune.model.loading import load_any
 from nuteprune.runs.checkpoint import verify, write_manifest
 from nuteprune.stages import evaluate
@@ -240,7 +242,8 @@ def test_task_file_of_the_user_and_limit(model, tokenizer, tmp_path, monkeypatch
         "metric_list: [{metric: acc}]\nmetadata: {version: 2}\n"
     )
     monkeypatch.chdir(tmp_path.parent)
-    task = lm_eval_tasks(model, tokenizer, load_tasks([str(tmp_path / "mine.yaml")]), limit=1, fewshot=0)["mine"]
+    tasks = load_tasks([str(tmp_path / "mine.yaml")], trust=True)
+    task = lm_eval_tasks(model, tokenizer, tasks, limit=1, fewshot=0)["mine"]
     assert (task["version"], task["examples"]) == (2, 1)
 
 
@@ -248,6 +251,10 @@ def test_report_files(settings, base, caplog):
     result = evaluate.run(settings)
     folder = Path(settings.run_dir) / "evaluate"
     assert json.loads((folder / "report.json").read_text()) == result
+    events = EventAccumulator(str(Path(settings.run_dir) / "tensorboard")).Reload()
+    table = events.Tensors("eval/report/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert table == report.results(result)
+    assert events.Tags()["scalars"] == []
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert sorted(files) == ["kept.png", "report.json", "report.md", "training.png"]
     verify(folder)
@@ -336,11 +343,11 @@ def test_unreachable_task_is_named(tmp_path):
     file.write_text("task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\n"
                     "test_split: test\noutput_type: multiple_choice\n")  # fmt: skip
     with pytest.raises(ConfigError, match=r"gone.yaml' cannot be loaded") as caught:
-        load_tasks([str(file)])
+        load_tasks([str(file)], trust=True)
     assert "\n" not in str(caught.value)
 
 
-def test_own_modelling_file_is_run_from_a_local_directory_only_with_auto_map(settings, tokenizer, tmp_path, caplog):
+def test_own_modelling_file_is_run_where_it_is_trusted(settings, tokenizer, tmp_path, caplog):
     folder = tmp_path / "per_layer"
     save_llama(folder, tokenizer, ffn=24, seed=1)
     code = "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
@@ -349,6 +356,80 @@ def test_own_modelling_file_is_run_from_a_local_directory_only_with_auto_map(set
     facts["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
     (folder / "config.json").write_text(json.dumps(facts))
     with caplog.at_level("INFO"):
-        loaded, _, _ = load_any(str(folder), settings.model)
+        loaded, _, _ = load_any(str(folder), settings.model, trust=True)
     assert type(loaded).__name__ == "Own"
-    assert "own modelling file" in caplog.text
+    assert "code of its own" in caplog.text
+
+
+def test_what_ends_the_run_costs_one_part(settings, monkeypatch):
+    """An evaluation killed in the second model's tasks leaves the first one's numbers and the second's perplexity."""
+    calls = []
+
+    def tasks_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return lm_eval_tasks(*arguments)
+
+    monkeypatch.setattr(compare, "lm_eval_tasks", tasks_once)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(settings)
+    folder = Path(settings.run_dir) / "evaluate"
+    draft = json.loads((folder / "report.json").read_text())
+    assert draft["unfinished"]
+    first, second = draft["models"]
+    assert first["perplexity"]["held_out.txt"]["tokens"] == 3 * 63
+    assert {"tasks", "accuracy", "sample"} <= set(first)
+    assert second["perplexity"]
+    assert "tasks" not in second
+    assert not (folder / "manifest.json").exists()
+
+
+def test_speed_that_does_not_fit_is_a_line_in_the_report(settings, monkeypatch):
+    def small_card(models, prompt_tokens, new_tokens, batch):
+        if batch == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return speed.speed(models, prompt_tokens, new_tokens, batch)
+
+    monkeypatch.setattr(compare, "speed", small_card)
+    result = evaluate.run(changed(settings, tasks=[]))
+    folder = Path(settings.run_dir) / "evaluate"
+    verify(folder)
+    assert [set(model["speed"]) for model in result["models"]] == [{"1"}, {"1"}]
+    assert result["ratio"]["perplexity"]
+    line = "Speed was not measured: for more than 1 sequences the models and their caches do not fit on the device"
+    assert line in (folder / "report.md").read_text()
+
+
+def test_models_too_big_for_a_card_together_do_not_take_turns_there(monkeypatch, base):
+    class Card:
+        total_memory = 100_000
+
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+    size = loading.weight_bytes(base, ModelConfig(dtype="float32"))
+    whole = sum(p.nbytes for p in load_any(base, ModelConfig())[0].parameters())
+    assert whole <= size < whole + 8192  # the file's header besides
+    assert loading.weight_bytes(base, ModelConfig(dtype="bfloat16")) == size // 2
+    assert compare.too_big_together([40_000, 40_000], cuda) == ""
+    assert "0.0 GB fit" in compare.too_big_together([50_000, 50_000], cuda)
+    assert compare.too_big_together([10**15], torch.device("cpu")) == ""
+
+
+def test_a_model_beyond_one_card_is_spread(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 80 * 10**9))
+    cuda = torch.device("cuda", 0)
+    assert loading.placement(26 * 10**9, cuda) == {"": cuda}
+    assert loading.placement(141 * 10**9, cuda) == "auto"
+    assert loading.placement(141 * 10**9, torch.device("cpu")) is None
+
+
+def test_a_spread_model_has_the_same_perplexity(base, model, tokens, tmp_path, monkeypatch):
+    """Spread as accelerate does it: here between memory and disk, for want of a second device."""
+    parts = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+             "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    spread = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, device_map=parts, offload_folder=str(tmp_path)
+    ).eval()
+    assert any(p.is_meta for p in spread.parameters())
+    assert measure.perplexity(spread, tokens, 32, 0, 0) == measure.perplexity(model, tokens, 32, 0, 0)

@@ -8,7 +8,8 @@ from nuteprune.planning.dryrun import dry_run
 from nuteprune.planning.footprint import total_parameters
 from nuteprune.planning.planner import HUB, named_spec
 
-RECIPES = {"llama2-13b": 8, "llama3.1-8b": 8, "llama3.1-70b": 16, "mistral-7b": 8, "qwen3-14b": 8}
+RECIPES = {"llama2-13b": 8, "llama3.1-8b": 8, "llama3.1-70b": 16, "mistral-7b": 8, "qwen3-14b": 8, "granite3.3-8b": 8,
+           "smollm3-3b": 8, "phi4": 8, "olmo2-7b": 8, "gemma3-1b": 8}  # fmt: skip
 """Recipe and the number of ranks that it is made for."""
 
 
@@ -26,6 +27,13 @@ def test_recipe_on_its_ranks(recipe):
         assert 0.99 * found.total < found.gathered < found.total
 
 
+@pytest.mark.parametrize("recipe", ["phi4", "olmo2-7b", "gemma3-1b"])
+def test_unlike_layers_are_partitioned_too(recipe):
+    found = dry_run(load_config(None, [f"recipe={recipe}", "deepspeed=zero3", "train.batch_size=16"]), 8, 8)
+    assert found.share == pytest.approx(found.total / 8, rel=2e-3)
+    assert 0.99 * found.total < found.gathered < found.total
+
+
 @pytest.mark.parametrize("settings", ["zero3_offload", "zero3_nvme"])
 def test_13b_on_16_ranks_with_offload(capsys, settings):
     arguments = ["recipe=llama2-13b", f"deepspeed={settings}", "train.activation_checkpointing=true"]
@@ -34,6 +42,20 @@ def test_13b_on_16_ranks_with_offload(capsys, settings):
     assert "partitioned by ZeRO-3: 1.6" in printed
     assert "552,960 ffn (40 x 13824)" in printed
     assert "memory of one rank" in printed
+
+
+def test_beside_a_gpu_it_runs_on_the_cpu():
+    """DeepSpeed picks CUDA where there is a card; the ids and gates of a dry run are on the CPU."""
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    before = get_accelerator()
+    set_accelerator(CUDA_Accelerator())
+    try:
+        found = dry_run(load_config(None, ["recipe=llama2-13b", "deepspeed=zero3"]), 8, 8)
+    finally:
+        set_accelerator(before)
+    assert found.gathered
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_prunable_parameters_are_those_of_the_projections(name):
 def test_unsupported_family_names_the_supported_ones():
     from transformers import GPT2Config
 
-    with pytest.raises(ValueError, match=r"gpt2.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ValueError, match=r"gpt2.*llama, mistral, qwen2, qwen3, granite, .*gemma3_text"):
         read_spec(GPT2Config())
 
 
@@ -160,6 +160,22 @@ def test_deterministic_gates_close_as_many_units_as_expected(noise, spread):
     assert (z == 0).sum() == round(float((1 - probability).sum()))
     assert masks.log_alpha["ffn"][z == 0].max() <= masks.log_alpha["ffn"][z > 0].min()
     assert z[z > 0].min() > 0.05
+
+
+def test_deterministic_gates_of_the_published_noise_are_the_authors():
+    """Layer by layer, as in CoFi's `_deterministic_z`, which the authors' code uses."""
+    masks = MaskSet(SPEC, load_config(None, ["recipe=paper", "gates.units=[ffn,hidden]"]).gates)
+    masks.noise = 1.0
+    for la in masks.log_alpha.values():
+        la.data.normal_(0.5, 1.5)
+    gates = masks.deterministic()
+    for la, z in ((masks.log_alpha["ffn"], gates.ffn), (masks.log_alpha["hidden"][None], gates.hidden[None])):
+        for row, own in zip(la.detach(), z, strict=True):
+            expected = torch.sigmoid(row / (2 / 3) * 0.8)
+            zeros = round(len(row) - float(torch.sigmoid(row - 2 / 3 * torch.tensor(0.1 / 1.1).log()).sum()))
+            expected[row.topk(zeros, largest=False).indices] = 0
+            torch.testing.assert_close(own, expected)
+            assert 0 < zeros < len(row)
 
 
 def test_gates_closed_by_the_clamp_have_no_gradient():
