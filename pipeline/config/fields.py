@@ -67,8 +67,8 @@ class GateConfig:
     units: list[Unit] = opt([], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, ffn_sublayers, "
                             "layers; empty: ffn in the shape `per_layer_ffn`, else kv_groups and ffn.")  # fmt: skip
     shape: Shape = opt(
-        "per_layer_ffn", "`per_layer_ffn`: the same attention in every layer that has one, an FFN width of its own each; "
-        "`uniform`: the same counts in every layer, a stock architecture; `per_layer`: free counts."
+        "per_layer_ffn", "`per_layer_ffn`: the same attention in every layer that has one, an FFN width of its own "
+        "each; `uniform`: the same counts in every layer, a stock architecture; `per_layer`: free counts."
     )  # fmt: skip
     init: Literal["importance", "drop_rate"] = opt(
         "importance", "Start of log-alpha: from first-order Taylor importance, or one drop rate for all."

@@ -75,7 +75,7 @@ def test_the_structure_with_the_least_loss_is_settled_on(settings, tokenizer, tm
     deep = tmp_path / "deep"
     tiny_model("llama", intermediate_size=160, num_hidden_layers=6).save_pretrained(deep)
     tokenizer.save_pretrained(deep)
-    config = load_config(None, [*settings, "gates.units=[kv_groups,ffn,layers]", "sparsity.target=0.5",
+    config = load_config(None, [*settings, "gates.shape=uniform", "gates.units=[kv_groups,ffn,layers]", "sparsity.target=0.5",
                                 f"model.path={deep}", "gates.ffn_multiple=4"])  # fmt: skip
     with caplog.at_level("INFO", logger="nuteprune"):
         prune.run(config)
@@ -94,6 +94,26 @@ def test_the_structure_with_the_least_loss_is_settled_on(settings, tokenizer, tm
     rung = export.run(load_config(config, ["export.sparsity=0.3", f"export.output={tmp_path / 'rung'}"]))
     small = json.loads((rung / "config.json").read_text())
     assert abs(small["num_hidden_layers"] - (6 + (layers - 6) * 0.6)) <= 1
+
+
+def test_a_signal_while_structures_are_measured_saves_and_the_next_start_ends_bit_identical(
+    settings, tmp_path, monkeypatch
+):
+    config = load_config(None, [*settings, "gates.shape=uniform"])
+    whole = shutil.copytree(prune.run(config).parent, tmp_path / "whole")
+    shutil.rmtree(config.run_dir)
+    measure = prune.Pruning.measure
+
+    def signalled(trainer, structures):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(trainer, structures)
+
+    monkeypatch.setattr(prune.Pruning, "measure", signalled)
+    with pytest.raises(Preempted, match="at step 27, while structures were measured: saved"):
+        prune.run(config)
+    monkeypatch.undo()
+    prune.run(config)
+    same_run(whole, Path(config.run_dir))
 
 
 def test_adapter_opens_in_peft(settings, model_dir):
