@@ -9,7 +9,7 @@ from nuteprune.__main__ import main
 from nuteprune.arch import pack, projections, read_spec, split_fused, stored
 from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig
 from nuteprune.exporting.folding import plan_fold, small_config
-from nuteprune.masks import Gates, MaskSet, check_target, kept_units, unit_shape
+from nuteprune.masks import Gates, MaskSet, check_target, kept_units, select_units, sparsity_of, unit_shape
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 
@@ -58,14 +58,12 @@ def test_heads_divide_the_hidden_size_where_the_stock_class_wants_it(target):
     config = GateConfig(units=["heads", "kv_groups", "ffn", "hidden"], ffn_multiple=1, hidden_multiple=4)
     check_target(spec, config, target)
     torch.manual_seed(0)
-    masks = MaskSet(spec, config)
-    for la in masks.log_alpha.values():
-        la.data.normal_(0, 2)
-    masks.settle(target)
-    kept = kept_units(spec, masks.fixed)
+    scores = {kind: torch.randn(unit_shape(spec, kind)) for kind in config.units}
+    gates = select_units(spec, scores, target, "uniform", ffn_multiple=1, hidden_multiple=4)
+    kept = kept_units(spec, gates)
     assert kept.is_uniform(spec)
     assert len(kept.hidden) % len(kept.heads[0]) == 0
-    assert abs(float(masks.expected_sparsity()) - target) <= 0.01
+    assert abs(sparsity_of(spec, gates) - target) <= 0.01
 
 
 def test_the_only_kv_group_of_a_layer_has_no_gate():
