@@ -6,7 +6,7 @@ R LoRA rank, V vocabulary, P head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -66,7 +66,7 @@ class ArchSpec:
         """Query heads per key/value group."""
         return self.heads // self.kv_heads
 
-    def refusal(self, names: list[str]) -> str | None:
+    def refusal(self, names: Sequence[str]) -> str | None:
         """Why the family cannot have the first of these units and shapes that it refuses; None if it has them all."""
         found = ((name, reason) for name, reason in self.refuses if name in names)
         return next((f"{self.family} cannot have {name}, leave it out: {reason}" for name, reason in found), None)

@@ -234,7 +234,11 @@ def _layer_scales(spec: ArchSpec, gate: Tensor | None, skip_removed: bool) -> li
     return [None if value == 1 else z for value, z in zip(gate.tolist(), gate, strict=True)]
 
 
-def _layer_view(spec, head_gate, ffn_gate, residual: _Side, scales, pairs, scaling, skip_removed) -> LayerView:
+def _layer_view(
+    spec: ArchSpec, head_gate: Tensor | None, ffn_gate: Tensor | None, residual: _Side,
+    scales: tuple[Tensor | None, Tensor | None], pairs: Mapping[str, tuple[Tensor, Tensor]], scaling: float,
+    skip_removed: bool,
+) -> LayerView:  # fmt: skip
     head_keep = _kept(head_gate) if skip_removed else None
     ffn_side = _Side(ffn_gate, _kept(ffn_gate) if skip_removed else None)
     group_keep, group_size, kv_index = _group_layout(spec, head_keep)

@@ -55,7 +55,9 @@ def test_gemma_with_softcapped_logits_is_refused():
 @pytest.mark.parametrize("target", [0.15, 0.3, 0.5])
 def test_heads_divide_the_hidden_size_where_the_stock_class_wants_it(target):
     spec = read_spec(tiny_config("gemma3", hidden_size=48, intermediate_size=64))
-    config = GateConfig(units=["heads", "kv_groups", "ffn", "hidden"], ffn_multiple=1, hidden_multiple=4)
+    config = GateConfig(
+        units=["heads", "kv_groups", "ffn", "hidden"], shape="uniform", ffn_multiple=1, hidden_multiple=4
+    )
     check_target(spec, config, target)
     torch.manual_seed(0)
     scores = {kind: torch.randn(unit_shape(spec, kind)) for kind in config.units}
