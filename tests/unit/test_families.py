@@ -8,7 +8,7 @@ from torch import nn
 from nuteprune.__main__ import main
 from nuteprune.arch import pack, projections, read_spec, split_fused, stored
 from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig
-from nuteprune.exporting.folding import plan_fold, small_config
+from nuteprune.exporting.folding import fold_model, plan_fold, small_config
 from nuteprune.masks import Gates, MaskSet, check_target, kept_units, select_units, sparsity_of, unit_shape
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
@@ -45,6 +45,23 @@ def test_a_refused_shape_is_refused_by_the_export_too():
     assert small_config(config, fold, "uniform").intermediate_size == spec.ffn
     with pytest.raises(ValueError, match=r"export.shape: phi3 cannot have per_layer"):
         small_config(config, fold, "per_layer")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "changes", "kind"), [("phi3", LONG, "ffn"), ("phi3-partial", {}, "kv_groups")])
+def test_rotary_positions_of_its_own_stay_exact_in_the_stock_class(name, changes, kind):
+    model, same = (tiny_model(name, hidden_size=24, head_dim=4, **changes) for _ in range(2))
+    spec, ids = read_spec(model.config), torch.arange(90)[None]  # beyond the original context
+    removed = torch.ones(unit_shape(spec, kind))
+    removed[:, 1] = 0
+    gates = Gates(**{kind: removed})
+    paired = PairedModel(same, spec, LoraConfig())
+    wanted = paired.logits(ids, build_view(spec, gates, {}, 1.0, torch.float32))
+    fold = plan_fold(spec, gates, {}, 1.0)
+    config = small_config(model.config, fold, "uniform")
+    small = type(model)(config).eval()
+    small.load_state_dict(fold_model(model, config, fold).state_dict())
+    torch.testing.assert_close(small(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_gemma_with_softcapped_logits_is_refused():
