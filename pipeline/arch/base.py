@@ -15,7 +15,7 @@ PROJECTIONS = ATTENTION + FFN
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Linear layers that hold several projections, one below the other (Phi-3)."""
 SUBLAYERS_UNDER_NORMS = tuple(
-    (kind, "the norm behind each sublayer undoes a gate on all of it, so the gate would learn nothing")
+    (kind, "the norm behind a sublayer undoes a gate on all of it, so that gate would learn nothing")
     for kind in ("attn_sublayers", "ffn_sublayers")
 )
 """What families with norms behind their sublayers refuse."""
@@ -67,6 +67,11 @@ class ArchSpec:
     def group_size(self) -> int:
         """Query heads per key/value group."""
         return self.heads // self.kv_heads
+
+    def refusal(self, names: list[str]) -> str | None:
+        """Why the family cannot have the first of these units and shapes that it refuses; None if it has them all."""
+        found = ((name, reason) for name, reason in self.refuses if name in names)
+        return next((f"{self.family} cannot have {name}, leave it out: {reason}" for name, reason in found), None)
 
     def head_cost(self, hidden):
         """Parameters of one query head (its rows of q, its columns of o) with `hidden` kept hidden dimensions."""

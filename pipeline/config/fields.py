@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"]
+Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers"]
 Shape = Literal["uniform", "per_layer_ffn", "per_layer"]
 DEFAULT_UNITS: dict[str, list[Unit]] = {"per_layer_ffn": ["ffn"]}
 """What is gated by default in a shape, as measured (README, "Results"); in the others KV groups and FFN units."""
@@ -62,8 +62,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    units: list[Unit] = opt([], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, ffn_sublayers; "
-                            "empty: ffn in the shape `per_layer_ffn`, else kv_groups and ffn.")  # fmt: skip
+    units: list[Unit] = opt([], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, ffn_sublayers, "
+                            "layers; empty: ffn in the shape `per_layer_ffn`, else kv_groups and ffn.")  # fmt: skip
     shape: Shape = opt(
         "uniform", "`uniform` keeps the same counts in every layer (a stock architecture); `per_layer_ffn` the same "
         "attention in every layer that has one, with an FFN width of its own each; `per_layer` is free."

@@ -46,9 +46,10 @@ class Result:
 def kept_record(run: Run, student: Student, fold: Fold, result: Result) -> dict:
     """Contents of nuteprune.json: kept indices per layer, the original sizes, what was reached, fine-tuning steps."""
     spec, kept = fold.spec, fold.kept
-    layers = {"heads": kept.heads, "kv_groups": kept.kv_groups, "ffn": kept.ffn}
+    by_layer = {"heads": kept.heads, "kv_groups": kept.kv_groups, "ffn": kept.ffn}
     return {
-        "kept": {k: [t.tolist() for t in v] for k, v in layers.items()} | {"hidden": kept.hidden.tolist()},
+        "kept": {k: [t.tolist() for t in v] for k, v in by_layer.items()}
+        | {"hidden": kept.hidden.tolist(), "layers": kept.layers.tolist()},
         "layers": spec.layers,
         "original": {"heads": spec.heads, "kv_heads": spec.kv_heads, "ffn": spec.ffn, "hidden": spec.hidden},
         "sparsity": result.sparsity,
@@ -151,7 +152,8 @@ def _data_name(source: str) -> str:
 def _table(fold: Fold) -> list[str]:
     spec, kept = fold.spec, fold.kept
     lines = [
-        f"Hidden size {len(kept.hidden)} of {spec.hidden}. Kept in each layer:",
+        f"{len(kept.layers)} of {spec.layers} layers, hidden size {len(kept.hidden)} of {spec.hidden}. "
+        "Kept in each layer:",
         "",
         f"| Layer | Query heads of {spec.heads} | KV heads of {spec.kv_heads} | FFN units of {spec.ffn} |",
         "|---|---|---|---|",

@@ -29,6 +29,8 @@ from nuteprune.masks import Gates, Kept, kept_units
 from nuteprune.model.layers import LoraWeights
 from nuteprune.model.loading import OWN_TYPES
 
+PER_LAYER_LISTS = ("layer_types", "no_rope_layers")
+"""Entries of a configuration with one value for each layer."""
 _RENAMED = {"architectures", "model_type", "quantization_config", "transformers_version", "auto_map"}
 """Entries of a base configuration that say what the base was, not how it computes."""
 
@@ -53,7 +55,7 @@ class Fold:
 
     Attributes:
         spec: the base's architecture.
-        head_gate, ffn_gate, hidden_gate: effective gates [L, H], [L, F], [D], float32.
+        head_gate, ffn_gate, hidden_gate, layer_gate: effective gates [L, H], [L, F], [D], [L], float32.
         kept: the units that stay.
         lora, scaling: LoRA pairs by "layer.projection", and alpha / rank.
     """
@@ -62,6 +64,7 @@ class Fold:
     head_gate: Tensor
     ffn_gate: Tensor
     hidden_gate: Tensor
+    layer_gate: Tensor
     kept: Kept
     lora: LoraWeights
     scaling: float
@@ -78,12 +81,14 @@ class Fold:
 
 
 def plan_fold(spec: ArchSpec, gates: Gates, lora: LoraWeights, scaling: float) -> Fold:
-    """The fold of given gates and LoRA; raises ValueError where no hidden dimension is left."""
+    """The fold of given gates and LoRA; raises ValueError where no hidden dimension or no layer is left."""
     full = gates.detach().to("cpu", torch.float32).full(spec)
     kept = kept_units(spec, full)
     if len(kept.hidden) == 0:
         raise ValueError("no hidden dimension is left: lower the target sparsity")
-    return Fold(spec, full.head_gate(spec), full.ffn_gate(), full.hidden, kept, lora, scaling)
+    if len(kept.layers) == 0:
+        raise ValueError("no decoder layer is left: lower the target sparsity")
+    return Fold(spec, full.head_gate(spec), full.ffn_gate(spec), full.hidden, full.layers, kept, lora, scaling)
 
 
 def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedConfig:
@@ -97,22 +102,30 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
     Raises:
         ValueError: no stock class can hold these sizes.
     """
-    groups = fold.kept.heads_per_group(fold.spec)
+    if (refusal := fold.spec.refusal([shape])) is not None:
+        raise ValueError(f"export.shape: {refusal}")
+    kept = fold.kept.layers.tolist()
+    every_group = fold.kept.heads_per_group(fold.spec)
+    groups, ffn = [every_group[i] for i in kept], [len(fold.kept.ffn[i]) for i in kept]
     values = {k: v for k, v in base.to_dict().items() if k not in _RENAMED}
     values |= {
+        "num_hidden_layers": len(kept),
         "hidden_size": len(fold.kept.hidden),
         "num_attention_heads": max(1, *map(sum, groups)),
         "num_key_value_heads": max(1, *map(len, groups)),
         "head_dim": fold.spec.head_dim,
-        "intermediate_size": max(1, *map(len, fold.kept.ffn)),
+        "intermediate_size": max(1, *ffn),
         "rms_norm_eps": fold.spec.norm_eps * fold.norm_scale**2,
         "tie_word_embeddings": fold.spec.tied and not fold.unties,
     }
+    for name in PER_LAYER_LISTS:
+        if values.get(name):
+            values[name] = [values[name][i] for i in kept]
     if shape != "uniform":
         name = family_of(base).ragged_class or type(base).__name__
         values = _of_class(values, base, getattr(transformers, name))
         stem = name.removesuffix("Config")
-        values |= {"heads_per_group": groups, "ffn_sizes": [len(f) for f in fold.kept.ffn]}
+        values |= {"heads_per_group": groups, "ffn_sizes": ffn}
         values["auto_map"] = {
             "AutoConfig": f"modeling_ragged.Ragged{stem}Config",
             "AutoModelForCausalLM": f"modeling_ragged.Ragged{stem}ForCausalLM",
@@ -156,9 +169,11 @@ def fold_model(model: PreTrainedModel, config: PreTrainedConfig, fold: Fold, pro
     with torch.device("meta"):
         small = model_class(config)(config)
     layers = model.model.layers
+    place = {index: number for number, index in enumerate(fold.kept.layers.tolist())}
     for index in progress(range(fold.spec.layers)):
-        into = small.model.layers[index]
-        into.load_state_dict(pack(fold_layer(fold, layers[index], index), into), assign=True)
+        if index in place:
+            into = small.model.layers[place[index]]
+            into.load_state_dict(pack(fold_layer(fold, layers[index], index), into), assign=True)
         layers[index] = nn.Identity()
     embedding, norm, head = fold_ends(fold, model)
     small.model.embed_tokens.load_state_dict({"weight": embedding}, assign=True)
@@ -236,7 +251,7 @@ def _sides(fold: Fold, name: str, index: int) -> tuple[Tensor, Tensor, Tensor | 
     else:
         unit, gate = kept.ffn[index], fold.ffn_gate[index]
     if name in ("o_proj", "down_proj"):
-        return kept.hidden, unit, fold.hidden_gate, gate
+        return kept.hidden, unit, fold.hidden_gate * fold.layer_gate[index], gate
     # Gates act where units enter o_proj and down_proj; the residual stream arrives already gated.
     return unit, kept.hidden, None, None
 

@@ -13,7 +13,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import ConfigError, GateConfig
 from nuteprune.masks import hard_concrete as hc
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
-from nuteprune.masks.selection import most_removed, select_units
+from nuteprune.masks.selection import cheapest_units, most_removed, select_units
 
 POINT = 0.01
 """The exported sparsity may be this far from the target."""
@@ -48,11 +48,10 @@ def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:
         raise ConfigError(
             "gates.units: whole sublayers need gates.shape=per_layer_ffn or per_layer (no stock model lacks a sublayer)"
         )
-    for name, reason in spec.refuses:
-        if name in config.units:
-            raise ConfigError(f"gates.units: {spec.family} cannot lose {name}, leave it out ({reason})")
-        if name == config.shape:
-            raise ConfigError(f"gates.shape={name} is not possible with this {spec.family} model ({reason})")
+    if (refusal := spec.refusal(config.units)) is not None:
+        raise ConfigError(f"gates.units: {refusal}")
+    if (refusal := spec.refusal([config.shape])) is not None:
+        raise ConfigError(f"gates.shape: {refusal}")
     kinds = gated_kinds(spec, config.units)
     most = most_removed(spec, kinds, config.shape)
     if target > most:
@@ -186,10 +185,17 @@ class MaskSet(nn.Module):
         return _ALIKE[self.config.shape] & set(self.kinds)
 
     @torch.no_grad()
-    def settle(self, target: float) -> None:
-        """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape."""
-        gates = select_units(self.spec, self.scores(), target, self.config.shape, *multiples(self.config))
-        self.fix(gates)
+    def settle(self, target: float, loss: Callable[[list[Gates]], list[float]]) -> None:
+        """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape.
+
+        Where the shape can meet the target in several structures, the one with the least loss.
+
+        Args:
+            target: sparsity.
+            loss: the losses of students with given gates.
+        """
+        config = self.config
+        self.fix(cheapest_units(self.spec, self.scores(), target, config.shape, multiples(config), loss))
 
     def fix(self, gates: Gates) -> None:
         """Use `gates` from now on; log-alpha no longer learns."""

@@ -178,16 +178,16 @@ def build_view(
     """
     heads = ffn = hidden = None
     if gates is not None:
-        full = gates.full(spec) if gates.ffn is None and gates.ffn_sublayers is not None else gates
-        heads, ffn, hidden = gates.head_gate(spec), full.ffn_gate(), gates.hidden
+        heads, ffn, hidden = gates.head_gate(spec), gates.ffn_gate(spec), gates.hidden
     residual = _Side(hidden, _kept(hidden) if skip_removed else None)
+    scales = _layer_scales(spec, None if gates is None else gates.layers, skip_removed)
     layers = []
     for index in range(spec.layers):
         head_gate = None if heads is None else heads[index]
         ffn_gate = None if ffn is None else ffn[index]
         pairs = {n: tuple(t.to(dtype) for t in lora[f"{index}.{n}"]) for n in (*ATTENTION, *FFN)
                  if f"{index}.{n}" in lora}  # fmt: skip
-        layers.append(_layer_view(spec, head_gate, ffn_gate, residual, pairs, scaling, skip_removed))
+        layers.append(_layer_view(spec, head_gate, ffn_gate, residual, scales[index], pairs, scaling, skip_removed))
     return View(layers, hidden)
 
 
@@ -199,7 +199,16 @@ class _Side:
     keep: Tensor | None = None
 
 
-def _layer_view(spec, head_gate, ffn_gate, residual: _Side, pairs, scaling, skip_removed) -> LayerView:
+def _layer_scales(spec: ArchSpec, gate: Tensor | None, skip_removed: bool) -> list[Tensor | None]:
+    """For each layer the gate of what it adds to the stream; None where that stays as it is."""
+    if gate is None:
+        return [None] * spec.layers
+    if gate.requires_grad or not skip_removed:
+        return list(gate)
+    return [None if value == 1 else z for value, z in zip(gate.tolist(), gate, strict=True)]
+
+
+def _layer_view(spec, head_gate, ffn_gate, residual: _Side, scale, pairs, scaling, skip_removed) -> LayerView:
     head_keep = _kept(head_gate) if skip_removed else None
     ffn_side = _Side(ffn_gate, _kept(ffn_gate) if skip_removed else None)
     group_keep, group_size, kv_index = _group_layout(spec, head_keep)
@@ -219,8 +228,11 @@ def _layer_view(spec, head_gate, ffn_gate, residual: _Side, pairs, scaling, skip
         # The residual stream is already masked, so removed hidden dimensions arrive as zeros: no gate, only the skip.
         states[name] = ProjectionState(pairs.get(name), scaling, None, into_norm.get(name), residual.keep, side.keep,
                                        compact_out=side.keep is not None)  # fmt: skip
+    added = residual.gate
+    if scale is not None:
+        added = scale.repeat(spec.hidden) if added is None else scale * added
     for name, side in {"o_proj": queries, "down_proj": ffn_side}.items():
-        states[name] = ProjectionState(pairs.get(name), scaling, side.gate, residual.gate, side.keep, residual.keep,
+        states[name] = ProjectionState(pairs.get(name), scaling, side.gate, added, side.keep, residual.keep,
                                        compact_in=side.keep is not None)  # fmt: skip
     gone = [keep is not None and len(keep) == 0 for keep in (head_keep, ffn_side.keep)]
     return LayerView(states, group_size, kv_index, removed=all(gone))

@@ -82,7 +82,7 @@ def pruned_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float
     """The student as pruning left it at a sparsity (0: the final one), in the structure that the export asks for."""
     student = choose_student(trained, sparsity)
     gates = structure(spec, student.gates, student.scores, student.target, shape_of(config, trained),
-                      rounding_of(config, trained))  # fmt: skip
+                      rounding_of(config, trained), trained.gates)  # fmt: skip
     return replace(student, gates=gates)
 
 
@@ -101,7 +101,7 @@ def newest_student(config: Config, trained: Run, spec: ArchSpec) -> Student:
     tuned = load_tuned(directory, trained, student.scores, student.target)
     log.info("with the LoRA that was fine-tuned for %d steps: %s", tuned.facts["steps"], directory)
     gates = structure(spec, tuned.gates, tuned.scores, tuned.target, shape_of(config, trained),
-                      rounding_of(config, trained))  # fmt: skip
+                      rounding_of(config, trained), trained.gates)  # fmt: skip
     return replace(tuned, gates=gates)
 
 
@@ -160,8 +160,9 @@ def choose_student(trained: Run, sparsity: float) -> Student:
 
 
 def structure(
-    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: str, rounding: tuple[int, ...]
-) -> Gates:
+    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: str, rounding: tuple[int, ...],
+    like: Gates | None = None,
+) -> Gates:  # fmt: skip
     """Gates of the model to export: the run's own if they fit the shape and the target, else chosen by score.
 
     A unit that stays keeps its gate's value, or gets 1 where the run had removed it.
@@ -172,6 +173,7 @@ def structure(
         target: wanted sparsity.
         shape: "uniform", "per_layer_ffn" or "per_layer".
         rounding: as from `multiples`.
+        like: the run's final student, whose kind of structure is taken where one has to be chosen.
 
     Raises:
         ConfigError: whole sublayers are removed but the shape is uniform, or the target is missed.
@@ -184,7 +186,7 @@ def structure(
         return gates
     if shape == "uniform":
         scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
-    chosen = select_units(spec, scores, target, shape, *rounding).as_dict()
+    chosen = select_units(spec, scores, target, shape, *rounding, like=like).as_dict()
     values = {k: torch.where(z == 0, torch.ones_like(z), z) for k, z in gates.as_dict().items()}
     settled = Gates(**{k: v * chosen[k] if k in chosen else v for k, v in values.items()})
     reached = sparsity_of(spec, settled)
@@ -213,5 +215,5 @@ def _fits(spec: ArchSpec, gates: Gates, shape: str, rounding: tuple[int, ...]) -
 def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:
     """Query heads, FFN units and hidden dimensions that are in one of two structures only."""
     a, b = before.full(spec), after.full(spec)
-    pairs = ((a.head_gate(spec), b.head_gate(spec)), (a.ffn_gate(), b.ffn_gate()), (a.hidden, b.hidden))
+    pairs = ((a.head_gate(spec), b.head_gate(spec)), (a.ffn_gate(spec), b.ffn_gate(spec)), (a.hidden, b.hidden))
     return sum(int(((x != 0) != (y != 0)).sum()) for x, y in pairs)

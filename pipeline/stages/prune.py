@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from nuteprune.config import Config
+from nuteprune.config import Config, LossConfig
 from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
-from nuteprune.masks import Gates, MaskSet, check_target, sparsity_of
+from nuteprune.masks import Gates, MaskSet, check_target, describe, sparsity_of
 from nuteprune.masks.schedule import noise_at, settle_step, target_at
 from nuteprune.model.layers import View, build_view
 from nuteprune.model.loading import load_tokenizer, read_config
@@ -22,12 +23,15 @@ from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.rundir import save_run
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
-from nuteprune.training.loop import Trainer, train
+from nuteprune.training.loop import Trainer, save_checkpoint, train
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Preempted
 from nuteprune.training.teachers import TeacherBank
 
 log = logging.getLogger(__name__)
+
+MEASURED_BATCHES = 4
+"""Training batches on which structures are compared when the gates settle."""
 
 
 def run(config: Config) -> Path:
@@ -123,9 +127,32 @@ class Pruning(Trainer):
         if config.sparsity.constraint == "projection":
             masks.project(target)
         if masks.fixed is None and self.step >= settle_step(config, self.total):
-            masks.settle(config.sparsity.target)
+            masks.settle(config.sparsity.target, self.measure)
             log.info("step %d: gates settled at sparsity %.4f", self.step, sparsity_of(self.model.spec, masks.fixed))
         return target
+
+    @torch.no_grad()
+    def measure(self, structures: list[Gates]) -> list[float]:
+        """Cross entropy of the student as each structure would leave it, on the next batches, averaged over the ranks.
+
+        Every rank gets the same numbers, and so do two starts of one run.
+        """
+        model, losses = self.model, []
+        batches = [self.stream.batch(self.step + i).to(self.world.device) for i in range(MEASURED_BATCHES)]
+        shown = self.config.tracking.progress and self.world.is_main
+        for gates in tqdm(structures, "measuring structures", leave=False, disable=not shown):
+            if self.world.any(bool(self.stop.received)):
+                save_checkpoint(self)
+                raise Preempted(f"{self.stop.name} at step {self.step}, while structures were measured: saved")
+            view = build_view(model.spec, gates.to(self.world.device), model.lora(), model.scaling, model.dtype)
+            total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+            for batch in batches:
+                for ids in batch.split(self.config.train.micro_batch or len(batch)):
+                    entropy = model(ids, view, None, LossConfig()).cross_entropy
+                    total += entropy.double() * self.share(ids, batch) / len(batches)
+            losses.append(float(self.world.mean(total)))
+            log.info("%s: cross entropy %.4f", describe(model.spec, gates), losses[-1])
+        return losses
 
     def choose_teacher(self) -> tuple[int | None, View | None]:
         """Snapshot that teaches this step (None: the intact model) and its view; no view where there is no teacher."""
@@ -181,7 +208,7 @@ class Pruning(Trainer):
         gates = self.masks.deterministic().full(spec)
         heads = gates.head_gate(spec)
         groups = heads.unflatten(1, (spec.kv_heads, spec.group_size)).amax(2)
-        return {"kv_groups": groups, "heads": heads, "ffn": gates.ffn_gate(), "hidden": gates.hidden[None]}
+        return {"kv_groups": groups, "heads": heads, "ffn": gates.ffn_gate(spec), "hidden": gates.hidden[None]}
 
     def finish(self) -> Path:
         """Save the finished student and its teachers."""
