@@ -85,6 +85,7 @@ def _small_grads(
     if q is not None:
         outer = spread(outer * scaling if kept is None else outer * (kept * scaling), 0, keep, size)
     if t is not None:
+        assert kept is not None  # t is for the gradient of a gate
         kept = kept[:, 0]
         dots = spread(torch.where(kept != 0, dots / kept, torch.zeros_like(dots)), 0, keep, size)
     return outer if q is not None else p.new_empty(0), dots if t is not None else p.new_empty(0)

@@ -8,6 +8,7 @@ configuration. Scaling their input (the rows and biases of q_proj and k_proj) by
     w·(c·q) / sqrt(c²·ms(q) + c²·eps) = w·q / sqrt(ms(q) + eps).
 OLMo 2's run over all heads, where a removed head counts as zeros. With n' of n heads kept and r² = n/n' the mean square
 over those is r²·ms(q): scaling the rows by c/r and the norm's weight by r is exact.
+Where a norm follows a sublayer, the gate of all that the sublayer adds is a factor of that norm's weight.
 Gemma's norms multiply by 1 + w, so w' = c·(1 + w) - 1. Its embeddings are multiplied by sqrt(d'), not sqrt(d): they are
 scaled by c, and where the head shares them the last norm keeps its weight, which undoes that.
 """
@@ -55,7 +56,8 @@ class Fold:
 
     Attributes:
         spec: the base's architecture.
-        head_gate, ffn_gate, hidden_gate, layer_gate: effective gates [L, H], [L, F], [D], [L], float32.
+        head_gate, ffn_gate, hidden_gate: effective gates [L, H], [L, F], [D], float32.
+        added_gates: [2, L], on what attention and FFN add to the stream.
         kept: the units that stay.
         lora, scaling: LoRA pairs by "layer.projection", and alpha / rank.
     """
@@ -64,7 +66,7 @@ class Fold:
     head_gate: Tensor
     ffn_gate: Tensor
     hidden_gate: Tensor
-    layer_gate: Tensor
+    added_gates: Tensor
     kept: Kept
     lora: LoraWeights
     scaling: float
@@ -88,7 +90,8 @@ def plan_fold(spec: ArchSpec, gates: Gates, lora: LoraWeights, scaling: float) -
         raise ValueError("no hidden dimension is left: lower the target sparsity")
     if len(kept.layers) == 0:
         raise ValueError("no decoder layer is left: lower the target sparsity")
-    return Fold(spec, full.head_gate(spec), full.ffn_gate(spec), full.hidden, full.layers, kept, lora, scaling)
+    added = torch.stack(full.added_gates(spec))
+    return Fold(spec, full.head_gate(spec), full.ffn_gate(spec), full.hidden, added, kept, lora, scaling)
 
 
 def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedConfig:
@@ -191,7 +194,9 @@ def fold_layer(fold: Fold, layer: nn.Module, index: int) -> dict[str, Tensor]:
         for part, tensor in _projection(fold, getattr(owner, attribute), name, index):
             state[f"{block}.{name}.{part}"] = tensor
     for norm in fold.spec.norms:
-        state[f"{norm}.weight"] = _norm(fold, getattr(layer, norm), fold.norm_scale)
+        behind = fold.spec.norms_behind
+        gate = float(fold.added_gates[behind.index(norm), index]) if norm in behind else 1.0
+        state[f"{norm}.weight"] = _norm(fold, getattr(layer, norm), fold.norm_scale * gate)
     if fold.spec.qk_norm and len(fold.kept.heads[index]):
         for norm, name in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
             weight = getattr(layer.self_attn, norm).weight.detach().float()
@@ -251,7 +256,8 @@ def _sides(fold: Fold, name: str, index: int) -> tuple[Tensor, Tensor, Tensor | 
     else:
         unit, gate = kept.ffn[index], fold.ffn_gate[index]
     if name in ("o_proj", "down_proj"):
-        return kept.hidden, unit, fold.hidden_gate * fold.layer_gate[index], gate
+        added = fold.added_gates[int(name == "down_proj"), index]
+        return kept.hidden, unit, fold.hidden_gate * (1.0 if fold.spec.norms_behind else added), gate
     # Gates act where units enter o_proj and down_proj; the residual stream arrives already gated.
     return unit, kept.hidden, None, None
 

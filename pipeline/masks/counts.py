@@ -64,19 +64,23 @@ def intact(spec: ArchSpec) -> Counts:
 def mean_counts(spec: ArchSpec, gates: Gates) -> Counts:
     """What the layers that stay keep on average."""
     full = gates.full(spec)
-    heads = full.head_gate(spec).unflatten(1, (spec.kv_heads, spec.group_size)) != 0
-    groups, layers = heads.any(-1).double().sum(), full.layers.double()
-    with_attention = (layers * full.attn_sublayers.double()).sum().clamp(min=1)
+    head_gate, ffn_gate, every_kind = full.head_gate(spec), full.ffn_gate(spec), full.as_dict()
+    assert head_gate is not None, "all kinds are there"
+    assert ffn_gate is not None, "all kinds are there"
+    heads = head_gate.unflatten(1, (spec.kv_heads, spec.group_size)) != 0
+    groups, layers = heads.any(-1).double().sum(), every_kind["layers"].double()
+    with_attention = (layers * every_kind["attn_sublayers"].double()).sum().clamp(min=1)
     return Counts(
         float(groups / with_attention), float(heads.double().sum() / groups.clamp(min=1)),
-        float(full.hidden.double().sum()), float(layers.sum()),
-        float((full.ffn_gate(spec) != 0).double().sum() / layers.sum().clamp(min=1)),
+        float(every_kind["hidden"].double().sum()), float(layers.sum()),
+        float((ffn_gate != 0).double().sum() / layers.sum().clamp(min=1)),
     )  # fmt: skip
 
 
 def whole_counts(spec: ArchSpec, gates: Gates) -> Counts:
     """The counts of a structure that is alike in all layers, as whole numbers and with the FFN left open."""
-    return Counts(*map(round, astuple(mean_counts(spec, gates))[:4]), spec.ffn)
+    mean = mean_counts(spec, gates)
+    return Counts(round(mean.groups), round(mean.heads), round(mean.hidden), round(mean.layers), spec.ffn)
 
 
 def between(spec: ArchSpec, counts: Counts, share: float) -> Counts:
@@ -89,7 +93,13 @@ def every(spec: ArchSpec, kinds: Collection[str], near: Counts, rounding: Roundi
     """All numbers of groups, heads and layers, with the hidden sizes about that of `near`; FFN whole."""
     hidden = [near.hidden + i * rounding.hidden for i in (-1, 0, 1)]
     axes = (range(1, spec.kv_heads + 1), range(1, spec.group_size + 1), hidden, range(1, spec.layers + 1))
-    return _product(spec, kinds, axes, rounding)
+    found = _product(spec, kinds, axes, rounding)
+    if not found:
+        raise ConfigError(
+            f"{spec.family} wants a hidden size that its heads divide, and none near by is: leave hidden out of "
+            "gates.units, or add heads"
+        )
+    return found
 
 
 def grid(spec: ArchSpec, kinds: Collection[str], near: Counts, target: float, rounding: Rounding) -> list[Counts]:
@@ -111,15 +121,10 @@ def _product(spec: ArchSpec, kinds: Collection[str], axes, rounding: Rounding) -
     )  # fmt: skip
     rounded = [sorted({round_to(v, multiple, most) for v in axis} if free else {most}) for free, axis, multiple, most
                in values]  # fmt: skip
-    found = [Counts(*combination, spec.ffn) for combination in product(*rounded)]
+    found = [Counts(k, q, d, depth, spec.ffn) for k, q, d, depth in product(*rounded)]
     if spec.hidden_divides:  # its stock configuration refuses other sizes, but for those it has
         own = astuple(intact(spec))[:3]
         found = [c for c in found if c.hidden % (c.groups * c.heads) == 0 or astuple(c)[:3] == own]
-    if not found:
-        raise ConfigError(
-            f"{spec.family} wants a hidden size that its heads divide, and none near by is: leave hidden out of "
-            "gates.units, or add heads"
-        )
     return found
 
 
@@ -195,10 +200,10 @@ def fill(spec: ArchSpec, scores: Mapping[str, Tensor], counts: Counts) -> dict[s
     return kept
 
 
-def top(scores: Tensor, count: int) -> Tensor:
-    """Ones at the `count` highest scores along the last dimension, zeros elsewhere."""
+def top(scores: Tensor, count: float) -> Tensor:
+    """Ones at the `count` (a whole number) highest scores along the last dimension, zeros elsewhere."""
     kept = torch.zeros_like(scores, dtype=torch.float64)
-    return kept.scatter_(-1, scores.topk(count, dim=-1).indices, 1.0)
+    return kept.scatter_(-1, scores.topk(int(count), dim=-1).indices, 1.0)
 
 
 def round_to(count: float, multiple: int, most: int) -> int:

@@ -65,19 +65,31 @@ class Gates:
         if self.kv_groups is not None:
             parts.append(self.kv_groups.repeat_interleave(spec.group_size, dim=1))
         if self.attn_sublayers is not None:
-            parts.append(self.attn_sublayers[:, None].expand(-1, spec.heads))
+            own = _open(self.attn_sublayers) if spec.norms_behind else self.attn_sublayers
+            parts.append(own[:, None].expand(-1, spec.heads))
         if self.layers is not None:
-            parts.append((self.layers != 0).to(self.layers.dtype)[:, None].expand(-1, spec.heads))
+            parts.append(_open(self.layers)[:, None].expand(-1, spec.heads))
         return _product(parts)
 
     def ffn_gate(self, spec: ArchSpec) -> Tensor | None:
         """[L, F]: product of a unit's gate and its sublayer's, 0 in a removed layer; None if none of them is gated."""
         parts = [] if self.ffn is None else [self.ffn]
         if self.ffn_sublayers is not None:
-            parts.append(self.ffn_sublayers[:, None].expand(-1, spec.ffn))
+            own = _open(self.ffn_sublayers) if spec.norms_behind else self.ffn_sublayers
+            parts.append(own[:, None].expand(-1, spec.ffn))
         if self.layers is not None:
-            parts.append((self.layers != 0).to(self.layers.dtype)[:, None].expand(-1, spec.ffn))
+            parts.append(_open(self.layers)[:, None].expand(-1, spec.ffn))
         return _product(parts)
+
+    def added_gates(self, spec: ArchSpec) -> tuple[Tensor | None, Tensor | None]:
+        """[L] and [L]: gates on what the attention and the FFN of a layer add to the stream; None where there is none.
+
+        The layer's gate; with norms behind the sublayers also their own, of which `head_gate` and `ffn_gate` then only
+        say which are gone.
+        """
+        own = (self.attn_sublayers, self.ffn_sublayers) if spec.norms_behind else (None, None)
+        attention, ffn = (_product([gate for gate in (self.layers, sublayer) if gate is not None]) for sublayer in own)
+        return attention, ffn
 
     def full(self, spec: ArchSpec) -> Gates:
         """The same gates with ones for every kind that is not gated."""
@@ -116,6 +128,10 @@ def sparsity_of(spec: ArchSpec, gates: Gates) -> float:
     """Removed share of the prunable parameters when every unit with a nonzero gate is kept."""
     open_ = {k: (z != 0).double() for k, z in gates.detach().full(spec).as_dict().items()}
     return 1.0 - float(kept_parameters(spec, open_)) / spec.prunable
+
+
+def _open(gate: Tensor) -> Tensor:
+    return (gate != 0).to(gate.dtype)
 
 
 def _product(parts: list[Tensor]) -> Tensor | None:

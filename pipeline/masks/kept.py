@@ -43,7 +43,12 @@ class Kept:
 def kept_units(spec: ArchSpec, gates: Gates) -> Kept:
     """The units with a nonzero effective gate."""
     full = gates.full(spec)
-    heads = [row.nonzero().squeeze(1) for row in full.head_gate(spec)]
+    head_gate, ffn_gate = full.head_gate(spec), full.ffn_gate(spec)
+    assert head_gate is not None
+    assert ffn_gate is not None
+    assert full.hidden is not None
+    assert full.layers is not None
+    heads = [row.nonzero().squeeze(1) for row in head_gate]
     groups = [torch.unique(h // spec.group_size) for h in heads]
-    ffn = [row.nonzero().squeeze(1) for row in full.ffn_gate(spec)]
+    ffn = [row.nonzero().squeeze(1) for row in ffn_gate]
     return Kept(heads, groups, ffn, full.hidden.nonzero().squeeze(1), full.layers.nonzero().squeeze(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -25,7 +25,7 @@ _ALIKE = {"uniform": {"heads", "kv_groups", "ffn"}, "per_layer_ffn": {"heads", "
 """By shape, the kinds of which every layer keeps the same count."""
 
 
-def gated_kinds(spec: ArchSpec, units: list[str]) -> list[str]:
+def gated_kinds(spec: ArchSpec, units: Sequence[str]) -> list[str]:
     """The kinds that get gates.
 
     Without grouped queries a head is its own KV group, so one gate serves both; a layer's only group is its whole
@@ -185,7 +185,7 @@ class MaskSet(nn.Module):
         return _ALIKE[self.config.shape] & set(self.kinds)
 
     @torch.no_grad()
-    def settle(self, target: float, loss: Callable[[list[Gates]], list[float]]) -> None:
+    def settle(self, target: float, loss: Callable[[list[Gates]], list[float]]) -> Gates:
         """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape.
 
         Where the shape can meet the target in several structures, the one with the least loss.
@@ -195,7 +195,9 @@ class MaskSet(nn.Module):
             loss: the losses of students with given gates.
         """
         config = self.config
-        self.fix(cheapest_units(self.spec, self.scores(), target, config.shape, multiples(config), loss))
+        gates = cheapest_units(self.spec, self.scores(), target, config.shape, multiples(config), loss)
+        self.fix(gates)
+        return gates
 
     def fix(self, gates: Gates) -> None:
         """Use `gates` from now on; log-alpha no longer learns."""
@@ -238,7 +240,7 @@ class MaskSet(nn.Module):
         return 1.0 - float(self._kept(probabilities)) / self.spec.prunable
 
 
-def _bisect_rows(open_probability, rows: Tensor, wanted: Tensor) -> Tensor:
+def _bisect_rows(open_probability: Callable[[Tensor], Tensor], rows: Tensor, wanted: Tensor) -> Tensor:
     """[L] shifts at which each row's mean probability equals `wanted`."""
     high = rows.abs().amax(1) + _MARGIN
     low = -high

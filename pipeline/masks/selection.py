@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError
+from nuteprune.config import ConfigError, Shape
 from nuteprune.masks.counts import (
     TOLERANCE,
     Counts,
@@ -37,7 +37,7 @@ MEASURED = 12
 
 
 def select_units(
-    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: str, ffn_multiple: int = 1,
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: Shape, ffn_multiple: int = 1,
     hidden_multiple: int = 1, tensor_parallel: int = 1, like: Gates | None = None,
 ) -> Gates:  # fmt: skip
     """0/1 gates that keep the units with the highest scores at the target sparsity.
@@ -83,7 +83,7 @@ def select_units(
 
 
 def cheapest_units(
-    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: str, rounding: tuple[int, int, int],
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: Shape, rounding: tuple[int, int, int],
     loss: Callable[[list[Gates]], list[float]],
 ) -> Gates:  # fmt: skip
     """0/1 gates of the structure at the target whose measured loss is least; within a structure scores say which units.
@@ -106,7 +106,8 @@ def cheapest_units(
         return own
     scores = {k: s.detach().double().cpu() for k, s in scores.items()}
     build = _at_counts if shape == "uniform" else _free_ffn_at
-    gates, losses = {near: own}, {}
+    gates: dict[Counts, Gates] = {near: own}
+    losses: dict[Counts, float] = {}
 
     def measure(wanted: Iterable[Counts]) -> Counts:
         """Measure those that meet the target; the best of all so far."""
@@ -126,7 +127,7 @@ def describe(spec: ArchSpec, gates: Gates) -> str:
     return f"{c.layers:g} layers of {c.groups:g} x {c.heads:g} heads and {c.ffn:g} FFN units, hidden size {c.hidden:g}"
 
 
-def most_removed(spec: ArchSpec, units: list[str], shape: str) -> float:
+def most_removed(spec: ArchSpec, units: list[str], shape: Shape) -> float:
     """The largest sparsity that removing `units` can reach.
 
     Uniform layers keep one group and one FFN unit each; where attention is alike, its layers keep one group each. One
@@ -174,7 +175,9 @@ def _threshold(spec: ArchSpec, scores: Mapping, target: float, fixed: dict[str, 
     return kept(near)
 
 
-def _per_layer(spec, scores, target, near: Counts, rounding: Rounding) -> dict[str, Tensor]:
+def _per_layer(
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, near: Counts, rounding: Rounding
+) -> dict[str, Tensor]:
     """All units above one common score."""
     fixed = {}
     if "hidden" in scores:
@@ -185,7 +188,9 @@ def _per_layer(spec, scores, target, near: Counts, rounding: Rounding) -> dict[s
     return _threshold(spec, scores, target, coarse) if "ffn" in scores else kept
 
 
-def _uniform(spec, scores, target, near: Counts, rounding: Rounding) -> dict[str, Tensor]:
+def _uniform(
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, near: Counts, rounding: Rounding
+) -> dict[str, Tensor]:
     """The uniform structure nearest to some counts and within reach of the target."""
 
     def cost(counts: Counts) -> tuple:
@@ -198,14 +203,18 @@ def _uniform(spec, scores, target, near: Counts, rounding: Rounding) -> dict[str
     return fill(spec, scores, min(possible, key=cost))
 
 
-def _at_counts(spec, scores, target, counts: Counts, rounding: Rounding) -> dict[str, Tensor]:
+def _at_counts(
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, counts: Counts, rounding: Rounding
+) -> dict[str, Tensor]:
     """The uniform structure with these counts, its FFN width as the target wants."""
     return fill(spec, scores, with_ffn(spec, counts, target, rounding) if "ffn" in scores else counts)
 
 
-def _free_ffn(spec, scores, target, near: Counts, rounding: Rounding) -> dict[str, Tensor]:
+def _free_ffn(
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, near: Counts, rounding: Rounding
+) -> dict[str, Tensor]:
     """Attention alike in every layer, as near to some counts as the target allows; FFN widths free."""
-    found = []
+    found: list[tuple[float, int, dict[str, Tensor]]] = []
     possible = every(spec, set(scores) - {"layers"}, near, rounding)
     for counts in sorted(possible, key=lambda c: c.distance(near, spec)):
         kept = _free_ffn_at(spec, scores, target, counts, rounding)
@@ -216,7 +225,9 @@ def _free_ffn(spec, scores, target, near: Counts, rounding: Rounding) -> dict[st
     return min(found)[-1]
 
 
-def _free_ffn_at(spec, scores, target, counts: Counts, rounding: Rounding) -> dict[str, Tensor]:
+def _free_ffn_at(
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, counts: Counts, rounding: Rounding
+) -> dict[str, Tensor]:
     """The structure with this attention and hidden size; FFN widths, sublayers and layers by score."""
     alike = fill(spec, {kind: s for kind, s in scores.items() if kind not in ("ffn", "layers")}, counts)
     kept = _threshold(spec, scores, target, alike)
@@ -228,7 +239,9 @@ def _free_ffn_at(spec, scores, target, counts: Counts, rounding: Rounding) -> di
 _SHAPES = {"uniform": _uniform, "per_layer_ffn": _free_ffn, "per_layer": _per_layer}
 
 
-def _ffn_blocks(spec, scores: Tensor, target: float, fixed: dict, rounding: Rounding) -> dict[str, Tensor]:
+def _ffn_blocks(
+    spec: ArchSpec, scores: Tensor, target: float, fixed: dict[str, Tensor], rounding: Rounding
+) -> dict[str, Tensor]:
     """FFN units beside what is `fixed`, in whole blocks of the multiple: those with the highest sum of scores.
 
     A layer's units are cut into blocks from its best unit down, so that any number of blocks is a width. As many blocks

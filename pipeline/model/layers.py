@@ -50,12 +50,14 @@ class LayerView:
         states: by projection name.
         group_size: query heads per group where that is the same for all kept groups, else 1.
         kv_index: [kept heads] group of each kept head where groups are ragged, else None.
+        behind: gates behind the norms that follow attention and FFN, where there are such norms.
         removed: nothing of the layer is left.
     """
 
     states: dict[str, ProjectionState]
     group_size: int
     kv_index: Tensor | None = None
+    behind: tuple[Tensor | None, Tensor | None] = (None, None)
     removed: bool = False
 
 
@@ -123,6 +125,25 @@ class WidthNorm(nn.Module):
         return (weight * (x.float() * torch.rsqrt(mean_square + self.variance_epsilon))).to(x.dtype)
 
 
+class GatedNorm(nn.Module):
+    """A norm behind a sublayer, and the gate of all that the sublayer adds, which would be lost before the norm."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+        self.gate: Tensor | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The norm's own."""
+        return self.norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D], normalised and gated."""
+        y = self.norm(x)
+        return y if self.gate is None else y * self.gate.to(y.dtype)
+
+
 _WIDTH_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
 
 
@@ -131,6 +152,8 @@ def install(layers: nn.ModuleList, spec: ArchSpec) -> None:
     for layer in layers:
         for owner, attribute in projections(layer).values():
             setattr(owner, attribute, MaskedLoRALinear(getattr(owner, attribute)))
+        for name in spec.norms_behind:
+            setattr(layer, name, GatedNorm(getattr(layer, name)))
         if spec.qk_norm == "width":
             attention = layer.self_attn
             for norm, name in _WIDTH_NORMS.items():
@@ -160,6 +183,8 @@ def activate(layer: nn.Module, view: LayerView) -> None:
     for norm, name in _WIDTH_NORMS.items():
         if isinstance(module := getattr(layer.self_attn, norm, None), WidthNorm):
             module.keep = view.states[name].keep_out
+    for module, gate in zip((m for m in layer.children() if isinstance(m, GatedNorm)), view.behind, strict=False):
+        module.gate = gate
 
 
 def build_view(
@@ -180,7 +205,8 @@ def build_view(
     if gates is not None:
         heads, ffn, hidden = gates.head_gate(spec), gates.ffn_gate(spec), gates.hidden
     residual = _Side(hidden, _kept(hidden) if skip_removed else None)
-    scales = _layer_scales(spec, None if gates is None else gates.layers, skip_removed)
+    added = (None, None) if gates is None else gates.added_gates(spec)
+    scales = list(zip(*(_layer_scales(spec, gate, skip_removed) for gate in added), strict=True))
     layers = []
     for index in range(spec.layers):
         head_gate = None if heads is None else heads[index]
@@ -208,7 +234,11 @@ def _layer_scales(spec: ArchSpec, gate: Tensor | None, skip_removed: bool) -> li
     return [None if value == 1 else z for value, z in zip(gate.tolist(), gate, strict=True)]
 
 
-def _layer_view(spec, head_gate, ffn_gate, residual: _Side, scale, pairs, scaling, skip_removed) -> LayerView:
+def _layer_view(
+    spec: ArchSpec, head_gate: Tensor | None, ffn_gate: Tensor | None, residual: _Side,
+    scales: tuple[Tensor | None, Tensor | None], pairs: Mapping[str, tuple[Tensor, Tensor]], scaling: float,
+    skip_removed: bool,
+) -> LayerView:  # fmt: skip
     head_keep = _kept(head_gate) if skip_removed else None
     ffn_side = _Side(ffn_gate, _kept(ffn_gate) if skip_removed else None)
     group_keep, group_size, kv_index = _group_layout(spec, head_keep)
@@ -228,14 +258,15 @@ def _layer_view(spec, head_gate, ffn_gate, residual: _Side, scale, pairs, scalin
         # The residual stream is already masked, so removed hidden dimensions arrive as zeros: no gate, only the skip.
         states[name] = ProjectionState(pairs.get(name), scaling, None, into_norm.get(name), residual.keep, side.keep,
                                        compact_out=side.keep is not None)  # fmt: skip
-    added = residual.gate
-    if scale is not None:
-        added = scale.repeat(spec.hidden) if added is None else scale * added
-    for name, side in {"o_proj": queries, "down_proj": ffn_side}.items():
+    behind = scales if spec.norms_behind else (None, None)
+    for (name, side), scale in zip({"o_proj": queries, "down_proj": ffn_side}.items(), scales, strict=True):
+        added = residual.gate
+        if scale is not None and not spec.norms_behind:
+            added = scale.repeat(spec.hidden) if added is None else scale * added
         states[name] = ProjectionState(pairs.get(name), scaling, side.gate, added, side.keep, residual.keep,
                                        compact_in=side.keep is not None)  # fmt: skip
     gone = [keep is not None and len(keep) == 0 for keep in (head_keep, ffn_side.keep)]
-    return LayerView(states, group_size, kv_index, removed=all(gone))
+    return LayerView(states, group_size, kv_index, behind, removed=all(gone))
 
 
 def _kept(gate: Tensor | None) -> Tensor | None:

@@ -11,7 +11,14 @@ from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from nuteprune.arch import ArchSpec, read_spec
@@ -44,7 +51,7 @@ def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_config(path: str) -> tuple[object, ArchSpec]:
+def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
     """transformers' configuration of a model and its `ArchSpec`; raises `ConfigError` as `load_model` does."""
     if not path:
         raise ConfigError("model.path is empty: set it to a model directory or a hub id")

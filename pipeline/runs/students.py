@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError, load_config
+from nuteprune.config import Config, ConfigError, Shape, load_config
 from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory, read_json, sha256, verify
@@ -67,15 +67,15 @@ def open_run(config: Config) -> Run:
     return replace(trained, config=replace(trained.config, model=model))
 
 
-def shape_of(config: Config, trained: Run) -> str:
+def shape_of(config: Config, trained: Run) -> Shape:
     """The shape that is asked for: `uniform`, `per_layer_ffn` or `per_layer`."""
     return trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
 
 
 def rounding_of(config: Config, trained: Run) -> tuple[int, int, int]:
     """Multiples of the FFN width and the hidden size, and the tensor-parallel size: the export's, or else the run's."""
-    asked = (config.export.ffn_multiple, config.export.hidden_multiple, config.export.tensor_parallel)
-    return tuple(a or b for a, b in zip(asked, multiples(trained.config.gates), strict=True))
+    asked, (ffn, hidden, parallel) = config.export, multiples(trained.config.gates)
+    return asked.ffn_multiple or ffn, asked.hidden_multiple or hidden, asked.tensor_parallel or parallel
 
 
 def pruned_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
@@ -160,8 +160,8 @@ def choose_student(trained: Run, sparsity: float) -> Student:
 
 
 def structure(
-    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: str, rounding: tuple[int, ...],
-    like: Gates | None = None,
+    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: Shape,
+    rounding: tuple[int, int, int], like: Gates | None = None,
 ) -> Gates:  # fmt: skip
     """Gates of the model to export: the run's own if they fit the shape and the target, else chosen by score.
 
@@ -216,4 +216,4 @@ def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:
     """Query heads, FFN units and hidden dimensions that are in one of two structures only."""
     a, b = before.full(spec), after.full(spec)
     pairs = ((a.head_gate(spec), b.head_gate(spec)), (a.ffn_gate(spec), b.ffn_gate(spec)), (a.hidden, b.hidden))
-    return sum(int(((x != 0) != (y != 0)).sum()) for x, y in pairs)
+    return sum(int(torch.ne(x != 0, y != 0).sum()) for x, y in pairs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import Gates, MaskSet, check_target, describe, sparsity_of
 from nuteprune.masks.schedule import noise_at, settle_step, target_at
-from nuteprune.model.layers import View, build_view
+from nuteprune.model.layers import LoraParameters, View, build_view
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
@@ -127,8 +128,8 @@ class Pruning(Trainer):
         if config.sparsity.constraint == "projection":
             masks.project(target)
         if masks.fixed is None and self.step >= settle_step(config, self.total):
-            masks.settle(config.sparsity.target, self.measure)
-            log.info("step %d: gates settled at sparsity %.4f", self.step, sparsity_of(self.model.spec, masks.fixed))
+            gates = masks.settle(config.sparsity.target, self.measure)
+            log.info("step %d: gates settled at sparsity %.4f", self.step, sparsity_of(self.model.spec, gates))
         return target
 
     @torch.no_grad()
@@ -191,7 +192,9 @@ class Pruning(Trainer):
         """Restore what `save` wrote; returns the counters."""
         return load_state(directory, *self._parts())
 
-    def _parts(self) -> tuple:
+    def _parts(
+        self,
+    ) -> tuple[MaskSet, Multipliers | None, LoraParameters, dict[str, torch.optim.Optimizer], TeacherBank]:
         return self.masks, self.multipliers, self.model.lora(), self.engine.optimizers, self.bank
 
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
@@ -214,7 +217,7 @@ class Pruning(Trainer):
         """Save the finished student and its teachers."""
         spec, masks, config = self.model.spec, self.masks, self.config
         gates = masks.deterministic()
-        facts = {
+        facts: dict[str, Any] = {
             "sparsity": float(masks.expected_sparsity().detach()),
             "kept_sparsity": sparsity_of(spec, gates),
             "steps": self.total,

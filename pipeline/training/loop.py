@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -275,8 +275,8 @@ def resume(trainer: Trainer) -> None:
             if world.is_main:
                 check_fits(path, trainer.config, trainer.free, trainer.inputs)
             counters, scale = trainer.load(path), trainer.engine.scale
-            trainer.step, trainer.bad_total = counters["step"], counters["bad_total"]
-            scale.value, scale.good_steps = counters["loss_scale"], counters["good_steps"]
+            trainer.step, trainer.bad_total = int(counters["step"]), int(counters["bad_total"])
+            scale.value, scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
         except ConfigError:
             raise
         except (*DAMAGED, RuntimeError) as error:  # whole, but of something else
@@ -298,8 +298,8 @@ def choose_checkpoint(checkpoints: Checkpoints) -> Path | None:
 def save_checkpoint(trainer: Trainer) -> None:
     """Write the state after the current step on rank 0, then drop checkpoints beyond `checkpoint.keep`."""
     scale = trainer.engine.scale
-    counters = {"step": trainer.step, "bad_total": trainer.bad_total, "loss_scale": scale.value,
-                "good_steps": scale.good_steps}  # fmt: skip
+    counters: dict[str, Any] = {"step": trainer.step, "bad_total": trainer.bad_total, "loss_scale": scale.value,
+                                "good_steps": scale.good_steps}  # fmt: skip
     trainer.engine.collect()
     with trainer.world.together():
         if trainer.world.is_main:

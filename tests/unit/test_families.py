@@ -7,9 +7,11 @@ from torch import nn
 
 from nuteprune.__main__ import main
 from nuteprune.arch import pack, projections, read_spec, split_fused, stored
-from nuteprune.config import ConfigError, GateConfig
+from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig
 from nuteprune.exporting.folding import plan_fold, small_config
-from nuteprune.masks import Gates, MaskSet, check_target, kept_units
+from nuteprune.masks import Gates, MaskSet, check_target, kept_units, unit_shape
+from nuteprune.model.layers import build_view
+from nuteprune.model.pairing import PairedModel
 
 LONG = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0],
                             "long_factor": [1.0, 2.0], "original_max_position_embeddings": 64}}  # fmt: skip
@@ -18,9 +20,6 @@ LONG = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_f
 @pytest.mark.parametrize(
     ("name", "changes", "units", "shape", "line"),
     [
-        ("olmo2", {}, ["ffn", "attn_sublayers"], "per_layer", "gates.units: olmo2 cannot have attn_sublayers"),
-        ("olmo3", {}, ["ffn", "ffn_sublayers"], "per_layer_ffn", "gates.units: olmo3 cannot have ffn_sublayers"),
-        ("gemma3", {}, ["ffn", "attn_sublayers"], "per_layer", "gates.units: gemma3_text cannot have attn_sublayers"),
         ("phi3", LONG, [], "uniform", "gates.units: phi3 cannot have kv_groups"),
         ("phi3", LONG, ["ffn"], "per_layer_ffn", "gates.shape: phi3 cannot have per_layer_ffn"),
         ("phi3-partial", {}, ["ffn"], "per_layer", "gates.shape: phi3 cannot have per_layer"),
@@ -62,7 +61,7 @@ def test_heads_divide_the_hidden_size_where_the_stock_class_wants_it(target):
     masks = MaskSet(spec, config)
     for la in masks.log_alpha.values():
         la.data.normal_(0, 2)
-    masks.settle(target)
+    masks.settle(target, lambda structures: [0.0] * len(structures))
     kept = kept_units(spec, masks.fixed)
     assert kept.is_uniform(spec)
     assert len(kept.hidden) % len(kept.heads[0]) == 0
@@ -72,6 +71,33 @@ def test_heads_divide_the_hidden_size_where_the_stock_class_wants_it(target):
 def test_the_only_kv_group_of_a_layer_has_no_gate():
     spec = read_spec(tiny_config("gemma3", num_key_value_heads=1))
     assert MaskSet(spec, GateConfig(units=["heads", "kv_groups", "ffn"])).kinds == ["heads", "ffn"]
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gemma3"])
+@pytest.mark.parametrize("kind", ["attn_sublayers", "ffn_sublayers", "layers"])
+def test_the_gate_of_a_sublayer_under_a_norm_is_felt(name, kind):
+    """Before the norm it would scale away."""
+    hf = tiny_model(name)
+    spec = read_spec(hf.config)
+    model = PairedModel(hf, spec, LoraConfig())
+    ids = torch.arange(20)[None]
+    gate = torch.ones(unit_shape(spec, kind), requires_grad=True)
+    view = build_view(spec, Gates(**{kind: gate}), {}, 1.0, torch.float32)
+    model(ids, view, None, LossConfig()).total.backward()
+    assert (gate.grad.abs() > 1e-3).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["olmo2", "gemma3"])
+def test_half_a_gate_is_half_of_what_the_sublayer_adds(name):
+    hf = tiny_model(name)
+    spec = read_spec(hf.config)
+    model, seen = PairedModel(hf, spec, LoraConfig()), []
+    model.layers[0].layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    for value in (1.0, 0.5, 0.0):
+        gates = Gates(ffn_sublayers=torch.full((spec.layers,), value))
+        model.hidden(torch.arange(20)[None], build_view(spec, gates, {}, 1.0, torch.float32))
+    torch.testing.assert_close(seen[1], (seen[0] + seen[2]) / 2)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
