@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from nuteprune.arch import ATTENTION, FFN, ArchSpec, projections
 from nuteprune.config import LoraConfig
-from nuteprune.kernels.api import masked_lora_linear
+from nuteprune.kernels.api import known_lists
 from nuteprune.masks import Gates
+from nuteprune.model import structure
 
 LoraWeights = Mapping[str, tuple[Tensor, Tensor]]
 """LoRA pairs (A [R, K], B [N, R]) by "layer.projection", e.g. "3.q_proj"."""
@@ -40,6 +42,12 @@ class ProjectionState:
     keep_out: Tensor | None = None
     compact_in: bool = False
     compact_out: bool = False
+
+    @cached_property
+    def operands(self) -> tuple:
+        """The arguments of `kernels.api.known_lists` behind x, the weight and its bias."""
+        gates, lists = (self.in_gate, self.out_gate), (self.keep_in, self.keep_out)
+        return *(self.lora or (None, None)), *gates, *lists, self.scaling, self.compact_in, self.compact_out
 
 
 @dataclass(frozen=True)
@@ -93,12 +101,7 @@ class MaskedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] (or its kept columns) to [..., N] (or the kept rows)."""
-        s = self.state
-        a, b = s.lora or (None, None)
-        return masked_lora_linear(
-            x, self.weight, self.bias, a, b, s.scaling, s.in_gate, s.out_gate,
-            keep_in=s.keep_in, keep_out=s.keep_out, compact_in=s.compact_in, compact_out=s.compact_out,
-        )  # fmt: skip
+        return known_lists(x, self.weight, self.bias, *self.state.operands)
 
 
 def install(layers: nn.ModuleList) -> None:
@@ -139,7 +142,7 @@ def build_view(
     Args:
         spec: the architecture.
         gates: gate values (None: intact), on the model's device.
-        lora: LoRA pairs by "layer.projection"; cast to `dtype` here, once.
+        lora: LoRA pairs by "layer.projection"; those that are not in training are cast to `dtype` here, once.
         scaling: alpha / rank.
         dtype: compute type.
         skip_removed: leave units whose gate is exactly 0 out of the computation; False multiplies them by 0.
@@ -148,14 +151,20 @@ def build_view(
     if gates is not None:
         full = gates.full(spec) if gates.ffn is None and gates.ffn_sublayers is not None else gates
         heads, ffn, hidden = gates.head_gate(spec), full.ffn_gate(), gates.hidden
-    residual = _Side(hidden, _kept(hidden) if skip_removed else None)
+    found = structure.find(spec, heads, ffn, hidden) if skip_removed else structure.dense(spec)
+    none = [None] * spec.layers
+    # All layers at once: an operation a layer, and one more in its backward, is what a small layer's step is made of.
+    head_gates = none if heads is None else heads.repeat_interleave(spec.head_dim, dim=1).unbind(0)
+    ffn_gates = none if ffn is None else ffn.unbind(0)
+    residual = _Side(hidden, found.hidden)
     layers = []
-    for index in range(spec.layers):
-        head_gate = None if heads is None else heads[index]
-        ffn_gate = None if ffn is None else ffn[index]
-        pairs = {n: tuple(t.to(dtype) for t in lora[f"{index}.{n}"]) for n in (*ATTENTION, *FFN)
-                 if f"{index}.{n}" in lora}  # fmt: skip
-        layers.append(_layer_view(spec, head_gate, ffn_gate, residual, pairs, scaling, skip_removed))
+    for index, (kept, head_gate, ffn_gate) in enumerate(zip(found.layers, head_gates, ffn_gates, strict=True)):
+        # LoRA in training stays as it is: the kernels take it in its own type, and its gradient arrives in that.
+        pairs = {n: tuple(t if t.requires_grad else t.to(dtype) for t in lora[f"{index}.{n}"])
+                 for n in (*ATTENTION, *FFN) if f"{index}.{n}" in lora}  # fmt: skip
+        states = _states(_Side(head_gate, kept.queries), _Side(None, kept.values), _Side(ffn_gate, kept.ffn), residual,
+                         pairs, scaling)  # fmt: skip
+        layers.append(LayerView(states, kept.group_size, kept.kv_index, kept.removed))
     return View(layers, hidden)
 
 
@@ -167,47 +176,17 @@ class _Side:
     keep: Tensor | None = None
 
 
-def _layer_view(spec, head_gate, ffn_gate, residual: _Side, pairs, scaling, skip_removed) -> LayerView:
-    head_keep = _kept(head_gate) if skip_removed else None
-    ffn_side = _Side(ffn_gate, _kept(ffn_gate) if skip_removed else None)
-    group_keep, group_size, kv_index = _group_layout(spec, head_keep)
-    queries = _Side(None if head_gate is None else head_gate.repeat_interleave(spec.head_dim), _rows(spec, head_keep))
-    values = _Side(None, _rows(spec, group_keep))
-    outputs = {"q_proj": queries, "k_proj": values, "v_proj": values, "gate_proj": ffn_side, "up_proj": ffn_side}
+def _states(
+    queries: _Side, values: _Side, units: _Side, residual: _Side, pairs: LoraWeights, scaling: float
+) -> dict[str, ProjectionState]:
+    """What each projection of a layer computes with."""
+    outputs = {"q_proj": queries, "k_proj": values, "v_proj": values, "gate_proj": units, "up_proj": units}
     states = {}
     for name, side in outputs.items():
         # The residual stream is already masked, so removed hidden dimensions arrive as zeros: no gate, only the skip.
         states[name] = ProjectionState(pairs.get(name), scaling, keep_in=residual.keep, keep_out=side.keep,
                                        compact_out=side.keep is not None)  # fmt: skip
-    for name, side in {"o_proj": queries, "down_proj": ffn_side}.items():
+    for name, side in {"o_proj": queries, "down_proj": units}.items():
         states[name] = ProjectionState(pairs.get(name), scaling, side.gate, residual.gate, side.keep, residual.keep,
                                        compact_in=side.keep is not None)  # fmt: skip
-    gone = [keep is not None and len(keep) == 0 for keep in (head_keep, ffn_side.keep)]
-    return LayerView(states, group_size, kv_index, removed=all(gone))
-
-
-def _kept(gate: Tensor | None) -> Tensor | None:
-    """Sorted indices of nonzero gates, None if there are no zeros."""
-    if gate is None:
-        return None
-    keep = gate.detach().nonzero().squeeze(1)
-    return None if len(keep) == len(gate) else keep
-
-
-def _rows(spec: ArchSpec, heads: Tensor | None) -> Tensor | None:
-    """Row indices of the given heads, [len(heads)·P]."""
-    if heads is None:
-        return None
-    return (heads[:, None] * spec.head_dim + torch.arange(spec.head_dim, device=heads.device)).flatten()
-
-
-def _group_layout(spec: ArchSpec, head_keep: Tensor | None) -> tuple[Tensor | None, int, Tensor | None]:
-    """Kept KV groups, query heads per group, and the group of each kept head where groups are ragged."""
-    if head_keep is None:
-        return None, spec.group_size, None
-    groups, index, counts = torch.unique_consecutive(
-        head_keep // spec.group_size, return_inverse=True, return_counts=True
-    )
-    if len(groups) and (counts == counts[0]).all():
-        return groups, int(counts[0]), None
-    return groups, 1, index
+    return states
