@@ -115,12 +115,13 @@ def _check_keep(name: str, keep: Tensor | None, size: int, compact: bool) -> Non
 
 def _check(x: Tensor, tensors: dict[str, Tensor | None], compact_in: bool, compact_out: bool) -> None:
     weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out = tensors.values()
+    assert weight is not None
     if weight.dim() != 2:
         raise ValueError(f"weight must be [N, K], got shape {list(weight.shape)}")
     n, k = weight.shape
     _check_keep("keep_in", keep_in, k, compact_in)
     _check_keep("keep_out", keep_out, n, compact_out)
-    width = keep_in.numel() if compact_in else k
+    width = k if keep_in is None or not compact_in else keep_in.numel()
     if x.dim() == 0 or x.shape[-1] != width:
         raise ValueError(f"x has shape {list(x.shape)}, expected its last dimension to be {width}")
     _check_shape("bias", bias, (n,))

@@ -5,7 +5,7 @@ Letters: M tokens, K inputs (summed), N outputs, R rank; n and k are the kept on
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Operand(NamedTuple):
 
     def transposed(self, grad: Tensor) -> "Operand":
         """The product that gives dx from `grad` [M, N]: same expression, roles of inputs and outputs swapped."""
-        a, b = (None, None) if self.a is None else (self.b.t(), self.a.t())
+        a, b = (None, None) if self.a is None or self.b is None else (self.b.t(), self.a.t())
         gates, keeps = (self.out_gate, self.in_gate), (self.keep_out, self.keep_in)
         return Operand(grad, self.w.t(), None, a, b, *gates, *keeps, self.scaling, self.compact_out, self.compact_in)
 
@@ -100,7 +100,7 @@ def empty_outputs(op: Operand, keep_u: bool = True) -> tuple[Tensor, Tensor | No
 
 def run_time(op: Operand, u: Tensor | None, y: Tensor) -> tuple:
     """The run-time arguments of one product in `matmul`: pointers (None for what is absent), sizes, strides."""
-    lora = (0, 0, 0, 0) if op.a is None else (*op.a.stride(), *op.b.stride())
+    lora = (0, 0, 0, 0) if op.a is None or op.b is None else (*op.a.stride(), *op.b.stride())
     pointers = (op.x, op.w, op.bias, op.a, op.b, u, y, op.in_gate, op.out_gate, op.keep_in, op.keep_out)
     sizes = (op.tokens, *op.kept, op.rank, op.scaling)
     return (*pointers, *sizes, *op.x.stride()[-2:], *op.w.stride(), *lora, y.stride(-2))
@@ -233,7 +233,7 @@ def reduce_call(
     outer = None if q is None else p.new_empty(splits, n, rank, dtype=torch.float32)
     dots = None if t is None else p.new_empty(splits, n, dtype=torch.float32)
     strides = (*p.stride()[-2:], *(t.stride()[-2:] if t is not None else (0, 0)))
-    keywords = {"COMPACT": compact or keep is None, "RANK": padded(rank), "BM": bm, "BC": bn}
+    keywords: dict[str, Any] = {"COMPACT": compact or keep is None, "RANK": padded(rank), "BM": bm, "BC": bn}
     keywords |= {"PRECISION": precision(p.dtype), "INTERPRET": INTERPRETING}
     keywords |= {"num_warps": warps, "num_stages": stages}
     return (columns, splits), (p, q, t, outer, dots, keep, m, n, rank, chunk, *strides), keywords

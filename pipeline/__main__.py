@@ -11,10 +11,13 @@ import subprocess
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
 from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
+from nuteprune.runs.words import plain
+from nuteprune.training.signals import Preempted, stop_signals
 
 STAGES = {
     "prepare": "fetch the model, tokenise and pack the text, once and without a GPU",
@@ -35,6 +38,13 @@ SHORTCUTS = {
 }
 """Flags of a stage that stand for one key; a list is given with commas."""
 SUBMIT = "submit the stages of a run as dependent jobs of a SLURM cluster, or print a cluster file to edit"
+SUBMIT_FLAGS = {
+    "--config": "YAML file with the run's settings (or recipe=NAME behind), with a run_dir that every node sees",
+    "--cluster": "how the cluster is used: an edited copy of what --example prints",
+    "--from": "submit this stage and those after it, finished or not",
+    "--sweep": "instead, prune, export and evaluate once for each entry of a YAML list of settings, as a job array",
+}
+"""Flags of `submit` that take a value; slurm/submit.sh reads them."""
 STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"
 DISTRIBUTED = ("prune", "finetune")
 """Stages that several ranks run together."""
@@ -91,7 +101,12 @@ def parser() -> argparse.ArgumentParser:
                 sub.add_argument(flag, type=type(default), default=default, metavar="X",
                                  help=f"of a dry run: {meaning} (default {default})")  # fmt: skip
         sub.add_argument("overrides", nargs="*", metavar="RUN | key.sub=value", help=OVERRIDES)
-    stages.add_parser("submit", help=SUBMIT, add_help=False)
+    submission = stages.add_parser("submit", help=SUBMIT, description=SUBMIT.capitalize() + ".")
+    for flag, meaning in SUBMIT_FLAGS.items():
+        submission.add_argument(flag, metavar="X", help=meaning)
+    submission.add_argument("--dry-run", action="store_true", help="print the sbatch commands only")
+    submission.add_argument("--example", action="store_true", help="print a cluster file to edit, and nothing else")
+    submission.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
     status = stages.add_parser("status", help=STATUS, description=STATUS.capitalize() + ".")
     status.add_argument("--config", help="YAML file of the run, instead of its directory")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -115,14 +130,26 @@ def main(argv: list[str] | None = None) -> int:
     Of several ranks the first speaks for all; only a rank that lost another says so itself.
     """
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["submit"]:
-        return submit(words[1:])
     args, rest = parser().parse_known_args(words)
     if any(word.startswith("-") for word in rest):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides += rest  # settings may stand before and behind --config
+    if args.stage == "submit":
+        return submit(words[1:], args.example)
     if args.stage == "status":
         return show_status(args)
+    try:
+        # Before anything that takes time: a job may be told to leave while it loads.
+        with stop_signals() if args.stage in DISTRIBUTED else nullcontext():
+            return run(args)
+    except Preempted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"nuteprune: {stop}\n")
+        return stop.exit_code
+
+
+def run(args: argparse.Namespace) -> int:
+    """`main` from a parsed command line of any stage but status."""
     quiet_libraries()
     from nuteprune.parallel.distributed import RankLost, discover
 
@@ -147,10 +174,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0 if outcome.fits else 1
         text = run_stage(args.stage, config)
         if is_main:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(plain(text) + "\n")
     except ConfigError as error:
         if is_main:
-            sys.stderr.write(f"nuteprune: {error}\n")
+            sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return 2
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -161,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         if not type(error).__module__.startswith("nuteprune."):
             raise
         if is_main or isinstance(error, RankLost):
-            sys.stderr.write(f"nuteprune: {error}\n")
+            sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return getattr(error, "exit_code", 1)
     return 0
 
@@ -189,10 +216,10 @@ def dry_run(config: Config, args: argparse.Namespace) -> str:
     return f"{found}\n\n{plan.figures(config, argparse.Namespace(**flags))}"
 
 
-def submit(words: list[str]) -> int:
+def submit(words: list[str], example: bool) -> int:
     """Run slurm/submit.sh with these arguments, with this Python on the nodes unless the cluster file names another."""
     folder = Path(__file__).parent / "slurm"
-    if words == ["--example"]:
+    if example:
         sys.stdout.write((folder / "clusters" / "example.env").read_text(encoding="utf-8"))
         return 0
     environment = {"PYTHON": sys.executable, **os.environ}
@@ -208,10 +235,10 @@ def show_status(args: argparse.Namespace) -> int:
     try:
         found = status.run(read_settings(args))
     except ConfigError as error:
-        sys.stderr.write(f"nuteprune: {error}\n")
+        sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return 2
-    sys.stdout.write((status.table(found) if args.tsv else json.dumps(found, indent=2) if args.json else
-                      status.text(found)) + "\n")  # fmt: skip
+    sys.stdout.write(plain(status.table(found) if args.tsv else json.dumps(found, indent=2) if args.json else
+                           status.text(found)) + "\n")  # fmt: skip
     return 0
 
 
@@ -251,9 +278,19 @@ def cli() -> NoReturn:
     sys.exit(code)
 
 
+class PlainFormatter(logging.Formatter):
+    """Names of files and models in a log cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line."""
+        return plain(super().format(record))
+
+
 def quiet_libraries() -> None:
     """Our own log on stderr; of the libraries only warnings and worse."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("nuteprune").setLevel(logging.INFO)
     # DeepSpeed calls a name that torch has renamed.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")

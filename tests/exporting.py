@@ -16,7 +16,11 @@ from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.runs.rundir import save_run
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+NAMES = {
+    "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "granite": "Granite",
+    "smollm3": "SmolLM3", "phi3": "Phi3", "olmo2": "Olmo2", "olmo3": "Olmo3", "gemma3_text": "Gemma3Text",
+}  # fmt: skip
+FAMILIES = tuple(NAMES)
 SHAPES = ("uniform", "per_layer_ffn", "per_layer")
 VOCAB, LAYERS = 61, 4
 SIZES = {
@@ -30,14 +34,20 @@ EXTRA = {
     "mistral": {"sliding_window": 7},
     "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
     "qwen3": {"attention_bias": True},
-}
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.3,
+                "logits_scaling": 3.0, "mlp_bias": True},
+    "smollm3": {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 7},
+    "phi3": {"sliding_window": 7},
+    "olmo2": {"attention_bias": True},
+    "olmo3": {"sliding_window": 7},
+    "gemma3_text": {"sliding_window": 7, "sliding_window_pattern": 3, "query_pre_attn_scalar": 9},
+}  # fmt: skip
 BIASED_LLAMA = {"attention_bias": True, "mlp_bias": True}
 
 
 def base_model(family: str, tied: bool = False, seed: int = 0, **options) -> transformers.PreTrainedModel:
     """A tiny model whose every parameter is random: norms are not ones, biases not zeros."""
-    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    cls = getattr(transformers, names[family] + "Config")
+    cls = getattr(transformers, NAMES[family] + "Config")
     config = cls(**{**SIZES, **EXTRA[family], **options}, tie_word_embeddings=tied)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -49,6 +59,8 @@ def base_model(family: str, tied: bool = False, seed: int = 0, **options) -> tra
 
 def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int = 37, empty: bool = True) -> Gates:
     """Gates with zeros of every kind the shape allows; `hidden` dimensions stay (an odd number by default)."""
+    if spec.hidden_divides and shape == "uniform":
+        hidden = 40  # a multiple of the four heads that stay
     g = torch.Generator().manual_seed(1)
     heads, groups = torch.ones(unit_shape(spec, "heads")), torch.ones(unit_shape(spec, "kv_groups"))
     ffn, residual = torch.ones(unit_shape(spec, "ffn")), torch.zeros(spec.hidden)
@@ -95,7 +107,8 @@ def run_config(tmp_path, **overrides):
     """A resolved configuration of a run over the files that `on_disk` writes."""
     keys = {"model.path": tmp_path / "base", "run_dir": tmp_path / "run", "data.source": tmp_path / "text.txt",
             "data.seq_len": 16, "lora.rank": 3, "lora.alpha": 6, "export.check_tokens": 40,
-            "gates.ffn_multiple": 1, "gates.hidden_multiple": 1, **overrides}  # fmt: skip
+            "gates.ffn_multiple": 1, "gates.hidden_multiple": 1, "gates.shape": "uniform",
+            **overrides}  # fmt: skip
     return load_config(None, [f"{k}={v}" for k, v in keys.items()])
 
 

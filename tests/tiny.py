@@ -1,7 +1,21 @@
 """Tiny real models of every family, made here, without any download."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 SENTENCES = [
     f"{who} {verb} {what} {where}."
@@ -24,7 +38,19 @@ CONFIGS = {
     "mistral": (MistralConfig, {"hidden_size": 26, "sliding_window": 16}),
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
-}
+    "granite": (GraniteConfig, {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.3,
+                                "logits_scaling": 2.0, "tie_word_embeddings": True}),
+    "smollm3": (SmolLM3Config, {"no_rope_layer_interval": 2}),
+    "phi3": (Phi3Config, {"sliding_window": 16}),
+    "phi3-partial": (Phi3Config, {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.67}, "initializer_range": 0.1}),
+    "olmo2": (Olmo2Config, {}),
+    "olmo2-mha": (Olmo2Config, {"num_key_value_heads": 6}),
+    "olmo3": (Olmo3Config, {"sliding_window": 16, "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3": (Gemma3TextConfig, {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 30,
+                                  "tie_word_embeddings": True}),
+}  # fmt: skip
 
 
 def tiny_config(name: str, **changes):
@@ -44,3 +70,16 @@ def tiny_model(name: str, seed: int = 0, **changes):
             elif "norm" in key:
                 parameter.uniform_(0.5, 1.5)
     return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `VOCAB` tokens, trained on the sentences."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")

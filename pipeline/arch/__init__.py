@@ -3,10 +3,13 @@
 `read_spec` is the only way in. Knows configurations of transformers and nothing else of ours; every room may call it.
 """
 
-from nuteprune.arch import llama, mistral, qwen2, qwen3
-from nuteprune.arch.base import ATTENTION, FFN, PROJECTIONS, ArchSpec, Family, projections
+from nuteprune.arch import gemma3_text, granite, llama, mistral, olmo2, olmo3, phi3, qwen2, qwen3, smollm3
+from nuteprune.arch.base import ATTENTION, FFN, FUSED, PROJECTIONS, ArchSpec, Family
+from nuteprune.arch.fused import pack, projections, split_fused, stored
 
-FAMILIES: dict[str, Family] = {m.FAMILY.model_type: m.FAMILY for m in (llama, mistral, qwen2, qwen3)}
+_MODULES = (llama, mistral, qwen2, qwen3, granite, smollm3, phi3, olmo2, olmo3, gemma3_text)
+
+FAMILIES: dict[str, Family] = {m.FAMILY.model_type: m.FAMILY for m in _MODULES}
 
 
 def family_of(config) -> Family:
@@ -21,4 +24,7 @@ def read_spec(config) -> ArchSpec:
     return family_of(config).read(config)
 
 
-__all__ = ["ATTENTION", "FAMILIES", "FFN", "PROJECTIONS", "ArchSpec", "Family", "family_of", "projections", "read_spec"]
+__all__ = [
+    "ATTENTION", "FAMILIES", "FFN", "FUSED", "PROJECTIONS", "ArchSpec", "Family", "family_of", "pack", "projections",
+    "read_spec", "split_fused", "stored",
+]  # fmt: skip

@@ -6,14 +6,14 @@ R LoRA rank, V vocabulary, P head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import nn
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION + FFN
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Linear layers that hold several projections, one below the other (Phi-3)."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,17 @@ class ArchSpec:
         layers, hidden, heads, kv_heads, head_dim, ffn, vocab: L, D, H, K, P, F, V.
         tied: the output head shares the embedding's weight.
         qkv_bias, o_bias, mlp_bias: which projections carry a bias.
-        qk_norm: queries and keys are RMS-normalised per head (Qwen3).
+        qk_norm: queries and keys are RMS-normalised per "head" (Qwen3) or over their whole "width" (OLMo 2); "": not.
         norm_eps: epsilon of every RMSNorm.
+        norms: names of a layer's RMSNorms over the hidden dimensions, before its sublayers or behind them.
+        norms_behind: those of them behind the attention and behind the FFN, if any: what follows is scale-free, so the
+            gate of a whole sublayer or layer acts behind them, not before.
+        norm_offset: what an RMSNorm adds to its weight before it multiplies (Gemma: 1).
+        embedding_multiplier: what the decoder multiplies the embeddings with that it is given (Granite).
+        embedding_root: the embedding multiplies its rows by sqrt(D) (Gemma), which changes with D.
+        logits_scaling: what the output head's logits are divided by (Granite).
+        hidden_divides: the stock configuration wants D to be a multiple of H.
+        refuses: kinds of gates and shapes that the family cannot have, each with the reason.
     """
 
     family: str
@@ -41,13 +50,26 @@ class ArchSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str = ""
     norm_eps: float = 1e-6
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    norms_behind: tuple[str, ...] = ()
+    norm_offset: float = 0.0
+    embedding_multiplier: float = 1.0
+    embedding_root: bool = False
+    logits_scaling: float = 1.0
+    hidden_divides: bool = False
+    refuses: tuple[tuple[str, str], ...] = ()
 
     @property
     def group_size(self) -> int:
         """Query heads per key/value group."""
         return self.heads // self.kv_heads
+
+    def refusal(self, names: Sequence[str]) -> str | None:
+        """Why the family cannot have the first of these units and shapes that it refuses; None if it has them all."""
+        found = ((name, reason) for name, reason in self.refuses if name in names)
+        return next((f"{self.family} cannot have {name}, leave it out: {reason}" for name, reason in found), None)
 
     def head_cost(self, hidden):
         """Parameters of one query head (its rows of q, its columns of o) with `hidden` kept hidden dimensions."""
@@ -77,16 +99,18 @@ class Family:
         model_type: transformers' name of it.
         read: configuration -> `ArchSpec`.
         small_class: name of the transformers configuration class that can hold the exported model, given the
-            configuration and the small sizes (hidden, heads).
+            configuration and the small sizes (hidden, heads); None: the configuration's own.
+        ragged_class: the same for the `per_layer` shape; None: the configuration's own.
     """
 
     model_type: str
     read: Callable[[object], ArchSpec]
-    small_class: Callable[[object, int, int], str]
+    small_class: Callable[[object, int, int], str] | None = None
+    ragged_class: str | None = None
 
 
-def read_llama_like(config, **biases) -> ArchSpec:
-    """The sizes every family here names alike; `biases` are the family's own facts."""
+def read_llama_like(config, **facts) -> ArchSpec:
+    """The sizes every family here names alike; `facts` are the family's own."""
     heads = config.num_attention_heads
     return ArchSpec(
         family=config.model_type,
@@ -99,12 +123,5 @@ def read_llama_like(config, **biases) -> ArchSpec:
         vocab=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
         norm_eps=config.rms_norm_eps,
-        **biases,
+        **facts,
     )
-
-
-def projections(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """For each of the seven projections of a decoder layer: the module that owns it and its attribute name there."""
-    owners = {name: (layer.self_attn, name) for name in ATTENTION}
-    owners.update({name: (layer.mlp, name) for name in FFN})
-    return owners

@@ -4,8 +4,10 @@ from nuteprune.arch.base import ArchSpec, Family, read_llama_like
 
 
 def read(config) -> ArchSpec:
-    bias = bool(config.attention_bias)
-    return read_llama_like(config, qkv_bias=bias, o_bias=bias, mlp_bias=bool(config.mlp_bias))
+    bias, mlp_bias = bool(config.attention_bias), bool(config.mlp_bias)
+    return read_llama_like(
+        config, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias, hidden_divides=bias or mlp_bias
+    )  # fmt: skip
 
 
 def small_class(config, hidden: int, heads: int) -> str:

@@ -2,4 +2,4 @@
 
 from nuteprune.arch.base import Family, read_llama_like
 
-FAMILY = Family("mistral", read_llama_like, lambda config, hidden, heads: "MistralConfig")
+FAMILY = Family("mistral", read_llama_like)

@@ -7,4 +7,4 @@ def read(config) -> ArchSpec:
     return read_llama_like(config, qkv_bias=True)
 
 
-FAMILY = Family("qwen2", read, lambda config, hidden, heads: "Qwen2Config")
+FAMILY = Family("qwen2", read)

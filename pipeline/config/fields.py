@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"]
+Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers"]
 Shape = Literal["uniform", "per_layer_ffn", "per_layer"]
 DEFAULT_UNITS: dict[str, list[Unit]] = {"per_layer_ffn": ["ffn"]}
-"""What is gated by default in a shape, as measured (README, "Results"); in the others KV groups and FFN units."""
+"""What is gated by default in a shape, as measured (docs/results.md); in the others KV groups and FFN units."""
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+ExportShape = Literal[Shape, "as_trained"]
 
 
 class ConfigError(ValueError):
@@ -28,7 +30,7 @@ def opt(default: Any, help: str, *, ge: float | None = None, gt: float | None = 
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = opt("", "Directory or hub id of the pretrained causal language model.")
-    dtype: Literal["float32", "bfloat16", "float16"] = opt("float32", "Type the frozen base weights are held in.")
+    dtype: Dtype = opt("float32", "Type the frozen base weights are held in.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = opt("sdpa", "Attention implementation of transformers.")
 
 
@@ -47,7 +49,9 @@ class TrainConfig:
     batch_size: int = opt(16, "Sequences per optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(0, "Sequences per forward pass on one rank; 0 takes the whole batch at once.", ge=0)
     lora_lr: float = opt(3e-3, "Peak learning rate of the LoRA weights.", gt=0)
-    lora_schedule: Literal["constant", "cosine"] = opt("cosine", "LoRA learning rate after its warm-up.")
+    lora_schedule: Literal["constant", "cosine", "linear"] = opt(
+        "cosine", "LoRA learning rate after its warm-up: `cosine` falls to a tenth, `linear` (the paper) to 0."
+    )
     lora_warmup: float = opt(0.03, "Share of the steps over which the LoRA learning rate rises from 0.", ge=0, le=1)
     beta2: float = opt(0.999, "Second-moment decay of AdamW for LoRA.", gt=0, lt=1)
     weight_decay: float = opt(0.0, "AdamW weight decay of LoRA.", ge=0)
@@ -55,16 +59,18 @@ class TrainConfig:
     activation_checkpointing: bool = opt(False, "Recompute each layer in the backward pass to save memory.")
     ranks: int = opt(0, "Refuse to start on another number of ranks, as a typo in a hostfile gives; 0: any.", ge=0)
     rank_timeout: int = opt(600, "Seconds that a rank waits for the others before the run ends.", ge=10)
+    deterministic: bool = opt(False, "Only deterministic algorithms on a GPU, and tile sizes that are not measured, so "
+                              "that two runs give the same bits there too (docs/determinism.md).")  # fmt: skip
     max_bad_steps: int = opt(10, "Stop after this many steps in a row with a NaN or infinite loss or gradient.", ge=1)
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    units: list[Unit] = opt([], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, ffn_sublayers; "
-                            "empty: ffn in the shape `per_layer_ffn`, else kv_groups and ffn.")  # fmt: skip
+    units: list[Unit] = opt([], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, ffn_sublayers, "
+                            "layers; empty: ffn in the shape `per_layer_ffn`, else kv_groups and ffn.")  # fmt: skip
     shape: Shape = opt(
-        "uniform", "`uniform` keeps the same counts in every layer (a stock architecture); `per_layer_ffn` the same "
-        "attention in every layer that has one, with an FFN width of its own each; `per_layer` is free."
+        "per_layer_ffn", "`per_layer_ffn`: the same attention in every layer that has one, an FFN width of its own each; "
+        "`uniform`: the same counts in every layer, a stock architecture; `per_layer`: free counts."
     )  # fmt: skip
     init: Literal["importance", "drop_rate"] = opt(
         "importance", "Start of log-alpha: from first-order Taylor importance, or one drop rate for all."
@@ -114,7 +120,8 @@ class SparsityConfig:
 @dataclass(frozen=True)
 class LoraConfig:
     targets: list[Projection] = opt(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "Projections that get LoRA."
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "Projections that get LoRA; none: gates are learned alone.",
     )
     rank: int = opt(8, "LoRA rank.", ge=1)
     alpha: float = opt(8.0, "LoRA alpha; the update is scaled by alpha / rank.", gt=0)
@@ -133,6 +140,11 @@ class TeacherConfig:
     share: float = opt(
         0.4, "A teacher's sparsity is at most this share of the student's; 1 (the paper): no such limit.", gt=0, le=1
     )
+
+    @property
+    def from_snapshots(self) -> bool:
+        """Snapshots of the student may teach: they are recorded, and planned for."""
+        return self.mode not in ("intact", "none")
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,7 @@ class FinetuneConfig:
     )
     unusable: Literal["refuse", "drop"] = opt("refuse", "What happens to empty answers and records beyond the window.")
     seq_len: int = opt(1024, "Tokens of a window into which whole records are packed.", ge=8)
+    pack: bool = opt(True, "Several records in a window; false (the authors): each in its own, padded.")
     steps: int = opt(0, "Optimizer steps; 0 takes `epochs` passes over the windows.", ge=0)
     epochs: float = opt(2.0, "Passes over the windows when `steps` is 0.", gt=0)
     batch_size: int = opt(16, "Windows per optimizer step over all ranks.", ge=1)
@@ -179,8 +192,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    tensorboard: bool = opt(True, "Write TensorBoard events below the run directory.")
-    progress: bool = opt(True, "Show a progress bar.")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = opt(
+        ["tensorboard"], "Where metrics go beside metrics.jsonl; empty: nowhere. wandb and trackio where installed."
+    )
+    progress: bool = opt(True, "Show progress bars.")
     log_every: int = opt(1, "Steps between two log entries.", ge=1)
     image_every: int = opt(50, "Steps between two pictures of the kept units.", ge=1)
 
@@ -188,9 +203,7 @@ class TrackingConfig:
 @dataclass(frozen=True)
 class ExportConfig:
     output: str = opt("", "Directory of the exported model; empty: `export` below the run directory.")
-    shape: Literal["uniform", "per_layer_ffn", "per_layer", "as_trained"] = opt(
-        "as_trained", "Shape of the exported model; `as_trained` takes `gates.shape` of the run."
-    )
+    shape: ExportShape = opt("as_trained", "Shape of the exported model; `as_trained` takes `gates.shape` of the run.")
     sparsity: float = opt(0.0, "Export the run's snapshot at this sparsity; 0: the final student.", ge=0, lt=1)
     source: Literal["newest", "pruned", "finetuned"] = opt(
         "newest", "The student as pruned, as fine-tuned, or (newest) fine-tuned where that is finished."
@@ -202,7 +215,7 @@ class ExportConfig:
     ffn_multiple: int = opt(0, "FFN widths are rounded to this multiple; 0: gates.ffn_multiple of the run.", ge=0)
     hidden_multiple: int = opt(0, "The hidden size is rounded to this multiple; 0: as in the run.", ge=0)
     tensor_parallel: int = opt(0, "GPUs over which the model can be split; 0: as in the run.", ge=0)
-    dtype: Literal["as_base", "float32", "bfloat16", "float16"] = opt("as_base", "Type of the exported weights.")
+    dtype: Literal["as_base", Dtype] = opt("as_base", "Type of the exported weights.")
     push_to_hub: str = opt(
         "", "Repository of the Hugging Face hub (user/name) that the model is uploaded to; empty: none."
     )
@@ -232,6 +245,9 @@ class EvaluateConfig:
     new_tokens: int = opt(64, "Tokens decoded in the speed measurement.", ge=1)
     batch_sizes: list[int] = opt([1, 8], "Sequences at once in the speed measurement, one measurement each.")
     sample_prompt: str = opt("The capital of France is", "Prompt whose greedy continuation is shown; empty: none.")
+    trust_remote_code: bool = opt(
+        False, "Run Python that comes with a model (auto_map) or a task file; only as an override, never from a file."
+    )
     output: str = opt("", "Directory of report.json and report.md; empty: `evaluate` below the run directory.")
 
 
@@ -258,6 +274,9 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+
+ASKED_EACH_TIME = (("evaluate", "trust_remote_code"),)
+"""Fields that no file can set: a recipe or a run directory of someone else's must not allow itself to run code."""
 
 STAGE_SECTIONS = {
     "prepare": ["model", "data", "finetune"],

@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import yaml
 
-from nuteprune.config.fields import Config, ConfigError
+from nuteprune.config.fields import ASKED_EACH_TIME, Config, ConfigError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+YAML_LIMIT = 1 << 20
+"""Bytes of a YAML file that is read: every field with its comments has a hundredth of that."""
 
 
 def load_config(settings: Config | Mapping | str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -57,6 +59,7 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
     name = str(next((tree["recipe"] for _, tree in reversed(layers) if tree.get("recipe")), "default"))
     tree: dict = {}
     for source, layer in [*_recipe_layers(name), *layers]:
+        layer = _renamed(layer)
         _check_keys(Config, layer, source, "")
         tree = _merge(tree, layer)
     tree["recipe"] = name
@@ -69,9 +72,16 @@ def _consistent(config: Config) -> Config:
         raise ConfigError("loss.layer_weight and loss.kl_weight are both 0: nothing would be learned; set one of them")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", config.export.shard_size):
         raise ConfigError(f"export.shard_size: expected a size such as 5GB or 500MB, got '{config.export.shard_size}'")
-    if not config.lora.targets:
-        raise ConfigError("lora.targets is empty: name at least one")
     return config
+
+
+def _renamed(layer: dict) -> dict:
+    """A layer in today's names: `tracking.tensorboard` of earlier runs turned the one place to report to on or off."""
+    tracking = layer.get("tracking")
+    if not isinstance(tracking, dict) or not isinstance(tracking.get("tensorboard"), bool):
+        return layer
+    rest = {key: value for key, value in tracking.items() if key != "tensorboard"}
+    return layer | {"tracking": {"report_to": ["tensorboard"] if tracking["tensorboard"] else []} | rest}
 
 
 def _recipe_layers(name: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
@@ -92,19 +102,35 @@ def recipe_path(name: str) -> Path:
     raise ConfigError(f"recipe '{name}' not found: use one of {known}, or the path of a YAML file")
 
 
+class _NoAliases(yaml.SafeLoader):
+    """Plain values only: a few lines of aliases (*name) to aliases stand for more text than any memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; raises `ConfigError` where there is none."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > YAML_LIMIT:
+            raise ConfigError(f"{path} has more than {YAML_LIMIT} bytes: settings are shorter")
+        tree = yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold `key: value` lines at its top level")
+    for section, field in ASKED_EACH_TIME:
+        if isinstance(tree.get(section), dict) and field in tree[section]:
+            raise ConfigError(
+                f"{path} sets {section}.{field}, which no file can: give {section}.{field}=… when you start the stage"
+            )
     return tree
 
 
@@ -116,7 +142,7 @@ def build(cls: type, tree: dict, prefix: str) -> Any:
         if f.name not in tree:
             continue
         key, value, hint = prefix + f.name, tree[f.name], hints[f.name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             values[f.name] = build(hint, value or {}, key + ".")
         else:
             values[f.name] = _bounded(_convert(value, hint, key), f, key)
@@ -130,7 +156,7 @@ def to_dict(config: Config) -> dict:
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with `section.field` keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config, ConfigError, ExportShape
 from nuteprune.evaluation import pictures, report
 from nuteprune.evaluation.compare import evaluate_models
 from nuteprune.evaluation.speed import speed_ratio
@@ -16,6 +17,7 @@ from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
 from nuteprune.runs.checkpoint import write_atomic, write_manifest
 from nuteprune.runs.students import choose_student, open_run
+from nuteprune.runs.words import code
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ def knee(points: list[dict]) -> int | None:
 def table(points: list[dict], best: int | None) -> str:
     """The rungs as a Markdown table; the knee's line is bold."""
     ratio = "{:.2f}".format
-    columns = {
+    columns: dict[str, Callable[[dict], str]] = {
         "sparsity": lambda p: f"{p['sparsity']:.0%}" if p["sparsity"] else "intact",
         "parameters": lambda p: f"{p['parameters']:,}",
         "bytes": lambda p: f"{p['bytes']:,}",
@@ -95,7 +97,7 @@ def table(points: list[dict], best: int | None) -> str:
     }  # fmt: skip
     for key, (title, form) in optional.items():
         if any(key in point for point in points):
-            columns[title] = lambda p, key=key, form=form: form(p[key]) if key in p else ""
+            columns[title] = _cells(key, form)
     if any("per_layer_perplexity" in point for point in points):
         columns["cost of the shape"] = lambda p: _cost(p)
     rows = [list(columns)] + [[cell(point) for cell in columns.values()] for point in points]
@@ -104,7 +106,12 @@ def table(points: list[dict], best: int | None) -> str:
     return report.markdown_table(rows)
 
 
-def _export(config: Config, output: Path, rung: float, shape: str) -> Path:
+def _cells(key: str, form: Callable[..., str]) -> Callable[[dict], str]:
+    """A column of what only some rungs have."""
+    return lambda point: form(point[key]) if key in point else ""
+
+
+def _export(config: Config, output: Path, rung: float, shape: ExportShape) -> Path:
     return export_model(
         replace(config, export=replace(config.export, ladder=[], sparsity=rung, shape=shape, output=str(output)))
     )
@@ -139,7 +146,7 @@ def _write(output: Path, points: list[dict], result: dict) -> None:
     best, text = knee(points), next(iter(result["models"][0]["perplexity"]))
     parts = [
         "# The ladder", table(points, best),
-        f"Perplexity of `{text}`, speeds relative to the intact model, all measured in one run; "
+        f"Perplexity of {code(text)}, speeds relative to the intact model, all measured in one run; "
         "[conditions and details](evaluate/report.md).",
     ]  # fmt: skip
     if best is not None:

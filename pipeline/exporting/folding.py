@@ -6,6 +6,11 @@ is d/d' times that over d. With c = sqrt(d/d'), eps' = c²·eps and w' = c·w:
 Qwen3's q_norm and k_norm run over the head dimension, which does not change, but read the same eps' from the
 configuration. Scaling their input (the rows and biases of q_proj and k_proj) by c makes that exact too:
     w·(c·q) / sqrt(c²·ms(q) + c²·eps) = w·q / sqrt(ms(q) + eps).
+OLMo 2's run over all heads, where a removed head counts as zeros. With n' of n heads kept and r² = n/n' the mean square
+over those is r²·ms(q): scaling the rows by c/r and the norm's weight by r is exact.
+Where a norm follows a sublayer, the gate of all that the sublayer adds is a factor of that norm's weight.
+Gemma's norms multiply by 1 + w, so w' = c·(1 + w) - 1. Its embeddings are multiplied by sqrt(d'), not sqrt(d): they are
+scaled by c, and where the head shares them the last norm keeps its weight, which undoes that.
 """
 
 from __future__ import annotations
@@ -17,15 +22,32 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from nuteprune.arch import ATTENTION, PROJECTIONS, ArchSpec, family_of, projections
+from nuteprune.arch import ATTENTION, FUSED, PROJECTIONS, ArchSpec, family_of, pack, projections
 from nuteprune.exporting import modeling_ragged
 from nuteprune.masks import Gates, Kept, kept_units
 from nuteprune.model.layers import LoraWeights
+from nuteprune.model.loading import OWN_TYPES
 
+PER_LAYER_LISTS = ("layer_types", "no_rope_layers")
+"""Entries of a configuration with one value for each layer."""
 _RENAMED = {"architectures", "model_type", "quantization_config", "transformers_version", "auto_map"}
 """Entries of a base configuration that say what the base was, not how it computes."""
+
+
+def _register() -> None:
+    """Make transformers' auto classes use this package's classes for exports of ours, never a directory's own file."""
+    for cls in vars(modeling_ragged).values():
+        own = isinstance(cls, type) and cls.__module__ == modeling_ragged.__name__
+        if own and issubclass(cls, PreTrainedConfig):
+            AutoConfig.register(cls.model_type, cls, exist_ok=True)
+            OWN_TYPES.add(cls.model_type)
+        elif own and issubclass(cls, PreTrainedModel) and cls.__name__.endswith("ForCausalLM"):
+            AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
+
+
+_register()
 
 
 @dataclass(frozen=True)
@@ -35,6 +57,7 @@ class Fold:
     Attributes:
         spec: the base's architecture.
         head_gate, ffn_gate, hidden_gate: effective gates [L, H], [L, F], [D], float32.
+        added_gates: [2, L], on what attention and FFN add to the stream.
         kept: the units that stay.
         lora, scaling: LoRA pairs by "layer.projection", and alpha / rank.
     """
@@ -43,6 +66,7 @@ class Fold:
     head_gate: Tensor
     ffn_gate: Tensor
     hidden_gate: Tensor
+    added_gates: Tensor
     kept: Kept
     lora: LoraWeights
     scaling: float
@@ -59,12 +83,15 @@ class Fold:
 
 
 def plan_fold(spec: ArchSpec, gates: Gates, lora: LoraWeights, scaling: float) -> Fold:
-    """The fold of given gates and LoRA; raises ValueError where no hidden dimension is left."""
+    """The fold of given gates and LoRA; raises ValueError where no hidden dimension or no layer is left."""
     full = gates.detach().to("cpu", torch.float32).full(spec)
     kept = kept_units(spec, full)
     if len(kept.hidden) == 0:
         raise ValueError("no hidden dimension is left: lower the target sparsity")
-    return Fold(spec, full.head_gate(spec), full.ffn_gate(), full.hidden, kept, lora, scaling)
+    if len(kept.layers) == 0:
+        raise ValueError("no decoder layer is left: lower the target sparsity")
+    added = torch.stack(full.added_gates(spec))
+    return Fold(spec, full.head_gate(spec), full.ffn_gate(spec), full.hidden, added, kept, lora, scaling)
 
 
 def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedConfig:
@@ -78,37 +105,59 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
     Raises:
         ValueError: no stock class can hold these sizes.
     """
-    groups = fold.kept.heads_per_group(fold.spec)
+    if (refusal := fold.spec.refusal([shape])) is not None:
+        raise ValueError(f"export.shape: {refusal}")
+    kept = fold.kept.layers.tolist()
+    every_group = fold.kept.heads_per_group(fold.spec)
+    groups, ffn = [every_group[i] for i in kept], [len(fold.kept.ffn[i]) for i in kept]
     values = {k: v for k, v in base.to_dict().items() if k not in _RENAMED}
     values |= {
+        "num_hidden_layers": len(kept),
         "hidden_size": len(fold.kept.hidden),
         "num_attention_heads": max(1, *map(sum, groups)),
         "num_key_value_heads": max(1, *map(len, groups)),
         "head_dim": fold.spec.head_dim,
-        "intermediate_size": max(1, *map(len, fold.kept.ffn)),
+        "intermediate_size": max(1, *ffn),
         "rms_norm_eps": fold.spec.norm_eps * fold.norm_scale**2,
         "tie_word_embeddings": fold.spec.tied and not fold.unties,
     }
+    for name in PER_LAYER_LISTS:
+        if values.get(name):
+            values[name] = [values[name][i] for i in kept]
     if shape != "uniform":
-        stem = type(base).__name__.removesuffix("Config")
-        values |= {"heads_per_group": groups, "ffn_sizes": [len(f) for f in fold.kept.ffn]}
+        name = family_of(base).ragged_class or type(base).__name__
+        values = _of_class(values, base, getattr(transformers, name))
+        stem = name.removesuffix("Config")
+        values |= {"heads_per_group": groups, "ffn_sizes": ffn}
         values["auto_map"] = {
             "AutoConfig": f"modeling_ragged.Ragged{stem}Config",
             "AutoModelForCausalLM": f"modeling_ragged.Ragged{stem}ForCausalLM",
         }
         return getattr(modeling_ragged, f"Ragged{stem}Config")(**values)
-    name = family_of(base).small_class(base, values["hidden_size"], values["num_attention_heads"])
-    cls = getattr(transformers, name)
-    if not isinstance(base, cls):
-        values = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
-        values["sliding_window"] = None  # the one thing Mistral adds to LLaMA
-    return cls(**values)
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if fold.spec.hidden_divides and hidden % heads:
+        raise ValueError(
+            f"a stock {fold.spec.family} model like this one cannot have hidden size {hidden} with {heads} heads: "
+            "use export.shape=per_layer, or leave `hidden` out of gates.units"
+        )
+    small_class = family_of(base).small_class
+    cls = getattr(transformers, small_class(base, hidden, heads)) if small_class else type(base)
+    return cls(**_of_class(values, base, cls))
+
+
+def _of_class(values: dict, base: PreTrainedConfig, cls: type[PreTrainedConfig]) -> dict:
+    """The values that the class knows, if it is not the base's own: Mistral for a LLaMA, or for a Phi-3."""
+    if isinstance(base, cls):
+        return values
+    known = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
+    return {"sliding_window": None} | known  # the one thing Mistral adds to LLaMA
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The causal language model class of a small configuration."""
-    name = type(config).__name__.removesuffix("Config") + "ForCausalLM"
-    return getattr(modeling_ragged if hasattr(config, "heads_per_group") else transformers, name)
+    if hasattr(config, "heads_per_group"):
+        return getattr(modeling_ragged, type(config).__name__.removesuffix("Config") + "ForCausalLM")
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def fold_model(model: PreTrainedModel, config: PreTrainedConfig, fold: Fold, progress=iter) -> PreTrainedModel:
@@ -123,8 +172,11 @@ def fold_model(model: PreTrainedModel, config: PreTrainedConfig, fold: Fold, pro
     with torch.device("meta"):
         small = model_class(config)(config)
     layers = model.model.layers
+    place = {index: number for number, index in enumerate(fold.kept.layers.tolist())}
     for index in progress(range(fold.spec.layers)):
-        small.model.layers[index].load_state_dict(fold_layer(fold, layers[index], index), assign=True)
+        if index in place:
+            into = small.model.layers[place[index]]
+            into.load_state_dict(pack(fold_layer(fold, layers[index], index), into), assign=True)
         layers[index] = nn.Identity()
     embedding, norm, head = fold_ends(fold, model)
     small.model.embed_tokens.load_state_dict({"weight": embedding}, assign=True)
@@ -141,11 +193,16 @@ def fold_layer(fold: Fold, layer: nn.Module, index: int) -> dict[str, Tensor]:
         block = "self_attn" if name in ATTENTION else "mlp"
         for part, tensor in _projection(fold, getattr(owner, attribute), name, index):
             state[f"{block}.{name}.{part}"] = tensor
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        state[f"{norm}.weight"] = _norm(fold, getattr(layer, norm))
-    if fold.spec.qk_norm:
-        for norm in ("q_norm", "k_norm"):
-            state[f"self_attn.{norm}.weight"] = getattr(layer.self_attn, norm).weight.detach().float()
+    for norm in fold.spec.norms:
+        behind = fold.spec.norms_behind
+        gate = float(fold.added_gates[behind.index(norm), index]) if norm in behind else 1.0
+        state[f"{norm}.weight"] = _norm(fold, getattr(layer, norm), fold.norm_scale * gate)
+    if fold.spec.qk_norm and len(fold.kept.heads[index]):
+        for norm, name in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
+            weight = getattr(layer.self_attn, norm).weight.detach().float()
+            if fold.spec.qk_norm == "width":
+                weight = weight[_sides(fold, name, index)[0]] * _width_scale(fold, name, index)
+            state[f"self_attn.{norm}.weight"] = weight
     return {key: tensor for key, tensor in state.items() if tensor.numel()}
 
 
@@ -155,7 +212,8 @@ def fold_ends(fold: Fold, model: PreTrainedModel) -> tuple[Tensor, Tensor, Tenso
     embedding = model.get_input_embeddings().weight.detach()[:, kept].float() * fold.hidden_gate[kept]
     tied = fold.spec.tied and not fold.unties
     head = None if tied else model.lm_head.weight.detach()[:, kept].float()
-    return embedding, _norm(fold, model.model.norm), head
+    root = fold.norm_scale if fold.spec.embedding_root else 1.0
+    return embedding * root, _norm(fold, model.model.norm, fold.norm_scale / (root if tied else 1.0)), head
 
 
 def exported_parameters(model: nn.Module) -> int:
@@ -167,7 +225,7 @@ def exported_parameters(model: nn.Module) -> int:
     for name, parameter in model.named_parameters():
         module, _, kind = name.rpartition(".")
         projection = module.rpartition(".")[2]
-        if projection in PROJECTIONS and not (kind == "bias" and projection in ("o_proj", "down_proj")):
+        if projection in (*PROJECTIONS, *FUSED) and not (kind == "bias" and projection in ("o_proj", "down_proj")):
             counted += parameter.numel()
     return counted
 
@@ -179,6 +237,8 @@ def _projection(fold: Fold, linear: nn.Module, name: str, index: int) -> Iterato
         a, b = (t.detach().to(weight.device, torch.float32) for t in fold.lora[f"{index}.{name}"])
         weight = weight.addmm_(b[rows], a[:, columns], alpha=fold.scaling)
     scale = fold.norm_scale if fold.spec.qk_norm and name in ("q_proj", "k_proj") else 1.0
+    if fold.spec.qk_norm == "width" and name in ("q_proj", "k_proj"):
+        scale /= _width_scale(fold, name, index)
     out_scale = scale if out_gate is None else scale * out_gate[rows]
     weight = weight * (out_scale[:, None] if isinstance(out_scale, Tensor) else out_scale)
     yield "weight", weight if in_gate is None else weight * in_gate[columns]
@@ -196,7 +256,8 @@ def _sides(fold: Fold, name: str, index: int) -> tuple[Tensor, Tensor, Tensor | 
     else:
         unit, gate = kept.ffn[index], fold.ffn_gate[index]
     if name in ("o_proj", "down_proj"):
-        return kept.hidden, unit, fold.hidden_gate, gate
+        added = fold.added_gates[int(name == "down_proj"), index]
+        return kept.hidden, unit, fold.hidden_gate * (1.0 if fold.spec.norms_behind else added), gate
     # Gates act where units enter o_proj and down_proj; the residual stream arrives already gated.
     return unit, kept.hidden, None, None
 
@@ -205,5 +266,13 @@ def _expand(units: Tensor, size: int) -> Tensor:
     return (units[:, None] * size + torch.arange(size)).flatten()
 
 
-def _norm(fold: Fold, norm: nn.Module) -> Tensor:
-    return norm.weight.detach()[fold.kept.hidden].float() * fold.norm_scale
+def _norm(fold: Fold, norm: nn.Module, scale: float) -> Tensor:
+    offset = fold.spec.norm_offset
+    return (norm.weight.detach()[fold.kept.hidden].float() + offset) * scale - offset
+
+
+def _width_scale(fold: Fold, name: str, index: int) -> float:
+    """r = sqrt(n / n'), see the module's docstring; 1 where no head is left."""
+    spec, kept = fold.spec, fold.kept
+    whole, left = (spec.heads, kept.heads) if name == "q_proj" else (spec.kv_heads, kept.kv_groups)
+    return math.sqrt(whole / max(1, len(left[index])))

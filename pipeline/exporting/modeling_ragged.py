@@ -1,8 +1,11 @@
-"""LLaMA, Mistral, Qwen2 and Qwen3 whose decoder layers differ in attention heads, KV groups and FFN width.
+"""Stock models whose decoder layers differ in attention heads, KV groups and FFN width.
 
 Saved beside the weights of a model that NutePrune exported with shape `per_layer`; loads with `trust_remote_code=True`.
 Everything is transformers' own but the projections' shapes; K and V are repeated by group where groups are unequal.
 """
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -12,15 +15,22 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 PREFIX = "ragged_"
 
+if TYPE_CHECKING:  # what the two mixins below stand in front of
+    from transformers import PreTrainedConfig as Config
+    from transformers import PreTrainedModel as Model
+else:
+    Config = Model = object
 
-class RaggedConfig:
+
+class RaggedConfig(Config):
     """What the configurations below add: the widths of each layer.
 
     `heads_per_group[layer]` lists the query heads of each KV group ([]: no attention), `ffn_sizes[layer]` is the FFN
     width (0: none). `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are the maxima.
     """
 
-    heads_per_group, ffn_sizes = (), ()
+    heads_per_group: Sequence[list[int]] = ()
+    ffn_sizes: Sequence[int] = ()
     base_model_tp_plan = None  # unequal groups cannot be split evenly over devices
 
     def validate_architecture(self):
@@ -43,7 +53,7 @@ class Absent(nn.Module):
         return zeros if self.bias is None else zeros + self.bias
 
 
-class RaggedForCausalLM:
+class RaggedForCausalLM(Model):
     """Mixed in before a stock `…ForCausalLM`: gives each layer its own widths once the stock model is built."""
 
     def __init__(self, config):
@@ -62,6 +72,12 @@ def _resize_attention(attention: nn.Module, groups: list[int]) -> None:
     width, size = sum(groups) * attention.head_dim, len(groups) * attention.head_dim
     attention.heads_per_group = groups
     attention.num_key_value_groups = groups[0] if len(set(groups)) == 1 else 1
+    for name, rows in (("q_norm", width), ("k_norm", size)):
+        norm = getattr(attention, name, None)
+        if norm is not None and not groups:
+            setattr(attention, name, nn.Identity())
+        elif norm is not None and len(norm.weight) != attention.head_dim:  # OLMo's, over all heads
+            norm.weight = nn.Parameter(norm.weight.detach()[:rows].clone())
     if groups:
         for linear, rows in ((attention.q_proj, width), (attention.k_proj, size), (attention.v_proj, size)):
             _cut(linear, rows, linear.in_features)
@@ -108,52 +124,33 @@ def _ragged(base: str | None) -> str:
             key, value = _per_head(key, groups), _per_head(value, groups)
         return inner(module, query, key, value, attention_mask, **kwargs)
 
-    attention.inner, attention.takes_groups = inner, True
+    wrapper: Any = attention
+    wrapper.inner, wrapper.takes_groups = inner, True
     wrapped = inner
     while wrapped is not None and not hasattr(wrapped, "takes_groups"):
         wrapped = getattr(wrapped, "inner", None)
     if wrapped is None:
-        AttentionInterface.register(name, attention)
+        AttentionInterface.register(name, wrapper)
     AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
     return name
 
 
-def _per_head(states: Tensor, groups: list[int]) -> Tensor:
+def _per_head(states: Tensor, groups: Sequence[int]) -> Tensor:
     """[B, K, T, P] to [B, H, T, P]: group g repeated groups[g] times."""
     return cat([states[:, g : g + 1].expand(-1, count, -1, -1) for g, count in enumerate(groups)], dim=1)
 
 
-@strict
-class RaggedLlamaConfig(RaggedConfig, transformers.LlamaConfig):
-    model_type = "nuteprune_llama"
+def _define(name: str, causal: str) -> None:
+    """`Ragged…Config` and `Ragged…ForCausalLM` over the stock classes of a family."""
+    stock, module = getattr(transformers, f"{name}Config"), {"__module__": __name__}
+    config = strict(
+        type(f"Ragged{name}Config", (RaggedConfig, stock), module | {"model_type": f"nuteprune_{name.lower()}"})
+    )
+    bases = (RaggedForCausalLM, getattr(transformers, f"{causal}ForCausalLM"))
+    model = type(f"Ragged{name}ForCausalLM", bases, module | {"config_class": config})
+    globals().update({config.__name__: config, model.__name__: model})
 
 
-@strict
-class RaggedMistralConfig(RaggedConfig, transformers.MistralConfig):
-    model_type = "nuteprune_mistral"
-
-
-@strict
-class RaggedQwen2Config(RaggedConfig, transformers.Qwen2Config):
-    model_type = "nuteprune_qwen2"
-
-
-@strict
-class RaggedQwen3Config(RaggedConfig, transformers.Qwen3Config):
-    model_type = "nuteprune_qwen3"
-
-
-class RaggedLlamaForCausalLM(RaggedForCausalLM, transformers.LlamaForCausalLM):
-    config_class = RaggedLlamaConfig
-
-
-class RaggedMistralForCausalLM(RaggedForCausalLM, transformers.MistralForCausalLM):
-    config_class = RaggedMistralConfig
-
-
-class RaggedQwen2ForCausalLM(RaggedForCausalLM, transformers.Qwen2ForCausalLM):
-    config_class = RaggedQwen2Config
-
-
-class RaggedQwen3ForCausalLM(RaggedForCausalLM, transformers.Qwen3ForCausalLM):
-    config_class = RaggedQwen3Config
+for _name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite", "SmolLM3", "Olmo2", "Olmo3", "Gemma3Text"):
+    if hasattr(transformers, f"{_name}Config"):  # an older transformers lacks the newest
+        _define(_name, _name.removesuffix("Text"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import ConfigError, GateConfig
 from nuteprune.masks import hard_concrete as hc
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
-from nuteprune.masks.selection import most_removed, select_units
+from nuteprune.masks.selection import cheapest_units, most_removed, select_units
 
 POINT = 0.01
 """The exported sparsity may be this far from the target."""
@@ -26,10 +26,14 @@ _ALIKE = {"uniform": {"heads", "kv_groups", "ffn"}, "per_layer_ffn": {"heads", "
 """By shape, the kinds of which every layer keeps the same count."""
 
 
-def gated_kinds(spec: ArchSpec, units: list[str]) -> list[str]:
-    """The kinds that get gates: without grouped queries a head is its own KV group, so one gate serves both."""
+def gated_kinds(spec: ArchSpec, units: Sequence[str]) -> list[str]:
+    """The kinds that get gates.
+
+    Without grouped queries a head is its own KV group, so one gate serves both; a layer's only group is its whole
+    attention, which `attn_sublayers` stands for.
+    """
     kinds = [k for k in KINDS if k in units]
-    if spec.group_size == 1 and "heads" in kinds and "kv_groups" in kinds:
+    if "kv_groups" in kinds and (spec.kv_heads == 1 or (spec.group_size == 1 and "heads" in kinds)):
         kinds.remove("kv_groups")
     return kinds
 
@@ -45,6 +49,10 @@ def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:
         raise ConfigError(
             "gates.units: whole sublayers need gates.shape=per_layer_ffn or per_layer (no stock model lacks a sublayer)"
         )
+    if (refusal := spec.refusal(config.units)) is not None:
+        raise ConfigError(f"gates.units: {refusal}")
+    if (refusal := spec.refusal([config.shape])) is not None:
+        raise ConfigError(f"gates.shape: {refusal}")
     kinds = gated_kinds(spec, config.units)
     most = most_removed(spec, kinds, config.shape)
     if target > most:
@@ -102,10 +110,13 @@ class MaskSet(nn.Module):
     def deterministic(self) -> Gates:
         """Gates without chance: as many as are expected to be closed are 0, those with the lowest log-alpha.
 
-        The others have the mean that they have while open.
+        The others have the mean that they have while open. With the noise as published, as in the authors' code: closed
+        ones are counted layer by layer, and the others are σ(0.8·log α / β) (Xia et al. 2022, CoFi).
         """
         if self.fixed is not None:
             return self.fixed
+        if self.config.noise_end == 1:
+            return Gates(**{kind: self._as_published(la) for kind, la in self.log_alpha.items()})
         gates = {}
         for kind, la in self.log_alpha.items():
             z = hc.mean_open(la, self.config.temperature, self.noise)
@@ -114,6 +125,13 @@ class MaskSet(nn.Module):
                 z.view(-1)[la.flatten().topk(closed, largest=False).indices] = 0.0
             gates[kind] = z
         return Gates(**gates)
+
+    def _as_published(self, la: Tensor) -> Tensor:
+        rows = la.view(-1, la.shape[-1])
+        closed = (1 - self._open(rows)).sum(1).round()
+        ranks = rows.argsort(dim=1, stable=True).argsort(dim=1)
+        z = torch.sigmoid(0.8 * rows / self.config.temperature)
+        return z.masked_fill(ranks < closed[:, None], 0.0).view_as(la)
 
     def expected_sparsity(self) -> Tensor:
         """Expected removed share of the prunable parameters, a scalar differentiable in log-alpha."""
@@ -159,10 +177,19 @@ class MaskSet(nn.Module):
         return _ALIKE[self.config.shape] & set(self.kinds)
 
     @torch.no_grad()
-    def settle(self, target: float) -> None:
-        """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape."""
-        gates = select_units(self.spec, self.scores(), target, self.config.shape, *multiples(self.config))
+    def settle(self, target: float, loss: Callable[[list[Gates]], list[float]]) -> Gates:
+        """Fix the gates at exactly 0 or 1: the highest log-alphas at the target sparsity, in the configured shape.
+
+        Where the shape can meet the target in several structures, the one with the least loss.
+
+        Args:
+            target: sparsity.
+            loss: the losses of students with given gates.
+        """
+        config = self.config
+        gates = cheapest_units(self.spec, self.scores(), target, config.shape, multiples(config), loss)
         self.fix(gates)
+        return gates
 
     def fix(self, gates: Gates) -> None:
         """Use `gates` from now on; log-alpha no longer learns."""

@@ -58,12 +58,14 @@ class LayerView:
         states: by projection name.
         group_size: query heads per group where that is the same for all kept groups, else 1.
         kv_index: [kept heads] group of each kept head where groups are ragged, else None.
+        behind: gates behind the norms that follow attention and FFN, where there are such norms.
         removed: nothing of the layer is left.
     """
 
     states: dict[str, ProjectionState]
     group_size: int
     kv_index: Tensor | None = None
+    behind: tuple[Tensor | None, Tensor | None] = (None, None)
     removed: bool = False
 
 
@@ -104,11 +106,61 @@ class MaskedLoRALinear(nn.Module):
         return known_lists(x, self.weight, self.bias, *self.state.operands)
 
 
-def install(layers: nn.ModuleList) -> None:
-    """Replace the seven projections of every decoder layer by `MaskedLoRALinear`, in place."""
+class WidthNorm(nn.Module):
+    """RMSNorm over the whole width of queries or keys (OLMo 2), of which only the kept rows may arrive.
+
+    Removed rows count as zeros: y = w·x / sqrt(Σx²/N + eps) with N the intact width.
+
+    Args:
+        base: the norm it replaces; its weight is shared.
+        width: N.
+    """
+
+    def __init__(self, base: nn.Module, width: int):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.width = base.weight, base.variance_epsilon, width
+        self.keep: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., N] or its kept columns, normalised."""
+        weight = self.weight if self.keep is None else self.weight[self.keep]
+        mean_square = x.float().pow(2).mean(-1, keepdim=True) * (x.shape[-1] / self.width)
+        return (weight * (x.float() * torch.rsqrt(mean_square + self.variance_epsilon))).to(x.dtype)
+
+
+class GatedNorm(nn.Module):
+    """A norm behind a sublayer, and the gate of all that the sublayer adds, which would be lost before the norm."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+        self.gate: Tensor | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The norm's own."""
+        return self.norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D], normalised and gated."""
+        y = self.norm(x)
+        return y if self.gate is None else y * self.gate.to(y.dtype)
+
+
+_WIDTH_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
+
+
+def install(layers: nn.ModuleList, spec: ArchSpec) -> None:
+    """Replace the seven projections of every decoder layer by `MaskedLoRALinear`, in place, and norms over heads."""
     for layer in layers:
         for owner, attribute in projections(layer).values():
             setattr(owner, attribute, MaskedLoRALinear(getattr(owner, attribute)))
+        for name in spec.norms_behind:
+            setattr(layer, name, GatedNorm(getattr(layer, name)))
+        if spec.qk_norm == "width":
+            attention = layer.self_attn
+            for norm, name in _WIDTH_NORMS.items():
+                setattr(attention, norm, WidthNorm(getattr(attention, norm), getattr(attention, name).out_features))
 
 
 def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.device) -> LoraParameters:
@@ -131,6 +183,11 @@ def activate(layer: nn.Module, view: LayerView) -> None:
         getattr(owner, attribute).state = view.states[name]
     layer.self_attn.num_key_value_groups = view.group_size
     layer.self_attn.kv_index = view.kv_index
+    for norm, name in _WIDTH_NORMS.items():
+        if isinstance(module := getattr(layer.self_attn, norm, None), WidthNorm):
+            module.keep = view.states[name].keep_out
+    for module, gate in zip((m for m in layer.children() if isinstance(m, GatedNorm)), view.behind, strict=False):
+        module.gate = gate
 
 
 def build_view(
@@ -149,22 +206,26 @@ def build_view(
     """
     heads = ffn = hidden = None
     if gates is not None:
-        full = gates.full(spec) if gates.ffn is None and gates.ffn_sublayers is not None else gates
-        heads, ffn, hidden = gates.head_gate(spec), full.ffn_gate(), gates.hidden
+        heads, ffn, hidden = gates.head_gate(spec), gates.ffn_gate(spec), gates.hidden
     found = structure.find(spec, heads, ffn, hidden) if skip_removed else structure.dense(spec)
+    into_norm = [{}] * spec.layers if skip_removed else _into_norm(spec, heads)
+    added = (None, None) if gates is None else gates.added_gates(spec)
+    scales = list(zip(*(_layer_scales(spec, gate, skip_removed) for gate in added), strict=True))
     none = [None] * spec.layers
     # All layers at once: an operation a layer, and one more in its backward, is what a small layer's step is made of.
     head_gates = none if heads is None else heads.repeat_interleave(spec.head_dim, dim=1).unbind(0)
     ffn_gates = none if ffn is None else ffn.unbind(0)
     residual = _Side(hidden, found.hidden)
     layers = []
-    for index, (kept, head_gate, ffn_gate) in enumerate(zip(found.layers, head_gates, ffn_gates, strict=True)):
+    for index, kept in enumerate(found.layers):
         # LoRA in training stays as it is: the kernels take it in its own type, and its gradient arrives in that.
         pairs = {n: tuple(t if t.requires_grad else t.to(dtype) for t in lora[f"{index}.{n}"])
                  for n in (*ATTENTION, *FFN) if f"{index}.{n}" in lora}  # fmt: skip
-        states = _states(_Side(head_gate, kept.queries), _Side(None, kept.values), _Side(ffn_gate, kept.ffn), residual,
-                         pairs, scaling)  # fmt: skip
-        layers.append(LayerView(states, kept.group_size, kept.kv_index, kept.removed))
+        queries, values = _Side(head_gates[index], kept.queries), _Side(None, kept.values)
+        units = _Side(ffn_gates[index], kept.ffn)
+        states = _states(spec, queries, values, units, residual, scales[index], into_norm[index], pairs, scaling)
+        behind = scales[index] if spec.norms_behind else (None, None)
+        layers.append(LayerView(states, kept.group_size, kept.kv_index, behind, kept.removed))
     return View(layers, hidden)
 
 
@@ -176,17 +237,44 @@ class _Side:
     keep: Tensor | None = None
 
 
+def _layer_scales(spec: ArchSpec, gate: Tensor | None, skip_removed: bool) -> list[Tensor | None]:
+    """For each layer the gate of what it adds to the stream; None where that stays as it is."""
+    if gate is None:
+        return [None] * spec.layers
+    if gate.requires_grad or not skip_removed:
+        return list(gate)
+    return [None if value == 1 else z for value, z in zip(gate.tolist(), gate, strict=True)]
+
+
+def _into_norm(spec: ArchSpec, heads: Tensor | None) -> list[dict[str, Tensor]]:
+    """By layer and projection, what multiplies the rows of removed heads where they are not left out.
+
+    A removed head leaves the norm that its queries and keys share with the others: no rows, or zeros.
+    """
+    if spec.qk_norm != "width" or heads is None:
+        return [{}] * spec.layers
+    alive = (heads.detach() != 0).to(heads.dtype)
+    groups = alive.unflatten(1, (-1, spec.group_size)).amax(2)
+    queries, keys = (unit.repeat_interleave(spec.head_dim, dim=1) for unit in (alive, groups))
+    return [{"q_proj": q, "k_proj": k} for q, k in zip(queries, keys, strict=True)]
+
+
 def _states(
-    queries: _Side, values: _Side, units: _Side, residual: _Side, pairs: LoraWeights, scaling: float
-) -> dict[str, ProjectionState]:
+    spec: ArchSpec, queries: _Side, values: _Side, units: _Side, residual: _Side,
+    scales: tuple[Tensor | None, Tensor | None], into_norm: Mapping[str, Tensor],
+    pairs: Mapping[str, tuple[Tensor, Tensor]], scaling: float,
+) -> dict[str, ProjectionState]:  # fmt: skip
     """What each projection of a layer computes with."""
     outputs = {"q_proj": queries, "k_proj": values, "v_proj": values, "gate_proj": units, "up_proj": units}
     states = {}
     for name, side in outputs.items():
         # The residual stream is already masked, so removed hidden dimensions arrive as zeros: no gate, only the skip.
-        states[name] = ProjectionState(pairs.get(name), scaling, keep_in=residual.keep, keep_out=side.keep,
+        states[name] = ProjectionState(pairs.get(name), scaling, None, into_norm.get(name), residual.keep, side.keep,
                                        compact_out=side.keep is not None)  # fmt: skip
-    for name, side in {"o_proj": queries, "down_proj": units}.items():
-        states[name] = ProjectionState(pairs.get(name), scaling, side.gate, residual.gate, side.keep, residual.keep,
+    for (name, side), scale in zip({"o_proj": queries, "down_proj": units}.items(), scales, strict=True):
+        added = residual.gate
+        if scale is not None and not spec.norms_behind:
+            added = scale.repeat(spec.hidden) if added is None else scale * added
+        states[name] = ProjectionState(pairs.get(name), scaling, side.gate, added, side.keep, residual.keep,
                                        compact_in=side.keep is not None)  # fmt: skip
     return states

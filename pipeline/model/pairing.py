@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +65,13 @@ class PairedDecoderLayer(nn.Module):
         self.layer, self.index = layer, index
         self.checkpointing = False
         self.current: _Pass | None = None
+        self.final_norm: Callable[[Tensor], Tensor] | None = None
+        """Of the last layer: the model's norm behind it. Transformers, and so the authors' loss, name its output."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         """hidden_states [B, T, D] of the student to its output; the teacher's stream is read and replaced in place."""
         p = self.current
+        assert p is not None  # `PairedModel._in_pass` sets it
         if p.teacher is None or p.loss is None or p.loss.layer_weight == 0:
             if p.teacher is not None:
                 p.teacher_stream = self._teacher(p, kwargs)
@@ -76,10 +79,22 @@ class PairedDecoderLayer(nn.Module):
         p.teacher_stream = teacher = self._teacher(p, kwargs)
         student = self._student(hidden_states, p.student, kwargs)
         if not p.student.layers[self.index].removed:
-            p.layer_terms.append(layer_loss(student, teacher, p.student.hidden, p.loss.layer))
+            pair = (
+                (student, teacher)
+                if self.final_norm is None or p.loss.layer != "raw"
+                else self._normed(student, teacher)
+            )
+            p.layer_terms.append(layer_loss(*pair, p.student.hidden, p.loss.layer))
         return student
 
+    def _normed(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.final_norm is not None
+        with torch.no_grad():
+            teacher = self.final_norm(teacher)
+        return self.final_norm(student), teacher
+
     def _teacher(self, p: _Pass, kwargs: dict) -> Tensor:
+        assert p.teacher is not None
         with torch.no_grad():
             activate(self.layer, p.teacher.layers[self.index])
             return self.layer(p.teacher_stream, **kwargs)
@@ -115,6 +130,7 @@ class _Head(nn.Module):
         """The losses of the whole weight [V, D]."""
         self(loss)
         result, self._result = self._result, None
+        assert result is not None
         return result
 
 
@@ -134,7 +150,7 @@ class PairedModel(nn.Module):
         model.eval()
         self.spec, self.model = spec, model
         self.scaling = lora.alpha / lora.rank
-        install(model.model.layers)
+        install(model.model.layers, spec)
         self.head = _Head(model.lm_head.weight)
         self._lora = fresh_lora(model.model.layers, lora, model.device)
         model.model.layers = nn.ModuleList(
@@ -143,6 +159,8 @@ class PairedModel(nn.Module):
         self._view: tuple[Gates | None, View] | None = None
         for layer in self.layers:
             layer.checkpointing = checkpointing
+        # Not a submodule of the layer: ZeRO-3 gathers a layer's own parameters, and norms are whole on every rank.
+        object.__setattr__(self.layers[-1], "final_norm", model.model.norm)
         model.set_attn_implementation(_register_attention(model.config._attn_implementation))
 
     @property
@@ -182,7 +200,8 @@ class PairedModel(nn.Module):
         p = _Pass(student, teacher, loss)
         embedded = self.model.get_input_embeddings()(input_ids)
         if teacher is not None:
-            p.teacher_stream = _masked(embedded, teacher.hidden)
+            # The decoder itself multiplies the student's stream, which it is given.
+            p.teacher_stream = _masked(embedded, teacher.hidden) * self.spec.embedding_multiplier
         positions = None if answers is None else answers.positions
         # ZeRO-3 frees a layer's weights when the gradient of its input is there: the first layer's needs one too.
         final = self._stream(_masked(embedded.detach().requires_grad_(), student.hidden), p, positions)
@@ -195,6 +214,7 @@ class PairedModel(nn.Module):
     def _output_losses(self, final: Tensor, p: _Pass, input_ids: Tensor, answers: Answers | None) -> HeadLosses:
         """KL from the teacher where there is one, and cross entropy of the next token where it counts."""
         loss, target, labels = p.loss, None, None
+        assert loss is not None
         if p.teacher is not None:
             with torch.no_grad():
                 target = self.model.model.norm(p.teacher_stream).flatten(0, 1)
@@ -202,8 +222,10 @@ class PairedModel(nn.Module):
         if label_weight:
             labels = input_ids if answers is None else answers.labels
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
-        rows = final.flatten(0, 1)
+        rows = final.flatten(0, 1) / self.spec.logits_scaling
+        target = None if target is None else target / self.spec.logits_scaling
         if answers is not None:
+            assert labels is not None
             learned = labels != IGNORE
             rows, labels, target = rows[learned], labels[learned], None if target is None else target[learned]
         return self.head.lend(
@@ -214,7 +236,7 @@ class PairedModel(nn.Module):
 
     def logits(self, input_ids: Tensor, view: View) -> Tensor:
         """Logits [B, T, V] of one view, in full."""
-        return self.model.lm_head(self.hidden(input_ids, view))
+        return self.model.lm_head(self.hidden(input_ids, view)) / self.spec.logits_scaling
 
     def hidden(self, input_ids: Tensor, view: View) -> Tensor:
         """Final hidden states [B, T, D] of one view, after the last norm."""
@@ -273,5 +295,6 @@ def _ragged(inner: Callable) -> Callable:
             key, value = key[:, index], value[:, index]
         return inner(module, query, key, value, attention_mask, **kwargs)
 
-    attention.inner, attention.takes_kv_index = inner, True
-    return attention
+    wrapper: Any = attention
+    wrapper.inner, wrapper.takes_kv_index = inner, True
+    return wrapper

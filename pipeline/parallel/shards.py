@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from nuteprune.arch import ArchSpec
+from nuteprune.arch import ArchSpec, split_fused, stored
 from nuteprune.config import ConfigError, ModelConfig
 from nuteprune.model.loading import check_attention, read_config
 from nuteprune.parallel.distributed import World
@@ -43,11 +43,14 @@ def load_partitioned(config: ModelConfig, world: World, settings: dict) -> tuple
             model = AutoModelForCausalLM.from_config(
                 hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
             )
+        for layer in model.model.layers:
+            split_fused(layer)
         modules = _in_order(model, spec)
         names = {module: name for name, module in model.named_modules()}
         files = _files(config.path) if world.is_main else {}
         if world.is_main:
-            _check_whole(config.path, files, (f"{names[m]}.{n}" for m in modules for n, _ in m.named_parameters()))
+            wanted = (f"{names[m]}.{stored(m, n)[0]}" for m in modules for n, _ in m.named_parameters())
+            _check_whole(config.path, files, wanted)
     partitioned: list[nn.Parameter] = []
     for module in modules:
         _materialise(module, names[module], files, world)
@@ -72,17 +75,18 @@ def _materialise(module: nn.Module, name: str, files: dict[str, Path], world: Wo
     """Give a module real parameters: those of the files on rank 0, memory to receive them on the others."""
     for key, empty in list(module.named_parameters()):
         if world.is_main:
-            value = _read(files[f"{name}.{key}"], f"{name}.{key}").to(world.device, empty.dtype)
+            own, rows = stored(module, key)
+            value = _read(files[f"{name}.{own}"], f"{name}.{own}", rows).to(world.device, empty.dtype)
         else:
             value = torch.empty(empty.shape, dtype=empty.dtype, device=world.device)
         owner, _, attribute = key.rpartition(".")
         setattr(module.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
 
 
-def _read(file: Path, name: str) -> Tensor:
+def _read(file: Path, name: str, rows: slice) -> Tensor:
     # Opened for each tensor: an open file's pages stay in this process's memory once they were read.
     with safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(name)
+        return tensors.get_slice(name)[rows]
 
 
 def _files(path: str) -> dict[str, Path]:

@@ -19,7 +19,11 @@ def layer_tensors(spec: ArchSpec) -> list[int]:
     shapes = projection_shapes(spec)
     biased = {"o_proj": spec.o_bias, **dict.fromkeys(("q_proj", "k_proj", "v_proj"), spec.qkv_bias)}
     biases = [out for name, (out, _) in shapes.items() if biased.get(name, spec.mlp_bias)]
-    norms = [spec.hidden] * 2 + [spec.head_dim] * 2 * spec.qk_norm
+    norms = [spec.hidden] * len(spec.norms)
+    if spec.qk_norm == "head":
+        norms += [spec.head_dim] * 2
+    elif spec.qk_norm == "width":
+        norms += [spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim]
     return [out * inputs for out, inputs in shapes.values()] + biases + norms
 
 

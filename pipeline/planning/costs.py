@@ -159,7 +159,7 @@ def step_flops(job: Job, checkpointing: bool, kept: tuple[float, float]) -> floa
     taught = config.teacher.mode != "none"
     forward = student * (layer + attention + lora)
     backward = student * (layer + 2.5 * attention + 2 * lora)
-    tutor = teacher * (layer + attention + (lora if config.teacher.mode == "numerous" else 0)) if taught else 0.0
+    tutor = teacher * (layer + attention + (lora if config.teacher.from_snapshots else 0)) if taught else 0.0
     per_token = tutor + forward * (2 if checkpointing else 1) + backward + head * (3 if taught else 2)
     return per_token * config.train.batch_size * config.data.seq_len
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from nuteprune.arch import split_fused
 from nuteprune.config import Config, ConfigError
 from nuteprune.masks import Gates, MaskSet, check_target, unit_shape
 from nuteprune.model.layers import build_view
@@ -76,14 +77,16 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
         hf_model = AutoModelForCausalLM.from_config(
             hf_config, dtype=getattr(torch, config.model.dtype), attn_implementation=config.model.attention
         )
-        partitioned = settings is not None and settings["zero_optimization"]["stage"] == 3
-        if partitioned:
-            if "offload_param" in settings["zero_optimization"]:  # no disk is needed for tensors without memory
-                settings["zero_optimization"]["offload_param"] |= {"device": "cpu"}
-            deepspeed.zero.Init(module=hf_model, config_dict_or_path=settings)
+        for layer in hf_model.model.layers:
+            split_fused(layer)
+        partitioned = settings if settings is not None and settings["zero_optimization"]["stage"] == 3 else None
+        if partitioned is not None:
+            if "offload_param" in partitioned["zero_optimization"]:  # no disk is needed for tensors without memory
+                partitioned["zero_optimization"]["offload_param"] |= {"device": "cpu"}
+            deepspeed.zero.Init(module=hf_model, config_dict_or_path=partitioned)
         model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
-        if partitioned:
-            attach(model, settings)
+        if partitioned is not None:
+            attach(model, partitioned)
         total, share, gathered = _bytes(hf_model)
         lora = sum(p.numel() for pair in model.lora().values() for p in pair)
         _cut(model)

@@ -119,7 +119,7 @@ def gate_units(job: Job) -> int:
 
 def snapshots(config: Config, total: int) -> int:
     """Teachers recorded over a run: one per interval up to the target, at most one a step of the warm-up."""
-    if config.teacher.mode != "numerous":
+    if not config.teacher.from_snapshots:
         return 0
     return min(int(config.sparsity.target / config.teacher.interval + 1e-6), warmup_steps(config, total))
 
@@ -204,7 +204,7 @@ def lora_memory(job: Job) -> dict[str, float]:
     the next one's, which is fetched ahead), and a share of the two AdamW moments.
     """
     count, s = lora_parameters(job), job.itemsize
-    teachers = s + 2 if job.config.teacher.mode == "numerous" else 0
+    teachers = s + 2 if job.config.teacher.from_snapshots else 0
     return {
         "LoRA weights": FP32 * count,
         "LoRA in compute type (student, teachers)": ((s if s != FP32 else 0) + teachers) * count,
@@ -216,18 +216,24 @@ def lora_memory(job: Job) -> dict[str, float]:
 def saved_per_token(job: Job) -> float:
     """Bytes per token that autograd keeps for one student layer without checkpointing.
 
-    The two norms' float32 inputs (8D); the normed inputs of q/k/v and gate/up (2sD); q, k, v after the rotation, the
+    The norms' float32 inputs (4D each); the normed inputs of q/k/v and gate/up (2sD); q, k, v after the rotation, the
     attention's output and log-sum-exp; gate, up, silu(gate) and their product (4sF); the rank-R products of LoRA. With
-    hidden gates the outputs of o and down as well (2sD). Eager attention also keeps probabilities [H, T] in float32 and
-    in the compute type, and repeated keys and values. Qwen3 keeps float32 q and k for their norms.
+    hidden or layer gates the outputs of o and down as well (2sD). Eager attention also keeps probabilities [H, T] in
+    float32 and in the compute type, and repeated keys and values. Qwen3 keeps float32 q and k for their norms.
     """
     spec, s, config = job.spec, job.itemsize, job.config
     queries, values = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    size = 8 * spec.hidden + 2 * s * spec.hidden + s * (2 * queries + 2 * values) + FP32 * spec.heads + 4 * s * spec.ffn
+    size = (
+        FP32 * len(spec.norms) * spec.hidden
+        + 2 * s * spec.hidden
+        + s * (2 * queries + 2 * values)
+        + FP32 * spec.heads
+        + 4 * s * spec.ffn
+    )
     size += s * config.lora.rank * len(config.lora.targets)
     if spec.qk_norm:
         size += FP32 * (queries + values)
-    if "hidden" in config.gates.units:
+    if {"hidden", "layers"} & set(config.gates.units):
         size += 2 * s * spec.hidden
     if config.model.attention == "eager":
         size += spec.heads * config.data.seq_len * (FP32 + (s if s != FP32 else 0)) + 2 * s * (queries - values)

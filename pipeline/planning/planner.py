@@ -42,6 +42,23 @@ MODELS = {
     "qwen3-14b": _LLAMA | {"model_type": "qwen3", "hidden_size": 5120, "num_hidden_layers": 40,
                            "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
                            "intermediate_size": 17408, "vocab_size": 151936},
+    "granite-3.3-8b": _LLAMA | {"model_type": "granite", "hidden_size": 4096, "num_hidden_layers": 40,
+                                "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 12800,
+                                "vocab_size": 49159, "tie_word_embeddings": True, "embedding_multiplier": 12.0,
+                                "residual_multiplier": 0.22, "attention_multiplier": 0.0078125,
+                                "logits_scaling": 16.0},
+    "smollm3-3b": _LLAMA | {"model_type": "smollm3", "hidden_size": 2048, "num_hidden_layers": 36,
+                            "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 11008,
+                            "vocab_size": 128256, "tie_word_embeddings": True},
+    "phi-4": _LLAMA | {"model_type": "phi3", "hidden_size": 5120, "num_hidden_layers": 40,
+                       "num_attention_heads": 40, "num_key_value_heads": 10, "intermediate_size": 17920,
+                       "vocab_size": 100352, "pad_token_id": None},
+    "olmo-2-7b": _LLAMA | {"model_type": "olmo2", "hidden_size": 4096, "num_hidden_layers": 32,
+                           "num_attention_heads": 32, "intermediate_size": 11008, "vocab_size": 100352},
+    "gemma-3-1b": _LLAMA | {"model_type": "gemma3_text", "hidden_size": 1152, "num_hidden_layers": 26,
+                            "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+                            "intermediate_size": 6912, "vocab_size": 262144, "tie_word_embeddings": True,
+                            "sliding_window": 512},
 }  # fmt: skip
 """Sizes of public models, by the name `--model` takes: enough of their config.json to plan without it, in bfloat16."""
 HUB = {
@@ -54,6 +71,13 @@ HUB = {
     "mistralai/Mistral-7B-v0.3": "mistral-7b",
     "Qwen/Qwen3-14B": "qwen3-14b",
     "Qwen/Qwen3-32B": "qwen3-32b",
+    "ibm-granite/granite-3.3-8b-instruct": "granite-3.3-8b",
+    "HuggingFaceTB/SmolLM3-3B-Base": "smollm3-3b",
+    "HuggingFaceTB/SmolLM3-3B": "smollm3-3b",
+    "microsoft/phi-4": "phi-4",
+    "allenai/OLMo-2-1124-7B": "olmo-2-7b",
+    "google/gemma-3-1b-pt": "gemma-3-1b",
+    "google/gemma-3-1b-it": "gemma-3-1b",
 }
 """Hub ids of those sizes, which are known without asking the hub (some of them it tells to licensees only)."""
 
@@ -74,13 +98,14 @@ def quantity(flag: str, text: str, kind: str) -> float:
     """
     unit, example = _UNITS[kind]
     match = re.fullmatch(r"\s*([0-9.eE+-]*[0-9.])\s*([A-Za-z/]*)\s*", text)
+    digits, suffix = match.groups() if match else ("", "")
     try:
-        number = float(match[1])
-    except (TypeError, ValueError):
+        number = float(digits)
+    except ValueError:
         raise ConfigError(f"{flag} '{text}': not a number with a unit; write it like {example}") from None
-    prefix = re.fullmatch(rf"((?:[KMGTP]i?)?)(?:{unit})", match[2])
+    prefix = re.fullmatch(rf"((?:[KMGTP]i?)?)(?:{unit})", suffix)
     if prefix is None:
-        raise ConfigError(f"{flag} '{text}': unknown unit '{match[2]}'; write it like {example}")
+        raise ConfigError(f"{flag} '{text}': unknown unit '{suffix}'; write it like {example}")
     if number <= 0:
         raise ConfigError(f"{flag} '{text}': must be greater than 0")
     return number * _PREFIXES[prefix[1]]

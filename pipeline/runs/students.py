@@ -9,16 +9,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError, load_config
+from nuteprune.config import Config, ConfigError, Shape, load_config
 from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
-from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, sha256, verify
+from nuteprune.runs.checkpoint import MANIFEST, atomic_directory, read_json, sha256, verify
 from nuteprune.runs.fingerprint import check_base
-from nuteprune.runs.rundir import Run, load_adapter, load_gates, load_run, save_adapter, save_config, save_gates
+from nuteprune.runs.rundir import (
+    DAMAGED,
+    Run,
+    load_adapter,
+    load_gates,
+    load_run,
+    reason,
+    save_adapter,
+    save_config,
+    save_gates,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,22 +67,22 @@ def open_run(config: Config) -> Run:
     return replace(trained, config=replace(trained.config, model=model))
 
 
-def shape_of(config: Config, trained: Run) -> str:
+def shape_of(config: Config, trained: Run) -> Shape:
     """The shape that is asked for: `uniform`, `per_layer_ffn` or `per_layer`."""
     return trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
 
 
 def rounding_of(config: Config, trained: Run) -> tuple[int, int, int]:
     """Multiples of the FFN width and the hidden size, and the tensor-parallel size: the export's, or else the run's."""
-    asked = (config.export.ffn_multiple, config.export.hidden_multiple, config.export.tensor_parallel)
-    return tuple(a or b for a, b in zip(asked, multiples(trained.config.gates), strict=True))
+    asked, (ffn, hidden, parallel) = config.export, multiples(trained.config.gates)
+    return asked.ffn_multiple or ffn, asked.hidden_multiple or hidden, asked.tensor_parallel or parallel
 
 
 def pruned_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
     """The student as pruning left it at a sparsity (0: the final one), in the structure that the export asks for."""
     student = choose_student(trained, sparsity)
     gates = structure(spec, student.gates, student.scores, student.target, shape_of(config, trained),
-                      rounding_of(config, trained))  # fmt: skip
+                      rounding_of(config, trained), trained.gates)  # fmt: skip
     return replace(student, gates=gates)
 
 
@@ -92,7 +101,7 @@ def newest_student(config: Config, trained: Run, spec: ArchSpec) -> Student:
     tuned = load_tuned(directory, trained, student.scores, student.target)
     log.info("with the LoRA that was fine-tuned for %d steps: %s", tuned.facts["steps"], directory)
     gates = structure(spec, tuned.gates, tuned.scores, tuned.target, shape_of(config, trained),
-                      rounding_of(config, trained))  # fmt: skip
+                      rounding_of(config, trained), trained.gates)  # fmt: skip
     return replace(tuned, gates=gates)
 
 
@@ -121,11 +130,12 @@ def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], targ
     try:
         verify(directory)
         gates, _ = load_gates(directory / "gates.safetensors")
-        facts = json.loads((directory / "tuned.json").read_text(encoding="utf-8"))
+        facts = read_json(directory / "tuned.json")
         lora, config = load_adapter(directory / "adapter"), load_config(directory / "config.yaml").lora
-    except (CheckpointError, SafetensorError, OSError, ValueError) as error:
-        raise ConfigError(f"the fine-tuned student in {directory} is damaged: {error}") from None
-    if facts["pruned"] != sha256(trained.directory / "pruned" / MANIFEST):
+        pruned = facts["pruned"]
+    except DAMAGED as error:
+        raise ConfigError(f"the fine-tuned student in {directory} is damaged: {reason(error)}") from None
+    if pruned != sha256(trained.directory / "pruned" / MANIFEST):
         raise ConfigError(
             f"{directory} was fine-tuned from an earlier pruning of this run: {again} with checkpoint.resume=never, or "
             "set export.source=pruned"
@@ -150,8 +160,9 @@ def choose_student(trained: Run, sparsity: float) -> Student:
 
 
 def structure(
-    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: str, rounding: tuple[int, ...]
-) -> Gates:
+    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: Shape,
+    rounding: tuple[int, int, int], like: Gates | None = None,
+) -> Gates:  # fmt: skip
     """Gates of the model to export: the run's own if they fit the shape and the target, else chosen by score.
 
     A unit that stays keeps its gate's value, or gets 1 where the run had removed it.
@@ -162,6 +173,7 @@ def structure(
         target: wanted sparsity.
         shape: "uniform", "per_layer_ffn" or "per_layer".
         rounding: as from `multiples`.
+        like: the run's final student, whose kind of structure is taken where one has to be chosen.
 
     Raises:
         ConfigError: whole sublayers are removed but the shape is uniform, or the target is missed.
@@ -174,7 +186,7 @@ def structure(
         return gates
     if shape == "uniform":
         scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
-    chosen = select_units(spec, scores, target, shape, *rounding).as_dict()
+    chosen = select_units(spec, scores, target, shape, *rounding, like=like).as_dict()
     values = {k: torch.where(z == 0, torch.ones_like(z), z) for k, z in gates.as_dict().items()}
     settled = Gates(**{k: v * chosen[k] if k in chosen else v for k, v in values.items()})
     reached = sparsity_of(spec, settled)
@@ -203,5 +215,5 @@ def _fits(spec: ArchSpec, gates: Gates, shape: str, rounding: tuple[int, ...]) -
 def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:
     """Query heads, FFN units and hidden dimensions that are in one of two structures only."""
     a, b = before.full(spec), after.full(spec)
-    pairs = ((a.head_gate(spec), b.head_gate(spec)), (a.ffn_gate(), b.ffn_gate()), (a.hidden, b.hidden))
-    return sum(int(((x != 0) != (y != 0)).sum()) for x, y in pairs)
+    pairs = ((a.head_gate(spec), b.head_gate(spec)), (a.ffn_gate(spec), b.ffn_gate(spec)), (a.hidden, b.hidden))
+    return sum(int(torch.ne(x != 0, y != 0).sum()) for x, y in pairs)

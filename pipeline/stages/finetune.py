@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from nuteprune.arch import PROJECTIONS
-from nuteprune.config import Config, ConfigError, flatten, to_dict
+from nuteprune.config import Config, ConfigError, Projection
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.model.distill import IGNORE
-from nuteprune.model.layers import LoraWeights, View
+from nuteprune.model.layers import LoraParameters, LoraWeights, View
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Answers, Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.runs.checkpoint import MANIFEST, sha256
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import (
     TUNED,
@@ -34,7 +36,6 @@ from nuteprune.training.engine import Engine
 from nuteprune.training.loop import Trainer, train
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.teachers import TeacherBank
-from nuteprune.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ def settings(config: Config, trained: Run) -> Config:
         train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
                       micro_batch=tune.micro_batch, lora_lr=tune.lr),
         loss=replace(config.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
-        lora=replace(old.lora, targets=list(PROJECTIONS), rank=rank, alpha=rank * old.lora.alpha / old.lora.rank),
+        lora=replace(old.lora, targets=list(get_args(Projection)), rank=rank,
+                     alpha=rank * old.lora.alpha / old.lora.rank),
         teacher=replace(old.teacher, mode="intact" if tune.distill else "none"),
         gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
                       tensor_parallel=parallel),
@@ -128,6 +130,11 @@ class Finetuning(Trainer):
                  total)  # fmt: skip
         return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank)
 
+    @cached_property
+    def inputs(self) -> dict[str, str | None]:
+        """The pruned student too."""
+        return super().inputs | {"the pruned student": sha256(self.trained.directory / "pruned" / MANIFEST)}
+
     def start(self) -> None:
         """Nothing to do: the student is there."""
 
@@ -150,28 +157,28 @@ class Finetuning(Trainer):
         own = int((micro_batch[:, 1] != IGNORE).sum())
         return own * self.world.size / int(self.answers.batch(self.step).sum())
 
-    def save(self, directory: Path, counters: dict[str, float], earlier: Path | None) -> None:
+    def save(self, directory: Path, counters: dict) -> None:
         """Gates, LoRA, its optimizer and counters."""
-        save_state(directory, self.config, *self._parts(), counters, earlier)
+        save_state(directory, self.config, *self._parts(), counters)
 
     def load(self, directory: Path) -> dict[str, float]:
         """Restore what `save` wrote; returns the counters."""
         return load_state(directory, *self._parts())
 
-    def _parts(self) -> tuple:
+    def _parts(self) -> tuple[MaskSet, None, LoraParameters, dict[str, torch.optim.Optimizer], TeacherBank]:
         return self.masks, None, self.model.lora(), self.engine.optimizers, self.bank
 
-    def finish(self, tracker: Tracker) -> Path:
+    def finish(self) -> Path:
         """Save the fine-tuned student."""
-        config = self.config
-        facts = {
+        config, gates = self.config, self.masks.fixed
+        assert gates is not None
+        facts: dict[str, Any] = {
             "steps": self.total,
             "tokens": self.total * config.train.batch_size * config.data.seq_len,
             "answer_tokens": sum(int(self.answers.batch(step).sum()) for step in range(self.total)),
             "data": config.finetune.data,
-            "sparsity": sparsity_of(self.model.spec, self.masks.fixed),
+            "sparsity": sparsity_of(self.model.spec, gates),
             "skipped_steps": self.bad_total,
         }
-        tracker.hparams(flatten(to_dict(config)), {"finetune/answer_tokens": facts["answer_tokens"]})
         lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
-        return save_tuned(Path(config.run_dir), config, self.trained, self.masks.fixed, lora, facts)
+        return save_tuned(Path(config.run_dir), config, self.trained, gates, lora, facts)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from nuteprune.config import Config, flatten, to_dict
+from nuteprune.config import Config, LossConfig
 from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
-from nuteprune.masks import Gates, MaskSet, check_target, sparsity_of
+from nuteprune.masks import Gates, MaskSet, check_target, describe, sparsity_of
 from nuteprune.masks.schedule import noise_at, settle_step, target_at
-from nuteprune.model.layers import View
+from nuteprune.model.layers import LoraParameters, View, build_view
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
@@ -22,13 +24,15 @@ from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.rundir import save_run
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
-from nuteprune.training.lifecycle import Preempted
-from nuteprune.training.loop import Trainer, train
+from nuteprune.training.loop import Trainer, save_checkpoint, train
 from nuteprune.training.resume import load_state, save_state
+from nuteprune.training.signals import Preempted
 from nuteprune.training.teachers import TeacherBank
-from nuteprune.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+MEASURED_BATCHES = 4
+"""Training batches on which structures are compared when the gates settle."""
 
 
 def run(config: Config) -> Path:
@@ -80,10 +84,12 @@ class Pruning(Trainer):
         count = self.config.gates.importance_batches
 
         def batches() -> Iterator[Tensor]:
-            for number in range(count):
-                if self.world.any(bool(self.stop.received)):
-                    raise Preempted(f"{self.stop.name} while importance was measured: nothing to save yet, start again")
-                yield self.stream.batch(number)
+            with self.progress_bar("importance", "batch", count) as bar:
+                for number in range(count):
+                    if self.world.any(bool(self.stop.received)):
+                        raise Preempted(self.stop.nothing)
+                    yield self.stream.batch(number)
+                    bar.update()
 
         log.info("measuring the importance of %s on %d batches", ", ".join(self.masks.kinds), count)
         importance = taylor_importance(self.model, self.masks.kinds, batches())
@@ -100,7 +106,7 @@ class Pruning(Trainer):
         if config.sparsity.constraint == "projection":
             self.masks.project(target)
         reached = float(self.masks.expected_sparsity().detach())
-        if config.teacher.mode == "numerous" and self.masks.fixed is None and self.bank.is_due(reached):
+        if config.teacher.from_snapshots and self.masks.fixed is None and self.bank.is_due(reached):
             self.bank.record(self.step, reached, self.masks.deterministic(), self.masks.scores(), self.model.lora())
         if self.multipliers is not None:
             first, second = self.multipliers.values.tolist()
@@ -122,9 +128,32 @@ class Pruning(Trainer):
         if config.sparsity.constraint == "projection":
             masks.project(target)
         if masks.fixed is None and self.step >= settle_step(config, self.total):
-            masks.settle(config.sparsity.target)
-            log.info("step %d: gates settled at sparsity %.4f", self.step, sparsity_of(self.model.spec, masks.fixed))
+            gates = masks.settle(config.sparsity.target, self.measure)
+            log.info("step %d: gates settled at sparsity %.4f", self.step, sparsity_of(self.model.spec, gates))
         return target
+
+    @torch.no_grad()
+    def measure(self, structures: list[Gates]) -> list[float]:
+        """Cross entropy of the student as each structure would leave it, on the next batches, averaged over the ranks.
+
+        Every rank gets the same numbers, and so do two starts of one run.
+        """
+        model, losses = self.model, []
+        batches = [self.stream.batch(self.step + i).to(self.world.device) for i in range(MEASURED_BATCHES)]
+        shown = self.config.tracking.progress and self.world.is_main
+        for gates in tqdm(structures, "measuring structures", leave=False, disable=not shown):
+            if self.world.any(bool(self.stop.received)):
+                save_checkpoint(self)
+                raise Preempted(f"{self.stop.name} at step {self.step}, while structures were measured: saved")
+            view = build_view(model.spec, gates.to(self.world.device), model.lora(), model.scaling, model.dtype)
+            total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+            for batch in batches:
+                for ids in batch.split(self.config.train.micro_batch or len(batch)):
+                    entropy = model(ids, view, None, LossConfig()).cross_entropy
+                    total += entropy.double() * self.share(ids, batch) / len(batches)
+            losses.append(float(self.world.mean(total)))
+            log.info("%s: cross entropy %.4f", describe(model.spec, gates), losses[-1])
+        return losses
 
     def choose_teacher(self) -> tuple[int | None, View | None]:
         """Snapshot that teaches this step (None: the intact model) and its view; no view where there is no teacher."""
@@ -154,15 +183,17 @@ class Pruning(Trainer):
         key = (self.config.seed * 1_000_003 + self.step) * 65_537 + micro_batch
         return self.masks.sample(torch.Generator().manual_seed(key % (1 << 63)))
 
-    def save(self, directory: Path, counters: dict[str, float], earlier: Path | None) -> None:
+    def save(self, directory: Path, counters: dict) -> None:
         """Gates, multipliers, LoRA, optimizers, teachers and counters."""
-        save_state(directory, self.config, *self._parts(), counters, earlier)
+        save_state(directory, self.config, *self._parts(), counters)
 
     def load(self, directory: Path) -> dict[str, float]:
         """Restore what `save` wrote; returns the counters."""
         return load_state(directory, *self._parts())
 
-    def _parts(self) -> tuple:
+    def _parts(
+        self,
+    ) -> tuple[MaskSet, Multipliers | None, LoraParameters, dict[str, torch.optim.Optimizer], TeacherBank]:
         return self.masks, self.multipliers, self.model.lora(), self.engine.optimizers, self.bank
 
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
@@ -174,15 +205,18 @@ class Pruning(Trainer):
         }
 
     def pictures(self) -> dict[str, Tensor]:
-        """Kept heads and FFN units."""
-        gates = self.masks.deterministic().full(self.model.spec)
-        return {"heads": gates.head_gate(self.model.spec), "ffn": gates.ffn_gate()}
+        """Kept KV groups, query heads, FFN units and hidden dimensions."""
+        spec = self.model.spec
+        gates = self.masks.deterministic().full(spec)
+        heads = gates.head_gate(spec)
+        groups = heads.unflatten(1, (spec.kv_heads, spec.group_size)).amax(2)
+        return {"kv_groups": groups, "heads": heads, "ffn": gates.ffn_gate(spec), "hidden": gates.hidden[None]}
 
-    def finish(self, tracker: Tracker) -> Path:
+    def finish(self) -> Path:
         """Save the finished student and its teachers."""
         spec, masks, config = self.model.spec, self.masks, self.config
         gates = masks.deterministic()
-        facts = {
+        facts: dict[str, Any] = {
             "sparsity": float(masks.expected_sparsity().detach()),
             "kept_sparsity": sparsity_of(spec, gates),
             "steps": self.total,
@@ -190,7 +224,6 @@ class Pruning(Trainer):
             "skipped_steps": self.bad_total,
             "teachers": [s.sparsity for s in self.bank.snapshots],
         }
-        tracker.hparams(flatten(to_dict(config)), {"prune/final_sparsity": facts["sparsity"]})
         lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
         target = save_run(Path(config.run_dir), config, spec, gates, masks.scores(), lora, self.bank.snapshots, facts)
         log.info("pruned to %.2f%%, %d teachers (%.1f MB): %s", 100 * facts["sparsity"], len(self.bank.snapshots),

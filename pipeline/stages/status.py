@@ -84,11 +84,12 @@ def progress(directory: Path, stage: str) -> dict | None:
 
 def _entries(path: Path) -> list[dict]:
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            entries.append(json.loads(line))
-        except ValueError:  # the line that is being written
+            entry = json.loads(line)
+        except (ValueError, RecursionError):  # the line that is being written
             continue
+        entries += [entry] if isinstance(entry, dict) else []
     return entries
 
 
@@ -126,7 +127,7 @@ def _progress_text(found: dict) -> list[str]:
 
 def table(status: dict) -> str:
     """The status for `slurm/submit.sh`: the run directory, then stage, state and job, between tabs."""
-    rows = [("run_dir", status["run_dir"])]
+    rows: list[tuple[str, ...]] = [("run_dir", status["run_dir"])]
     rows += [(stage, found["state"], (found["job"] or {}).get("number", ""))
              for stage, found in status["stages"].items()]  # fmt: skip
     return "\n".join("\t".join(row) for row in rows)

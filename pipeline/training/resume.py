@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nuteprune.config import Config, ConfigError, flatten, read_yaml, to_dict
 from nuteprune.masks import Gates, MaskSet
-from nuteprune.runs.checkpoint import CheckpointError
+from nuteprune.runs.checkpoint import CheckpointError, read_json
 from nuteprune.runs.rundir import (
     load_adapter,
     load_gates,
@@ -29,6 +29,7 @@ from nuteprune.training.teachers import TeacherBank
 
 FREE_KEYS = (
     "run_dir", "recipe", "deepspeed", "train.ranks", "train.rank_timeout", "train.activation_checkpointing",
+    "train.deterministic",
 )  # fmt: skip
 """Fields that may change between two starts of one run."""
 
@@ -36,13 +37,13 @@ FREE_KEYS = (
 def save_state(
     directory: Path, config: Config, masks: MaskSet, multipliers: nn.Module | None,
     lora: Mapping[str, tuple[Tensor, Tensor]], optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank,
-    counters: dict[str, float], earlier: Path | None,
+    counters: dict,
 ) -> None:  # fmt: skip
-    """Write everything `load_state` needs into a directory; teachers are linked from the checkpoint `earlier`."""
+    """Write everything `load_state` needs into a directory."""
     save_config(directory / "config.yaml", config)
     save_gates(directory / "gates.safetensors", masks.fixed or Gates(), masks.scores())
     save_adapter(directory / "adapter", lora, config)
-    save_snapshots(directory / "teachers", bank.snapshots, earlier / "teachers" if earlier else None)
+    save_snapshots(directory / "teachers", bank.snapshots)
     tensors = _optimizer_tensors(optimizers)
     if multipliers is not None:
         tensors["multipliers"] = multipliers.values.detach().cpu()
@@ -96,6 +97,24 @@ def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None
             f"run_dir {run_dir} belongs to a run with {was}, not {value!r}: choose another run_dir, "
             "or checkpoint.resume=never to start it anew"
         )
+
+
+def check_fits(checkpoint: Path, config: Config, free: tuple[str, ...], inputs: Mapping[str, str | None]) -> None:
+    """Raise `ConfigError` where a checkpoint is of a run with other settings, on another base model or other data.
+
+    Args:
+        checkpoint: its directory.
+        config, free: as of `check_same_run`.
+        inputs: fingerprints by name, as the checkpoint's counters hold them under `inputs`.
+    """
+    check_same_run(checkpoint, config, free)
+    known = read_json(checkpoint / "state.json").get("inputs", {})
+    for name, value in inputs.items():
+        if known.get(name, value) != value:
+            raise ConfigError(
+                f"{name} is not what {checkpoint} was trained on: put that back, or start anew with "
+                "checkpoint.resume=never"
+            )
 
 
 def _optimizer_tensors(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ class TeacherBank:
         Args:
             student_sparsity: expected sparsity of the student now.
         """
-        if self.config.mode != "numerous":
+        if not self.config.from_snapshots:
             return None
         mark = student_sparsity
         if self.reached is not None:
@@ -100,7 +100,8 @@ class TeacherBank:
 
     def prefetch(self, index: int | None) -> None:
         """Start to copy the snapshot that will teach next to the accelerator, beside the work of this step."""
-        if self._stream is None or index is None or index in (self._active[0], self._fetched and self._fetched[0]):
+        here = [held[0] for held in (self._active, self._fetched) if held is not None]
+        if self._stream is None or index is None or index in here:
             return
         with torch.cuda.stream(self._stream):
             self._fetched = (index, self.snapshots[index].map(lambda t: t.to(self.device, non_blocking=True)))

@@ -119,7 +119,7 @@ def small_kernels(dtype: torch.dtype, variant: str) -> None:
         _, positional, keywords = launch.reduce_call(op.x, u, op.x, op.keep_in, op.compact_in)
         report(f"reduce {dtype} {variant}", capability, triton_kernels.column_reduce, positional, keywords)
         sums, n = positional[3:5], positional[7]
-        outputs = (torch.empty(64, K, device="meta"), torch.empty(K, device="meta"))
+        outputs = (torch.empty(64, K, device="meta"), None if op.in_gate is None else torch.empty(K, device="meta"))
         call = (*sums, op.in_gate, op.keep_in, *outputs, n, 64, 4, 1.0, 1, K)
         options = {name: keywords[name] for name in ("RANK", "BC")}
         report(f"finish {dtype} {variant}", capability, triton_kernels.finish_reduce, call, options)

@@ -48,7 +48,7 @@ def test_tensor_cores_no_spills_fits_in_shared_memory(dtype, variants):
 
 
 def check_lanes(line: dict) -> None:
-    """The lanes of a warp read along the contiguous dimension of W [N, K], in whole vectors where no list is in the way.
+    """The lanes of a warp read along the contiguous dimension of W [N, K], in whole vectors where no list forbids.
 
     y sums over that dimension, dx does not. With a list of kept inputs a tile [K, N] in y had its lanes along N: 32 of
     them read 32 rows of 2 bytes each. Whole vectors are copied asynchronously, and are no loads then.

@@ -70,7 +70,7 @@ def test_parameters_on_disk_are_those_the_gates_promise(exports, family, shape):
     record = json.loads((directory / "nuteprune.json").read_text())
     assert record["parameters"] == sum(t.numel() for t in tensors.values())
     assert record["original"] == {"heads": 6, "kv_heads": 3, "ffn": 40, "hidden": 48}
-    assert [len(u) for u in record["kept"]["ffn"]] == [int((z != 0).sum()) for z in gates.full(spec).ffn_gate()]
+    assert [len(u) for u in record["kept"]["ffn"]] == [int((z != 0).sum()) for z in gates.full(spec).ffn_gate(spec)]
     verify(directory)
 
 
@@ -274,7 +274,7 @@ def test_run_that_missed_its_target_is_cut_to_it():
     chosen = students.structure(spec, gates, scores, 0.3, "uniform", (1, 1, 1))
     assert abs(sparsity_of(spec, chosen) - 0.3) <= 0.01
     assert kept_units(spec, chosen).is_uniform(spec)
-    before, after = gates.full(spec).ffn_gate(), chosen.full(spec).ffn_gate()
+    before, after = gates.full(spec).ffn_gate(spec), chosen.full(spec).ffn_gate(spec)
     stayed = (before != 0) & (after != 0)
     assert torch.equal(before[stayed], after[stayed])
     assert (after[(before == 0) & (after != 0)] == 1).all()

@@ -8,7 +8,8 @@ from nuteprune.planning.dryrun import dry_run
 from nuteprune.planning.footprint import total_parameters
 from nuteprune.planning.planner import HUB, named_spec
 
-RECIPES = {"llama2-13b": 8, "llama3.1-8b": 8, "llama3.1-70b": 16, "mistral-7b": 8, "qwen3-14b": 8}
+RECIPES = {"llama2-13b": 8, "llama3.1-8b": 8, "llama3.1-70b": 16, "mistral-7b": 8, "qwen3-14b": 8, "granite3.3-8b": 8,
+           "smollm3-3b": 8, "phi4": 8, "olmo2-7b": 8, "gemma3-1b": 8}  # fmt: skip
 """Recipe and the number of ranks that it is made for."""
 
 
@@ -24,6 +25,13 @@ def test_recipe_on_its_ranks(recipe):
     else:
         assert found.share == pytest.approx(found.total / ranks, rel=1e-3)
         assert 0.99 * found.total < found.gathered < found.total
+
+
+@pytest.mark.parametrize("recipe", ["phi4", "olmo2-7b", "gemma3-1b"])
+def test_unlike_layers_are_partitioned_too(recipe):
+    found = dry_run(load_config(None, [f"recipe={recipe}", "deepspeed=zero3", "train.batch_size=16"]), 8, 8)
+    assert found.share == pytest.approx(found.total / 8, rel=2e-3)
+    assert 0.99 * found.total < found.gathered < found.total
 
 
 @pytest.mark.parametrize("settings", ["zero3_offload", "zero3_nvme"])

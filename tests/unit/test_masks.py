@@ -44,7 +44,7 @@ def test_prunable_parameters_are_those_of_the_projections(name):
 def test_unsupported_family_names_the_supported_ones():
     from transformers import GPT2Config
 
-    with pytest.raises(ValueError, match=r"gpt2.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ValueError, match=r"gpt2.*llama, mistral, qwen2, qwen3, granite, .*gemma3_text"):
         read_spec(GPT2Config())
 
 
@@ -83,7 +83,7 @@ def test_kept_parameters_is_the_count_of_kept_rows_and_columns(seed, units):
     for layer in range(SPEC.layers):
         groups = heads[layer].reshape(SPEC.kv_heads, -1).any(-1).sum()
         counted += SPEC.head_dim * hidden * 2 * (int(heads[layer].sum()) + int(groups))
-        counted += 3 * hidden * int((full.ffn_gate()[layer] != 0).sum())
+        counted += 3 * hidden * int((full.ffn_gate(SPEC)[layer] != 0).sum())
     assert sparsity_of(SPEC, gates) == pytest.approx(1 - counted / SPEC.prunable, abs=1e-12)
 
 
@@ -137,7 +137,7 @@ def test_projection_in_the_uniform_shape_keeps_equal_shares_in_every_layer():
 def test_settled_gates_are_zero_or_one_and_expected_sparsity_is_their_count(units, shape):
     spec = read_spec(tiny_config("llama", hidden_size=96, intermediate_size=256, num_attention_heads=12))
     masks = mask_set(units, shape, spec)
-    masks.settle(0.3)
+    masks.settle(0.3, lambda structures: [0.0] * len(structures))
     for z in masks.fixed.as_dict().values():
         assert set(z.unique().tolist()) <= {0.0, 1.0}
     assert masks.expected_sparsity().item() == pytest.approx(sparsity_of(spec, masks.fixed), abs=1e-9)
@@ -157,6 +157,22 @@ def test_deterministic_gates_close_as_many_units_as_expected(noise, spread):
     assert (z == 0).sum() == round(float((1 - probability).sum()))
     assert masks.log_alpha["ffn"][z == 0].max() <= masks.log_alpha["ffn"][z > 0].min()
     assert z[z > 0].min() > 0.05
+
+
+def test_deterministic_gates_of_the_published_noise_are_the_authors():
+    """Layer by layer, as in CoFi's `_deterministic_z`, which the authors' code uses."""
+    masks = MaskSet(SPEC, load_config(None, ["recipe=paper", "gates.units=[ffn,hidden]"]).gates)
+    masks.noise = 1.0
+    for la in masks.log_alpha.values():
+        la.data.normal_(0.5, 1.5)
+    gates = masks.deterministic()
+    for la, z in ((masks.log_alpha["ffn"], gates.ffn), (masks.log_alpha["hidden"][None], gates.hidden[None])):
+        for row, own in zip(la.detach(), z, strict=True):
+            expected = torch.sigmoid(row / (2 / 3) * 0.8)
+            zeros = round(len(row) - float(torch.sigmoid(row - 2 / 3 * torch.tensor(0.1 / 1.1).log()).sum()))
+            expected[row.topk(zeros, largest=False).indices] = 0
+            torch.testing.assert_close(own, expected)
+            assert 0 < zeros < len(row)
 
 
 def test_gates_closed_by_the_clamp_have_no_gradient():

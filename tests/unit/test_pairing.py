@@ -1,5 +1,7 @@
 """The paired forward against two separate passes, on every family; the losses against plain formulas."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,10 @@ class Pair:
         assert any(((z > 0) & (z < 1)).any() for z in gates.as_dict().values())
         assert any((z == 0).any() for z in gates.as_dict().values())
         self.student = build_view(self.spec, gates, self.model.lora(), 1.0, torch.float32, skip_removed=skip)
+        if not skip:  # a layer that is gone has no term in the loss, however it is computed
+            known = build_view(self.spec, gates, {}, 1.0, torch.float32).layers
+            layers = [replace(l, removed=k.removed) for l, k in zip(self.student.layers, known, strict=True)]
+            self.student = replace(self.student, layers=layers)
         old = {k: (a.detach() * 0.5, b.detach() * 0.5) for k, (a, b) in self.model.lora().items()}
         self.masks.project(0.1)
         self.teacher = build_view(self.spec, self.masks.deterministic(), old, 1.0, torch.float32, skip_removed=skip)
@@ -65,6 +71,8 @@ def separate_passes(pair: Pair, loss: LossConfig):
     for view, s, t in zip(pair.student.layers, states["student"], states["teacher"], strict=True):
         if view.removed:
             continue
+        if loss.layer == "raw" and s is states["student"][-1]:  # the last hidden state of transformers is normed
+            s, t = (pair.model.model.model.norm(x) for x in (s, t))
         kept = pair.student.hidden.detach() != 0
         squared = (s - t)[..., kept].square().mean(-1)
         if loss.layer == "normalized":
@@ -85,7 +93,9 @@ def test_without_gates_and_lora_the_model_is_untouched(name):
         expected = hf(IDS).logits
         model = PairedModel(hf, read_spec(hf.config), LoraConfig())
         view = build_view(model.spec, None, model.lora(), model.scaling, torch.float32)
-        assert torch.equal(model.logits(IDS, view), expected)
+        # A fused projection becomes several products, which round differently.
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if name.startswith("phi3") else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(model.logits(IDS, view), expected, **tolerance)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -9,7 +9,7 @@ import yaml
 from tiny import CONFIGS, tiny_config, tiny_model
 
 from nuteprune.__main__ import main
-from nuteprune.arch import read_spec
+from nuteprune.arch import projections, read_spec
 from nuteprune.config import load_config
 from nuteprune.masks import MaskSet
 from nuteprune.model.layers import build_view
@@ -43,6 +43,11 @@ TOTALS = {
     "qwen3-32b": 32_762_123_264,
     "mistral-7b": 7_248_023_552,
     "qwen3-14b": 14_768_307_200,
+    "granite-3.3-8b": 8_170_864_640,
+    "smollm3-3b": 3_075_098_624,
+    "phi-4": 14_659_507_200,
+    "olmo-2-7b": 7_298_617_344,
+    "gemma-3-1b": 999_885_952,
 }
 GPU = Cluster(1, 8, 80e9, 450e9, 50e9, 50e9, 990e12, 0.4)
 
@@ -66,6 +71,7 @@ def test_counts_of_real_models(name):
     model = tiny_model(name)
     spec = read_spec(model.config)
     assert total_parameters(spec) == sum(p.numel() for p in model.parameters())
+    projections(model.model.layers[0])  # splits those that the family fuses
     assert sorted(layer_tensors(spec)) == sorted(p.numel() for p in model.model.layers[0].parameters())
 
 

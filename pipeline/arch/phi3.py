@@ -1,0 +1,18 @@
+"""Phi-3, Phi-3.5 and Phi-4: q, k and v in one linear layer, gate and up in another; Mistral otherwise."""
+
+from nuteprune.arch.base import ArchSpec, Family, read_llama_like
+
+_LONG = "its scaled rotary positions (longrope) are checked against hidden size / heads, so both must stay"
+_PARTIAL = "its rotary positions turn a part of each head, which only the stock class knows"
+
+
+def read(config) -> ArchSpec:
+    refuses = []
+    if config.rope_parameters["rope_type"] != "default":
+        refuses += [(kind, _LONG) for kind in ("heads", "kv_groups", "hidden", "per_layer", "per_layer_ffn")]
+    elif config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        refuses += [(shape, _PARTIAL) for shape in ("per_layer", "per_layer_ffn")]
+    return read_llama_like(config, refuses=tuple(refuses))
+
+
+FAMILY = Family("phi3", read, ragged_class="MistralConfig")
