@@ -59,6 +59,8 @@ class TrainConfig:
     activation_checkpointing: bool = opt(False, "Recompute each layer in the backward pass to save memory.")
     ranks: int = opt(0, "Refuse to start on another number of ranks, as a typo in a hostfile gives; 0: any.", ge=0)
     rank_timeout: int = opt(600, "Seconds that a rank waits for the others before the run ends.", ge=10)
+    deterministic: bool = opt(False, "Only deterministic algorithms on a GPU, and tile sizes that are not measured, so "
+                              "that two runs give the same bits there too (docs/determinism.md).")  # fmt: skip
     max_bad_steps: int = opt(10, "Stop after this many steps in a row with a NaN or infinite loss or gradient.", ge=1)
 
 

@@ -16,7 +16,7 @@ from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.model.distill import IGNORE
-from nuteprune.model.layers import LoraParameters, LoraWeights, View, build_view
+from nuteprune.model.layers import LoraParameters, LoraWeights, View
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Answers, Losses
 from nuteprune.parallel.distributed import World
@@ -150,9 +150,8 @@ class Finetuning(Trainer):
     def forward(self, windows: Tensor, teacher: View | None) -> Losses:
         """Losses of windows [b, 3, T]."""
         ids, labels, positions = windows.unbind(1)
-        model = self.model
-        view = build_view(model.spec, self.masks.fixed, model.lora(), model.scaling, model.dtype)
-        return model(ids, view, teacher, self.config.loss, Answers(labels, positions))
+        view = self.model.view(self.masks.fixed)
+        return self.model(ids, view, teacher, self.config.loss, Answers(labels, positions))
 
     def share(self, micro_batch: Tensor, batch: Tensor) -> float:
         """Weight of a micro-batch, such that each answer token of the global batch counts the same on every rank."""
