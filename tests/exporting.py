@@ -17,7 +17,7 @@ from nuteprune.model.pairing import PairedModel
 from nuteprune.runs.rundir import save_run
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-SHAPES = ("uniform", "per_layer")
+SHAPES = ("uniform", "per_layer_ffn", "per_layer")
 VOCAB, LAYERS = 61, 4
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": LAYERS,
@@ -58,11 +58,15 @@ def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int 
         if shape == "uniform":
             groups[layer, layer % spec.kv_heads] = 0
             ffn[layer, torch.randperm(spec.ffn, generator=g)[:13]] = 0
+            continue
+        if shape == "per_layer_ffn":
+            groups[layer, layer % spec.kv_heads] = 0
         else:
             heads[layer] = (torch.rand(spec.heads, generator=g) > 0.4).float()
-            ffn[layer] = (torch.rand(spec.ffn, generator=g) > 0.3).float()
+        ffn[layer] = (torch.rand(spec.ffn, generator=g) > 0.3).float()
     if shape == "per_layer":
         heads[1] = torch.tensor([1.0, 0, 1, 1, 0, 0])
+    if shape != "uniform":
         sublayers = {"attn_sublayers": torch.ones(spec.layers), "ffn_sublayers": torch.ones(spec.layers)}
         if empty:  # the first layer without attention, a layer without FFN, one with neither
             sublayers["attn_sublayers"][[0, 3]] = 0

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"]
+Shape = Literal["uniform", "per_layer_ffn", "per_layer"]
+DEFAULT_UNITS: dict[str, list[Unit]] = {"per_layer_ffn": ["ffn"]}
+"""What is gated by default in a shape, as measured (README, "Results"); in the others KV groups and FFN units."""
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -57,11 +60,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    units: list[Unit] = opt(["kv_groups", "ffn"], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, "
-                            "ffn_sublayers.")  # fmt: skip
-    shape: Literal["uniform", "per_layer"] = opt(
-        "uniform", "`uniform` keeps the same counts in every layer (a stock architecture); `per_layer` is free."
-    )
+    units: list[Unit] = opt([], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, ffn_sublayers; "
+                            "empty: ffn in the shape `per_layer_ffn`, else kv_groups and ffn.")  # fmt: skip
+    shape: Shape = opt(
+        "uniform", "`uniform` keeps the same counts in every layer (a stock architecture); `per_layer_ffn` the same "
+        "attention in every layer that has one, with an FFN width of its own each; `per_layer` is free."
+    )  # fmt: skip
     init: Literal["importance", "drop_rate"] = opt(
         "importance", "Start of log-alpha: from first-order Taylor importance, or one drop rate for all."
     )
@@ -83,12 +87,17 @@ class GateConfig:
     settle: float = opt(0.45, "Share of the steps after which the gates become exactly 0 or 1 and stay; 1: never.",
                         gt=0, le=1)  # fmt: skip
     ffn_multiple: int = opt(
-        128, "Settled FFN widths (uniform shape) are multiples of this, halved where the target would be missed.", ge=1
-    )
+        128, "Settled FFN widths (not in the per_layer shape) are multiples of this, halved where the target would be "
+        "missed.", ge=1
+    )  # fmt: skip
     hidden_multiple: int = opt(64, "The settled hidden size is a multiple of this, halved where it would miss.", ge=1)
     tensor_parallel: int = opt(
-        1, "KV groups and FFN widths (uniform shape) can be split evenly over this many GPUs.", ge=1
+        1, "KV groups and FFN widths (not in the per_layer shape) can be split evenly over this many GPUs.", ge=1
     )
+
+    def __post_init__(self):
+        if not self.units:
+            object.__setattr__(self, "units", list(DEFAULT_UNITS.get(self.shape, ["kv_groups", "ffn"])))
 
 
 @dataclass(frozen=True)
@@ -179,7 +188,7 @@ class TrackingConfig:
 @dataclass(frozen=True)
 class ExportConfig:
     output: str = opt("", "Directory of the exported model; empty: `export` below the run directory.")
-    shape: Literal["uniform", "per_layer", "as_trained"] = opt(
+    shape: Literal["uniform", "per_layer_ffn", "per_layer", "as_trained"] = opt(
         "as_trained", "Shape of the exported model; `as_trained` takes `gates.shape` of the run."
     )
     sparsity: float = opt(0.0, "Export the run's snapshot at this sparsity; 0: the final student.", ge=0, lt=1)

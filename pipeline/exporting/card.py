@@ -64,7 +64,7 @@ def model_card(run: Run, student: Student, fold: Fold, shape: str, dtype: str, r
         run: the run it comes from.
         student: what was exported of it.
         fold: what was folded.
-        shape: "uniform" or "per_layer".
+        shape: "uniform", "per_layer_ffn" or "per_layer".
         dtype: type of the saved weights.
         result: what the export reached.
     """
@@ -101,7 +101,7 @@ def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result:
     config, facts, tuned = run.config, run.facts, student.facts
     train, lora = config.train, config.lora
     steps = f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs"
-    trust = ", trust_remote_code=True" if shape == "per_layer" else ""
+    trust = ", trust_remote_code=True" if shape != "uniform" else ""
     lines = [
         f"# {name}, pruned by {result.sparsity:.1%}",
         "",

@@ -73,7 +73,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
     Args:
         base: the base model's configuration.
         fold: what is folded.
-        shape: "uniform" (a stock class) or "per_layer" (a class of `modeling_ragged`).
+        shape: "uniform" (a stock class), "per_layer_ffn" or "per_layer" (a class of `modeling_ragged`).
 
     Raises:
         ValueError: no stock class can hold these sizes.
@@ -89,7 +89,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
         "rms_norm_eps": fold.spec.norm_eps * fold.norm_scale**2,
         "tie_word_embeddings": fold.spec.tied and not fold.unties,
     }
-    if shape == "per_layer":
+    if shape != "uniform":
         stem = type(base).__name__.removesuffix("Config")
         values |= {"heads_per_group": groups, "ffn_sizes": [len(f) for f in fold.kept.ffn]}
         values["auto_map"] = {

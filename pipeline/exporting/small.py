@@ -59,7 +59,7 @@ class Plan:
     Attributes:
         run, student: what is exported.
         fold: what its gates and LoRA do to the weights.
-        shape: "uniform" or "per_layer".
+        shape: "uniform", "per_layer_ffn" or "per_layer".
         dtype: type of the exported weights.
         shard_size: largest safetensors file.
     """
@@ -234,5 +234,5 @@ def _save(directory: Path, model: PreTrainedModel, *, plan: Plan, generation: Ge
     model.save_pretrained(directory, max_shard_size=plan.shard_size)
     # Copied as it is: transformers refuses to save some of the generation configs that it loads.
     generation.to_json_file(directory / "generation_config.json", use_diff=True)
-    if plan.shape == "per_layer":
+    if plan.shape != "uniform":
         shutil.copyfile(modeling_ragged.__file__, directory / "modeling_ragged.py")

@@ -30,9 +30,13 @@ class Kept:
 
     def is_uniform(self, spec: ArchSpec) -> bool:
         """Every layer keeps the same counts, and something of both sublayers: a stock architecture can hold it."""
-        groups, ffn = self.heads_per_group(spec), {len(f) for f in self.ffn}
-        sizes = {size for layer in groups for size in layer}
-        return len({len(layer) for layer in groups}) == len(sizes) == len(ffn) == 1 and ffn != {0}
+        ffn = {len(f) for f in self.ffn}
+        return self.attention_is_alike(spec) and all(map(len, self.heads)) and len(ffn) == 1 and ffn != {0}
+
+    def attention_is_alike(self, spec: ArchSpec) -> bool:
+        """The layers that keep attention keep the same number of groups, each with the same number of query heads."""
+        groups = [layer for layer in self.heads_per_group(spec) if layer]
+        return len({len(layer) for layer in groups}) <= 1 and len({size for layer in groups for size in layer}) <= 1
 
 
 def kept_units(spec: ArchSpec, gates: Gates) -> Kept:

@@ -21,6 +21,8 @@ _MARGIN = 60.0
 """How far beyond the spread of log-alpha the projection looks for its shift."""
 _SHIFT_EPS = 1e-8
 """Width at which its bisection ends."""
+_ALIKE = {"uniform": {"heads", "kv_groups", "ffn"}, "per_layer_ffn": {"heads", "kv_groups"}, "per_layer": set()}
+"""By shape, the kinds of which every layer keeps the same count."""
 
 
 def gated_kinds(spec: ArchSpec, units: list[str]) -> list[str]:
@@ -39,7 +41,9 @@ def multiples(config: GateConfig) -> tuple[int, int, int]:
 def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:
     """Raise `ConfigError` if the selected units cannot reach the target, or cannot be removed in the shape asked."""
     if config.shape == "uniform" and {"attn_sublayers", "ffn_sublayers"} & set(config.units):
-        raise ConfigError("gates.units: whole sublayers need gates.shape=per_layer (no stock model lacks a sublayer)")
+        raise ConfigError(
+            "gates.units: whole sublayers need gates.shape=per_layer_ffn or per_layer (no stock model lacks a sublayer)"
+        )
     kinds = gated_kinds(spec, config.units)
     most = most_removed(spec, kinds, config.shape)
     if target > most:
@@ -121,23 +125,25 @@ class MaskSet(nn.Module):
     def project(self, target: float) -> None:
         """Shift log-alpha so that the expected sparsity is `target`: one shift for all units, found by bisection.
 
-        In the uniform shape each layer is first shifted on its own, so that all layers keep the same expected share.
+        Kinds of which the shape keeps the same count in every layer are first shifted layer by layer, so that all
+        layers keep the same expected share.
         """
         if self.fixed is not None:
             return
-        if self.config.shape == "uniform":
+        if self._alike:
             self._level_layers(self._bisect(partial(self._expected_at, level=True), target))
         shift = self._bisect(self._expected_at, target)
         for la in self.log_alpha.values():
             la.add_(shift)
 
     def _level_layers(self, shift: float) -> None:
-        """Give every layer the expected share of each kind that the model would have on average after `shift`."""
-        for la in self._by_layer():
-            wanted = self._open(la.double() + shift).mean()
-            la.add_(_bisect_rows(self._open, la.double(), wanted)[:, None])
-        for kind in set(self.kinds) & {"hidden"}:
-            self.log_alpha[kind].add_(shift)
+        """Give every layer the share of each kind in `_alike` that the model would have on average after `shift`."""
+        for kind, la in self.log_alpha.items():
+            if kind in self._alike:
+                wanted = self._open(la.double() + shift).mean()
+                la.add_(_bisect_rows(self._open, la.double(), wanted)[:, None])
+            else:
+                la.add_(shift)
 
     def _bisect(self, expected_sparsity: Callable[[float], float], target: float) -> float:
         """The shift at which the (falling) expected sparsity equals the target."""
@@ -155,8 +161,10 @@ class MaskSet(nn.Module):
                 high = middle
         return (low + high) / 2
 
-    def _by_layer(self) -> list[Tensor]:
-        return [self.log_alpha[k] for k in self.kinds if k in ("heads", "kv_groups", "ffn")]
+    @property
+    def _alike(self) -> set[str]:
+        """Gated kinds of which every layer keeps the same count."""
+        return _ALIKE[self.config.shape] & set(self.kinds)
 
     @torch.no_grad()
     def settle(self, target: float) -> None:
@@ -197,11 +205,11 @@ class MaskSet(nn.Module):
         return kept_parameters(self.spec, {**ones, **{k: p.double() for k, p in probabilities.items()}})
 
     def _expected_at(self, shift: float, level: bool = False) -> float:
-        """Expected sparsity after adding `shift` to every log-alpha; `level`: with all layers of a kind alike."""
+        """Expected sparsity after adding `shift` to every log-alpha; `level`: `_alike` with all layers alike."""
         probabilities = {}
         for kind, la in self.log_alpha.items():
             p = self._open(la.double() + shift)
-            probabilities[kind] = p.mean().expand_as(p) if level and kind != "hidden" else p
+            probabilities[kind] = p.mean().expand_as(p) if level and kind in self._alike else p
         return 1.0 - float(self._kept(probabilities)) / self.spec.prunable
 
 

@@ -30,10 +30,12 @@ def select_units(
         spec: the architecture.
         scores: a score for each unit of the kinds that may be removed (comparable across kinds), as in `unit_shape`.
         target: removed share of the prunable parameters.
-        shape: "uniform" (the same counts in every layer) or "per_layer".
+        shape: "uniform" (the same counts in every layer), "per_layer_ffn" (the same attention in every layer that has
+            one, FFN widths free) or "per_layer".
         ffn_multiple, hidden_multiple: counts are rounded to these, halved while the target would be missed by more
-            than `TOLERANCE`.
-        tensor_parallel: in the uniform shape, KV groups and FFN widths are multiples of this, which is never halved.
+            than `TOLERANCE`; FFN widths not in the per_layer shape.
+        tensor_parallel: KV groups and FFN widths are multiples of this, which is never halved; not in the per_layer
+            shape.
 
     Returns:
         `Gates` of float32 zeros and ones for the given kinds.
@@ -44,8 +46,8 @@ def select_units(
     """
     scores = {k: s.detach().double().cpu() for k, s in scores.items()}
     if shape == "uniform" and ({"attn_sublayers", "ffn_sublayers"} & set(scores)):
-        raise ValueError("whole sublayers cannot be removed in the uniform shape: use the per_layer shape")
-    if shape == "uniform" and spec.kv_heads % tensor_parallel:
+        raise ValueError("whole sublayers cannot be removed in the uniform shape: use per_layer_ffn or per_layer")
+    if shape != "per_layer" and spec.kv_heads % tensor_parallel:
         raise ConfigError(f"tensor_parallel {tensor_parallel} does not divide the model's {spec.kv_heads} KV groups")
     while True:
         gates = _select(spec, scores, target, shape, ffn_multiple, hidden_multiple, tensor_parallel)
@@ -66,22 +68,27 @@ def _select(spec, scores, target, shape, ffn_multiple, hidden_multiple, tensor_p
         # A head or a group at the threshold is a large step; the small FFN units make up for it.
         coarse = {k: v for k, v in kept.items() if k != "ffn"}
         return _as_gates(_threshold(spec, scores, target, coarse) if "ffn" in scores else kept)
-    return _as_gates(_uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple, tensor_parallel))
+    choose = _uniform if shape == "uniform" else _free_ffn
+    return _as_gates(choose(spec, scores, target, wanted, ffn_multiple, hidden_multiple, tensor_parallel))
 
 
 def most_removed(spec: ArchSpec, units: list[str], shape: str) -> float:
-    """The largest sparsity that removing `units` can reach (uniform layers keep one group and one FFN unit each)."""
+    """The largest sparsity that removing `units` can reach.
+
+    Uniform layers keep one group and one FFN unit each; where attention is alike, its layers keep one group each.
+    """
     open_ = {}
+    alike = shape != "per_layer" and "attn_sublayers" not in units
     for kind in units:
         kept = torch.zeros(unit_shape(spec, kind))
         if kind == "hidden":
             kept[0] = 1
-        elif shape == "uniform" and kind in ("kv_groups", "ffn"):
+        elif (alike and kind == "kv_groups") or (shape == "uniform" and kind == "ffn"):
             kept[:, 0] = 1
-        elif shape == "uniform" and kind == "heads":
+        elif alike and kind == "heads":
             kept[:, :: spec.group_size] = 1
         open_[kind] = kept
-    if shape == "uniform" and "heads" in units and spec.group_size == 1:
+    if alike and "heads" in units and spec.group_size == 1:
         open_["heads"][:, 1:] = 0
     return sparsity_of(spec, Gates(**open_))
 
@@ -113,8 +120,39 @@ def _threshold(spec: ArchSpec, scores: Mapping, target: float, fixed: dict[str, 
 
 def _uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple, tensor_parallel) -> dict[str, Tensor]:
     """The uniform structure nearest to the counts that `wanted` has on average and within reach of the target."""
+    candidates = []
+    for change, (k, q, d) in _alike(spec, scores, wanted, hidden_multiple, tensor_parallel):
+        f = _ffn_width(spec, k, q, d, target, ffn_multiple, tensor_parallel) if "ffn" in scores else spec.ffn
+        miss = abs(_uniform_sparsity(spec, k, q, d, f) - target)
+        candidates.append((max(0.0, miss - TOLERANCE), change, miss, (k, q, d, f)))
+    k, q, d, f = min(candidates)[-1]
+    return _fill(spec, scores, k, q, d, f)
+
+
+def _free_ffn(spec, scores, target, wanted, ffn_multiple, hidden_multiple, tensor_parallel) -> dict[str, Tensor]:
+    """Attention alike in every layer, as near to what `wanted` has on average as the target allows; FFN widths free."""
+    found = []
+    for _, (k, q, d) in sorted(_alike(spec, scores, wanted, hidden_multiple, tensor_parallel)):
+        filled = _fill(spec, {kind: s for kind, s in scores.items() if kind != "ffn"}, k, q, d, spec.ffn)
+        kept = _threshold(spec, scores, target, filled)
+        if "ffn" in scores:
+            coarse = {kind: units for kind, units in kept.items() if kind != "ffn"}
+            kept = _ffn_blocks(spec, scores["ffn"], target, coarse, ffn_multiple, tensor_parallel)
+        miss = abs(_sparsity(spec, kept) - target)
+        if miss <= TOLERANCE:
+            return kept
+        found.append((miss, len(found), kept))
+    return min(found)[-1]
+
+
+def _alike(spec, scores, wanted, hidden_multiple, tensor_parallel) -> list[tuple[float, tuple[int, int, int]]]:
+    """Possible (KV groups, query heads a group, hidden size), alike in every layer that has attention.
+
+    Each with its distance from the counts that `wanted` has on average.
+    """
     alive = _group_view(spec, wanted)
-    mean_groups = float(alive.any(-1).double().sum(1).mean())
+    layers = float(wanted["attn_sublayers"].sum()) if "attn_sublayers" in wanted else spec.layers
+    mean_groups = float(alive.any(-1).double().sum() / max(1.0, layers))
     mean_heads = float(alive.double().sum() / alive.any(-1).double().sum().clamp(min=1))
     # With one query head a group (no grouped queries) head gates decide the groups.
     groups_free = "kv_groups" in scores or ("heads" in scores and spec.group_size == 1)
@@ -122,15 +160,52 @@ def _uniform(spec, scores, target, wanted, ffn_multiple, hidden_multiple, tensor
     heads = range(1, spec.group_size + 1) if "heads" in scores else [spec.group_size]
     count_hidden = int(wanted["hidden"].sum()) if "hidden" in wanted else spec.hidden
     hidden = {_round(count_hidden + i * hidden_multiple, hidden_multiple, spec.hidden) for i in (-1, 0, 1)}
-    candidates = []
+    found = []
     for k, q, d in product(groups, heads, sorted(hidden) if "hidden" in scores else [spec.hidden]):
-        f = _ffn_width(spec, k, q, d, target, ffn_multiple, tensor_parallel) if "ffn" in scores else spec.ffn
-        miss = abs(_uniform_sparsity(spec, k, q, d, f) - target)
         change = abs(k - mean_groups) / spec.kv_heads + abs(q - mean_heads) / spec.group_size
-        change += abs(d - count_hidden) / spec.hidden
-        candidates.append((max(0.0, miss - TOLERANCE), change, miss, (k, q, d, f)))
-    k, q, d, f = min(candidates)[-1]
-    return _fill(spec, scores, k, q, d, f)
+        found.append((change + abs(d - count_hidden) / spec.hidden, (k, q, d)))
+    return found
+
+
+def _ffn_blocks(spec, scores: Tensor, target: float, fixed: dict, multiple: int, parallel: int) -> dict[str, Tensor]:
+    """FFN units beside what is `fixed`, in whole blocks of the multiple: those with the highest sum of scores.
+
+    A layer's units are cut into blocks from its best unit down, so that any number of blocks is a width. As many blocks
+    stay as bring the sparsity nearest to the target, whichever layers they are in; a layer may keep none.
+    """
+    per_unit = float(spec.ffn_cost(fixed["hidden"].sum() if "hidden" in fixed else spec.hidden))
+    none_left = {**fixed, "ffn": torch.zeros_like(scores)}
+    wanted = (_sparsity(spec, none_left) - target) * spec.prunable / per_unit
+    while True:
+        kept = {**fixed, "ffn": _best_blocks(scores, fixed.get("ffn_sublayers"), wanted, math.lcm(multiple, parallel),
+                                             parallel)}  # fmt: skip
+        if multiple == 1 or abs(_sparsity(spec, kept) - target) <= TOLERANCE:
+            return kept
+        multiple //= 2
+
+
+def _best_blocks(scores: Tensor, alive: Tensor | None, wanted: float, size: int, parallel: int) -> Tensor:
+    """[L, F] ones at the best blocks of `size` units, with about `wanted` units in all of them.
+
+    What is left of a width that is no multiple is a block of its own, the layer's last, if GPUs can share it.
+    """
+    layers, width = scores.shape
+    sizes = [size] * (width // size) + ([width % size] if width % size and width % parallel == 0 else [])
+    if not sizes:
+        return torch.zeros_like(scores)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    means = torch.stack([part.mean(1) for part in scores.gather(1, order)[:, : sum(sizes)].split(sizes, 1)], 1)
+    if alive is not None:
+        means = means.masked_fill(alive[:, None] == 0, -math.inf)
+    # A stable sort keeps a layer's blocks in order where they are alike, so that its best ones are taken first.
+    ranked = means.flatten().argsort(descending=True, stable=True)
+    ranked = ranked[means.flatten()[ranked] > -math.inf]
+    totals = torch.tensor([0.0, *sizes], dtype=torch.float64)[1 + ranked % len(sizes)].cumsum(0)
+    count = int((torch.cat([totals.new_zeros(1), totals]) - wanted).abs().argmin())
+    blocks = torch.zeros(means.numel(), dtype=torch.long)
+    blocks[ranked[:count]] = 1
+    widths = (blocks.view(layers, -1) * torch.tensor(sizes)).sum(1)
+    return torch.zeros_like(scores).scatter_(1, order, (torch.arange(width) < widths[:, None]).to(scores.dtype))
 
 
 def _ffn_width(spec: ArchSpec, k: int, q: int, d: int, target: float, multiple: int, parallel: int) -> int:

@@ -59,7 +59,7 @@ def open_run(config: Config) -> Run:
 
 
 def shape_of(config: Config, trained: Run) -> str:
-    """The shape that is asked for: `uniform` or `per_layer`."""
+    """The shape that is asked for: `uniform`, `per_layer_ffn` or `per_layer`."""
     return trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
 
 
@@ -160,18 +160,17 @@ def structure(
         spec: the architecture.
         gates, scores: the run's gates and log-alpha.
         target: wanted sparsity.
-        shape: "uniform" or "per_layer".
+        shape: "uniform", "per_layer_ffn" or "per_layer".
         rounding: as from `multiples`.
 
     Raises:
         ConfigError: whole sublayers are removed but the shape is uniform, or the target is missed.
     """
     if shape == "uniform" and any((gates.as_dict()[k] == 0).any() for k in SUBLAYERS if k in gates.as_dict()):
-        raise ConfigError("the run removed whole sublayers, which no stock model lacks: use export.shape=per_layer")
-    kept = kept_units(spec, gates)
-    splits = not any(len(units) % rounding[2] for layer in (kept.kv_groups, kept.ffn) for units in layer)
-    fits = shape == "per_layer" or (kept.is_uniform(spec) and splits)
-    if fits and abs(sparsity_of(spec, gates) - target) <= POINT:
+        raise ConfigError(
+            "the run removed whole sublayers, which no stock model lacks: use export.shape=per_layer_ffn or per_layer"
+        )
+    if _fits(spec, gates, shape, rounding) and abs(sparsity_of(spec, gates) - target) <= POINT:
         return gates
     if shape == "uniform":
         scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
@@ -186,6 +185,19 @@ def structure(
             "export.hidden_multiple, or gate more kinds of units"
         )
     return settled
+
+
+def _fits(spec: ArchSpec, gates: Gates, shape: str, rounding: tuple[int, ...]) -> bool:
+    """Whether a shape can hold what the gates keep."""
+    if shape == "per_layer":
+        return True
+    kept, (ffn_multiple, _, parallel) = kept_units(spec, gates), rounding
+    if any(len(units) % parallel for layer in (kept.kv_groups, kept.ffn) for units in layer):
+        return False
+    if shape == "uniform":
+        return kept.is_uniform(spec)
+    widths = all(len(units) % ffn_multiple == 0 or len(units) == spec.ffn for units in kept.ffn)
+    return kept.attention_is_alike(spec) and widths
 
 
 def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:

@@ -1,4 +1,4 @@
-"""The exported model computes what the masked model computes, in all families and both shapes, and loads anywhere."""
+"""The exported model computes what the masked model computes, in all families and shapes, and loads anywhere."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ from nuteprune.stages import export
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Every family exported in both shapes: {(family, shape): (directory, wanted logits, gates)}."""
+    """Every family exported in all shapes: {(family, shape): (directory, wanted logits, gates)}."""
     made = {}
     for family in FAMILIES:
         for shape in SHAPES:
@@ -75,8 +75,9 @@ def test_parameters_on_disk_are_those_the_gates_promise(exports, family, shape):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_per_layer_generates_with_cache_and_left_padding(exports, family, attention):
-    model = loaded(exports[family, "per_layer"][0], attn_implementation=attention)
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_per_layer_generates_with_cache_and_left_padding(exports, family, attention, shape):
+    model = loaded(exports[family, shape][0], attn_implementation=attention)
     ids = some_ids(length=9)
     mask = torch.ones_like(ids)
     ids[1, :4], mask[1, :4] = 0, 0
@@ -283,6 +284,19 @@ def test_run_that_missed_its_target_is_cut_to_it():
     assert same is gates
 
 
+def test_free_ffn_widths_of_a_per_layer_run_are_rounded():
+    spec = read_spec(base_model("llama", intermediate_size=160).config)
+    generator = torch.Generator().manual_seed(0)
+    scores = {"ffn": torch.rand(LAYERS, 160, generator=generator)}
+    gates = Gates(ffn=(scores["ffn"] > 0.5).float())
+    target = sparsity_of(spec, gates)
+    chosen = students.structure(spec, gates, scores, target, "per_layer_ffn", (8, 1, 1))
+    assert {len(units) % 8 for units in kept_units(spec, chosen).ffn} == {0}
+    assert abs(sparsity_of(spec, chosen) - target) <= 0.01
+    assert students.structure(spec, chosen, scores, target, "per_layer_ffn", (8, 1, 1)) is chosen
+    assert students.structure(spec, gates, scores, target, "per_layer", (8, 1, 1)) is gates
+
+
 def test_target_that_the_shape_cannot_meet():
     spec = read_spec(base_model("llama").config)
     gates = Gates(kv_groups=torch.ones(LAYERS, 3))
@@ -293,7 +307,7 @@ def test_target_that_the_shape_cannot_meet():
 def test_removed_sublayers_need_the_per_layer_shape(tmp_path):
     config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "per_layer"),
                          **{"gates.shape": "per_layer", "export.shape": "uniform"})  # fmt: skip
-    with pytest.raises(ConfigError, match=r"use export\.shape=per_layer"):
+    with pytest.raises(ConfigError, match=r"use export\.shape=per_layer_ffn or per_layer"):
         export.run(config)
 
 

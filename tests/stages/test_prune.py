@@ -43,7 +43,7 @@ def same_run(a: Path, b: Path) -> None:
         assert all(torch.equal(left[k], right[k]) for k in left), file
 
 
-@pytest.mark.parametrize("shape", ["uniform", "per_layer"])
+@pytest.mark.parametrize("shape", ["uniform", "per_layer_ffn", "per_layer"])
 @pytest.mark.parametrize(("steps", "target"), [(60, 0.2), (60, 0.5), (133, 0.35)])
 def test_any_budget_holds_the_schedule_and_reaches_the_target(settings, steps, target, shape, tokenizer, tmp_path):
     wide = tmp_path / "wide"  # enough FFN units that one is less than the tolerance

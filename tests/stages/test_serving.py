@@ -18,7 +18,7 @@ LONG = {"max_position_embeddings": 128, "rope_parameters": {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """What a process without this project made of every family in both shapes, and of a LLaMA with scaled RoPE.
+    """What a process without this project made of every family in all shapes, and of a LLaMA with scaled RoPE.
 
     {(family, shape): (directory, logits of the masked model, what the process gave)}
     """
@@ -37,7 +37,7 @@ def served(tmp_path_factory):
             directory = export.run(config)
             checks = ["long"] if family == "llama-long" else ["lora"] if family in ("llama", "qwen2") else []
             checks += ["gguf"] if (family, shape) == ("llama", "uniform") else []
-            jobs.append((str(directory), shape == "per_layer", checks))
+            jobs.append((str(directory), shape != "uniform", checks))
             wanted[family, shape] = masked_logits(model, gates, lora, long_ids if "long" in checks else ids)
             made[family, shape] = directory
     folder = tmp_path_factory.mktemp("alone")

@@ -15,6 +15,7 @@ from nuteprune.masks import (
     MaskSet,
     check_target,
     kept_parameters,
+    kept_units,
     multiples,
     select_units,
     sparsity_of,
@@ -100,6 +101,8 @@ def test_expected_count_is_the_mean_over_samples():
 UNIT_SETS = [
     (["kv_groups", "ffn"], "uniform"),
     (["heads", "kv_groups", "ffn", "hidden"], "uniform"),
+    ([], "per_layer_ffn"),
+    (["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"], "per_layer_ffn"),
     (["heads", "ffn", "hidden"], "per_layer"),
     (["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"], "per_layer"),
 ]
@@ -177,6 +180,80 @@ def test_uniform_selection_keeps_equal_counts_and_meets_the_target(target):
     assert len((in_groups > 0).sum(1).unique()) == 1
     assert len(gates.ffn.sum(1).unique()) == 1
     assert sparsity_of(spec, gates) == pytest.approx(target, abs=0.01)
+
+
+def wide_spec(name="llama", layers=30):
+    """SmolLM2-135M's sizes in any family."""
+    return read_spec(tiny_config(name, hidden_size=576, intermediate_size=1536, num_attention_heads=9,
+                                 num_key_value_heads=3, head_dim=64, num_hidden_layers=layers))  # fmt: skip
+
+
+def random_scores(spec, units, seed=0):
+    """Scores whose mean differs from layer to layer, as learned ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = {k: torch.randn(unit_shape(spec, k), generator=generator) for k in units}
+    return {k: s + torch.randn(len(s), *[1] * (s.dim() - 1), generator=generator) if k == "ffn" else s
+            for k, s in scores.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", [0.2, 0.35, 0.5, 0.7])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+def test_free_ffn_widths_are_multiples_and_attention_is_whole(name, target):
+    spec = wide_spec(name)
+    config = GateConfig(shape="per_layer_ffn")
+    assert config.units == ["ffn"]
+    check_target(spec, config, target)
+    scores = random_scores(spec, ["ffn"])
+    gates = select_units(spec, scores, target, "per_layer_ffn", *multiples(config))
+    widths = gates.ffn.sum(1)
+    assert (widths % 128 == 0).all()
+    assert len(widths.unique()) > 4
+    assert abs(sparsity_of(spec, gates) - target) <= 64 * spec.ffn_cost(spec.hidden) / spec.prunable
+    for row, kept in zip(scores["ffn"], gates.ffn, strict=True):  # a layer keeps its best units
+        assert not kept.any() or kept.all() or row[kept == 1].min() > row[kept == 0].max()
+
+
+def test_free_ffn_widths_keep_the_blocks_with_the_highest_sums():
+    spec = wide_spec(layers=4)
+    scores = random_scores(spec, ["ffn"])["ffn"]
+    gates = select_units(spec, {"ffn": scores}, 0.4, "per_layer_ffn", 128)
+    blocks = scores.double().sort(dim=1, descending=True).values.unflatten(1, (12, 128)).sum(-1)
+    kept = torch.arange(12) < gates.ffn.sum(1)[:, None] / 128
+    assert blocks[kept].min() > blocks[~kept].max()
+    layer = {"ffn": scores.clone()}
+    layer["ffn"][2] -= 100  # worth nothing: the layer keeps no unit
+    assert select_units(spec, layer, 0.4, "per_layer_ffn", 128).ffn.sum(1)[2] == 0
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+@pytest.mark.parametrize("units", [
+    ["kv_groups", "ffn"], ["heads", "kv_groups", "ffn", "hidden"], ["ffn", "attn_sublayers", "ffn_sublayers"],
+    ["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"],
+])  # fmt: skip
+def test_attention_is_alike_where_there_is_any(units, parallel):
+    spec = wide_spec()
+    config = GateConfig(units=units, shape="per_layer_ffn", tensor_parallel=parallel)
+    check_target(spec, config, 0.5)
+    gates = select_units(spec, random_scores(spec, units), 0.5, "per_layer_ffn", *multiples(config))
+    kept = kept_units(spec, gates)
+    assert kept.attention_is_alike(spec)
+    assert all(len(layer) % parallel == 0 for layer in (*kept.kv_groups, *kept.ffn))
+    assert all(len(layer) % 128 == 0 for layer in kept.ffn)
+    assert abs(sparsity_of(spec, gates) - 0.5) <= 0.01
+    for kind, counts in (("attn_sublayers", kept.heads), ("ffn_sublayers", kept.ffn)):
+        if kind in units:
+            gone = gates.as_dict()[kind] == 0
+            assert gone.any()
+            assert all(len(units) == 0 for units, absent in zip(counts, gone, strict=True) if absent)
+
+
+def test_projection_with_free_ffn_widths_levels_the_attention_only():
+    masks = mask_set(["kv_groups", "ffn"], "per_layer_ffn")
+    masks.project(0.4)
+    share = {k: masks._open(la).mean(1) for k, la in masks.log_alpha.items()}
+    torch.testing.assert_close(share["kv_groups"], share["kv_groups"].mean().expand_as(share["kv_groups"]), atol=1e-5,
+                               rtol=0)  # fmt: skip
+    assert share["ffn"].std() > 0.01
 
 
 SERVED = {  # hidden, FFN, heads, KV heads of known models; two layers stand for all
