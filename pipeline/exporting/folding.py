@@ -10,6 +10,7 @@ configuration. Scaling their input (the rows and biases of q_proj and k_proj) by
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +25,12 @@ from nuteprune.exporting import modeling_ragged
 from nuteprune.masks import Gates, Kept, kept_units
 from nuteprune.model.layers import LoraWeights
 
+log = logging.getLogger(__name__)
+
 _RENAMED = {"architectures", "model_type", "quantization_config", "transformers_version", "auto_map"}
 """Entries of a base configuration that say what the base was, not how it computes."""
+DECI_FAMILIES = ("llama", "mistral")
+"""Families whose layers vLLM's DeciLM computes (those of Qwen have biases or norms that it lacks)."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +78,27 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
     Args:
         base: the base model's configuration.
         fold: what is folded.
-        shape: "uniform" (a stock class), "per_layer_ffn" or "per_layer" (a class of `modeling_ragged`).
+        shape: "uniform" (a stock class), "per_layer" or "per_layer_ffn" (a class of `modeling_ragged`).
 
     Raises:
         ValueError: no stock class can hold these sizes.
     """
-    groups = fold.kept.heads_per_group(fold.spec)
+    groups, ffn = fold.kept.heads_per_group(fold.spec), [len(f) for f in fold.kept.ffn]
     values = {k: v for k, v in base.to_dict().items() if k not in _RENAMED}
     values |= {
         "hidden_size": len(fold.kept.hidden),
         "num_attention_heads": max(1, *map(sum, groups)),
         "num_key_value_heads": max(1, *map(len, groups)),
         "head_dim": fold.spec.head_dim,
-        "intermediate_size": max(1, *map(len, fold.kept.ffn)),
+        "intermediate_size": max(1, *ffn),
         "rms_norm_eps": fold.spec.norm_eps * fold.norm_scale**2,
         "tie_word_embeddings": fold.spec.tied and not fold.unties,
     }
     if shape != "uniform":
         stem = type(base).__name__.removesuffix("Config")
-        values |= {"heads_per_group": groups, "ffn_sizes": [len(f) for f in fold.kept.ffn]}
+        values["per_layer_config"] = {i: _overrides(*sizes) for i, sizes in enumerate(zip(groups, ffn, strict=True))}
+        if shape == "per_layer_ffn":
+            values |= _alike(fold.spec, groups, ffn)
         values["auto_map"] = {
             "AutoConfig": f"modeling_ragged.Ragged{stem}Config",
             "AutoModelForCausalLM": f"modeling_ragged.Ragged{stem}ForCausalLM",
@@ -105,10 +112,40 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
     return cls(**values)
 
 
+def _overrides(groups: list[int], ffn: int) -> dict:
+    """A layer's entry in transformers' `per_layer_config`, which drops what is as in the whole model."""
+    sizes: dict = {"skip": [name for name, there in (("attention", groups), ("mlp", ffn)) if not there]}
+    if groups:
+        sizes |= {"num_attention_heads": sum(groups), "num_key_value_heads": len(groups)}
+    if len(set(groups)) > 1:
+        sizes["heads_per_group"] = groups
+    return sizes | ({"intermediate_size": ffn} if ffn else {})
+
+
+def _alike(spec: ArchSpec, groups: list[list[int]], ffn: list[int]) -> dict:
+    """`block_configs` of vLLM's DeciLM where it computes these layers, else nothing."""
+    kinds = {tuple(layer) for layer in groups if layer}
+    assert len({size for layer in kinds for size in layer}) == len(kinds) <= 1, "attention is alike in this shape"
+    if spec.family not in DECI_FAMILIES:
+        return {}
+    first = next((layer for layer, width in zip(groups, ffn, strict=True) if layer or width), [])
+    absent = not all(groups) or not all(ffn)
+    if not first or (absent and (spec.o_bias or spec.mlp_bias)):
+        what = "a removed sublayer's bias" if first else "a first layer without attention"
+        log.warning("vLLM's DeciLM cannot hold %s: vLLM serves this model only where nuteprune is installed", what)
+        return {}
+    blocks = [
+        {"attention": {"no_op": not layer, "n_heads_in_group": layer[0] if layer else None},
+         "ffn": {"no_op": not width, "intermediate_size": width or None}}
+        for layer, width in zip(groups, ffn, strict=True)
+    ]  # fmt: skip
+    return {"block_configs": blocks}
+
+
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The causal language model class of a small configuration."""
     name = type(config).__name__.removesuffix("Config") + "ForCausalLM"
-    return getattr(modeling_ragged if hasattr(config, "heads_per_group") else transformers, name)
+    return getattr(modeling_ragged if isinstance(config, modeling_ragged.RaggedConfig) else transformers, name)
 
 
 def fold_model(model: PreTrainedModel, config: PreTrainedConfig, fold: Fold, progress=iter) -> PreTrainedModel:
