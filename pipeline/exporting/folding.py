@@ -178,9 +178,10 @@ def fold_layer(fold: Fold, layer: nn.Module, index: int) -> dict[str, Tensor]:
         block = "self_attn" if name in ATTENTION else "mlp"
         for part, tensor in _projection(fold, getattr(owner, attribute), name, index):
             state[f"{block}.{name}.{part}"] = tensor
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        state[f"{norm}.weight"] = _norm(fold, getattr(layer, norm))
-    if fold.spec.qk_norm:
+    for norm, units in (("input_layernorm", fold.kept.heads), ("post_attention_layernorm", fold.kept.ffn)):
+        if len(units[index]):
+            state[f"{norm}.weight"] = _norm(fold, getattr(layer, norm))
+    if fold.spec.qk_norm and len(fold.kept.heads[index]):
         for norm in ("q_norm", "k_norm"):
             state[f"self_attn.{norm}.weight"] = getattr(layer.self_attn, norm).weight.detach().float()
     return {key: tensor for key, tensor in state.items() if tensor.numel()}

@@ -77,6 +77,9 @@ class Absent(nn.Module):
 class RaggedForCausalLM:
     """Mixed in before a stock `…ForCausalLM`: gives each layer its own widths once the stock model is built."""
 
+    # Older exports hold the norms of absent sublayers too.
+    _keys_to_ignore_on_load_unexpected = (r"layers\.\d+\.(self_attn\.[qk]_norm|(input|post_attention)_layernorm)\.",)
+
     def __init__(self, config):
         per_layer = config.to_dict().get("per_layer_config")
         config.per_layer_config = None  # at first all layers are as wide as the widest one
@@ -86,6 +89,10 @@ class RaggedForCausalLM:
             groups, ffn = config.layer_sizes(index)
             _resize_attention(layer.self_attn, groups)
             _resize_ffn(layer.mlp, ffn)
+            if not groups:
+                layer.input_layernorm = nn.Identity()
+            if not ffn:
+                layer.post_attention_layernorm = nn.Identity()
         self.set_attn_implementation(self.config._attn_implementation)
 
     def set_attn_implementation(self, attn_implementation: str, **kwargs):
@@ -103,6 +110,8 @@ def _resize_attention(attention: nn.Module, groups: list[int]) -> None:
         _cut(attention.o_proj, attention.o_proj.out_features, width)
         return
     attention.q_proj = Absent(0, None)
+    for norm in {"q_norm", "k_norm"} & attention._modules.keys():  # of Qwen3
+        setattr(attention, norm, nn.Identity())
     # One head of zeros: a cache measures its length by keys, and an empty tensor has none.
     attention.k_proj = attention.v_proj = Absent(attention.head_dim, None)
     attention.o_proj = Absent(attention.o_proj.out_features, attention.o_proj.bias)
