@@ -16,7 +16,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks check-vllm check-llamacpp lint lock format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks check-vllm check-llamacpp docs lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -66,6 +66,9 @@ check-llamacpp: $(addsuffix /config.json,$(EXPORT)) $(VENV) ## the same in llama
 	tar -xzf .venv-llamacpp/llama_cpp_python-0.3.36.tar.gz -C .venv-llamacpp
 	PYTHONPATH=.venv-llamacpp/lib $(BIN)/python tests/serving/llamacpp_alone.py \
 		.venv-llamacpp/llama_cpp_python-0.3.36/vendor/llama.cpp/convert_hf_to_gguf.py $(EXPORT)
+
+docs: $(VENV) ## write docs/configuration.md anew from the settings' fields
+	$(BIN)/python -m nuteprune.config.reference > docs/configuration.md
 
 lint: $(VENV) ## check style and types
 	$(BIN)/ruff check .

@@ -1,8 +1,7 @@
-"""The public calls: argument checks, the search for removed units, the choice of a backend."""
+"""The public call: argument checks, the search for removed units, the choice of a backend."""
 
 import importlib.util
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,68 +49,16 @@ def masked_lora_linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
     """
-    half = Half(lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, scaling, compact_in, compact_out)
-    return _implementation(x, backend).masked_lora_linear(*_operand(x, weight, bias, half))
-
-
-class Half(NamedTuple):
-    """What differs between teacher and student in a pair; see `masked_lora_linear`."""
-
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
-    in_gate: Tensor | None = None
-    out_gate: Tensor | None = None
-    keep_in: Tensor | None = None
-    keep_out: Tensor | None = None
-    scaling: float = 1.0
-    compact_in: bool = False
-    compact_out: bool = False
-
-
-def masked_lora_linear_pair(
-    x_teacher: Tensor,
-    x_student: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    teacher: tuple = Half(),
-    student: tuple = Half(),
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`masked_lora_linear` for both halves of a pair over one weight: in triton one launch, in torch two calls.
-
-    Args:
-        x_teacher, x_student: [..., K] each; the leading dimensions may differ.
-        weight, bias: shared, frozen.
-        teacher, student: `Half`, or a tuple with its first fields. The teacher gets no gradient.
-        backend: as in `masked_lora_linear`.
-
-    Returns:
-        (y of the teacher, y of the student).
-
-    Raises:
-        ValueError: as `masked_lora_linear`.
-    """
-    halves = _operand(x_teacher, weight, bias, Half(*teacher)), _operand(x_student, weight, bias, Half(*student))
-    return _implementation(x_student, backend).masked_lora_linear_pair(*halves)
-
-
-def _operand(x: Tensor, weight: Tensor, bias: Tensor | None, half: Half) -> tuple:
-    """The twelve positional arguments of every backend: checked, and with nothing left to skip where nothing is."""
-    _check(x, weight, bias, half)
-    keep_in = _resolve_keep(half.in_gate, half.keep_in, weight.shape[1])
-    keep_out = _resolve_keep(half.out_gate, half.keep_out, weight.shape[0])
-    compact = half.compact_in and keep_in is not None, half.compact_out and keep_out is not None
-    return x, weight, bias, *half[:4], keep_in, keep_out, float(half.scaling), *compact
-
-
-def _implementation(x: Tensor, backend: str | None):
-    """The module that holds both calls."""
-    if choose_backend(x, backend) == "torch":
-        return torch_path
-    from nuteprune.kernels import masked_lora
-
-    return masked_lora
+    tensors = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "in_gate": in_gate,
+               "out_gate": out_gate, "keep_in": keep_in, "keep_out": keep_out}  # fmt: skip
+    _check(x, tensors, compact_in, compact_out)
+    keep_in = _resolve_keep(in_gate, keep_in, weight.shape[1])
+    keep_out = _resolve_keep(out_gate, keep_out, weight.shape[0])
+    compact = compact_in and keep_in is not None, compact_out and keep_out is not None
+    run = torch_path.masked_lora_linear
+    if choose_backend(x, backend) == "triton":
+        from nuteprune.kernels.masked_lora import masked_lora_linear as run
+    return run(x, weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, float(scaling), *compact)
 
 
 def choose_backend(x: Tensor, backend: str | None = None) -> str:
@@ -154,8 +101,8 @@ def _check_keep(name: str, keep: Tensor | None, size: int, compact: bool) -> Non
         )
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, half: Half) -> None:
-    lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, _, compact_in, compact_out = half
+def _check(x: Tensor, tensors: dict[str, Tensor | None], compact_in: bool, compact_out: bool) -> None:
+    weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out = tensors.values()
     if weight.dim() != 2:
         raise ValueError(f"weight must be [N, K], got shape {list(weight.shape)}")
     n, k = weight.shape
@@ -175,6 +122,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, half: Half) -> None:
         _check_shape("lora_b", lora_b, (n, rank))
     if weight.dtype != x.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: cast one of them")
-    for name, tensor in {"weight": weight, "bias": bias, **half._asdict()}.items():
-        if isinstance(tensor, Tensor) and tensor.device != x.device:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")

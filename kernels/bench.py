@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nuteprune.kernels import reference
-from nuteprune.kernels.api import Half, masked_lora_linear, masked_lora_linear_pair
+from nuteprune.kernels.api import masked_lora_linear
 
 # (name, K, N, which side has the FFN or head gates) of the distinct projections of each model
 MODELS = {
@@ -142,24 +142,6 @@ def measure(maker: Callable, problem: Problem, device: str, repeats: int) -> dic
     return {"forward_ms": round(forward, 4), "backward_ms": round(backward, 4), "peak_mib": peak}
 
 
-def measure_pair(make: Callable[[], Problem], device: str, repeats: int) -> dict:
-    """Forward of teacher and student: one call against two."""
-    teacher, student = make(), make()
-    halves = [Half(p.lora_a, p.lora_b, **p.gates, **p.keep) for p in (teacher, student)]
-
-    def together() -> None:
-        masked_lora_linear_pair(teacher.x, student.x, student.weight, teacher=halves[0], student=halves[1])
-
-    def apart() -> None:
-        ours(teacher)()
-        ours(student)()
-
-    teacher.weight = student.weight
-    with torch.no_grad():
-        one, two = (milliseconds(call, device, repeats) for call in (together, apart))
-    return {"one_launch_ms": round(one, 4), "two_launches_ms": round(two, 4)}
-
-
 def rows(device: str, quick: bool) -> list[dict]:
     """One row a shape: what it was, and each contender's numbers."""
     on_gpu = device == "cuda"
@@ -174,7 +156,6 @@ def rows(device: str, quick: bool) -> list[dict]:
             for contender, maker in MAKERS.items():
                 skip = contender == "compile" and not on_gpu  # inductor's CPU code is not what we compete with
                 row[contender] = NOT_MEASURED if skip else measure(maker, Problem(*setup), device, repeats)
-            row["pair"] = measure_pair(lambda setup=setup: Problem(*setup), device, repeats)
             table.append(row)
         if quick and on_gpu:
             break
@@ -196,7 +177,7 @@ def machine(device: str) -> dict:
 
 def markdown(facts: dict, table: list[dict]) -> str:
     """The table: forward / backward ms, and ours relative to the bare GEMM."""
-    head = ["model", "proj", "M", "R", "sparsity", *CONTENDERS, "fwd / GEMM", "bwd / GEMM", "peak MiB", "pair / two"]
+    head = ["model", "proj", "M", "R", "sparsity", *CONTENDERS, "fwd / GEMM", "bwd / GEMM", "peak MiB"]
     lines = [f"card: {facts['card']}, driver: {facts['driver']}, torch {facts['torch']}, {facts['date']}", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in table:
@@ -205,9 +186,8 @@ def markdown(facts: dict, table: list[dict]) -> str:
             for c in CONTENDERS
         ]
         ratios = [f"{row['ours'][t] / row['gemm'][t]:.2f}" for t in ("forward_ms", "backward_ms")]
-        pair = f"{row['pair']['one_launch_ms'] / row['pair']['two_launches_ms']:.2f}"
         shape = [row["model"], row["projection"], row["tokens"], row["rank"], f"{row['sparsity']:.0%}"]
-        lines.append(f"| {' | '.join(map(str, [*shape, *times, *ratios, row['ours']['peak_mib'], pair]))} |")
+        lines.append(f"| {' | '.join(map(str, [*shape, *times, *ratios, row['ours']['peak_mib']]))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -84,7 +84,7 @@ def run_time(op: Operand, u: Tensor | None, y: Tensor) -> tuple:
     return (*pointers, *sizes, *op.x.stride(), *op.w.stride(), *lora, y.stride(0))
 
 
-def flags(op: Operand, fuse_u: bool, config: Config) -> dict:
+def options(op: Operand, fuse_u: bool, config: Config) -> dict:
     """The compile-time arguments of one product in `matmul`."""
     return {
         "COMPACT_X": op.compact_in or op.keep_in is None,
@@ -92,31 +92,32 @@ def flags(op: Operand, fuse_u: bool, config: Config) -> dict:
         "FUSE_U": fuse_u,
         "EVEN_K": op.kept[1] % config.bk == 0,
         "RANK": FUSED_RANK,
+        "BM": config.bm,
+        "BN": config.bn,
+        "BK": config.bk,
+        "INTERPRET": INTERPRETING,
+        "PRECISION": precision(op.x.dtype),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
     }
-
-
-def tile(op: Operand, config: Config) -> dict:
-    """The compile-time arguments that all products of a launch share."""
-    sizes = {"BM": config.bm, "BN": config.bn, "BK": config.bk, "INTERPRET": INTERPRETING}
-    return sizes | {"PRECISION": precision(op.x.dtype), "num_warps": config.warps, "num_stages": config.stages}
 
 
 def programs(op: Operand, config: Config) -> int:
     return -(-op.x.shape[0] // config.bm) * -(-op.kept[0] // config.bn)
 
 
-def key(kind: str, op: Operand) -> str:
+def key(op: Operand) -> str:
     """What a tuned config is remembered under: everything that changes the generated code or the number of tiles."""
     n, k = op.kept
     absent = "".join("-" if t is None else "+" for t in (op.a, op.in_gate, op.out_gate, op.keep_in, op.keep_out))
     layout = "n" if op.w.stride(-1) == 1 else "t"
     name = str(op.x.dtype).removeprefix("torch.")
-    return f"{kind} {name} {layout}{absent} m{bucket(op.x.shape[0])} n{bucket(n)} k{bucket(k)} r{padded(op.rank)}"
+    return f"{name} {layout}{absent} m{bucket(op.x.shape[0])} n{bucket(n)} k{bucket(k)} r{padded(op.rank)}"
 
 
 def matmul_call(op: Operand, u: Tensor | None, y: Tensor, fuse_u: bool, config: Config) -> tuple[tuple, dict]:
     """(positional, keyword) arguments of `triton_kernels.matmul`."""
-    return (run_time(op, u, y),), flags(op, fuse_u, config) | tile(op, config)
+    return run_time(op, u, y), options(op, fuse_u, config)
 
 
 def _launch(op: Operand, u: Tensor | None, y: Tensor, fuse_u: bool, config: Config) -> None:
@@ -166,37 +167,9 @@ def matmul(op: Operand) -> tuple[Tensor, Tensor]:
         def run(config: Config) -> None:
             _launch(op, u if op.rank else None, y, fuses_u(op), config)
 
-        options = configs(op.x.dtype, scattered(op), op.x.device)
-        run(choose(key("matmul", op), options, op.x.device, run))
+        choices = configs(op.x.dtype, scattered(op), op.x.device)
+        run(choose(key(op), choices, op.x.device, run))
     return y, u
-
-
-def pair_call(teacher: Operand, student: Operand, outputs: tuple, config: Config) -> tuple[int, tuple, dict]:
-    """(programs, positional, keyword) arguments of `triton_kernels.matmul_pair`; outputs are (y, u) of each half."""
-    (y_t, u_t), (y_s, u_s) = outputs
-    halves = (
-        run_time(teacher, u_t if teacher.rank else None, y_t),
-        run_time(student, u_s if student.rank else None, y_s),
-    )
-    tiles = programs(teacher, config), programs(student, config)
-    keywords = {f"T_{name}": value for name, value in flags(teacher, fuses_u(teacher), config).items()}
-    keywords |= flags(student, fuses_u(student), config) | tile(student, config)
-    return sum(tiles), (*halves, *tiles), keywords
-
-
-def matmul_pair(teacher: Operand, student: Operand) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((y, u) of the teacher, (y, u) of the student) in one launch over the same W."""
-    outputs = prepare(teacher), prepare(student)
-
-    def run(config: Config) -> None:
-        grid, positional, keywords = pair_call(teacher, student, outputs, config)
-        with guard(student.x):
-            triton_kernels.matmul_pair[(grid,)](*positional, **keywords)
-
-    options = configs(student.x.dtype, scattered(teacher) or scattered(student), student.x.device)
-    if has_tiles(teacher) or has_tiles(student):
-        run(choose(f"{key('pair', teacher)} {key('', student)}", options, student.x.device, run))
-    return outputs
 
 
 def reduce_call(

@@ -6,7 +6,7 @@ Letters: M tokens, K inputs, N outputs, R rank.
 import torch
 from torch import Tensor
 
-from nuteprune.kernels.launch import Operand, column_reduce, matmul, matmul_pair, skinny
+from nuteprune.kernels.launch import Operand, column_reduce, matmul, skinny
 from nuteprune.kernels.torch_path import rows, spread
 from nuteprune.kernels.tuning import INTERPRETING
 
@@ -29,27 +29,6 @@ def _fake_outputs(
     n = keep_out.shape[0] if compact_out else weight.shape[0]
     rank = 0 if lora_a is None else lora_a.shape[0]
     return x.new_empty(x.shape[0], n), x.new_empty(x.shape[0], rank)
-
-
-_TEACHER = ", ".join(argument.replace(" ", " teacher_") for argument in _OPERAND.split(", "))
-
-
-@torch.library.custom_op(
-    "nuteprune::masked_lora_pair_forward",
-    mutates_args=(),
-    schema=f"({_OPERAND}, {_TEACHER}) -> (Tensor, Tensor, Tensor)",
-)
-def pair_forward_op(*args) -> tuple[Tensor, Tensor, Tensor]:
-    """(student's y, student's u, teacher's y) in one launch; the first half of `args` is the student's."""
-    half = len(args) // 2
-    (y_teacher, _), (y, u) = matmul_pair(Operand(*args[half:]), Operand(*args[:half]))
-    return y, u, y_teacher
-
-
-@pair_forward_op.register_fake
-def _(*args):
-    half = len(args) // 2
-    return *_fake_outputs(*args[:half]), _fake_outputs(*args[half:])[0]
 
 
 @torch.library.custom_op(
@@ -139,27 +118,6 @@ class MaskedLoraLinear(torch.autograd.Function):
         return _student_grads(ctx, grad)
 
 
-class MaskedLoraLinearPair(torch.autograd.Function):
-    """(y of the student, y of the teacher): `MaskedLoraLinear` twice over one W; no gradient for the teacher.
-
-    Arguments: the student's `Operand`, then the teacher's.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, *args) -> tuple[Tensor, Tensor]:
-        student, (x_teacher, *teacher) = args[:11], args[11:]
-        y, u, y_teacher = pair_forward_op(rows(x), *student, rows(x_teacher), *teacher)
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        y_teacher = y_teacher.view(*x_teacher.shape[:-1], y_teacher.shape[-1])
-        _save(ctx, x, student, u, y)
-        ctx.mark_non_differentiable(y_teacher)
-        return y, y_teacher
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        return *_student_grads(ctx, grad), *(None,) * 12
-
-
 def _save(ctx, x: Tensor, args: tuple, u: Tensor, y: Tensor) -> None:
     weight, _, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, *options = args
     saved_y = y if ctx.needs_input_grad[6] else None
@@ -190,14 +148,6 @@ def masked_lora_linear(x: Tensor, weight: Tensor, *args) -> Tensor:
     """
     check_runs(x, weight)
     return MaskedLoraLinear.apply(x, weight, *args)
-
-
-def masked_lora_linear_pair(teacher: tuple, student: tuple) -> tuple[Tensor, Tensor]:
-    """(y of the teacher, y of the student) in one launch, each from the resolved arguments of `Operand`."""
-    for x, weight, *_ in (teacher, student):
-        check_runs(x, weight)
-    y, y_teacher = MaskedLoraLinearPair.apply(*student, *teacher)
-    return y_teacher, y
 
 
 def check_runs(x: Tensor, weight: Tensor) -> None:

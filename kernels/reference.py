@@ -33,7 +33,7 @@ def masked_lora_linear(
     compact_in: bool = False,
     compact_out: bool = False,
 ) -> Tensor:
-    """y = ((x⊙m_in)Wᵀ + s((x⊙m_in)Aᵀ)Bᵀ + b)⊙m_out; see `kernels.masked_lora_linear` for arguments and shapes."""
+    """y = ((x⊙m_in)Wᵀ + s((x⊙m_in)Aᵀ)Bᵀ + b)⊙m_out; see `api.masked_lora_linear` for arguments and shapes."""
     n, k = weight.shape
     if compact_in:
         full = x.new_zeros(*x.shape[:-1], k)

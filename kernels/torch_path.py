@@ -204,10 +204,3 @@ class MaskedLoraLinear(torch.autograd.Function):
 def masked_lora_linear(*args) -> Tensor:
     """The torch path, with the resolved positional arguments of `MaskedLoraLinear.forward`."""
     return MaskedLoraLinear.apply(*args)
-
-
-def masked_lora_linear_pair(teacher: tuple, student: tuple) -> tuple[Tensor, Tensor]:
-    """(y of the teacher, without gradient; y of the student), each from the arguments of `masked_lora_linear`."""
-    with torch.no_grad():
-        y_teacher = masked_lora_linear(*teacher)
-    return y_teacher, masked_lora_linear(*student)

@@ -58,8 +58,7 @@ def _add_lora(
 
 
 @triton.jit
-def _matmul_tile(
-    pid,
+def matmul(
     x,
     w,
     bias,
@@ -96,9 +95,11 @@ def _matmul_tile(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One [BM, BN] tile of y. u = (x⊙m_in)Aᵀ [M, rank] is computed beside it (FUSE_U: rank <= RANK, stored once) or
-    read, RANK columns at a time."""
-    pid_m, pid_n = _tile_of(pid, (M + BM - 1) // BM, (n_kept + BN - 1) // BN, 8)
+    """y (or, with strides swapped, dx) over the kept units only; one program a [BM, BN] tile.
+
+    u = (x⊙m_in)Aᵀ [M, rank] is computed beside it (FUSE_U: rank <= RANK, stored once) or read, RANK columns at a time.
+    """
+    pid_m, pid_n = _tile_of(tl.program_id(0), (M + BM - 1) // BM, (n_kept + BN - 1) // BN, 8)
     # Tokens times features can pass 2³¹, so the tile's first row is a 64-bit shift of the base pointer; offsets inside
     # a tile and inside W stay 32 bits wide, for scattered tiles keep one per element in registers.
     first = pid_m.to(tl.int64) * BM
@@ -164,71 +165,6 @@ def _matmul_tile(
 
 
 @triton.jit
-def matmul(
-    half,
-    COMPACT_X: tl.constexpr,
-    COMPACT_Y: tl.constexpr,
-    FUSE_U: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    RANK: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """y (or, with strides swapped, dx) over the kept units only; one program a tile. `half`: the run-time arguments."""
-    _matmul_tile(tl.program_id(0), *half, COMPACT_X, COMPACT_Y, FUSE_U, EVEN_K, RANK, BM, BN, BK, PRECISION, INTERPRET)
-
-
-@triton.jit
-def matmul_pair(
-    teacher,
-    student,
-    teacher_tiles,
-    student_tiles,
-    T_COMPACT_X: tl.constexpr,
-    T_COMPACT_Y: tl.constexpr,
-    T_FUSE_U: tl.constexpr,
-    T_EVEN_K: tl.constexpr,
-    T_RANK: tl.constexpr,
-    COMPACT_X: tl.constexpr,
-    COMPACT_Y: tl.constexpr,
-    FUSE_U: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    RANK: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """Both halves of a pair over the same W. Tiles alternate, so that neighbours read the same part of W from L2."""
-    pid = tl.program_id(0)
-    common = tl.minimum(teacher_tiles, student_tiles)
-    alone = pid >= 2 * common
-    number = tl.where(alone, pid - common, pid // 2)
-    is_student = tl.where(alone, student_tiles > teacher_tiles, pid % 2 == 1)
-    if is_student:
-        _matmul_tile(number, *student, COMPACT_X, COMPACT_Y, FUSE_U, EVEN_K, RANK, BM, BN, BK, PRECISION, INTERPRET)
-    else:
-        _matmul_tile(
-            number,
-            *teacher,
-            T_COMPACT_X,
-            T_COMPACT_Y,
-            T_FUSE_U,
-            T_EVEN_K,
-            T_RANK,
-            BM,
-            BN,
-            BK,
-            PRECISION,
-            INTERPRET,
-        )
-
-
-@triton.jit
 def column_reduce(
     p,
     q,
@@ -258,29 +194,27 @@ def column_reduce(
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     col_ok = cols < kept
     split = tl.program_id(1)
-    first = split.to(tl.int64) * chunk
-    p += first * stride_pm
-    if q is not None:
-        q += first * rank
-    if t is not None:
-        t += first * stride_tm
     units = cols
     if index is not None and not COMPACT:
         units = tl.load(index + cols, mask=col_ok, other=0).to(tl.int32)
     ranks = tl.arange(0, RANK)
     outer_acc = tl.full([BC, RANK], 0.0, tl.float32)
     dots_acc = tl.full([BM, BC], 0.0, tl.float32)
+    rows = tl.arange(0, BM)
     for m0 in range(0, chunk, BM):
-        rows = m0 + tl.arange(0, BM)
+        # A few rows of a wide layer are more than 2³¹ elements: they are a 64-bit shift, as in `matmul`.
+        first = split.to(tl.int64) * chunk + m0
         row_ok = first + rows < M
         ok = row_ok[:, None] & col_ok[None, :]
-        p_tile = tl.load(p + (rows[:, None] * stride_pm + units[None, :] * stride_pc), mask=ok, other=0.0)
+        p_ptr = p + first * stride_pm + (rows[:, None] * stride_pm + units[None, :] * stride_pc)
+        p_tile = tl.load(p_ptr, mask=ok, other=0.0)
         if q is not None:
             q_ok = row_ok[:, None] & (ranks < rank)[None, :]
-            q_tile = tl.load(q + (rows[:, None] * rank + ranks[None, :]), mask=q_ok, other=0.0)
+            q_tile = tl.load(q + first * rank + (rows[:, None] * rank + ranks[None, :]), mask=q_ok, other=0.0)
             outer_acc = _dot(tl.trans(p_tile), q_tile, outer_acc, PRECISION, INTERPRET)
         if t is not None:
-            t_tile = tl.load(t + (rows[:, None] * stride_tm + units[None, :] * stride_tc), mask=ok, other=0.0)
+            t_ptr = t + first * stride_tm + (rows[:, None] * stride_tm + units[None, :] * stride_tc)
+            t_tile = tl.load(t_ptr, mask=ok, other=0.0)
             dots_acc += p_tile.to(tl.float32) * t_tile.to(tl.float32)
     if q is not None:
         outer_ptr = outer + (split * kept + cols[:, None]) * rank + ranks[None, :]

@@ -1,5 +1,6 @@
 """Which tile sizes to launch: a short list, measured once per card and shape bucket, remembered on disk."""
 
+import fcntl
 import json
 import os
 import re
@@ -92,12 +93,14 @@ class Tuner:
 
     def _write(self) -> None:
         """Keep what other processes measured meanwhile; replace atomically. A read-only home costs only the memory."""
-        merged = {**self._read(), **self.chosen}
-        scratch = self.path.with_suffix(f".{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps({key: list(value) for key, value in merged.items()}, indent=0))
-            scratch.replace(self.path)
+            with open(self.path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                merged = {**self._read(), **self.chosen}
+                scratch = self.path.with_suffix(f".{os.getpid()}")
+                scratch.write_text(json.dumps({key: list(value) for key, value in merged.items()}, indent=0))
+                scratch.replace(self.path)
         except OSError:
             return
 

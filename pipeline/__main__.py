@@ -11,10 +11,13 @@ import subprocess
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
 from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
+from nuteprune.runs.words import plain
+from nuteprune.training.signals import Preempted, stop_signals
 
 STAGES = {
     "prepare": "fetch the model, tokenise and pack the text, once and without a GPU",
@@ -111,6 +114,18 @@ def main(argv: list[str] | None = None) -> int:
     args.overrides += rest  # settings may stand before and behind --config
     if args.stage == "status":
         return show_status(args)
+    try:
+        # Before anything that takes time: a job may be told to leave while it loads.
+        with stop_signals() if args.stage in DISTRIBUTED else nullcontext():
+            return run(args)
+    except Preempted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"nuteprune: {stop}\n")
+        return stop.exit_code
+
+
+def run(args: argparse.Namespace) -> int:
+    """`main` from a parsed command line of any stage but status."""
     quiet_libraries()
     from nuteprune.parallel.distributed import RankLost, discover
 
@@ -135,16 +150,16 @@ def main(argv: list[str] | None = None) -> int:
             return 0 if outcome.fits else 1
         text = run_stage(args.stage, config)
         if is_main:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(plain(text) + "\n")
     except ConfigError as error:
         if is_main:
-            sys.stderr.write(f"nuteprune: {error}\n")
+            sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return 2
     except RuntimeError as error:
         if not type(error).__module__.startswith("nuteprune."):
             raise
         if is_main or isinstance(error, RankLost):
-            sys.stderr.write(f"nuteprune: {error}\n")
+            sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return getattr(error, "exit_code", 1)
     return 0
 
@@ -182,10 +197,10 @@ def show_status(args: argparse.Namespace) -> int:
     try:
         found = status.run(read_settings(args))
     except ConfigError as error:
-        sys.stderr.write(f"nuteprune: {error}\n")
+        sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return 2
-    sys.stdout.write((status.table(found) if args.tsv else json.dumps(found, indent=2) if args.json else
-                      status.text(found)) + "\n")  # fmt: skip
+    sys.stdout.write(plain(status.table(found) if args.tsv else json.dumps(found, indent=2) if args.json else
+                           status.text(found)) + "\n")  # fmt: skip
     return 0
 
 
@@ -225,9 +240,19 @@ def cli() -> NoReturn:
     sys.exit(code)
 
 
+class PlainFormatter(logging.Formatter):
+    """Names of files and models in a log cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line."""
+        return plain(super().format(record))
+
+
 def quiet_libraries() -> None:
     """Our own log on stderr; of the libraries only warnings and worse."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("nuteprune").setLevel(logging.INFO)
     # DeepSpeed calls a name that torch has renamed.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")

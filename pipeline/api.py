@@ -42,7 +42,7 @@ def prune(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:
     Raises:
         ConfigError: a mistake in the settings, the model, the data or the run directory.
         TrainingFailed: too many steps in a row were not finite.
-        Preempted: SIGTERM or SIGUSR1 came; the state is saved.
+        Preempted: SIGTERM, SIGUSR1 or Ctrl-C came; the state is saved. No `Exception`, as `KeyboardInterrupt` is none.
     """
     return prune_stage.run(load_config(settings, overrides))
 

@@ -13,9 +13,7 @@ if "HF_MODULES_CACHE" not in os.environ:
     os.environ["HF_MODULES_CACHE"] = modules.name
 
 import pytest
-from tiny import SENTENCES, VOCAB, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 from nuteprune.config import load_config
 from nuteprune.stages import prune
@@ -24,15 +22,7 @@ from nuteprune.stages import prune
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE tokenizer of `VOCAB` tokens."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    bpe.train_from_iterator(SENTENCES, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ says how to mend it. `nuteprune STAGE --help` prints every field from its metada
 """
 
 from nuteprune.config.fields import (
+    ASKED_EACH_TIME,
     STAGE_SECTIONS,
     CheckpointConfig,
     Config,
@@ -25,6 +26,7 @@ from nuteprune.config.fields import (
 from nuteprune.config.loading import describe, flatten, load_config, read_yaml, recipe_path, to_dict
 
 __all__ = [
+    "ASKED_EACH_TIME",
     "STAGE_SECTIONS",
     "CheckpointConfig",
     "Config",

@@ -47,7 +47,9 @@ class TrainConfig:
     batch_size: int = opt(16, "Sequences per optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(0, "Sequences per forward pass on one rank; 0 takes the whole batch at once.", ge=0)
     lora_lr: float = opt(3e-3, "Peak learning rate of the LoRA weights.", gt=0)
-    lora_schedule: Literal["constant", "cosine"] = opt("cosine", "LoRA learning rate after its warm-up.")
+    lora_schedule: Literal["constant", "cosine", "linear"] = opt(
+        "cosine", "LoRA learning rate after its warm-up: `cosine` falls to a tenth, `linear` (the paper) to 0."
+    )
     lora_warmup: float = opt(0.03, "Share of the steps over which the LoRA learning rate rises from 0.", ge=0, le=1)
     beta2: float = opt(0.999, "Second-moment decay of AdamW for LoRA.", gt=0, lt=1)
     weight_decay: float = opt(0.0, "AdamW weight decay of LoRA.", ge=0)
@@ -114,7 +116,8 @@ class SparsityConfig:
 @dataclass(frozen=True)
 class LoraConfig:
     targets: list[Projection] = opt(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "Projections that get LoRA."
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "Projections that get LoRA; none: gates are learned alone.",
     )
     rank: int = opt(8, "LoRA rank.", ge=1)
     alpha: float = opt(8.0, "LoRA alpha; the update is scaled by alpha / rank.", gt=0)
@@ -158,6 +161,7 @@ class FinetuneConfig:
     )
     unusable: Literal["refuse", "drop"] = opt("refuse", "What happens to empty answers and records beyond the window.")
     seq_len: int = opt(1024, "Tokens of a window into which whole records are packed.", ge=8)
+    pack: bool = opt(True, "Several records in a window; false (the authors): each in its own, padded.")
     steps: int = opt(0, "Optimizer steps; 0 takes `epochs` passes over the windows.", ge=0)
     epochs: float = opt(2.0, "Passes over the windows when `steps` is 0.", gt=0)
     batch_size: int = opt(16, "Windows per optimizer step over all ranks.", ge=1)
@@ -179,8 +183,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    tensorboard: bool = opt(True, "Write TensorBoard events below the run directory.")
-    progress: bool = opt(True, "Show a progress bar.")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = opt(
+        ["tensorboard"], "Where metrics go beside metrics.jsonl; empty: nowhere. wandb and trackio where installed."
+    )
+    progress: bool = opt(True, "Show progress bars.")
     log_every: int = opt(1, "Steps between two log entries.", ge=1)
     image_every: int = opt(50, "Steps between two pictures of the kept units.", ge=1)
 
@@ -232,17 +238,20 @@ class EvaluateConfig:
     new_tokens: int = opt(64, "Tokens decoded in the speed measurement.", ge=1)
     batch_sizes: list[int] = opt([1, 8], "Sequences at once in the speed measurement, one measurement each.")
     sample_prompt: str = opt("The capital of France is", "Prompt whose greedy continuation is shown; empty: none.")
+    trust_remote_code: bool = opt(
+        False, "Run Python that comes with a model (auto_map) or a task file; only as an override, never from a file."
+    )
     output: str = opt("", "Directory of report.json and report.md; empty: `evaluate` below the run directory.")
 
 
 @dataclass(frozen=True)
 class Config:
-    recipe: str = opt("default", "Base settings: a name in pipeline/recipes or a YAML file.")
+    recipe: str = opt("default", "Base settings: the name of a recipe (paper, taylor, llama2-13b, …) or a YAML file.")
     run_dir: str = opt("", "Directory of the run: configuration, checkpoints, logs, results.")
     seed: int = opt(0, "Seed of data order, gate samples and LoRA initialisation.", ge=0)
     deepspeed: str = opt(
-        "", "How several ranks share the memory: zero2, zero3, zero3_offload, zero3_hpz, or a DeepSpeed JSON file; "
-        "empty: every rank holds everything."
+        "", "How several ranks share the memory: zero2, zero3, zero3_hpz, zero3_offload, zero3_nvme, or a DeepSpeed "
+        "JSON file; empty: every rank holds everything."
     )  # fmt: skip
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -258,6 +267,9 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+
+ASKED_EACH_TIME = (("evaluate", "trust_remote_code"),)
+"""Fields that no file can set: a recipe or a run directory of someone else's must not allow itself to run code."""
 
 STAGE_SECTIONS = {
     "prepare": ["model", "data", "finetune"],

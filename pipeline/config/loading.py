@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import yaml
 
-from nuteprune.config.fields import Config, ConfigError
+from nuteprune.config.fields import ASKED_EACH_TIME, Config, ConfigError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+YAML_LIMIT = 1 << 20
+"""Bytes of a YAML file that is read: every field with its comments has a hundredth of that."""
 
 
 def load_config(settings: Config | Mapping | str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -57,6 +59,7 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
     name = str(next((tree["recipe"] for _, tree in reversed(layers) if tree.get("recipe")), "default"))
     tree: dict = {}
     for source, layer in [*_recipe_layers(name), *layers]:
+        layer = _renamed(layer)
         _check_keys(Config, layer, source, "")
         tree = _merge(tree, layer)
     tree["recipe"] = name
@@ -69,9 +72,16 @@ def _consistent(config: Config) -> Config:
         raise ConfigError("loss.layer_weight and loss.kl_weight are both 0: nothing would be learned; set one of them")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", config.export.shard_size):
         raise ConfigError(f"export.shard_size: expected a size such as 5GB or 500MB, got '{config.export.shard_size}'")
-    if not config.lora.targets:
-        raise ConfigError("lora.targets is empty: name at least one")
     return config
+
+
+def _renamed(layer: dict) -> dict:
+    """A layer in today's names: `tracking.tensorboard` of earlier runs turned the one place to report to on or off."""
+    tracking = layer.get("tracking")
+    if not isinstance(tracking, dict) or not isinstance(tracking.get("tensorboard"), bool):
+        return layer
+    rest = {key: value for key, value in tracking.items() if key != "tensorboard"}
+    return layer | {"tracking": {"report_to": ["tensorboard"] if tracking["tensorboard"] else []} | rest}
 
 
 def _recipe_layers(name: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
@@ -92,19 +102,35 @@ def recipe_path(name: str) -> Path:
     raise ConfigError(f"recipe '{name}' not found: use one of {known}, or the path of a YAML file")
 
 
+class _NoAliases(yaml.SafeLoader):
+    """Plain values only: a few lines of aliases (*name) to aliases stand for more text than any memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; raises `ConfigError` where there is none."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > YAML_LIMIT:
+            raise ConfigError(f"{path} has more than {YAML_LIMIT} bytes: settings are shorter")
+        tree = yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold `key: value` lines at its top level")
+    for section, field in ASKED_EACH_TIME:
+        if isinstance(tree.get(section), dict) and field in tree[section]:
+            raise ConfigError(
+                f"{path} sets {section}.{field}, which no file can: give {section}.{field}=… when you start the stage"
+            )
     return tree
 
 
@@ -151,8 +177,12 @@ def describe(sections: list[str]) -> str:
 
 
 def _describe_field(key: str, f: dataclasses.Field, hint: Any) -> str:
-    default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-    return f"  {key} ({_type_name(hint)}, default {default!r})\n      {f.metadata['help']}"
+    return f"  {key} ({type_name(hint)}, default {default_of(f)!r})\n      {f.metadata['help']}"
+
+
+def default_of(f: dataclasses.Field) -> Any:
+    """A field's default, also where it is made anew each time."""
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 
 
 def _check_keys(cls: type, tree: dict, source: str, prefix: str) -> None:
@@ -189,11 +219,12 @@ def _merge(base: dict, layer: dict) -> dict:
     return merged
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """A field's type in a user's words."""
     if typing.get_origin(hint) is Literal:
         return " | ".join(str(a) for a in typing.get_args(hint))
     if typing.get_origin(hint) is list:
-        return f"list of {_type_name(typing.get_args(hint)[0])}"
+        return f"list of {type_name(typing.get_args(hint)[0])}"
     return getattr(hint, "__name__", str(hint))
 
 
@@ -221,21 +252,22 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return ""  # `key=` on the command line
     elif hint in (int, str, bool) and type(value) is hint:
         return value
-    expected = _type_name(hint)
+    expected = type_name(hint)
     near = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(hint)], n=1)
     raise ConfigError(f"{key}: expected {expected}, got {value!r}" + (f"; did you mean '{near[0]}'?" if near else ""))
 
 
-_BOUNDS = {
+BOUNDS = {
     "ge": ("at least", operator.ge),
     "gt": ("greater than", operator.gt),
     "le": ("at most", operator.le),
     "lt": ("less than", operator.lt),
 }
+"""The bounds of `opt`: in words, and what holds."""
 
 
 def _bounded(value: Any, f: dataclasses.Field, key: str) -> Any:
-    bounds = [(*_BOUNDS[name], limit) for name, limit in f.metadata.items() if name in _BOUNDS and limit is not None]
+    bounds = [(*BOUNDS[name], limit) for name, limit in f.metadata.items() if name in BOUNDS and limit is not None]
     if not all(holds(value, limit) for _, holds, limit in bounds):
         wanted = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
         raise ConfigError(f"{key}: must be {wanted}, got {value!r}")

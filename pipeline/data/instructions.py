@@ -50,7 +50,9 @@ def packed_windows(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -
     """
     examples = [encode(parts, tokenizer) for parts in worded(config, tokenizer)]
     usable = _usable(config, examples)
-    windows = pack([len(ids) for ids, _ in usable], config.seq_len)
+    windows = (
+        pack([len(ids) for ids, _ in usable], config.seq_len) if config.pack else [[i] for i in range(len(usable))]
+    )
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     log.info("%d records in %d windows of %d tokens, %.0f%% filled", len(usable), len(windows), config.seq_len,
              100 * sum(len(ids) for ids, _ in usable) / (len(windows) * config.seq_len))  # fmt: skip

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import Config
 from nuteprune.data.text import packed_blocks
-from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
+from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, read_json, verify
+
+log = logging.getLogger(__name__)
 
 
 def save_blocks(config: Config, blocks: torch.LongTensor) -> Path:
@@ -25,13 +29,18 @@ def save_blocks(config: Config, blocks: torch.LongTensor) -> Path:
 
 
 def load_blocks(config: Config) -> torch.LongTensor | None:
-    """The blocks [N, T] that the prepare stage made with these settings, or None."""
+    """The blocks [N, T] that the prepare stage made with these settings and that are whole, or None."""
     directory = Path(config.run_dir) / "prepared"
     if not config.run_dir or not (directory / MANIFEST).is_file():
         return None
-    if json.loads((directory / "prepared.json").read_text(encoding="utf-8")) != _settings(config):
+    try:
+        verify(directory)
+        if read_json(directory / "prepared.json") != _settings(config):
+            return None
+        return load_file(directory / "blocks.safetensors")["blocks"].long()
+    except (CheckpointError, SafetensorError, OSError, LookupError) as error:
+        log.warning("%s is damaged, so the text is packed again: %s", directory, error)
         return None
-    return load_file(directory / "blocks.safetensors")["blocks"].long()
 
 
 def training_blocks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.LongTensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +18,9 @@ from nuteprune.exporting.card import RECORD, add_results
 from nuteprune.exporting.publish import push
 from nuteprune.model.loading import load_any
 from nuteprune.parallel.distributed import discover
-from nuteprune.training.tracking import Tracker
+from nuteprune.runs.checkpoint import CheckpointError
+from nuteprune.runs.words import one_line
+from nuteprune.training.tracking import Tracker, check_reporters
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,12 @@ def evaluate_models(config: Config) -> dict:
     settings = config.evaluate
     paths, output = _model_paths(config), report_directory(config)
     device = discover().device
-    tasks = load_tasks(settings.tasks)  # first, so that a mistake in them costs no evaluation
+    check_reporters(config.tracking)
+    # First, so that a mistake in them costs no evaluation.
+    tasks = load_tasks(settings.tasks, settings.trust_remote_code)
     entries, models, streams = [], [], []
     for name, path in zip(_names(paths), paths, strict=True):
-        model, tokenizer, folder = load_any(path, config.model)
+        model, tokenizer, folder = load_any(path, config.model, settings.trust_remote_code)
         texts = _texts(config, tokenizer)
         streams.append(torch.cat(list(texts.values())))
         entry = {"name": name, "path": path, **sizes(model, folder)}
@@ -69,7 +72,7 @@ def evaluate_models(config: Config) -> dict:
         if (Path(entry["path"]) / RECORD).is_file():
             _into_card(result, entries[0], entry)
     if config.run_dir:
-        _to_tensorboard(result, config)
+        _to_tracker(result, report.results(written), config)
     if config.export.push_to_hub:
         push(Path(paths[-1]), config.export)
     return written
@@ -183,19 +186,20 @@ def _into_card(result: dict, first: dict, entry: dict) -> None:
     pair = {"models": [first, entry], "ratio": _ratio(first, entry)}
     try:
         add_results(Path(entry["path"]), report.results(result | pair))
-    except OSError as error:
-        log.warning("the results could not be put into the card of %s (%s)", entry["path"], error.strerror)
+    except (OSError, ValueError, CheckpointError) as error:
+        log.warning("the results could not be put into the card of %s (%s)", entry["path"], error)
 
 
-def _to_tensorboard(result: dict, config: Config) -> None:
-    """The report's numbers as `eval/MODEL/…` scalars beside the run's own."""
-    tracking = replace(config.tracking, progress=False, log_every=1)
-    with Tracker(config.run_dir, tracking, total_steps=1, first_step=None, stage="eval") as tracker:
-        for model in result["models"]:
-            values = {key: model[key] for key in SIZES}
-            values |= {f"perplexity/{text}": score["perplexity"] for text, score in model["perplexity"].items()}
-            for batch, measured in model.get("speed", {}).items():
-                values |= {f"batch_{batch}/{key}": measured[key] for key in SPEEDS}
-            for task, scores in model.get("tasks", {}).items():
-                values |= {f"tasks/{task}/{metric}": score["value"] for metric, score in scores["metrics"].items()}
-            tracker.log(0, {f"{model['name']}/{key}": value for key, value in values.items()})
+def _to_tracker(result: dict, table: str, config: Config) -> None:
+    """The report's table beside the run's curves, and its numbers as `eval/MODEL/…`."""
+    values = {}
+    for model in result["models"]:
+        own = {key: model[key] for key in SIZES}
+        own |= {f"perplexity/{text}": score["perplexity"] for text, score in model["perplexity"].items()}
+        for batch, measured in model.get("speed", {}).items():
+            own |= {f"batch_{batch}/{key}": measured[key] for key in SPEEDS}
+        for task, scores in model.get("tasks", {}).items():
+            own |= {f"tasks/{task}/{metric}": score["value"] for metric, score in scores["metrics"].items()}
+        values |= {one_line(f"{model['name']}/{key}"): value for key, value in own.items()}
+    with Tracker(config, "eval", total_steps=1, first_step=None) as tracker:
+        tracker.table("report", table, values)

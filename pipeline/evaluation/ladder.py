@@ -16,6 +16,7 @@ from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
 from nuteprune.runs.checkpoint import write_atomic, write_manifest
 from nuteprune.runs.students import choose_student, open_run
+from nuteprune.runs.words import code
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def _write(output: Path, points: list[dict], result: dict) -> None:
     best, text = knee(points), next(iter(result["models"][0]["perplexity"]))
     parts = [
         "# The ladder", table(points, best),
-        f"Perplexity of `{text}`, speeds relative to the intact model, all measured in one run; "
+        f"Perplexity of {code(text)}, speeds relative to the intact model, all measured in one run; "
         "[conditions and details](evaluate/report.md).",
     ]  # fmt: skip
     if best is not None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
+
+from nuteprune.runs.checkpoint import CheckpointError, read_json
+from nuteprune.training.pictures import WIDTH, kept_units, png
 
 log = logging.getLogger(__name__)
 
-WIDTH = 9.0
-"""Inches; at 100 dots per inch the width of a rendered Markdown page, so that labels are read at their own size."""
-UNITS = {"kv_groups": ("KV groups", "kv_heads"), "heads": ("query heads", "heads"), "ffn": ("FFN units", "ffn")}
-"""Per-layer units in drawing order: label, and their key among the original counts."""
+UNITS = {"kv_groups": "kv_heads", "heads": "heads", "ffn": "ffn"}
+"""Per-layer units, and their key among the original counts."""
 
 
 def kept(file: Path) -> bytes | None:
@@ -28,32 +30,29 @@ def kept(file: Path) -> bytes | None:
     """
     if not file.is_file():
         return None
-    facts = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return _kept(read_json(file))
+    except (CheckpointError, ValueError, TypeError, AttributeError, LookupError) as error:
+        log.warning("no picture of the kept units, %s is not a record of ours: %s", file, error)
+        return None
+
+
+def _kept(facts: dict) -> bytes | None:
     original = facts.get("original", {})
-    panels = []
-    for unit, (label, key) in UNITS.items():
+    gates = {}
+    for unit, key in UNITS.items():
         layers = facts.get("kept", {}).get(unit)
         if isinstance(layers, list) and layers:
-            total = original.get(key)
-            panels.append((label, [_count(layer, total) for layer in layers], total))
-    if not panels:
-        return None
-    figure = Figure(figsize=(WIDTH, 0.6 + 1.8 * len(panels)), layout="constrained")
-    for axis, (label, counts, total) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-        if total:
-            axis.bar(range(len(counts)), [total] * len(counts), color="#d9dee3", width=0.8)
-        axis.bar(range(len(counts)), counts, color="#2b6cb0", width=0.8)
-        before = f" of {total:,}" if total else ""
-        axis.set_title(f"{label}: {sum(counts) / len(counts):,.1f}{before} kept on average", size=10, loc="left")
-        axis.margins(x=0.01)
-        for scale in (axis.xaxis, axis.yaxis):
-            scale.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("layer")
-    hidden = facts["kept"].get("hidden")
-    if hidden and original.get("hidden"):
-        total = original["hidden"]
-        figure.suptitle(f"Hidden dimensions: {_count(hidden, total):,} of {total:,} kept", size=10)
-    return _png(figure)
+            gates[unit] = _as_gates([_count(layer, original.get(key)) for layer in layers], original.get(key))
+    hidden = facts.get("kept", {}).get("hidden")
+    if gates and hidden and original.get("hidden"):
+        gates["hidden"] = _as_gates([_count(hidden, original["hidden"])], original["hidden"])
+    return kept_units(gates) if gates else None
+
+
+def _as_gates(counts: list[int], total: int | None) -> Tensor:
+    """Counts of kept units as gates [L, U]."""
+    return (torch.arange(total or max(counts)) < torch.tensor(counts)[:, None]).float()
 
 
 def _count(kept_units: int | list, total: int | None) -> int:
@@ -94,7 +93,7 @@ def training(file: Path) -> bytes | None:
     below.legend(loc="lower right", fontsize=9)
     for axis in (above, below):
         axis.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 def ladder(points: list[dict], knee: int | None) -> bytes:
@@ -127,7 +126,7 @@ def ladder(points: list[dict], knee: int | None) -> bytes:
             axis.axvline(size[knee], color="black", linestyle="--", linewidth=1.0)
     if knee is not None:
         above.set_title(f"knee: {points[knee]['sparsity']:.0%}", size=10, loc="left")
-    return _png(figure)
+    return png(figure)
 
 
 def _read_metrics(file: Path) -> dict[int, dict]:
@@ -152,9 +151,3 @@ def _series(steps: dict[int, dict], key: str) -> tuple[list[int], list[float]]:
 
 def _percent(series: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
     return series[0], [100 * value for value in series[1]]
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()

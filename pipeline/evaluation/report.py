@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nuteprune.evaluation import pictures
 from nuteprune.runs.checkpoint import MANIFEST, write_atomic, write_manifest
+from nuteprune.runs.words import code, markdown_words, plain
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +75,10 @@ def markdown(report: dict) -> str:
     """The whole report as Markdown."""
     parts = ["# Evaluation", results(report)]
     if report["prompt"]:
-        parts += ["## Samples", f"Greedy continuations of `{report['prompt']}`:"]
+        parts += ["## Samples", f"Greedy continuations of {code(report['prompt'])}:"]
         # Indented blocks: a model may write anything, fences of its own included.
         parts += [
-            f"**{title}**\n\n" + "\n".join(f"    {line}" for line in model["sample"].splitlines() or [""])
+            f"**{title}**\n\n" + "\n".join(f"    {plain(line)}" for line in model["sample"].splitlines() or [""])
             for title, model in zip(_titles(report), report["models"], strict=True)
         ]
     if "kept.png" in report["pictures"]:
@@ -98,7 +99,7 @@ def results(report: dict) -> str:
 
 def _titles(report: dict) -> list[str]:
     """Column titles: before and after for a pair, the models' names otherwise."""
-    names = [model["name"] for model in report["models"]]
+    names = [markdown_words(model["name"]) for model in report["models"]]
     return ["before", "after"] if len(names) == 2 else names
 
 
@@ -115,7 +116,7 @@ def _rows(report: dict) -> list[list[str]]:
             add(label, [model[key] for model in models], ratio.get(key))
     for text in models[0]["perplexity"]:
         scores = [model["perplexity"][text]["perplexity"] for model in models]
-        add(f"perplexity of {text}", scores, ratio.get("perplexity", {}).get(text))
+        add(f"perplexity of {markdown_words(text)}", scores, ratio.get("perplexity", {}).get(text))
     for batch in models[0].get("speed", {}):
         for label, key in SPEED_ROWS.items():
             values = [model["speed"][batch][key] for model in models]
@@ -141,7 +142,7 @@ def _task_rows(report: dict) -> list[list[str]]:
         for metric in task["metrics"]:
             scores = [model["tasks"][name]["metrics"][metric] for model in report["models"]]
             facts = [str(task[key]) if task[key] is not None else "-" for key in ("version", "fewshot", "examples")]
-            rows.append([name, *facts, metric, *(_score(score) for score in scores)])
+            rows.append([markdown_words(name), *facts, markdown_words(metric), *(_score(score) for score in scores)])
     return rows
 
 
@@ -167,7 +168,7 @@ def _conditions(report: dict) -> str:
     for text, score in first["perplexity"].items():
         how = "side by side" if score["stride"] == score["window"] else "sliding"
         lines.append(
-            f"Perplexity of `{text}`: {score['blocks']} window{'s' * (score['blocks'] > 1)} of {score['window']} "
+            f"Perplexity of {code(text)}: {score['blocks']} window{'s' * (score['blocks'] > 1)} of {score['window']} "
             f"tokens, stride {score['stride']} ({how}), mean over {score['tokens']:,} predicted tokens, weights in "
             f"{report['dtype']}."
         )
@@ -193,7 +194,7 @@ def _conditions(report: dict) -> str:
 
 
 def _model_lines(report: dict) -> list[str]:
-    return [f"- {title}: `{m['path']}`" for title, m in zip(_titles(report), report["models"], strict=True)]
+    return [f"- {title}: {code(m['path'])}" for title, m in zip(_titles(report), report["models"], strict=True)]
 
 
 def _environment_lines(report: dict) -> list[str]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from nuteprune.exporting.folding import Fold
-from nuteprune.runs.checkpoint import update_manifest, write_atomic
+from nuteprune.runs.checkpoint import inside, update_manifest, write_atomic
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import Student
+from nuteprune.runs.words import code, markdown_words, one_line
 
 RECORD = "nuteprune.json"
 """What was kept, beside the weights: the sign of an export of ours."""
@@ -70,7 +71,7 @@ def model_card(run: Run, student: Student, fold: Fold, shape: str, dtype: str, r
     """
     base = run.config.model.path
     licence = base_licence(base)
-    name = Path(base).name if Path(base).exists() else base
+    name = one_line(Path(base).name if Path(base).exists() else base)
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [nuteprune, pruned]"]
     head += [f"license: {licence}"] if licence else []
     head += [f"base_model: {name}"] if name == base else []
@@ -80,7 +81,7 @@ def model_card(run: Run, student: Student, fold: Fold, shape: str, dtype: str, r
 def add_results(directory: Path, results: str) -> None:
     """Put an evaluation (Markdown) into an export's README.md, in place of an earlier one."""
     card = directory / "README.md"
-    made = card.read_text(encoding="utf-8").split(RESULTS)[0].rstrip()
+    made = inside(directory, card.name).read_text(encoding="utf-8").split(RESULTS)[0].rstrip()
     write_atomic(card, f"{made}\n{RESULTS}\n{results}\n".encode())
     update_manifest(directory, card.name)
 
@@ -93,8 +94,8 @@ def base_licence(base: str) -> str | None:
     if card is None:
         return None
     front = re.match(r"---\n(.*?)\n---", Path(card).read_text(encoding="utf-8"), re.DOTALL)
-    found = front and re.search(r"^license:[ \t]*(\S.*)$", front[1], re.MULTILINE)
-    return found[1].strip() if found else None
+    found = front and re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", front[1], re.MULTILINE)
+    return found[1] if found else None
 
 
 def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result: Result) -> list[str]:
@@ -103,9 +104,9 @@ def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result:
     steps = f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs"
     trust = ", trust_remote_code=True" if shape != "uniform" else ""
     lines = [
-        f"# {name}, pruned by {result.sparsity:.1%}",
+        f"# {markdown_words(name)}, pruned by {result.sparsity:.1%}",
         "",
-        f"A structurally pruned `{name}`: {result.base_parameters / 1e6:,.1f}M parameters became "
+        f"A structurally pruned {code(name)}: {result.base_parameters / 1e6:,.1f}M parameters became "
         f"{result.parameters / 1e6:,.1f}M. Made with {PAPER}: learned gates and LoRA on the frozen base, distilled "
         "from the student's own earlier snapshots, then folded into the weights.",
         "",
@@ -123,7 +124,7 @@ def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result:
         f"| Gated units | {', '.join(config.gates.units)} |",
         f"| Shape | `{shape}` |",
         f"| Weights | {dtype} |",
-        f"| Data | `{_data_name(config.data.source)}`, blocks of {config.data.seq_len} tokens |",
+        f"| Data | {_data_name(config.data.source)}, blocks of {config.data.seq_len} tokens |",
         f"| Training | {steps}, batch {train.batch_size}, LoRA rank {lora.rank}, learning rate {train.lora_lr:g} |",
         f"| Tokens | {facts.get('tokens', 0):,} |",
         f"| Teacher | {config.teacher.mode} |",
@@ -132,7 +133,7 @@ def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result:
     ]
     if tuned:
         lines.append(
-            f"| Fine-tuned | {tuned['steps']:,} steps on `{_data_name(tuned['data'])}`, {tuned['tokens']:,} tokens of "
+            f"| Fine-tuned | {tuned['steps']:,} steps on {_data_name(tuned['data'])}, {tuned['tokens']:,} tokens of "
             f"which {tuned['answer_tokens']:,} are answers |"
         )
     if result.cast_difference:
@@ -144,7 +145,7 @@ def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result:
 
 def _data_name(source: str) -> str:
     """A local path is of no use to a reader, and may hold private names."""
-    return Path(source).name if Path(source).exists() else source
+    return code(Path(source).name if Path(source).exists() else source).replace("|", "\\|")
 
 
 def _table(fold: Fold) -> list[str]:

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.arch import ATTENTION, PROJECTIONS, ArchSpec, family_of, projections
 from nuteprune.exporting import modeling_ragged
 from nuteprune.masks import Gates, Kept, kept_units
 from nuteprune.model.layers import LoraWeights
+from nuteprune.model.loading import OWN_TYPES
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,20 @@ _RENAMED = {"architectures", "model_type", "quantization_config", "transformers_
 """Entries of a base configuration that say what the base was, not how it computes."""
 DECI_FAMILIES = ("llama", "mistral")
 """Families whose layers vLLM's DeciLM computes (those of Qwen have biases or norms that it lacks)."""
+
+
+def _register() -> None:
+    """Make transformers' auto classes use this package's classes for exports of ours, never a directory's own file."""
+    for cls in vars(modeling_ragged).values():
+        own = isinstance(cls, type) and cls.__module__ == modeling_ragged.__name__
+        if own and issubclass(cls, PreTrainedConfig):
+            AutoConfig.register(cls.model_type, cls, exist_ok=True)
+            OWN_TYPES.add(cls.model_type)
+        elif own and issubclass(cls, PreTrainedModel) and cls.__name__.endswith("ForCausalLM"):
+            AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
+
+
+_register()
 
 
 @dataclass(frozen=True)

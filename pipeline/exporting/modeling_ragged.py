@@ -136,20 +136,30 @@ def _cut(linear: nn.Linear, rows: int, columns: int) -> None:
 
 
 def _ragged(base: str | None) -> str:
-    """Register attention `base` (and its mask) with unequal groups allowed; returns the new implementation's name."""
+    """Register attention `base` (and its mask) with unequal groups allowed; returns the implementation's name.
+
+    Flash attention keeps its name: under another with "flash" in it, transformers looks for a kernel on the hub.
+    """
     base = (base or "eager").removeprefix(PREFIX)
+    name = base if "flash" in base else PREFIX + base
     inner = eager_attention_forward if base == "eager" else AttentionInterface()[base]
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         if query.shape[1] == 0:
             return query.transpose(1, 2), None
-        if len(set(module.heads_per_group)) > 1:
-            key, value = _per_head(key, module.heads_per_group), _per_head(value, module.heads_per_group)
+        groups = getattr(module, "heads_per_group", ())
+        if len(set(groups)) > 1:
+            key, value = _per_head(key, groups), _per_head(value, groups)
         return inner(module, query, key, value, attention_mask, **kwargs)
 
-    AttentionInterface.register(PREFIX + base, attention)
-    AttentionMaskInterface.register(PREFIX + base, AttentionMaskInterface()[base])
-    return PREFIX + base
+    attention.inner, attention.takes_groups = inner, True
+    wrapped = inner
+    while wrapped is not None and not hasattr(wrapped, "takes_groups"):
+        wrapped = getattr(wrapped, "inner", None)
+    if wrapped is None:
+        AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
+    return name
 
 
 def _per_head(states: Tensor, groups: list[int]) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from nuteprune.config import ConfigError, ExportConfig
-from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, verify
+from nuteprune.runs.checkpoint import CheckpointError, recorded, verify
 
 log = logging.getLogger(__name__)
 
@@ -17,20 +18,24 @@ log = logging.getLogger(__name__)
 def push(directory: Path, config: ExportConfig) -> str:
     """Upload an export to the repository `config.push_to_hub`, made where it does not exist; returns its address.
 
+    Only the files of its manifest go there: not what else lies in the directory, or is linked from it.
+
     Raises:
         ConfigError: the export is damaged, or the hub cannot be reached or refuses (no token, no right to write, …).
     """
     repo = config.push_to_hub
     try:
         verify(directory)
+        names = [glob.escape(name) for name in recorded(directory)]
         api = HfApi()
         address = api.create_repo(repo, private=config.hub_private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=directory, ignore_patterns=[MANIFEST],
+        api.upload_folder(repo_id=repo, folder_path=directory, allow_patterns=names,
                           commit_message="Pruned with NutePrune")  # fmt: skip
     except CheckpointError as error:
         raise ConfigError(f"{error}: export again before it is pushed") from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"export.push_to_hub {repo}: {reason}") from None
+        token = get_token()
+        raise ConfigError(f"export.push_to_hub {repo}: {reason.replace(token, '***') if token else reason}") from None
     log.info("pushed %s to %s", directory, address)
     return str(address)

@@ -100,10 +100,13 @@ class MaskSet(nn.Module):
     def deterministic(self) -> Gates:
         """Gates without chance: as many as are expected to be closed are 0, those with the lowest log-alpha.
 
-        The others have the mean that they have while open.
+        The others have the mean that they have while open. With the noise as published, as in the authors' code: closed
+        ones are counted layer by layer, and the others are σ(0.8·log α / β) (Xia et al. 2022, CoFi).
         """
         if self.fixed is not None:
             return self.fixed
+        if self.config.noise_end == 1:
+            return Gates(**{kind: self._as_published(la) for kind, la in self.log_alpha.items()})
         gates = {}
         for kind, la in self.log_alpha.items():
             z = hc.mean_open(la, self.config.temperature, self.noise)
@@ -112,6 +115,13 @@ class MaskSet(nn.Module):
                 z.view(-1)[la.flatten().topk(closed, largest=False).indices] = 0.0
             gates[kind] = z
         return Gates(**gates)
+
+    def _as_published(self, la: Tensor) -> Tensor:
+        rows = la.view(-1, la.shape[-1])
+        closed = (1 - self._open(rows)).sum(1).round()
+        ranks = rows.argsort(dim=1, stable=True).argsort(dim=1)
+        z = torch.sigmoid(0.8 * rows / self.config.temperature)
+        return z.masked_fill(ranks < closed[:, None], 0.0).view_as(la)
 
     def expected_sparsity(self) -> Tensor:
         """Expected removed share of the prunable parameters, a scalar differentiable in log-alpha."""

@@ -41,7 +41,7 @@ def noise_at(config: Config, step: int, total: int) -> float:
 
 
 def lora_lr_at(config: Config, step: int, total: int) -> float:
-    """Learning rate of the LoRA weights at `step`: linear warm-up, then constant or cosine to a tenth of the peak."""
+    """LoRA's learning rate at `step`: linear warm-up, then constant, cosine to a tenth of the peak, or linear to 0."""
     train = config.train
     warm = max(1, round(train.lora_warmup * total))
     if step < warm:
@@ -49,4 +49,6 @@ def lora_lr_at(config: Config, step: int, total: int) -> float:
     if train.lora_schedule == "constant":
         return train.lora_lr
     progress = (step - warm) / max(1, total - warm)
+    if train.lora_schedule == "linear":
+        return train.lora_lr * (1 - progress)
     return train.lora_lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import struct
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +20,8 @@ from nuteprune.config import ConfigError, ModelConfig
 log = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+OWN_TYPES: set[str] = set()
+"""Model types whose classes this package registered with transformers (`exporting.folding`)."""
 
 
 def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -27,7 +31,7 @@ def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
         ConfigError: there is none, or it has more tokens than the model's vocabulary.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"model.path {path}: no usable tokenizer there ({_first_line(error)})") from None
     if len(tokenizer) > vocab_size:
@@ -43,7 +47,7 @@ def read_config(path: str) -> tuple[object, ArchSpec]:
     if not path:
         raise ConfigError("model.path is empty: set it to a model directory or a hub id")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if Path(path).exists():
             raise ConfigError(f"model.path {path}: no readable config.json there ({_first_line(error)})") from None
@@ -56,12 +60,19 @@ def read_config(path: str) -> tuple[object, ArchSpec]:
         raise ConfigError(f"model.path {path}: {error}") from None
 
 
+def check_attention(config: ModelConfig) -> None:
+    """Raise `ConfigError` for an attention that does not compute in the model's type."""
+    if config.attention == "flash_attention_2" and config.dtype == "float32":
+        raise ConfigError("model.attention=flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
+
+
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[nn.Module, ArchSpec]:
     """The pretrained model, unmodified, in `config.dtype` on `device`, and its architecture.
 
     Raises:
         ConfigError: no such model, unsupported family, or missing, damaged or incomplete weights.
     """
+    check_attention(config)
     _, spec = read_config(config.path)
     directory = Path(config.path)
     if directory.is_dir() and not any(p for pattern in WEIGHT_FILES for p in directory.glob(pattern)):
@@ -69,37 +80,64 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             config.path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
-            output_loading_info=True,
+            trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, SafetensorError, struct.error, RuntimeError, ValueError, ImportError) as error:
+    except (OSError, SafetensorError, UnpicklingError, struct.error, RuntimeError, ValueError, ImportError) as error:
         raise ConfigError(f"model.path {config.path}: the weights cannot be loaded ({_first_line(error)})") from None
     _check_whole(config.path, info)
     return model.to(device), spec
 
 
-def load_any(path: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+def load_any(
+    path: str, config: ModelConfig, trust: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
     """Any causal language model in `config.dtype` for evaluation, its tokenizer, and the directory of its files.
 
-    Code that came with a model is run only from a local directory whose config.json asks for it (`auto_map`), which is
-    how a `per_layer` export brings its modelling file.
+    A `per_layer` export brings a modelling file for transformers; here the class of this package is used, never that
+    file, which anybody may have changed.
+
+    Args:
+        path: directory or hub id.
+        config: type and attention.
+        trust: whether Python files that came with the model may run.
 
     Raises:
-        ConfigError: no whole model or no tokenizer there.
+        ConfigError: no whole model or no tokenizer there, or code of its own that is not trusted.
     """
+    check_attention(config)
     try:
         folder = Path(cached_file(path, "config.json")).parent
-        own_code = Path(path).is_dir() and '"auto_map"' in (folder / "config.json").read_text(encoding="utf-8")
-        if own_code:
-            log.info("%s brings its own modelling file (auto_map), which is run", path)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=own_code)
+        asking = _asking_for_code(folder)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"cannot load the model '{path}' for evaluation: {_first_line(error)}") from error
+    if asking and not trust:
+        raise ConfigError(
+            f"model {path}: its {asking} asks to run Python code that came with it (auto_map), which may do anything "
+            "you can: read that code, then set evaluate.trust_remote_code=true"
+        )
+    if asking:
+        log.warning("%s brings code of its own (auto_map in its %s), which is run", path, asking)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=bool(asking))
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
-            trust_remote_code=own_code, output_loading_info=True,
+            trust_remote_code=bool(asking), output_loading_info=True,
         )  # fmt: skip
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot load the model '{path}' for evaluation: {_first_line(error)}") from error
     _check_whole(path, info)
     return model.eval(), tokenizer, folder
+
+
+def _asking_for_code(folder: Path) -> str:
+    """The file of a model that names code of its own for transformers to run; empty where none does, or only ours."""
+    for name in ("config.json", "tokenizer_config.json"):
+        file = folder / name
+        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        ours = name == "config.json" and facts.get("model_type") in OWN_TYPES
+        if facts.get("auto_map") and not ours:
+            return name
+    return ""
 
 
 def _check_whole(path: str, info: dict) -> None:

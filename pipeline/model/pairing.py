@@ -64,6 +64,8 @@ class PairedDecoderLayer(nn.Module):
         self.layer, self.index = layer, index
         self.checkpointing = False
         self.current: _Pass | None = None
+        self.final_norm: Callable[[Tensor], Tensor] | None = None
+        """Of the last layer: the model's norm behind it. Transformers, and so the authors' loss, name its output."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         """hidden_states [B, T, D] of the student to its output; the teacher's stream is read and replaced in place."""
@@ -75,8 +77,18 @@ class PairedDecoderLayer(nn.Module):
         p.teacher_stream = teacher = self._teacher(p, kwargs)
         student = self._student(hidden_states, p.student, kwargs)
         if not p.student.layers[self.index].removed:
-            p.layer_terms.append(layer_loss(student, teacher, p.student.hidden, p.loss.layer))
+            pair = (
+                (student, teacher)
+                if self.final_norm is None or p.loss.layer != "raw"
+                else self._normed(student, teacher)
+            )
+            p.layer_terms.append(layer_loss(*pair, p.student.hidden, p.loss.layer))
         return student
+
+    def _normed(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            teacher = self.final_norm(teacher)
+        return self.final_norm(student), teacher
 
     def _teacher(self, p: _Pass, kwargs: dict) -> Tensor:
         with torch.no_grad():
@@ -141,6 +153,8 @@ class PairedModel(nn.Module):
         )
         for layer in self.layers:
             layer.checkpointing = checkpointing
+        # Not a submodule of the layer: ZeRO-3 gathers a layer's own parameters, and norms are whole on every rank.
+        object.__setattr__(self.layers[-1], "final_norm", model.model.norm)
         model.set_attn_implementation(_register_attention(model.config._attn_implementation))
 
     @property
@@ -234,23 +248,36 @@ def _masked(embedded: Tensor, hidden: Tensor | None) -> Tensor:
 
 
 def _register_attention(base: str) -> str:
-    """Register transformers' attention `base` with ragged KV groups allowed; returns the new implementation's name."""
-    name = f"nuteprune_{base}"
-    AttentionInterface.register(name, _ragged(base))
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
-    return name
+    """Register transformers' attention `base` with ragged KV groups allowed; returns the implementation's name.
 
-
-def _ragged(base: str) -> Callable:
-    def attention(module, query, key, value, attention_mask, **kwargs):
-        if query.shape[1] == 0:
-            return query.transpose(1, 2), None
-        if module.kv_index is not None:
-            key, value = key[:, module.kv_index], value[:, module.kv_index]
-        return inner(module, query, key, value, attention_mask, **kwargs)
-
+    Flash attention keeps its name: under another with "flash" in it, transformers looks for a kernel on the hub.
+    """
+    name = base if base.startswith("flash") else f"nuteprune_{base}"
     if base == "eager":
         from transformers.models.llama.modeling_llama import eager_attention_forward as inner
     else:
         inner = AttentionInterface()[base]
+    if not _is_wrapped(inner):
+        AttentionInterface.register(name, _ragged(inner))
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
+    return name
+
+
+def _is_wrapped(attention: Callable | None) -> bool:
+    """Whether `_ragged` is among the wrappers of an attention function (a per_layer export's file brings its own)."""
+    while attention is not None and not hasattr(attention, "takes_kv_index"):
+        attention = getattr(attention, "inner", None)
+    return attention is not None
+
+
+def _ragged(inner: Callable) -> Callable:
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if query.shape[1] == 0:
+            return query.transpose(1, 2), None
+        index = getattr(module, "kv_index", None)  # other models of the process may use flash attention too
+        if index is not None:
+            key, value = key[:, index], value[:, index]
+        return inner(module, query, key, value, attention_mask, **kwargs)
+
+    attention.inner, attention.takes_kv_index = inner, True
     return attention

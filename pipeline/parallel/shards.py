@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import ConfigError, ModelConfig
-from nuteprune.model.loading import read_config
+from nuteprune.model.loading import check_attention, read_config
 from nuteprune.parallel.distributed import World
 
 
@@ -37,6 +37,7 @@ def load_partitioned(config: ModelConfig, world: World, settings: dict) -> tuple
     import deepspeed
 
     with world.together():
+        check_attention(config)
         hf_config, spec = read_config(config.path)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(

@@ -12,7 +12,7 @@ import torch
 
 from nuteprune.config import Config, ConfigError
 from nuteprune.masks import Gates
-from nuteprune.masks.schedule import target_at, warmup_steps
+from nuteprune.masks.schedule import target_at
 from nuteprune.planning.footprint import (
     FP32,
     USABLE,
@@ -171,11 +171,12 @@ def mean_kept(job: Job, total: int) -> tuple[float, float]:
     """
     config = job.config
     bank = TeacherBank(job.spec, config.teacher, 1.0, torch.device("cpu"), torch.float32)
-    warm, student, teacher = warmup_steps(config, total), 0.0, 0.0
+    student = teacher = 0.0
     wanted = snapshots(config, total)
     for step in range(total):
         target = target_at(config, step, total)
-        index = bank.choose(target, step, warm, total)
+        bank.observe(step, target, config.sparsity.target)
+        index = bank.choose(target, step, total)
         student += 1 - target
         teacher += 1 - (0.0 if index is None else bank.snapshots[index].sparsity)
         grid = (len(bank.snapshots) + 1) * config.teacher.interval

@@ -62,6 +62,7 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
     """
     import deepspeed
 
+    _on_cpu()
     quiet()
     began = time.perf_counter()
     if config.train.batch_size % ranks:
@@ -89,6 +90,14 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
         _step(model, config, masks, fake, ranks)
     gates = {kind: unit_shape(spec, kind) for kind in masks.kinds}
     return DryRun(ranks, total, share, gathered, gates, lora, time.perf_counter() - began)
+
+
+def _on_cpu() -> None:
+    """Let DeepSpeed place tensors on the CPU, where the ids and gates of a dry run are, also beside a GPU."""
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    set_accelerator(CPU_Accelerator())
 
 
 @contextmanager

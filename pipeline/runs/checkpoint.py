@@ -9,12 +9,15 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from nuteprune.config import ConfigError
 
 MANIFEST = "manifest.json"
+JSON_LIMIT = 1 << 26
+"""Bytes of a JSON file that is read: an export of 70B lists up to 80 x 28,672 kept FFN units, about 16 MB."""
 
 
 class CheckpointError(Exception):
@@ -63,24 +66,25 @@ def write_manifest(directory: Path, names: Iterable[str] | None = None) -> None:
         for path in paths
         if path.name != MANIFEST
     }
-    temporary = directory / f".{MANIFEST}"
-    temporary.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(directory / MANIFEST)
+    write_atomic(directory / MANIFEST, (json.dumps({"files": files}, indent=1) + "\n").encode())
 
 
 def update_manifest(directory: Path, name: str) -> None:
     """Record anew the size and sha256 of one file that was replaced; the other files are not read."""
-    manifest = directory / MANIFEST
-    files = json.loads(manifest.read_text(encoding="utf-8"))
+    files = recorded(directory)
     path = directory / name
-    files["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_atomic(manifest, (json.dumps(files, indent=1) + "\n").encode())
+    files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_atomic(directory / MANIFEST, (json.dumps({"files": files}, indent=1) + "\n").encode())
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part."""
+    """Write a file so that a crash leaves the old one or the new one, never a part.
+
+    A symbolic link in its place is replaced, never written through: in someone else's directory it may lead anywhere.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -89,18 +93,45 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def verify(directory: Path) -> None:
     """Raise `CheckpointError` unless every file of the manifest is there with its size and sha256."""
-    try:
-        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
-        raise CheckpointError(f"{directory} has no readable {MANIFEST}") from None
-    for name, expected in files.items():
-        path = directory / name
+    for name, expected in recorded(directory).items():
+        path = inside(directory, name)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
         if sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{path} does not match its sha256")
+
+
+def recorded(directory: Path) -> dict[str, dict]:
+    """The files of a manifest by name, each with `bytes` and `sha256`; raises `CheckpointError` where there is none."""
+    try:
+        files = read_json(directory / MANIFEST)["files"]
+        if all({"bytes", "sha256"} <= facts.keys() for facts in files.values()):
+            return files
+    except (CheckpointError, LookupError, TypeError, AttributeError):
+        pass
+    raise CheckpointError(f"{directory} has no readable {MANIFEST}")
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The file of that name in a directory; raises `CheckpointError` where it leaves the directory, by a link too."""
+    path = directory / name
+    if "\0" in name or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+        raise CheckpointError(f"{directory} names a file outside of it: {name!r}")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; raises `CheckpointError` where it is not readable, or larger than `JSON_LIMIT`."""
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise CheckpointError(f"{path} has more than {JSON_LIMIT} bytes")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} is not readable: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is not valid JSON") from None
 
 
 def sha256(path: Path) -> str:
@@ -155,7 +186,10 @@ class Checkpoints:
         """Delete the checkpoints that were skipped for `path`: they must not count as kept, nor lend their files."""
         for other in self.newest_first():
             if path is None or other.name > path.name:
-                shutil.rmtree(other)
+                try:
+                    shutil.rmtree(other)
+                except OSError as error:
+                    raise ConfigError(f"{other} is damaged and cannot be deleted: {error.strerror}") from None
 
     def prune(self) -> None:
         """Delete all but the newest `keep` checkpoints, and what killed saves left behind."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from nuteprune.config import ConfigError
@@ -27,6 +28,9 @@ def fingerprint(path: str) -> str | None:
 
     Returns:
         None where there are no weights to read.
+
+    Raises:
+        ConfigError: a weight file that is damaged.
     """
     try:
         folder = Path(cached_file(path, "config.json")).parent
@@ -48,6 +52,11 @@ def check_base(path: str, expected: str | None) -> None:
 
 def _tensors(file: Path) -> Iterator[bytes]:
     """Name, type, shape and hashed samples of each tensor of a safetensors file."""
+    try:
+        with safe_open(file, framework="pt"):  # checks that the header's sizes and places are true
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{file} is damaged ({error}): fetch it again") from None
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(length))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 PENDING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED")
+NUMBER = re.compile(r"\d+(_\d+)?")
+"""A job's id, or a task of an array of jobs."""
 TASK_ENDED = re.compile(r"srun: error: (?P<node>[^ :]+): tasks? (?P<rank>\d+)[^:]*: (?P<how>.+)")
 """srun's word on tasks that failed, in the order in which they did."""
 LAST_START = re.compile(r".*^[^\n]* restart \d+: ", re.DOTALL | re.MULTILINE)
@@ -51,7 +53,9 @@ def submitted(run_dir: Path) -> dict[str, str]:
     """The newest job of each stage, from the run directory's jobs.tsv."""
     path = run_dir / "jobs.tsv"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return dict(line.split("\t") for line in lines if line.count("\t") == 1)
+    pairs = (line.split("\t") for line in lines if line.count("\t") == 1)
+    # Nothing but a number may become an argument of SLURM's commands, or a part of a file's name.
+    return {stage: number for stage, number in pairs if NUMBER.fullmatch(number)}
 
 
 def find(number: str) -> Job:

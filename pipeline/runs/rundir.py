@@ -6,8 +6,6 @@ The base model is never part of it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nuteprune.arch import FFN, ArchSpec
-from nuteprune.config import Config, ConfigError, load_config, to_dict
+from nuteprune.config import ASKED_EACH_TIME, Config, ConfigError, load_config, to_dict
 from nuteprune.masks import KINDS, Gates
-from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, verify
+from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, inside, read_json, verify, write_atomic
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.snapshot import Snapshot
+from nuteprune.runs.words import one_line
 
 PEFT_PREFIX = "base_model.model.model.layers"
+DAMAGED = (CheckpointError, SafetensorError, OSError, ValueError, LookupError, TypeError)
+"""What reading a directory raises that is damaged, or was made by something else."""
 
 
 def save_gates(path: Path, gates: Gates, scores: Mapping[str, Tensor]) -> None:
@@ -84,44 +85,29 @@ def _peft_key(key: str) -> str:
     return f"{PEFT_PREFIX}.{layer}.{block}.{name}"
 
 
-def save_snapshots(directory: Path, snapshots: list[Snapshot], earlier: Path | None = None) -> None:
+def save_snapshots(directory: Path, snapshots: list[Snapshot]) -> None:
     """Write teachers as one safetensors file each, plus teachers.json with their steps and sparsities.
 
-    A snapshot never changes, so one that the directory `earlier` holds already is linked from there, not written again.
+    From memory each time, though a snapshot never changes: a file shared with an older checkpoint, or copied from its
+    blocks on the disk, would share its damage too.
     """
     directory.mkdir(parents=True, exist_ok=True)
     index = [
         {"file": f"{number:04d}.safetensors", "step": s.step, "sparsity": s.sparsity}
         for number, s in enumerate(snapshots)
     ]
-    known = _teacher_index(earlier) if earlier is not None else []
     for entry, s in zip(index, snapshots, strict=True):
-        if entry in known:
-            _link(earlier / entry["file"], directory / entry["file"])
-            continue
         tensors = _gate_tensors(s.gates, s.scores)
         tensors |= {f"lora.{k}.{side}": t for k, pair in s.lora.items() for side, t in zip("AB", pair, strict=True)}
         save_file(tensors, directory / entry["file"])
     (directory / "teachers.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _teacher_index(directory: Path) -> list[dict]:
-    path = directory / "teachers.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-
-
 def load_snapshots(directory: Path) -> list[Snapshot]:
-    """Read what `save_snapshots` wrote, in order."""
-    snapshots = []
-    for entry in _teacher_index(directory):
-        tensors = load_file(directory / entry["file"])
+    """Read what `save_snapshots` wrote, in order; raises `CheckpointError` for a file that is not in the directory."""
+    snapshots, path = [], directory / "teachers.json"
+    for entry in read_json(path) if path.is_file() else []:
+        tensors = load_file(inside(directory, str(entry["file"])))
         gates, scores = _split_gates(tensors)
         keys = [k.removeprefix("lora.").removesuffix(".A") for k in tensors if k.endswith(".A")]
         lora = {k: (tensors[f"lora.{k}.A"], tensors[f"lora.{k}.B"]) for k in sorted(keys)}
@@ -180,16 +166,27 @@ def load_run(directory: str | Path) -> Run:
     try:
         verify(pruned)
         gates, scores = load_gates(pruned / "gates.safetensors")
-        facts = json.loads((pruned / "pruned.json").read_text(encoding="utf-8"))
+        facts = read_json(pruned / "pruned.json")
         return Run(
             Path(directory), load_config(pruned / "config.yaml"), gates, scores, load_adapter(pruned / "adapter"),
             load_snapshots(pruned / "teachers"), facts["sparsity"], facts,
         )  # fmt: skip
-    except (CheckpointError, SafetensorError, OSError, ValueError) as error:
-        raise ConfigError(f"the finished run in {pruned} is damaged: {error}") from None
+    except DAMAGED as error:
+        raise ConfigError(f"the finished run in {pruned} is damaged: {reason(error)}") from None
+
+
+def reason(error: BaseException) -> str:
+    """One of `DAMAGED` in words."""
+    return f"no {error} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
 
 
 def save_config(path: Path, config: Config) -> None:
-    """Write the resolved configuration as YAML; read back anywhere it gives the same values."""
-    settings = yaml.safe_dump({**to_dict(config), "recipe": "default"}, sort_keys=False, allow_unicode=True)
-    path.write_text(f"# every field, from recipe {config.recipe}\n{settings}", encoding="utf-8")
+    """Write the resolved configuration as YAML; read back anywhere it gives the same values.
+
+    Except those of `ASKED_EACH_TIME`, which no file can set.
+    """
+    tree = {**to_dict(config), "recipe": "default"}
+    for section, field in ASKED_EACH_TIME:
+        del tree[section][field]
+    settings = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    write_atomic(path, f"# every field, from recipe {one_line(config.recipe)}\n{settings}".encode())

@@ -9,16 +9,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError, load_config
 from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
-from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, sha256, verify
+from nuteprune.runs.checkpoint import MANIFEST, atomic_directory, read_json, sha256, verify
 from nuteprune.runs.fingerprint import check_base
-from nuteprune.runs.rundir import Run, load_adapter, load_gates, load_run, save_adapter, save_config, save_gates
+from nuteprune.runs.rundir import (
+    DAMAGED,
+    Run,
+    load_adapter,
+    load_gates,
+    load_run,
+    reason,
+    save_adapter,
+    save_config,
+    save_gates,
+)
 
 log = logging.getLogger(__name__)
 
@@ -121,11 +130,12 @@ def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], targ
     try:
         verify(directory)
         gates, _ = load_gates(directory / "gates.safetensors")
-        facts = json.loads((directory / "tuned.json").read_text(encoding="utf-8"))
+        facts = read_json(directory / "tuned.json")
         lora, config = load_adapter(directory / "adapter"), load_config(directory / "config.yaml").lora
-    except (CheckpointError, SafetensorError, OSError, ValueError) as error:
-        raise ConfigError(f"the fine-tuned student in {directory} is damaged: {error}") from None
-    if facts["pruned"] != sha256(trained.directory / "pruned" / MANIFEST):
+        pruned = facts["pruned"]
+    except DAMAGED as error:
+        raise ConfigError(f"the fine-tuned student in {directory} is damaged: {reason(error)}") from None
+    if pruned != sha256(trained.directory / "pruned" / MANIFEST):
         raise ConfigError(
             f"{directory} was fine-tuned from an earlier pruning of this run: {again} with checkpoint.resume=never, or "
             "set export.source=pruned"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from nuteprune.config import Config
 from nuteprune.evaluation import report
 from nuteprune.evaluation.compare import evaluate_models, report_directory
+from nuteprune.training.tracking import watch_command
 
 
 def run(config: Config) -> dict:
@@ -23,7 +23,6 @@ def summary(config: Config, result: dict) -> str:
         lines += [f"{m['name']}: {' '.join((prompt + m['sample']).split())}" for m in result["models"]] + [""]
     lines += [f"model: {m['path']}" for m in result["models"][-1:]]
     lines.append(f"report: {report_directory(config) / 'report.md'}")
-    if config.run_dir:
-        command = Path(sys.executable).with_name("tensorboard")
-        lines.append(f"TensorBoard: {command} --logdir {Path(config.run_dir) / 'tensorboard'}")
+    if config.run_dir and "tensorboard" in config.tracking.report_to:
+        lines.append(f"curves: {watch_command(Path(config.run_dir))}")
     return "\n".join(lines)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nuteprune.arch import PROJECTIONS
-from nuteprune.config import Config, ConfigError, flatten, to_dict
+from nuteprune.config import Config, ConfigError
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
@@ -20,6 +21,7 @@ from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Answers, Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.runs.checkpoint import MANIFEST, sha256
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import (
     TUNED,
@@ -34,7 +36,6 @@ from nuteprune.training.engine import Engine
 from nuteprune.training.loop import Trainer, train
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.teachers import TeacherBank
-from nuteprune.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,11 @@ class Finetuning(Trainer):
                  total)  # fmt: skip
         return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank)
 
+    @cached_property
+    def inputs(self) -> dict[str, str | None]:
+        """The pruned student too."""
+        return super().inputs | {"the pruned student": sha256(self.trained.directory / "pruned" / MANIFEST)}
+
     def start(self) -> None:
         """Nothing to do: the student is there."""
 
@@ -151,9 +157,9 @@ class Finetuning(Trainer):
         own = int((micro_batch[:, 1] != IGNORE).sum())
         return own * self.world.size / int(self.answers.batch(self.step).sum())
 
-    def save(self, directory: Path, counters: dict[str, float], earlier: Path | None) -> None:
+    def save(self, directory: Path, counters: dict) -> None:
         """Gates, LoRA, its optimizer and counters."""
-        save_state(directory, self.config, *self._parts(), counters, earlier)
+        save_state(directory, self.config, *self._parts(), counters)
 
     def load(self, directory: Path) -> dict[str, float]:
         """Restore what `save` wrote; returns the counters."""
@@ -162,7 +168,7 @@ class Finetuning(Trainer):
     def _parts(self) -> tuple:
         return self.masks, None, self.model.lora(), self.engine.optimizers, self.bank
 
-    def finish(self, tracker: Tracker) -> Path:
+    def finish(self) -> Path:
         """Save the fine-tuned student."""
         config = self.config
         facts = {
@@ -173,6 +179,5 @@ class Finetuning(Trainer):
             "sparsity": sparsity_of(self.model.spec, self.masks.fixed),
             "skipped_steps": self.bad_total,
         }
-        tracker.hparams(flatten(to_dict(config)), {"finetune/answer_tokens": facts["answer_tokens"]})
         lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
         return save_tuned(Path(config.run_dir), config, self.trained, self.masks.fixed, lora, facts)

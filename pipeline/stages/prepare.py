@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from nuteprune.data.instructions import packed_windows
 from nuteprune.data.prepared import load_blocks, save_blocks
 from nuteprune.data.text import packed_blocks
 from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.runs.checkpoint import CheckpointError, read_json
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,12 @@ def check_weights(directory: Path) -> int:
     files = {path.name for path in directory.glob("*.safetensors")}
     index = directory / INDEX
     if index.is_file():
-        files |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            missing = set(read_json(index)["weight_map"].values()) - files
+        except (CheckpointError, LookupError, TypeError, AttributeError):
+            raise ConfigError(f"{index} is damaged: fetch it again") from None
+        if missing:
+            raise ConfigError(f"{directory / min(missing)} is missing or damaged: fetch it again")
     if not files:
         raise ConfigError(f"model.path {directory}: config.json but no weights (*.safetensors) there")
     for name in sorted(files):

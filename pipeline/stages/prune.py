@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nuteprune.config import Config, flatten, to_dict
+from nuteprune.config import Config
 from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import Gates, MaskSet, check_target, sparsity_of
-from nuteprune.masks.schedule import noise_at, settle_step, target_at, warmup_steps
+from nuteprune.masks.schedule import noise_at, settle_step, target_at
 from nuteprune.model.layers import View, build_view
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
@@ -22,11 +22,10 @@ from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.rundir import save_run
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
-from nuteprune.training.lifecycle import Preempted
 from nuteprune.training.loop import Trainer, train
 from nuteprune.training.resume import load_state, save_state
+from nuteprune.training.signals import Preempted
 from nuteprune.training.teachers import TeacherBank
-from nuteprune.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +79,12 @@ class Pruning(Trainer):
         count = self.config.gates.importance_batches
 
         def batches() -> Iterator[Tensor]:
-            for number in range(count):
-                if self.world.any(bool(self.stop.received)):
-                    raise Preempted(f"{self.stop.name} while importance was measured: nothing to save yet, start again")
-                yield self.stream.batch(number)
+            with self.progress_bar("importance", "batch", count) as bar:
+                for number in range(count):
+                    if self.world.any(bool(self.stop.received)):
+                        raise Preempted(self.stop.nothing)
+                    yield self.stream.batch(number)
+                    bar.update()
 
         log.info("measuring the importance of %s on %d batches", ", ".join(self.masks.kinds), count)
         importance = taylor_importance(self.model, self.masks.kinds, batches())
@@ -131,8 +132,8 @@ class Pruning(Trainer):
         if self.config.teacher.mode == "none":
             return None, None
         expected = float(self.masks.expected_sparsity().detach())
-        reached = warmup_steps(self.config, self.total)
-        index, following = (self.bank.choose(expected, s, reached, self.total) for s in (self.step, self.step + 1))
+        self.bank.observe(self.step, expected, self.config.sparsity.target)
+        index, following = (self.bank.choose(expected, s, self.total) for s in (self.step, self.step + 1))
         view = self.bank.activate(index)
         self.bank.prefetch(following)
         return index, view
@@ -155,9 +156,9 @@ class Pruning(Trainer):
         key = (self.config.seed * 1_000_003 + self.step) * 65_537 + micro_batch
         return self.masks.sample(torch.Generator().manual_seed(key % (1 << 63)))
 
-    def save(self, directory: Path, counters: dict[str, float], earlier: Path | None) -> None:
+    def save(self, directory: Path, counters: dict) -> None:
         """Gates, multipliers, LoRA, optimizers, teachers and counters."""
-        save_state(directory, self.config, *self._parts(), counters, earlier)
+        save_state(directory, self.config, *self._parts(), counters)
 
     def load(self, directory: Path) -> dict[str, float]:
         """Restore what `save` wrote; returns the counters."""
@@ -175,11 +176,14 @@ class Pruning(Trainer):
         }
 
     def pictures(self) -> dict[str, Tensor]:
-        """Kept heads and FFN units."""
-        gates = self.masks.deterministic().full(self.model.spec)
-        return {"heads": gates.head_gate(self.model.spec), "ffn": gates.ffn_gate()}
+        """Kept KV groups, query heads, FFN units and hidden dimensions."""
+        spec = self.model.spec
+        gates = self.masks.deterministic().full(spec)
+        heads = gates.head_gate(spec)
+        groups = heads.unflatten(1, (spec.kv_heads, spec.group_size)).amax(2)
+        return {"kv_groups": groups, "heads": heads, "ffn": gates.ffn_gate(), "hidden": gates.hidden[None]}
 
-    def finish(self, tracker: Tracker) -> Path:
+    def finish(self) -> Path:
         """Save the finished student and its teachers."""
         spec, masks, config = self.model.spec, self.masks, self.config
         gates = masks.deterministic()
@@ -191,7 +195,6 @@ class Pruning(Trainer):
             "skipped_steps": self.bad_total,
             "teachers": [s.sparsity for s in self.bank.snapshots],
         }
-        tracker.hparams(flatten(to_dict(config)), {"prune/final_sparsity": facts["sparsity"]})
         lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
         target = save_run(Path(config.run_dir), config, spec, gates, masks.scores(), lora, self.bank.snapshots, facts)
         log.info("pruned to %.2f%%, %d teachers (%.1f MB): %s", 100 * facts["sparsity"], len(self.bank.snapshots),

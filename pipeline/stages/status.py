@@ -84,11 +84,12 @@ def progress(directory: Path, stage: str) -> dict | None:
 
 def _entries(path: Path) -> list[dict]:
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            entries.append(json.loads(line))
-        except ValueError:  # the line that is being written
+            entry = json.loads(line)
+        except (ValueError, RecursionError):  # the line that is being written
             continue
+        entries += [entry] if isinstance(entry, dict) else []
     return entries
 
 

@@ -89,16 +89,15 @@ class Engine:
         self.lora = [p for pair in model.lora().values() for p in pair]
         self.alphas = list(masks.log_alpha.values())
         adamw = {"lr": train.lora_lr, "betas": (0.9, train.beta2), "weight_decay": train.weight_decay, "fused": True}
-        self.optimizers = {
-            "lora": _sharded_adamw(self.lora, **adamw)
-            if config.deepspeed and world.size > 1
-            else torch.optim.AdamW(self.lora, **adamw),
-            "gates": torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
-            if gates.optimizer == "adam"
-            else torch.optim.SGD(
-                self.alphas, lr=gates.lr / max(1, min(total, settle_step(config, total))), momentum=_GATE_MOMENTUM
-            ),
-        }
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        if self.lora:
+            sharded = config.deepspeed and world.size > 1
+            self.optimizers["lora"] = (_sharded_adamw if sharded else torch.optim.AdamW)(self.lora, **adamw)
+        if gates.optimizer == "adam":
+            self.optimizers["gates"] = torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
+        else:
+            reach = gates.lr / max(1, min(total, settle_step(config, total)))
+            self.optimizers["gates"] = torch.optim.SGD(self.alphas, lr=reach, momentum=_GATE_MOMENTUM)
         if multipliers is not None:
             self.optimizers["multipliers"] = torch.optim.AdamW(
                 multipliers.parameters(), lr=config.sparsity.multiplier_lr, weight_decay=0.0, maximize=True
@@ -113,7 +112,7 @@ class Engine:
     def step(self, step: int) -> StepResult:
         """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
         self.world.mean(self.gradients).div_(self.scale.value)
-        for group in self.optimizers["lora"].param_groups:
+        for group in self.optimizers["lora"].param_groups if self.lora else ():
             group["lr"] = lora_lr_at(self.config, step, self.total)
         limit = self.config.train.grad_clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.lora, limit))
@@ -132,8 +131,10 @@ class Engine:
 
     def collect(self) -> None:
         """Bring the shards of the LoRA optimizer's state to rank 0, for a checkpoint; collective."""
-        if hasattr(self.optimizers["lora"], "consolidate_state_dict"):
+        if hasattr(self.optimizers.get("lora"), "consolidate_state_dict"):
             self.optimizers["lora"].consolidate_state_dict(to=0)
+            if self.world.device.type == "cuda":  # it copies to the CPU without waiting for the copies
+                torch.cuda.synchronize(self.world.device)
 
     def discard(self) -> None:
         """Forget accumulated gradients."""

@@ -1,13 +1,10 @@
-"""What every long stage does around its loop: own its run directory, know when it is done, leave on a signal."""
+"""What every long stage does around its loop: own its run directory, know when it is done."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from nuteprune.config import Config, ConfigError
@@ -16,13 +13,6 @@ from nuteprune.runs.rundir import save_config
 from nuteprune.training.resume import check_same_run
 
 log = logging.getLogger(__name__)
-
-
-class Preempted(RuntimeError):
-    """A signal asked the run to end; its state is saved and the same command goes on from there."""
-
-    exit_code = 75
-    """EX_TEMPFAIL of sysexits.h: try again."""
 
 
 def check_directory(config: Config, free: tuple[str, ...]) -> Path:
@@ -73,31 +63,3 @@ def is_finished(output: Path) -> bool:
         log.warning("%s is damaged and will be made again: %s", output, error)
         return False
     return True
-
-
-@dataclass
-class Stop:
-    """Name of the signal that asked this rank to end the run, empty while none did."""
-
-    received: str = ""
-
-    @property
-    def name(self) -> str:
-        """The signal, for a message; where it came to other ranks only, they are named."""
-        return self.received or "a signal to another rank"
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Note SIGTERM and SIGUSR1 instead of dying, so that the step in hand is finished and saved."""
-    stop = Stop()
-
-    def note(number, _frame):
-        stop.received = signal.Signals(number).name
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield stop
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

@@ -5,6 +5,7 @@ A stage is a `Trainer`: it says what one step computes and what its state and it
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import resource
@@ -12,23 +13,29 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-import yaml
 from torch import Tensor
+from tqdm import tqdm
+from transformers.utils import cached_file
 
 from nuteprune.config import Config, ConfigError, flatten, to_dict
 from nuteprune.data.text import BatchStream
 from nuteprune.model.pairing import Losses, PairedModel
 from nuteprune.parallel.distributed import World, connected, discover
-from nuteprune.runs.checkpoint import Checkpoints, atomic_directory
+from nuteprune.runs.checkpoint import Checkpoints, atomic_directory, sha256
+from nuteprune.runs.fingerprint import fingerprint
+from nuteprune.runs.rundir import DAMAGED, reason
 from nuteprune.training.engine import Engine
-from nuteprune.training.lifecycle import Preempted, Stop, check_directory, claim_directory, is_finished, stop_signals
-from nuteprune.training.tracking import Tracker
+from nuteprune.training.lifecycle import check_directory, claim_directory, is_finished
+from nuteprune.training.resume import check_fits
+from nuteprune.training.signals import Preempted, Stop, stop_signals
+from nuteprune.training.tracking import Tracker, check_reporters, progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -81,24 +88,36 @@ class Trainer(ABC):
         """Step `self.step`: forward, backward, update; returns the scalars to log."""
 
     @abstractmethod
-    def save(self, directory: Path, counters: dict[str, float], earlier: Path | None) -> None:
-        """Write all that `load` needs, on rank 0; files that never change may be linked from `earlier`."""
+    def save(self, directory: Path, counters: dict) -> None:
+        """Write all that `load` needs, on rank 0."""
 
     @abstractmethod
     def load(self, directory: Path) -> dict[str, float]:
         """Restore in place what `save` wrote; returns the counters."""
 
     @abstractmethod
-    def finish(self, tracker: Tracker) -> Path:
+    def finish(self) -> Path:
         """Write the result after the last step, on rank 0; returns its directory."""
+
+    @cached_property
+    def inputs(self) -> dict[str, str | None]:
+        """Fingerprints of what the state is worth nothing without: the base model and the text or records."""
+        base = self.config.model.path
+        data = hashlib.sha256(self.stream.blocks.contiguous().numpy()).hexdigest()
+        sizes = sha256(Path(cached_file(base, "config.json")))
+        return {"model.path": fingerprint(base), "config.json of model.path": sizes, "data.source": data}
 
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
         """What stands behind the progress bar."""
         return {"loss": f"{metrics['loss']:.3f}"}
 
     def pictures(self) -> dict[str, Tensor]:
-        """Pictures of units [L, U] in 0..1 for TensorBoard, by name."""
+        """Gates [L, U] in 0..1 to draw, by kind."""
         return {}
+
+    def progress_bar(self, name: str, unit: str, total: int, done: int = 0) -> AbstractContextManager[tqdm]:
+        """A bar on rank 0 unless `tracking.progress` is off."""
+        return progress_bar(name, unit, total, done, shown=self.config.tracking.progress and self.world.is_main)
 
     def share(self, micro_batch: Tensor, batch: Tensor) -> float:
         """Weight of a micro-batch's mean loss in that of this rank's batch."""
@@ -158,20 +177,22 @@ def train(config: Config, stage: type[Trainer]) -> Path:
     Raises:
         ConfigError: a mistake in the configuration, the model, the data or the run directory.
         TrainingFailed: too many steps in a row were not finite.
-        Preempted: SIGTERM or SIGUSR1 came to any rank; the state is saved.
+        Preempted: SIGTERM, SIGUSR1 or SIGINT came to any rank; the state is saved.
         RankLost: another rank died.
     """
     world = discover()
-    with connected(world, config.train.rank_timeout) if world.size > 1 or config.deepspeed else nullcontext():
-        return _train(config, stage, world)
+    ranks = connected(world, config.train.rank_timeout) if world.size > 1 or config.deepspeed else nullcontext()
+    with stop_signals() as stop, ranks:
+        return _train(config, stage, world, stop)
 
 
-def _train(config: Config, stage: type[Trainer], world: World) -> Path:
+def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Path:
     check_alike(config, world)
     output = Path(config.run_dir) / stage.output
     finished = False
     with world.together():
         if world.is_main:
+            check_reporters(config.tracking)
             check_directory(config, stage.free)
             finished = config.checkpoint.resume == "auto" and is_finished(output)
     if world.from_main(finished):
@@ -183,15 +204,30 @@ def _train(config: Config, stage: type[Trainer], world: World) -> Path:
         if world.is_main:
             claim_directory(config, stage.outputs)
     resume(trainer)
-    with _tracker(trainer) as tracker, stop_signals() as trainer.stop:
+    trainer.stop, stop.polled = stop, True
+    with world.together():
+        tracker = Tracker(config, trainer.stage, trainer.total, trainer.step, world.is_main)
+    with tracker:
         if trainer.step == 0:
             trainer.start()
+        run_steps(trainer, tracker)
+    with world.together():
+        if world.is_main:
+            trainer.finish()
+    return output
+
+
+def run_steps(trainer: Trainer, tracker: Tracker) -> None:
+    """The steps that are left, with a checkpoint now and then and before the run leaves on a signal."""
+    every = trainer.config.checkpoint.every
+    with trainer.progress_bar(trainer.stage, "step", trainer.total, trainer.step) as bar:
         while trainer.step < trainer.total:
             began = time.perf_counter()
             metrics = trainer.train_step()
             report(trainer, tracker, metrics, time.perf_counter() - began)
+            bar.set_postfix(trainer.progress(metrics), refresh=False)
+            bar.update()
             trainer.step += 1
-            every = config.checkpoint.every
             if trainer.stopping or (every and trainer.step % every == 0 and trainer.step < trainer.total):
                 save_checkpoint(trainer)
             if trainer.stopping:
@@ -199,10 +235,6 @@ def _train(config: Config, stage: type[Trainer], world: World) -> Path:
                     f"{trainer.stop.name} at step {trainer.step} of {trainer.total}: saved; start again with "
                     "checkpoint.resume=auto (the default) to go on"
                 )
-        with world.together():
-            if world.is_main:
-                trainer.finish(tracker)
-    return output
 
 
 def check_alike(config: Config, world: World) -> None:
@@ -230,23 +262,37 @@ def resume(trainer: Trainer) -> None:
     if trainer.config.checkpoint.resume == "never":
         return
     path = None
-    if world.is_main:
-        path, skipped = trainer.checkpoints.newest_valid()
-        trainer.checkpoints.drop_newer_than(path)
-        for reason in skipped:
-            log.warning("checkpoint skipped: %s", reason)
-        if skipped and path is None:
-            log.warning("no checkpoint is whole: starting anew")
+    with world.together():
+        if world.is_main:
+            path = choose_checkpoint(trainer.checkpoints)
     path = world.from_main(path)
     if path is None:
         return
     with world.together():
         if not path.is_dir():
             raise ConfigError(f"{path} is not seen here: run_dir must be in a file system that all ranks share")
-        counters = trainer.load(path)
-    trainer.step, trainer.bad_total = counters["step"], counters["bad_total"]
-    trainer.engine.scale.value, trainer.engine.scale.good_steps = counters["loss_scale"], counters["good_steps"]
+        try:
+            if world.is_main:
+                check_fits(path, trainer.config, trainer.free, trainer.inputs)
+            counters, scale = trainer.load(path), trainer.engine.scale
+            trainer.step, trainer.bad_total = counters["step"], counters["bad_total"]
+            scale.value, scale.good_steps = counters["loss_scale"], counters["good_steps"]
+        except ConfigError:
+            raise
+        except (*DAMAGED, RuntimeError) as error:  # whole, but of something else
+            raise ConfigError(f"{path} does not fit this run ({reason(error)}): remove it and start again") from error
     log.info("resumed at step %d from %s", trainer.step, path)
+
+
+def choose_checkpoint(checkpoints: Checkpoints) -> Path | None:
+    """The newest checkpoint that verifies; newer ones are told of and deleted."""
+    path, skipped = checkpoints.newest_valid()
+    for why in skipped:
+        log.warning("checkpoint skipped: %s", why)
+    if skipped and path is None:
+        log.warning("no checkpoint is whole: starting anew")
+    checkpoints.drop_newer_than(path)
+    return path
 
 
 def save_checkpoint(trainer: Trainer) -> None:
@@ -257,14 +303,14 @@ def save_checkpoint(trainer: Trainer) -> None:
     trainer.engine.collect()
     with trainer.world.together():
         if trainer.world.is_main:
-            earlier = next(iter(trainer.checkpoints.newest_first()), None)
+            counters |= {"inputs": trainer.inputs}
             with atomic_directory(trainer.checkpoints.path(trainer.step)) as temporary:
-                trainer.save(temporary, counters, earlier)
+                trainer.save(temporary, counters)
             trainer.checkpoints.prune()
 
 
 def report(trainer: Trainer, tracker: Tracker, metrics: dict[str, float], seconds: float) -> None:
-    """Log a step's scalars, pictures and progress."""
+    """Log a step's scalars and pictures."""
     config, step = trainer.config, trainer.step
     metrics |= {
         "step_s": seconds,
@@ -273,8 +319,7 @@ def report(trainer: Trainer, tracker: Tracker, metrics: dict[str, float], second
     }
     tracker.log(step, metrics)
     if step % config.tracking.image_every == 0 or step == trainer.total - 1:
-        tracker.images(step, trainer.pictures())
-    tracker.progress(step, trainer.progress(metrics))
+        tracker.picture(step, trainer.pictures())
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -283,11 +328,3 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
-
-
-def _tracker(trainer: Trainer) -> Tracker:
-    config = trainer.config
-    text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    return Tracker(
-        config.run_dir, config.tracking, trainer.total, trainer.step, trainer.world.is_main, trainer.stage, text
-    )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nuteprune.config import Config, ConfigError, flatten, read_yaml, to_dict
 from nuteprune.masks import Gates, MaskSet
-from nuteprune.runs.checkpoint import CheckpointError
+from nuteprune.runs.checkpoint import CheckpointError, read_json
 from nuteprune.runs.rundir import (
     load_adapter,
     load_gates,
@@ -36,18 +36,18 @@ FREE_KEYS = (
 def save_state(
     directory: Path, config: Config, masks: MaskSet, multipliers: nn.Module | None,
     lora: Mapping[str, tuple[Tensor, Tensor]], optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank,
-    counters: dict[str, float], earlier: Path | None,
+    counters: dict,
 ) -> None:  # fmt: skip
-    """Write everything `load_state` needs into a directory; teachers are linked from the checkpoint `earlier`."""
+    """Write everything `load_state` needs into a directory."""
     save_config(directory / "config.yaml", config)
     save_gates(directory / "gates.safetensors", masks.fixed or Gates(), masks.scores())
     save_adapter(directory / "adapter", lora, config)
-    save_snapshots(directory / "teachers", bank.snapshots, earlier / "teachers" if earlier else None)
+    save_snapshots(directory / "teachers", bank.snapshots)
     tensors = _optimizer_tensors(optimizers)
     if multipliers is not None:
         tensors["multipliers"] = multipliers.values.detach().cpu()
     save_file(tensors, directory / "optimizer.safetensors")
-    (directory / "state.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
+    (directory / "state.json").write_text(json.dumps(counters | {"reached": bank.reached}) + "\n", encoding="utf-8")
 
 
 def load_state(
@@ -71,7 +71,9 @@ def load_state(
     bank.restore(load_snapshots(directory / "teachers"))
     if gates.as_dict():
         masks.fix(gates)
-    return json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    counters = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    bank.reached = counters.pop("reached", None)
+    return counters
 
 
 def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None:
@@ -94,6 +96,24 @@ def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None
             f"run_dir {run_dir} belongs to a run with {was}, not {value!r}: choose another run_dir, "
             "or checkpoint.resume=never to start it anew"
         )
+
+
+def check_fits(checkpoint: Path, config: Config, free: tuple[str, ...], inputs: Mapping[str, str | None]) -> None:
+    """Raise `ConfigError` where a checkpoint is of a run with other settings, on another base model or other data.
+
+    Args:
+        checkpoint: its directory.
+        config, free: as of `check_same_run`.
+        inputs: fingerprints by name, as the checkpoint's counters hold them under `inputs`.
+    """
+    check_same_run(checkpoint, config, free)
+    known = read_json(checkpoint / "state.json").get("inputs", {})
+    for name, value in inputs.items():
+        if known.get(name, value) != value:
+            raise ConfigError(
+                f"{name} is not what {checkpoint} was trained on: put that back, or start anew with "
+                "checkpoint.resume=never"
+            )
 
 
 def _optimizer_tensors(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -121,3 +141,16 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
     if any(index >= known for index in state):
         raise CheckpointError("optimizer.safetensors belongs to a model with more parameters")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    _step_beside_parameters(getattr(optimizer, "optim", optimizer))
+
+
+def _step_beside_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Put the step counts of a fused optimizer on its parameters' devices, where its kernel reads them.
+
+    `ZeroRedundancyOptimizer` loads them to the CPU, on which those of other optimizers belong.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            entries = optimizer.state.get(parameter)
+            if entries:
+                entries["step"] = entries["step"].to(parameter.device)

@@ -18,10 +18,10 @@ _GRID_EPS = 1e-6
 class TeacherBank:
     """Records snapshots as sparsity rises and says which of them teaches a step (paper, section 3.3).
 
-    While the sparsity rises the teacher is the sparsest snapshot at least `lag` intervals below the student, the intact
-    model before there is one. From the step the target is reached on, the remaining steps walk from the sparsest such
-    snapshot back to the intact model in equal shares. `share` keeps out snapshots so sparse that, in a short run, they
-    know too little to teach.
+    The teacher is the sparsest snapshot at least `lag` intervals below a mark, the intact model where there is none.
+    While the sparsity rises the mark is the student's own; from the step at which the student has reached the target
+    on, it falls an interval at a time, to 0 at the end of the run, so that the lessons walk back to the intact model.
+    `share` keeps out snapshots so sparse that, in a short run, they know too little to teach.
 
     Args:
         spec: the architecture.
@@ -34,6 +34,8 @@ class TeacherBank:
         self.spec, self.config, self.scaling = spec, config, scaling
         self.device, self.dtype = device, dtype
         self.snapshots: list[Snapshot] = []
+        self.reached: int | None = None
+        """First step at which the student had the full target sparsity."""
         self._active: tuple[int | None, View] | None = None
         self._fetched: tuple[int, Snapshot] | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -60,22 +62,29 @@ class TeacherBank:
         pinned = self.device.type == "cuda"
         self.snapshots = [s.map(Tensor.pin_memory) if pinned and id(s) not in held else s for s in snapshots]
 
-    def choose(self, student_sparsity: float, step: int, reached: int, total: int) -> int | None:
-        """Index of the snapshot that teaches `step`, None for the intact model.
+    def observe(self, step: int, student_sparsity: float, target: float) -> None:
+        """Note the step at which the student first is within half an interval of the final target.
+
+        By its state, not by the schedule: a Lagrangian may lag behind it.
+        """
+        if self.reached is None and student_sparsity >= target - self.config.interval / 2:
+            self.reached = step
+
+    def choose(self, student_sparsity: float, step: int, total: int) -> int | None:
+        """Index of the snapshot that teaches `step` of `total`, None for the intact model.
 
         Args:
             student_sparsity: expected sparsity of the student now.
-            step: this step; `reached`: first step at the full target; `total`: steps of the run.
         """
         if self.config.mode != "numerous":
             return None
-        behind = student_sparsity - self.config.lag * self.config.interval
-        limit = min(behind, self.config.share * student_sparsity)
+        mark = student_sparsity
+        if self.reached is not None:
+            gone = (step - self.reached) / max(1, total - self.reached)
+            mark -= self._interval(gone * mark) * self.config.interval
+        limit = min(mark - self.config.lag * self.config.interval, self.config.share * mark)
         usable = [i for i, s in enumerate(self.snapshots) if s.sparsity <= limit + self.config.interval * _GRID_EPS]
-        if step < reached:
-            return usable[-1] if usable else None
-        walk = [*reversed(usable), None]
-        return walk[min(len(walk) - 1, (step - reached) * len(walk) // max(1, total - reached))]
+        return max(usable, key=lambda i: self.snapshots[i].sparsity, default=None)
 
     def activate(self, index: int | None) -> View:
         """The view of a snapshot (None: the intact model); moved and converted only when the teacher changes."""

@@ -1,97 +1,166 @@
-"""What a run tells while it goes: TensorBoard events, metrics.jsonl and a progress bar, from the main rank only."""
+"""What a run tells while it goes, from the main rank only: metrics.jsonl, TensorBoard, wandb, trackio, progress bars.
+
+wandb and trackio share one interface (`init`, `log`, `finish`, `Image`); both are used only where they are installed.
+"""
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
+import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn import functional as F
+import numpy as np
+import yaml
+from PIL import Image
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams as hparams_summary
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nuteprune.config import ConfigError, TrackingConfig
+from nuteprune.config import Config, ConfigError, TrackingConfig, flatten, to_dict
+from nuteprune.runs.checkpoint import write_atomic
+from nuteprune.training.pictures import kept_units
 
-LOW = torch.tensor([0.13, 0.11, 0.30])
-HIGH = torch.tensor([0.99, 0.85, 0.25])
-"""Colours of 0 (removed) and 1 (kept) in the pictures."""
-PICTURE_WIDTH = 768
-PICTURE_HEIGHT = 384
-"""Pixels a picture has at least, by repeating cells; wider pictures are averaged to `MAX_COLUMNS`."""
-MAX_COLUMNS = 2048
+log = logging.getLogger(__name__)
+
+CHARTS = {
+    "loss": ("loss", "layer_loss", "kl_loss", "label_loss"),
+    "sparsity": ("expected_sparsity", "target_sparsity", "teacher_sparsity"),
+    "tokens per second": ("tokens_per_s",),
+    "peak memory (GB)": ("peak_memory_gb",),
+}
+"""What one watches, by chart of TensorBoard's page of custom scalars; all else is in a group of its own."""
+WATCHED = {name for names in CHARTS.values() for name in names}
+PICTURE_WIDTH = 4.5
+"""Inches: TensorBoard shows pictures about 350 pixels wide, and labels must be read there."""
+
+
+def watch_command(run_dir: Path) -> str:
+    """The command that shows a run's curves, and the page to open."""
+    command = Path(sys.executable).with_name("tensorboard")
+    return f"{command} --logdir {run_dir / 'tensorboard'}, then http://localhost:6006/#custom_scalars"
+
+
+def check_reporters(config: TrackingConfig) -> None:
+    """Raise `ConfigError` where `tracking.report_to` names a package that is not installed."""
+    missing = [name for name in config.report_to if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"tracking.report_to: {' and '.join(missing)} not installed: pip install {' '.join(missing)}, "
+            "or name another"
+        )
 
 
 class Tracker:
-    """Writes scalars, pictures and texts of one stage below a run directory and shows its progress.
+    """Writes scalars, pictures and texts of one stage below the run directory and to `tracking.report_to`.
 
     Args:
-        run_dir: gets `tensorboard/` and `metrics.jsonl`, of lines `{"step": s, "total": n, "stage/name": value, …}`.
-        config: what to write and how often.
-        total_steps: length of the progress bar.
+        config: the run's settings; `run_dir` gets `tensorboard/` and `metrics.jsonl`, of lines
+            `{"step": s, "total": n, "stage/name": value, …}`.
+        stage: prefix of the scalars' names.
+        total_steps: steps of the stage.
         first_step: first step of this process; what an earlier one wrote of this stage from there on is dropped, in
             TensorBoard of every stage: a stage in training has a directory of its own. None: a stage without steps,
             which adds to the directory of another.
         is_main: whether this is rank 0; elsewhere every method does nothing.
-        stage: prefix of the scalars' names.
-        config_text: resolved configuration, kept as text in TensorBoard; empty: none.
 
     Raises:
-        ConfigError: the run directory cannot be written.
+        ConfigError: the run directory cannot be written, or wandb or trackio does not start.
     """
 
     def __init__(
-        self,
-        run_dir: str | Path,
-        config: TrackingConfig,
-        total_steps: int,
-        first_step: int | None = 0,
-        is_main: bool = True,
-        stage: str = "prune",
-        config_text: str = "",
+        self, config: Config, stage: str, total_steps: int, first_step: int | None = 0, is_main: bool = True
     ) -> None:
-        self.stage = stage
-        self.log_every = config.log_every
-        self.last_step = total_steps - 1
-        self._metrics = self._writer = self._bar = None
+        self.config, self.stage, self.last_step = config, stage, total_steps - 1
+        self._metrics = self._writer = None
+        self._modules: list[Any] = []
+        self._described = first_step is None
+        """Whether charts and settings stand in TensorBoard; they are written with the first scalars."""
         if not is_main:
             return
-        run_dir = Path(run_dir)
+        run_dir, names = Path(config.run_dir), config.tracking.report_to
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             path = run_dir / "metrics.jsonl"
+            if path.is_symlink():
+                raise ConfigError(f"{path} is a symbolic link, which is not written through: put a file there")
             _drop_lines(path, stage, first_step or 0)
             self._metrics = path.open("a", encoding="utf-8")
-            if config.tensorboard:
+            if "tensorboard" in names:
+                log.info("curves: %s", watch_command(run_dir))
                 self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=first_step, flush_secs=20)
         except OSError as error:
             self.close()
             raise ConfigError(
                 f"cannot write the run directory {run_dir} ({error.strerror}): set run_dir to another place"
             ) from error
-        if config_text:
-            self.text("config", f"```yaml\n{config_text}\n```")
-        if config.progress:
-            self._bar = tqdm(
-                total=total_steps,
-                initial=first_step or 0,
-                desc=stage,
-                unit="step",
-                dynamic_ncols=True,
-                # A log file wants a line now and then, a terminal a living bar.
-                mininterval=0.5 if sys.stderr.isatty() else 10,
-            )
+        self._modules = [_start(name, config) for name in names if name != "tensorboard"]
 
     def log(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Write `stage/name` scalars every `log_every` steps and at the last; JSONL has null for NaN and infinity."""
-        if self._metrics is None or (step % self.log_every and step != self.last_step):
+        if self._metrics is None or (step % self.config.tracking.log_every and step != self.last_step):
             return
         values = {f"{self.stage}/{name}": float(value) for name, value in scalars.items()}
+        self._write_line(step, values)
+        shown = {tag if tag.split("/")[1] in WATCHED else tag.replace("/", "_details/"): value
+                 for tag, value in values.items()}  # fmt: skip
+        if self._writer is not None:
+            if not self._described:
+                self._describe(shown)
+            for tag, value in shown.items():
+                self._writer.add_scalar(tag, value, step)
+        for module in self._modules:
+            module.log(shown, step=step)
+
+    def picture(self, step: int, gates: Mapping[str, Tensor]) -> None:
+        """Draw what each layer keeps from gates [L, U] in 0..1 by kind, where a picture is shown at all."""
+        if not gates or not (self._writer or self._modules):
+            return
+        image = Image.open(io.BytesIO(kept_units(gates, PICTURE_WIDTH))).convert("RGB")
+        tag = f"{self.stage}/kept"
+        if self._writer is not None:
+            self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+        for module in self._modules:
+            module.log({tag: module.Image(image)}, step=step)
+
+    def table(self, name: str, text: str, scalars: Mapping[str, Any]) -> None:
+        """Write a result that has no steps: as text (Markdown) to TensorBoard, as numbers to the others."""
+        if self._metrics is None:
+            return
+        values = {f"{self.stage}/{key}": float(value) for key, value in scalars.items()}
+        self._write_line(0, values)
+        if self._writer is not None:
+            self._writer.add_text(f"{self.stage}/{name}", text)
+        for module in self._modules:
+            module.log(values)
+
+    def close(self) -> None:
+        """Flush and close everything; safe to call twice."""
+        for item in (self._writer, self._metrics):
+            if item is not None:
+                item.close()
+        for module in self._modules:
+            module.finish()
+        self._metrics = self._writer = None
+        self._modules = []
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _write_line(self, step: int, values: Mapping[str, float]) -> None:
         line = {"step": step, "total": self.last_step + 1}
         line |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         try:
@@ -101,67 +170,55 @@ class Tracker:
             raise ConfigError(
                 f"cannot write {self._metrics.name}: {error.strerror}; free space and start again"
             ) from None
-        if self._writer is not None:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
 
-    def progress(self, step: int, fields: Mapping[str, Any]) -> None:
-        """Show that a step, counted from 0, is done, with fields such as `loss` and `sparsity` behind the bar."""
-        if self._bar is not None:
-            self._bar.set_postfix(fields, refresh=False)
-            self._bar.update(step + 1 - self._bar.n)
-
-    def images(self, step: int, gates: Mapping[str, torch.Tensor]) -> None:
-        """Draw gates `[L, U]` in 0..1 as heat maps, a row a layer, a column a unit."""
-        if self._writer is not None:
-            for name, values in gates.items():
-                self._writer.add_image(f"{self.stage}/{name}", heat_map(values), step)
-
-    def text(self, tag: str, text: str) -> None:
-        """Write a text (Markdown) to TensorBoard."""
-        if self._writer is not None:
-            self._writer.add_text(f"{self.stage}/{tag}", text)
-
-    def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Write flat hyperparameters and the final metrics to TensorBoard's HPARAMS page.
-
-        Args:
-            values: e.g. `{"train.steps": 100}`; what is no number, bool or text is written as text.
-            metrics: final numbers by name, written as the scalars `hparam/name`.
-        """
-        if self._writer is None:
-            return
-        plain = {key: value if isinstance(value, bool | int | float | str) else str(value)
-                 for key, value in values.items()}  # fmt: skip
-        finals = {f"hparam/{name}": float(value) for name, value in metrics.items()}
-        for summary in hparams_summary(plain, finals):
+    def _describe(self, values: Mapping[str, float]) -> None:
+        """Lay out the page of custom scalars, and write the settings as text and for the HPARAMS page."""
+        charts = {title: [f"{self.stage}/{name}" for name in names if f"{self.stage}/{name}" in values]
+                  for title, names in CHARTS.items()}  # fmt: skip
+        # The tags are regular expressions that match from the start.
+        layout = {title: ["Multiline", [f"{tag}$" for tag in tags]] for title, tags in charts.items() if tags}
+        self._writer.add_custom_scalars({self.stage: layout})
+        text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
+        self._writer.add_text(f"{self.stage}/config", f"```yaml\n{text}\n```")
+        watched = dict.fromkeys(charts["loss"][:1] + charts["sparsity"][:1])
+        for summary in hparams(_plain(self.config), watched):
             self._writer.file_writer.add_summary(summary)
-        for tag, value in finals.items():
-            self._writer.add_scalar(tag, value)
-
-    def close(self) -> None:
-        """Flush and close everything; safe to call twice."""
-        for item in (self._bar, self._writer, self._metrics):
-            if item is not None:
-                item.close()
-        self._metrics = self._writer = self._bar = None
-
-    def __enter__(self) -> Tracker:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._described = True
 
 
-def heat_map(values: torch.Tensor) -> torch.Tensor:
-    """Values `[L, U]` in 0..1 as a colour picture `[3, height, width]` with cells large enough to be seen."""
-    cells = values.detach().float().cpu().clamp(0, 1)
-    if cells.shape[1] > MAX_COLUMNS:
-        cells = F.adaptive_avg_pool1d(cells[None], MAX_COLUMNS)[0]
-    rows, columns = cells.shape
-    cells = cells.repeat_interleave(-(-PICTURE_HEIGHT // rows), dim=0)
-    cells = cells.repeat_interleave(-(-PICTURE_WIDTH // columns), dim=1)
-    return LOW[:, None, None] * (1 - cells) + HIGH[:, None, None] * cells
+@contextmanager
+def progress_bar(name: str, unit: str, total: int, done: int = 0, shown: bool = True) -> Iterator[tqdm]:
+    """A bar on stderr, with log lines above it; it counts from now on, and is a dummy unless `shown`."""
+    # A log file wants a line now and then, a terminal a living bar.
+    interval = 0.5 if sys.stderr.isatty() else 10
+    bar = tqdm(
+        total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True, mininterval=interval, disable=not shown
+    )
+    if not shown:
+        yield bar
+        return
+    with logging_redirect_tqdm(), bar:
+        yield bar
+
+
+def _start(name: str, config: Config) -> Any:
+    """The module wandb or trackio with a run started, which goes on where one of this directory exists."""
+    module = importlib.import_module(name)
+    run_dir = Path(config.run_dir).resolve()
+    label = "-".join(run_dir.parts[-2:]).strip("/-")
+    own = {"id": label, "dir": str(run_dir)} if name == "wandb" else {}
+    project = os.environ.get(f"{name.upper()}_PROJECT", "nuteprune")
+    try:
+        module.init(project=project, name=label, config=_plain(config), resume="allow", **own)
+    except Exception as error:  # of any kind: no login, no network, no space
+        raise ConfigError(f"tracking.report_to: {name} does not start: {str(error).strip().splitlines()[0]}") from error
+    return module
+
+
+def _plain(config: Config) -> dict[str, bool | int | float | str]:
+    """Flat settings, lists as text."""
+    flat = flatten(to_dict(config))
+    return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in flat.items()}
 
 
 def _drop_lines(path: Path, stage: str, first_step: int) -> None:
@@ -171,14 +228,13 @@ def _drop_lines(path: Path, stage: str, first_step: int) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _is_kept(line, stage, first_step)]
     if kept != lines:
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(kept), encoding="utf-8")
-        os.replace(fresh, path)
+        write_atomic(path, "".join(kept).encode())
 
 
 def _is_kept(line: str, stage: str, first_step: int) -> bool:
     try:
         entry = json.loads(line)
-    except ValueError:
+        step = int(entry["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):
         return False
-    return entry["step"] < first_step or not any(key.startswith(f"{stage}/") for key in entry)
+    return step < first_step or not any(key.startswith(f"{stage}/") for key in entry)

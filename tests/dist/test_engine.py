@@ -33,7 +33,7 @@ def dump_ranks(rank: int) -> None:
             directory = Path(trainer.config.run_dir) / f"rank-{rank}"
             directory.mkdir()
             trainer.engine.optimizers = {}  # the one part that is not alike: each rank holds a share
-            trainer.save(directory, {}, None)
+            trainer.save(directory, {})
         return scalars
 
     prune.Pruning.train_step = dumping

@@ -98,16 +98,6 @@ def matmuls(dtype: torch.dtype, variant: str, rank: int) -> None:
                 report(f"{name} {dtype} {variant} r{rank} {tuple(config)}", capability, triton_kernels.matmul, *call)
 
 
-def pairs(dtype: torch.dtype, variant: str) -> None:
-    """Teacher with index lists, student with another set of flags, at rank 16."""
-    halves = operand(dtype, variant, rank=16), operand(dtype, "gates", rank=16)
-    outputs = [launch.empty_outputs(half) for half in halves]
-    for capability in CARDS:
-        for config in tuning.options(dtype, any(map(launch.scattered, halves)), capability):
-            call = launch.pair_call(*halves, outputs, config)[1:]
-            report(f"pair {dtype} {variant} {tuple(config)}", capability, triton_kernels.matmul_pair, *call)
-
-
 def small_kernels(dtype: torch.dtype, variant: str) -> None:
     """The separate xAᵀ of a large rank, and the reductions of the small gradients."""
     op = operand(dtype, variant, rank=64)
@@ -126,8 +116,6 @@ def main(dtype_name: str, *variants: str) -> None:
         if variant == "rows":
             matmuls(dtype, variant, rank=64)
         small_kernels(dtype, variant)
-        if variant in ("bare", "both"):
-            pairs(dtype, variant)
 
 
 if __name__ == "__main__":

@@ -39,5 +39,5 @@ def test_tensor_cores_no_spills_fits_in_shared_memory(dtype, variants):
         assert line["tensor_cores"], line
         assert line["STACK"] == line["LOCAL"] == 0, f"registers spill: {line}"
         assert line["shared"] <= SHARED_MEMORY[line["capability"]], line
-        is_matmul = line["label"].split()[0] in ("y", "dx", "pair")
+        is_matmul = line["label"].split()[0] in ("y", "dx")
         assert line["wgmma"] or not is_matmul or line["capability"] != 90, line

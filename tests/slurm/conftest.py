@@ -126,6 +126,6 @@ def tiny_settings(model_dir, text_file, **train) -> dict:
         "train": {"steps": 100, "batch_size": 4, **train},
         "gates": {"importance_batches": 2, "ffn_multiple": 1, "hidden_multiple": 1},
         "checkpoint": {"every": 10},
-        "tracking": {"tensorboard": False, "progress": False},
+        "tracking": {"report_to": [], "progress": False},
         "evaluate": {"speed": False, "blocks": 2, "window": 32, "sample_prompt": ""},
     }

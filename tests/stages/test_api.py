@@ -1,4 +1,4 @@
-"""The Python API: the README's example runs, and settings may come in every form."""
+"""The Python API: the documented example runs, and settings may come in every form."""
 
 import re
 import subprocess
@@ -13,8 +13,8 @@ from nuteprune.config import ConfigError, load_config
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_readmes_example_runs(tmp_path, model_dir, text_file, monkeypatch, capsys):
-    section = (ROOT / "README.md").read_text().split("### Python")[1]
+def test_the_documented_example_runs(tmp_path, model_dir, text_file, monkeypatch, capsys):
+    section = (ROOT / "docs/usage.md").read_text().split("## Python")[1]
     example = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     for name, source in (("smollm2-135m", model_dir), ("demo-text/train.txt", text_file),
                          ("demo-text/heldout.txt", text_file)):  # fmt: skip
@@ -22,7 +22,7 @@ def test_the_readmes_example_runs(tmp_path, model_dir, text_file, monkeypatch, c
         target.parent.mkdir(exist_ok=True, parents=True)
         target.symlink_to(source)
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {"__name__": "example"})
+    exec(compile(example, "usage.md", "exec"), {"__name__": "example"})
     printed = capsys.readouterr().out
     assert re.search(r"^\d+\.\d% removed, logits \(1, \d+, 300\)$", printed, re.MULTILINE)
     assert re.search(r"^perplexity of heldout.txt x \d+\.\d\d$", printed, re.MULTILINE)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -240,7 +241,8 @@ def test_task_file_of_the_user_and_limit(model, tokenizer, tmp_path, monkeypatch
         "metric_list: [{metric: acc}]\nmetadata: {version: 2}\n"
     )
     monkeypatch.chdir(tmp_path.parent)
-    task = lm_eval_tasks(model, tokenizer, load_tasks([str(tmp_path / "mine.yaml")]), limit=1, fewshot=0)["mine"]
+    tasks = load_tasks([str(tmp_path / "mine.yaml")], trust=True)
+    task = lm_eval_tasks(model, tokenizer, tasks, limit=1, fewshot=0)["mine"]
     assert (task["version"], task["examples"]) == (2, 1)
 
 
@@ -248,6 +250,10 @@ def test_report_files(settings, base, caplog):
     result = evaluate.run(settings)
     folder = Path(settings.run_dir) / "evaluate"
     assert json.loads((folder / "report.json").read_text()) == result
+    events = EventAccumulator(str(Path(settings.run_dir) / "tensorboard")).Reload()
+    table = events.Tensors("eval/report/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert table == report.results(result)
+    assert events.Tags()["scalars"] == []
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert sorted(files) == ["kept.png", "report.json", "report.md", "training.png"]
     verify(folder)
@@ -336,11 +342,11 @@ def test_unreachable_task_is_named(tmp_path):
     file.write_text("task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\n"
                     "test_split: test\noutput_type: multiple_choice\n")  # fmt: skip
     with pytest.raises(ConfigError, match=r"gone.yaml' cannot be loaded") as caught:
-        load_tasks([str(file)])
+        load_tasks([str(file)], trust=True)
     assert "\n" not in str(caught.value)
 
 
-def test_own_modelling_file_is_run_from_a_local_directory_only_with_auto_map(settings, tokenizer, tmp_path, caplog):
+def test_own_modelling_file_is_run_where_it_is_trusted(settings, tokenizer, tmp_path, caplog):
     folder = tmp_path / "per_layer"
     save_llama(folder, tokenizer, ffn=24, seed=1)
     code = "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
@@ -349,6 +355,6 @@ def test_own_modelling_file_is_run_from_a_local_directory_only_with_auto_map(set
     facts["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
     (folder / "config.json").write_text(json.dumps(facts))
     with caplog.at_level("INFO"):
-        loaded, _, _ = load_any(str(folder), settings.model)
+        loaded, _, _ = load_any(str(folder), settings.model, trust=True)
     assert type(loaded).__name__ == "Own"
-    assert "own modelling file" in caplog.text
+    assert "code of its own" in caplog.text

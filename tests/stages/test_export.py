@@ -27,6 +27,7 @@ from nuteprune.arch import PROJECTIONS, read_spec
 from nuteprune.config import ConfigError
 from nuteprune.exporting import folding
 from nuteprune.exporting.folding import exported_parameters, fold_model, kept_units, plan_fold, small_config
+from nuteprune.exporting.small import ExportError
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.runs import students
 from nuteprune.runs.checkpoint import verify
@@ -195,7 +196,7 @@ def test_weights_that_overflow_float16_are_refused(tmp_path):
     base.model.layers[0].mlp.down_proj.weight.data.mul_(1e6)
     config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "uniform"), base=base,
                          **{"export.dtype": "float16"})  # fmt: skip
-    with pytest.raises(export.ExportError, match=r"export\.dtype=bfloat16"):
+    with pytest.raises(ExportError, match=r"export\.dtype=bfloat16"):
         export.run(config)
 
 
@@ -217,7 +218,7 @@ def test_refuses_when_logits_differ_and_leaves_nothing(tmp_path, monkeypatch):
         return state
 
     monkeypatch.setattr(folding, "fold_layer", corrupt)
-    with pytest.raises(export.ExportError, match="logits differ"):
+    with pytest.raises(ExportError, match="logits differ"):
         export.run(config)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["pruned"]
 

@@ -22,7 +22,7 @@ from nuteprune.parallel.distributed import World
 from nuteprune.runs.rundir import load_run
 from nuteprune.runs.students import load_tuned, open_run
 from nuteprune.stages import export, finetune
-from nuteprune.training.lifecycle import Preempted
+from nuteprune.training.signals import Preempted
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,10 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 
 from nuteprune.config import load_config
-from nuteprune.runs.rundir import load_run
-from nuteprune.stages import export, prune
-from nuteprune.training.lifecycle import Preempted
+from nuteprune.runs.rundir import load_adapter, load_run
+from nuteprune.stages import export, finetune, prune
 from nuteprune.training.loop import TrainingFailed
+from nuteprune.training.signals import Preempted
 
 
 def metrics(run_dir) -> list[dict]:
@@ -110,6 +111,18 @@ def test_the_papers_recipe_runs_with_its_lagrangian(settings):
     assert all(math.isfinite(m["prune/loss"]) for m in lines)
 
 
+def test_gates_are_learned_without_lora_and_fine_tuning_brings_it(settings, text_file, tmp_path):
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([{"prompt": f"The {n}", "completion": " river"} for n in range(8)]))
+    config = load_config(None, [*settings, "recipe=paper-masks", "train.steps=30", "gates.units=[ffn,hidden]",
+                                f"finetune.data={records}", "finetune.steps=2", "finetune.seq_len=32"])  # fmt: skip
+    prune.run(config)
+    lora = load_adapter(finetune.run(config) / "adapter")
+    assert len({key.split(".")[1] for key in lora}) == 7
+    assert any(b.any() for _, b in lora.values())
+    export.run(config)
+
+
 def test_ten_bad_steps_end_the_run_and_name_the_last_good_checkpoint(settings, monkeypatch):
     config = load_config(None, [*settings, "checkpoint.every=5"])
     original = prune.Pruning.accumulate
@@ -139,7 +152,7 @@ def test_one_bad_gradient_is_skipped_counted_and_logged(settings, monkeypatch, c
     assert "step 4 skipped" in caplog.text
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_the_next_start_ends_bit_identical(settings, tmp_path, monkeypatch, sig):
     whole = load_config(None, [*settings, f"run_dir={tmp_path / 'whole'}"])
     prune.run(whole)
@@ -169,13 +182,21 @@ def test_tensorboard_has_the_scalars_pictures_and_texts(settings, tmp_path):
     tags = events.Tags()
     scalars = {
         "loss", "layer_loss", "kl_loss", "label_loss", "expected_sparsity", "target_sparsity",
-        "teacher_sparsity", "lambda_1", "lambda_2", "grad_norm", "tokens_per_s", "peak_memory_gb", "teacher_bank_mb",
+        "teacher_sparsity", "tokens_per_s", "peak_memory_gb",
     }  # fmt: skip
-    assert {f"prune/{name}" for name in scalars} <= set(tags["scalars"])
-    assert {"prune/heads", "prune/ffn"} <= set(tags["images"])
-    assert len(events.Images("prune/ffn")) == 4
+    assert {tag for tag in tags["scalars"] if tag.startswith("prune/")} == {f"prune/{name}" for name in scalars}
+    details = {"lambda_1", "lambda_2", "grad_norm", "teacher_bank_mb"}
+    assert {f"prune_details/{name}" for name in details} <= set(tags["scalars"])
+    assert tags["images"] == ["prune/kept"]
+    assert len(events.Images("prune/kept")) == 4
     assert any("config" in tag for tag in tags["tensors"])
     assert [s.step for s in events.Scalars("prune/loss")] == list(range(60))
+
+
+def test_importance_has_a_bar_of_its_own_before_that_of_the_steps(settings, capsys):
+    prune.run(load_config(None, [*settings, "train.steps=4", "tracking.progress=true"]))
+    shown = capsys.readouterr().err
+    assert re.search(r"importance: 100%.* 2/2 .*\bprune: +0%.* 0/4 .*\bprune: 100%.* 4/4 ", shown, re.DOTALL)
 
 
 def test_kill_9_at_random_points_loses_nothing(settings, tmp_path):

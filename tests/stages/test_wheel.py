@@ -86,7 +86,8 @@ def test_a_run_from_the_wheel_alone(binaries, elsewhere, settings, text_file):
     assert "exported model" in run(binaries / "nuteprune", "export", made)
     wanted = {"tasks": "[local_mc]", "task_limit": 2, "window": 64, "blocks": 2, "text": text_file, "speed": "false"}
     what = [f"evaluate.{key}={value}" for key, value in wanted.items()]
-    assert "local_mc" in run(binaries / "python", "-m", "nuteprune", "evaluate", made, *what)
+    run(binaries / "python", "-m", "nuteprune", "evaluate", made, *what)
+    assert "local_mc" in (made / "evaluate" / "report.md").read_text()
 
 
 def test_what_the_manual_shows_needs_no_checkout(binaries, elsewhere):
@@ -100,4 +101,4 @@ def test_what_the_manual_shows_needs_no_checkout(binaries, elsewhere):
     ]  # fmt: skip
     scripts = {word for line in jobs.splitlines() for word in line.split() if word.endswith("stage.sbatch")}
     assert all(Path(script).is_file() and not Path(script).is_relative_to(ROOT) for script in scripts)
-    run(binaries / "python", "-c", "import nuteprune.kernels.triton_kernels, nuteprune; nuteprune.prune")
+    run(binaries / "python", "-I", "-c", "import nuteprune.kernels.triton_kernels, nuteprune; nuteprune.prune")

@@ -39,7 +39,12 @@ def test_the_papers_recipe_is_the_papers():
     assert (config.data.source, config.data.documents, config.data.seq_len) == ("c4", 20_000, 512)
     assert (config.train.batch_size, config.train.epochs, config.train.lora_lr) == (16, 7, 1e-3)
     assert (config.gates.lr, config.gates.init, config.gates.init_drop_rate) == (0.1, "drop_rate", 0.01)
+    assert (config.train.lora_schedule, config.train.grad_clip) == ("linear", 1.0)
     assert config.gates.clamp == pytest.approx(4.60517)
+    assert (config.sparsity.target, config.sparsity.warmup) == (0.2, pytest.approx(4 / 7))
+    assert (config.finetune.epochs, config.finetune.batch_size, config.finetune.lr) == (2, 16, 1e-4)
+    assert not config.finetune.pack
+    assert load_config(None, ["recipe=paper-masks"]).lora.targets == []
     assert (config.sparsity.constraint, config.sparsity.multiplier_lr) == ("lagrangian", 0.1)
     assert (config.lora.rank, config.lora.alpha) == (8, 8)
     assert (config.loss.layer, config.loss.layer_weight, config.loss.kl_weight) == ("raw", 0.9, 51.2)

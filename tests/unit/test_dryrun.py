@@ -36,6 +36,20 @@ def test_13b_on_16_ranks_with_offload(capsys, settings):
     assert "memory of one rank" in printed
 
 
+def test_beside_a_gpu_it_runs_on_the_cpu():
+    """DeepSpeed picks CUDA where there is a card; the ids and gates of a dry run are on the CPU."""
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    before = get_accelerator()
+    set_accelerator(CUDA_Accelerator())
+    try:
+        found = dry_run(load_config(None, ["recipe=llama2-13b", "deepspeed=zero3"]), 8, 8)
+    finally:
+        set_accelerator(before)
+    assert found.gathered
+
+
 @pytest.mark.parametrize(
     ("overrides", "ranks", "complaint"),
     [

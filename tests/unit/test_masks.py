@@ -159,6 +159,22 @@ def test_deterministic_gates_close_as_many_units_as_expected(noise, spread):
     assert z[z > 0].min() > 0.05
 
 
+def test_deterministic_gates_of_the_published_noise_are_the_authors():
+    """Layer by layer, as in CoFi's `_deterministic_z`, which the authors' code uses."""
+    masks = MaskSet(SPEC, load_config(None, ["recipe=paper", "gates.units=[ffn,hidden]"]).gates)
+    masks.noise = 1.0
+    for la in masks.log_alpha.values():
+        la.data.normal_(0.5, 1.5)
+    gates = masks.deterministic()
+    for la, z in ((masks.log_alpha["ffn"], gates.ffn), (masks.log_alpha["hidden"][None], gates.hidden[None])):
+        for row, own in zip(la.detach(), z, strict=True):
+            expected = torch.sigmoid(row / (2 / 3) * 0.8)
+            zeros = round(len(row) - float(torch.sigmoid(row - 2 / 3 * torch.tensor(0.1 / 1.1).log()).sum()))
+            expected[row.topk(zeros, largest=False).indices] = 0
+            torch.testing.assert_close(own, expected)
+            assert 0 < zeros < len(row)
+
+
 def test_gates_closed_by_the_clamp_have_no_gradient():
     masks = mask_set(["ffn"], "per_layer")
     masks.project(0.5)

@@ -1,7 +1,12 @@
-"""The optimizer side: the loss scale of float16, and gradients that lie in one buffer."""
+"""The optimizer side: the loss scale of float16, gradients that lie in one buffer, and shards of AdamW's state."""
 
+import pytest
 import torch
+import torch.distributed as dist
 from tiny import tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nuteprune.arch import read_spec
 from nuteprune.config import load_config
@@ -9,6 +14,7 @@ from nuteprune.masks import MaskSet
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.training.engine import Engine, LossScale
+from nuteprune.training.resume import _restore_optimizer
 
 
 def engine(dtype=torch.float32) -> Engine:
@@ -60,3 +66,47 @@ def test_a_gradient_that_overflows_changes_nothing_and_halves_the_scale():
     assert e.step(0).skipped
     assert torch.equal(e.lora[0], before)
     assert e.scale.value == scale / 2
+
+
+@pytest.fixture
+def two_ranks():
+    """A process group of two ranks whose collectives do nothing."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def test_restored_steps_of_a_sharded_fused_adamw_are_on_the_card(two_ranks):
+    with FakeTensorMode():  # tensors of a card without one
+        parameters = [torch.nn.Parameter(torch.zeros(8, 4, device="cuda:0")) for _ in range(3)]
+        optimizer = ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=1e-3, fused=True)
+        saved = {f"{i}.{key}": torch.zeros(8, 4) for i in range(3) for key in ("exp_avg", "exp_avg_sq")}
+        saved |= {f"{i}.step": torch.tensor(7.0) for i in range(3)}
+        _restore_optimizer(optimizer, saved)
+        own = optimizer.optim.state
+        assert own
+        assert {t.device.type for entries in own.values() for t in entries.values()} == {"cuda"}
+
+
+def test_restored_steps_of_a_plain_adamw_stay_on_the_host():
+    parameter = torch.nn.Parameter(torch.zeros(4, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    _restore_optimizer(optimizer, {"0.step": torch.tensor(7.0), "0.exp_avg": torch.zeros(4, device="meta"),
+                                   "0.exp_avg_sq": torch.zeros(4, device="meta")})  # fmt: skip
+    assert optimizer.state[parameter]["step"].device.type == "cpu"
+    assert optimizer.state[parameter]["exp_avg"].is_meta
+
+
+def test_collecting_shards_waits_for_their_copies(monkeypatch, two_ranks):
+    """The copies to the host are asynchronous, and what is saved is read by safetensors, which does not wait."""
+    order = []
+
+    class Sharded:
+        def consolidate_state_dict(self, to):
+            order.append("copied")
+
+    e = engine()
+    e.optimizers["lora"], e.world = Sharded(), World(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append(f"waited for {device}"))
+    e.collect()
+    assert order == ["copied", "waited for cuda:0"]

@@ -65,6 +65,8 @@ def separate_passes(pair: Pair, loss: LossConfig):
     for view, s, t in zip(pair.student.layers, states["student"], states["teacher"], strict=True):
         if view.removed:
             continue
+        if loss.layer == "raw" and s is states["student"][-1]:  # the last hidden state of transformers is normed
+            s, t = (pair.model.model.model.norm(x) for x in (s, t))
         kept = pair.student.hidden.detach() != 0
         squared = (s - t)[..., kept].square().mean(-1)
         if loss.layer == "normalized":

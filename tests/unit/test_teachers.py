@@ -41,24 +41,31 @@ def test_while_rising_the_teacher_is_ten_intervals_behind():
     b = bank()
     for percent in range(1, 31):
         record(b, percent / 100)
-        index = b.choose(percent / 100, 0, reached=100, total=200)
+        index = b.choose(percent / 100, 0, total=200)
         if percent <= 10:
             assert index is None
         else:
             assert b.snapshots[index].sparsity == pytest.approx((percent - 10) / 100)
 
 
-def test_after_the_target_the_walk_goes_from_the_sparsest_usable_back_to_intact():
+def walk(b: TeacherBank, target: float, reached: int, total: int) -> list[float]:
+    """Sparsity of the teacher at each step from `reached` on, 0 for the intact model."""
+    b.observe(reached, target, target)
+    chosen = [b.choose(target, step, total) for step in range(reached, total)]
+    return [0.0 if i is None else b.snapshots[i].sparsity for i in chosen]
+
+
+@pytest.mark.parametrize(("target", "intact"), [(0.2, 0.5), (0.5, 0.2)])
+def test_after_the_target_the_walk_goes_back_to_intact(target, intact):
+    """The shares of the authors' code: each interval of the way back the same, the last ten the intact model's."""
     b = bank()
-    for percent in range(1, 21):
+    for percent in range(1, round(100 * target) + 1):
         record(b, percent / 100)
-    chosen = [b.choose(0.2, step, reached=40, total=73) for step in range(40, 73)]
-    labels = [0.0 if i is None else b.snapshots[i].sparsity for i in chosen]
-    assert labels[0] == pytest.approx(0.10)
+    labels = walk(b, target, reached=100, total=1100)
+    assert labels[0] == pytest.approx(target - 0.1)
     assert labels == sorted(labels, reverse=True)
-    assert labels[-1] == 0.0
-    assert len(set(labels)) == 11
-    counts = [labels.count(value) for value in set(labels)]
+    assert labels.count(0.0) / len(labels) == pytest.approx(intact, abs=0.01)
+    counts = [labels.count(value) for value in set(labels) - {0.0, labels[0]}]
     assert max(counts) - min(counts) <= 1
 
 
@@ -66,25 +73,32 @@ def test_short_runs_with_holes_and_fewer_steps_than_teachers_still_walk():
     b = bank()
     for percent in (3, 8, 14, 19, 24, 30):
         record(b, percent / 100)
-    chosen = [b.choose(0.3, step, reached=10, total=12) for step in (10, 11)]
-    assert b.snapshots[chosen[0]].sparsity == pytest.approx(0.19)
-    assert chosen[1] is not chosen[0]
-    assert bank().choose(0.3, 5, reached=2, total=4) is None
+    assert walk(b, 0.3, reached=10, total=12) == pytest.approx([0.19, 0.03])
+    assert walk(bank(), 0.3, reached=2, total=4) == [0.0, 0.0]
+
+
+def test_the_walk_starts_when_the_student_is_there_not_when_the_schedule_is():
+    b = bank()
+    for percent in range(1, 31):
+        record(b, percent / 100)
+    for step, reached in ((50, 0.25), (60, 0.29), (70, 0.2951), (80, 0.31)):
+        b.observe(step, reached, 0.3)
+    assert b.reached == 70
 
 
 def test_the_share_keeps_sparse_snapshots_from_teaching():
     b = bank(share=0.4)
     for percent in range(1, 51):
         record(b, percent / 100)
-    assert b.snapshots[b.choose(0.5, 0, 100, 200)].sparsity == pytest.approx(0.20)
-    assert b.snapshots[b.choose(0.5, 100, 100, 200)].sparsity == pytest.approx(0.20)
-    assert b.choose(0.12, 0, 100, 200) == 1
+    assert b.snapshots[b.choose(0.5, 0, 200)].sparsity == pytest.approx(0.20)
+    assert b.choose(0.12, 0, 200) == 1
+    assert walk(b, 0.5, 100, 200)[0] == pytest.approx(0.20)
 
 
 def test_intact_mode_never_uses_a_snapshot():
     b = bank(mode="intact")
     record(b, 0.01)
-    assert b.choose(0.5, 0, 1, 10) is None
+    assert b.choose(0.5, 0, 10) is None
 
 
 def test_snapshots_keep_gates_exactly_and_lora_as_bf16_on_the_host():

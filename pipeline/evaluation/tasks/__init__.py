@@ -52,15 +52,16 @@ def lm_eval_tasks(
     return {name: _summary(results, name) for name in results["results"]}
 
 
-def load_tasks(tasks: list[str]) -> list:
+def load_tasks(tasks: list[str], trust: bool = False) -> list:
     """Task (or group) objects of lm-eval with their data, fetched where it is on the hub.
 
     Args:
         tasks: names that lm-eval knows, `paper` for `PAPER`, names of the tasks that ship here (`local_mc`), or
             paths of task files.
+        trust: whether task files that do not ship here may be read, which lets them run code.
 
     Raises:
-        ConfigError: a task that is unknown, unreadable or cannot be fetched.
+        ConfigError: a task that is unknown, unreadable or cannot be fetched, or a task file that is not trusted.
     """
     if not tasks:
         return []
@@ -69,6 +70,12 @@ def load_tasks(tasks: list[str]) -> list:
 
     names = [name for task in tasks for name in (PAPER if task == "paper" else [task])]
     files = {task: _task_file(task) for task in names}
+    for task, file in files.items():
+        if file is not None and file.parent != SHIPPED and not trust:
+            raise ConfigError(
+                f"evaluate.tasks: the task file '{task}' is code to lm-eval (!function, templates), which may do "
+                "anything you can: read it, then set evaluate.trust_remote_code=true"
+            )
     with _quiet():
         # Indexing lm-eval's own thousands of task files takes seconds too: only where a name asks for them.
         manager = TaskManager(include_defaults=None in files.values())

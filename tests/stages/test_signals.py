@@ -1,0 +1,94 @@
+"""Signals to the real command line: it says what it saved, also while it still loads, and a second Ctrl-C ends it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HANG = 240
+SLOW = (
+    "import sys, time; from nuteprune.stages import prune; from nuteprune.__main__ import cli; "
+    "step = prune.Pruning.train_step; "
+    "prune.Pruning.train_step = lambda trainer: (time.sleep(60 * (trainer.step > 2)), step(trainer))[1]; cli()"
+)
+"""The command line with a third step of a minute."""
+
+
+@pytest.fixture
+def start():
+    """Starts a process of Python, given its arguments; what is left of it at the end is killed."""
+    processes = []
+
+    def begin(*arguments) -> subprocess.Popen:
+        processes.append(subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def until(condition, process) -> None:
+    limit = time.monotonic() + HANG
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def catches(process, number) -> bool:
+    """Whether a process handles a signal itself (proc(5): SigCgt)."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def has_loaded(process, library) -> bool:
+    return library in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("library", ["", "libtorch_cpu", "tokenizers"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_while_it_loads_ends_with_a_line(start, settings, tmp_path, number, library):
+    process = start("-m", "nuteprune", "prune", *settings)
+    until(lambda: catches(process, signal.SIGUSR1) and has_loaded(process, library), process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=HANG)
+    assert process.returncode == 75, errors
+    assert errors.splitlines()[-1] == (
+        f"nuteprune: {number.name} before the first step: nothing to save yet, start again"
+    )
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_ctrl_c_saves_after_the_step_and_a_second_one_ends_at_once(start, settings, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start("-c", SLOW, "prune", *settings, "checkpoint.every=1")
+    until(lambda: (run_dir / "checkpoints/step-00000003/manifest.json").exists(), process)
+    process.send_signal(signal.SIGINT)
+    lines = iter(process.stderr.readline, "")
+    assert any("ending after this step; Ctrl-C again ends at once" in line for line in lines)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(HANG) == -signal.SIGINT
+    assert time.monotonic() - began < 20
+    process.stderr.close()
+
+    process = start("-m", "nuteprune", "prune", *settings, "checkpoint.every=1")
+    until(lambda: len((run_dir / "metrics.jsonl").read_text().splitlines()) > 5, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=HANG)
+    assert process.returncode == 75, errors
+    assert "resumed at step 3" in errors
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert errors.splitlines()[-1].startswith(f"nuteprune: SIGINT at step {len(steps)} of 60: saved; start again")
+    assert (run_dir / f"checkpoints/step-{len(steps):08d}/manifest.json").exists()
+    assert steps == list(range(len(steps)))
