@@ -29,6 +29,8 @@ from nuteprune.exporting.folding import (
     plan_fold,
     small_config,
 )
+from nuteprune.exporting.gguf_model import gguf_architecture, write_gguf
+from nuteprune.exporting.gguf_vocab import vocabulary
 from nuteprune.exporting.publish import push
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import build_view
@@ -104,11 +106,17 @@ def export_model(config: Config) -> Path:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
+    architecture = ""
+    if config.export.gguf != "none":  # what llama.cpp does not know fails before anything is written
+        architecture = gguf_architecture(spec, shape, small)
+        vocabulary(tokenizer)
     plan = Plan(trained, student, fold, small, shape, dtype, config.export.shard_size)
     tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
     with atomic_directory(output) as directory:
         tokenizer.save_pretrained(directory)
-        result = write_model(directory, base, plan, tokens)
+        result, model = write_model(directory, base, plan, tokens)
+        if architecture:
+            write_gguf(directory, model, tokenizer, architecture, config.export.gguf)
         write_record(directory, plan, result)
     log.info("exported %s: %.2f%% of the prunable parameters removed, %s parameters left (%s before)", output,
              100 * result.sparsity, f"{result.parameters:,}", f"{result.base_parameters:,}")  # fmt: skip
@@ -149,7 +157,7 @@ def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
     return blocks[: -(-count // length)]
 
 
-def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tensor) -> Result:
+def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tensor) -> tuple[Result, PreTrainedModel]:
     """Fold the base into a small model, save it and check what was saved; consumes the base.
 
     The check is on float32 weights read back from the directory; they are cast, and saved again, only after it.
@@ -178,8 +186,9 @@ def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tens
     untied = model.lm_head.weight.numel() if fold.unties else 0
     if untied:
         log.warning("hidden gates between 0 and 1: the output head was untied, which adds %s parameters", f"{untied:,}")
-    return Result(plan.student.target, sparsity, model.num_parameters(), before, untied, difference, cast_difference,
-                  tokens.numel())  # fmt: skip
+    result = Result(plan.student.target, sparsity, model.num_parameters(), before, untied, difference, cast_difference,
+                    tokens.numel())  # fmt: skip
+    return result, model
 
 
 @torch.no_grad()
