@@ -1,7 +1,8 @@
 """An exported model as one GGUF file, which llama.cpp and everything built on it load.
 
-Architectures: `llama` (uniform LLaMA and Mistral), `deci` (their layers with sizes of their own), `qwen2`, `qwen3`
-(uniform). Read in llama.cpp's `src/models/deci.cpp`, and held against by `make check-llamacpp`:
+Architectures: `llama` (uniform), `deci` (layers with sizes of their own), and `qwen3` (uniform) for norms of q and k.
+Qwen2 is `qwen2` while its heads are as wide as its hidden size, which that architecture wants, and else one of the
+former two, which take its biases. Read in llama.cpp's `src/models/deci.cpp`, and held against by `make check-llamacpp`:
 - the head size is taken from the file only if the first layer has attention;
 - a layer without FFN loses its attention, and as the last one breaks the output.
 So what llama.cpp would get wrong is written as a sublayer of zeros, the smallest there is: the same function.
@@ -51,8 +52,11 @@ def gguf_architecture(spec: ArchSpec, shape: str, config: PreTrainedConfig) -> s
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "yarn", "llama3") or rope.get("attention_factor") or rope.get("mscale"):
         raise ConfigError(f"llama.cpp does not rotate positions as this model does (rope_type {kind}): {WITHOUT}")
-    if spec.family in ("llama", "mistral"):
-        return "llama" if shape == "uniform" else "deci"
+    if not spec.qk_norm:
+        if shape != "uniform":
+            return "deci"
+        whole = config.num_attention_heads * config.head_dim == config.hidden_size
+        return "qwen2" if spec.family == "qwen2" and whole else "llama"
     if shape != "uniform":
         raise ConfigError(
             f"llama.cpp holds {spec.family} only where all layers are alike: use export.shape=uniform, or {WITHOUT}"

@@ -35,7 +35,9 @@ class RaggedConfig:
 
     heads_per_group = ffn_sizes = block_configs = None
     base_model_tp_plan = None  # unequal groups cannot be split evenly over devices
-    allow_global_per_layer_attribute_access = True  # stock code is built from the maxima, see RaggedForCausalLM
+    # Stock code may read the whole model's sizes, which are the largest ones, and without a warning at each look.
+    allow_global_per_layer_attribute_access = True
+    __getattribute__ = object.__getattribute__
 
     def __setattr__(self, name, value):
         if name == "block_configs" and value:

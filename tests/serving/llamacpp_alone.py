@@ -2,10 +2,9 @@
 
 Arguments: directories of exports with `model.gguf` in float32 (`nuteprune export RUN --gguf f32`), which lie beside the
 same model for transformers. The logits of a prompt of random tokens (with a float32 KV cache), the greedy tokens after
-it, and the tokenizer's pieces of a text are compared. Takes llama-cpp-python, or llama-cpp-py-sync with its built wheels.
+it, and the tokenizer's pieces of a text are compared. Takes llama-cpp-python, or llama-cpp-py-sync (a built wheel).
 """
 
-import os
 import sys
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT, NEW = 64, 12
+THREADS = 1  # more of them wait for each other on a busy machine
 TEXT = (
     "The capital of France is Paris;\n    for i in range(3): print(i)\n\n\n\t'tis 2024, she'll pay 1,234.5 € — "
     "naïve café 北京"
@@ -31,7 +31,8 @@ class LlamaCpp:
         if llama_cpp is not None:
             self.name = f"llama-cpp-python {llama_cpp.__version__}"
             f32 = llama_cpp.GGML_TYPE_F32
-            self._model = llama_cpp.Llama(path, n_ctx=context, logits_all=True, verbose=False, type_k=f32, type_v=f32)
+            self._model = llama_cpp.Llama(path, n_ctx=context, logits_all=True, verbose=False, type_k=f32, type_v=f32,
+                                           n_threads=THREADS, n_threads_batch=THREADS)  # fmt: skip
             self.train_context = llama_cpp.llama_model_n_ctx_train(self._model.model)
             self.logits, self.tokenize = self._python_logits, self._python_tokens
             return
@@ -41,6 +42,8 @@ class LlamaCpp:
         self.name = f"llama-cpp-py-sync {sync.__version__}"
         self.ffi, self.lib = get_ffi(), get_lib()
         ffi, lib = self.ffi, self.lib
+        self._quiet = ffi.callback("void(int, const char *, void *)", lambda level, text, data: None)
+        lib.llama_log_set(ffi.cast("ggml_log_callback", self._quiet), ffi.NULL)
         lib.llama_backend_init()
         self._file = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
         if self._file == ffi.NULL:
@@ -48,7 +51,8 @@ class LlamaCpp:
         options = lib.llama_context_default_params()
         options.n_ctx = options.n_batch = options.n_ubatch = context
         options.type_k = options.type_v = 0  # GGML_TYPE_F32
-        options.n_threads = options.n_threads_batch = os.cpu_count()
+        options.flash_attn_type = 0  # it computes in float16
+        options.n_threads = options.n_threads_batch = THREADS
         self._context = lib.llama_init_from_model(self._file, options)
         self._vocab = lib.llama_model_get_vocab(self._file)
         self.train_context = lib.llama_model_n_ctx_train(self._file)
