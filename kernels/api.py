@@ -55,10 +55,22 @@ def masked_lora_linear(
     keep_in = _resolve_keep(in_gate, keep_in, weight.shape[1])
     keep_out = _resolve_keep(out_gate, keep_out, weight.shape[0])
     compact = compact_in and keep_in is not None, compact_out and keep_out is not None
-    run = torch_path.masked_lora_linear
-    if choose_backend(x, backend) == "triton":
-        from nuteprune.kernels.masked_lora import masked_lora_linear as run
-    return run(x, weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, float(scaling), *compact)
+    gates, lists = (in_gate, out_gate), (keep_in, keep_out)
+    return known_lists(x, weight, bias, lora_a, lora_b, *gates, *lists, float(scaling), *compact, backend=backend)
+
+
+def known_lists(x: Tensor, weight: Tensor, *operands, backend: str | None = None) -> Tensor:
+    """`masked_lora_linear` for a caller that has checked its operands and knows which units are removed.
+
+    Args:
+        operands: bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out (None: nothing is removed), scaling,
+            compact_in, compact_out; a compact side has its list.
+    """
+    if choose_backend(x, backend) == "torch":
+        return torch_path.masked_lora_linear(x, weight, *operands)
+    from nuteprune.kernels import masked_lora
+
+    return masked_lora.masked_lora_linear(x, weight, *operands)
 
 
 def choose_backend(x: Tensor, backend: str | None = None) -> str:

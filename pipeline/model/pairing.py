@@ -19,8 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import LoraConfig, LossConfig
+from nuteprune.masks import Gates
 from nuteprune.model.distill import IGNORE, HeadLosses, head_loss, layer_loss
-from nuteprune.model.layers import LoraParameters, View, activate, fresh_lora, install
+from nuteprune.model.layers import LoraParameters, View, activate, build_view, fresh_lora, install
 
 
 class Losses(NamedTuple):
@@ -155,6 +156,7 @@ class PairedModel(nn.Module):
         model.model.layers = nn.ModuleList(
             PairedDecoderLayer(layer, index) for index, layer in enumerate(model.model.layers)
         )
+        self._view: tuple[Gates | None, View] | None = None
         for layer in self.layers:
             layer.checkpointing = checkpointing
         # Not a submodule of the layer: ZeRO-3 gathers a layer's own parameters, and norms are whole on every rank.
@@ -165,6 +167,12 @@ class PairedModel(nn.Module):
     def layers(self) -> nn.ModuleList:
         """The wrapped decoder layers."""
         return self.model.model.layers
+
+    def view(self, gates: Gates | None) -> View:
+        """The student's view: these gates and the LoRA in training; the last one again while gates do not change."""
+        if self._view is None or self._view[0] is not gates:
+            self._view = (gates, build_view(self.spec, gates, self._lora, self.scaling, self.dtype))
+        return self._view[1]
 
     @property
     def dtype(self) -> torch.dtype:

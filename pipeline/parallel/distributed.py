@@ -106,6 +106,9 @@ def discover() -> World:
     Raises:
         ConfigError: the launcher's variables contradict each other.
     """
+    # Shapes change with every sample of the gates: without it freed blocks fit no new one, and memory runs out early.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     place = _from_torchrun() or _from_slurm() or _from_mpi()
     rank, size, local_rank, local_size = place or (0, 1, 0, 1)
     if torch.cuda.is_available():

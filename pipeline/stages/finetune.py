@@ -16,7 +16,7 @@ from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.model.distill import IGNORE
-from nuteprune.model.layers import LoraParameters, LoraWeights, View, build_view
+from nuteprune.model.layers import LoraParameters, LoraWeights, View
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Answers, Losses
 from nuteprune.parallel.distributed import World
@@ -96,11 +96,11 @@ class Finetuning(Trainer):
     stage = "finetune"
     output = TUNED
     outputs = ("checkpoints", TUNED)
-    free = ("checkpoint", "tracking", "export", "evaluate")
+    free = ("recover", "checkpoint", "tracking", "export", "evaluate")
 
-    def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank):
+    def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank, recovered: int):
         super().__init__(*parts)
-        self.trained, self.masks, self.bank = trained, masks, bank
+        self.trained, self.masks, self.bank, self.recovered = trained, masks, bank, recovered
         answers = (self.stream.blocks[:, 1] != IGNORE).sum(1)
         self.answers = BatchStream(answers, self.config.train.batch_size, self.config.seed)
         """Answer tokens of each window of the global batch, in the order of `stream`."""
@@ -128,7 +128,8 @@ class Finetuning(Trainer):
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
         log.info("fine-tuning at sparsity %.4f: %d windows, %d steps", sparsity_of(spec, student.gates), len(windows),
                  total)  # fmt: skip
-        return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank)
+        return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank,
+                   recovered=student.facts.get("recovered", 0))  # fmt: skip
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:
@@ -149,9 +150,8 @@ class Finetuning(Trainer):
     def forward(self, windows: Tensor, teacher: View | None) -> Losses:
         """Losses of windows [b, 3, T]."""
         ids, labels, positions = windows.unbind(1)
-        model = self.model
-        view = build_view(model.spec, self.masks.fixed, model.lora(), model.scaling, model.dtype)
-        return model(ids, view, teacher, self.config.loss, Answers(labels, positions))
+        view = self.model.view(self.masks.fixed)
+        return self.model(ids, view, teacher, self.config.loss, Answers(labels, positions))
 
     def share(self, micro_batch: Tensor, batch: Tensor) -> float:
         """Weight of a micro-batch, such that each answer token of the global batch counts the same on every rank."""
@@ -178,6 +178,7 @@ class Finetuning(Trainer):
             "tokens": self.total * config.train.batch_size * config.data.seq_len,
             "answer_tokens": sum(int(self.answers.batch(step).sum()) for step in range(self.total)),
             "data": config.finetune.data,
+            "recovered": self.recovered,
             "sparsity": sparsity_of(self.model.spec, gates),
             "skipped_steps": self.bad_total,
         }

@@ -49,7 +49,7 @@ class Pruning(Trainer):
     stage = "prune"
     output = "pruned"
     outputs = ("checkpoints", "pruned")
-    free = ("finetune", "checkpoint", "tracking", "export", "evaluate")
+    free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
 
     def __init__(self, *parts, masks: MaskSet, multipliers: Multipliers | None, bank: TeacherBank):
         super().__init__(*parts)
@@ -104,7 +104,7 @@ class Pruning(Trainer):
         if config.sparsity.constraint == "projection":
             self.masks.project(target)
         reached = float(self.masks.expected_sparsity().detach())
-        if config.teacher.from_snapshots and self.masks.fixed is None:
+        if config.teacher.from_snapshots and self.masks.fixed is None and self.bank.is_due(reached):
             self.bank.record(self.step, reached, self.masks.deterministic(), self.masks.scores(), self.model.lora())
         if self.multipliers is not None:
             first, second = self.multipliers.values.tolist()
@@ -172,8 +172,7 @@ class Pruning(Trainer):
     def forward(self, ids: Tensor, micro_batch: int, teacher: View | None, target: float) -> Losses:
         """Losses of one micro-batch, the constraint's penalty included."""
         model = self.model
-        view = build_view(model.spec, self.sample_gates(micro_batch), model.lora(), model.scaling, model.dtype)
-        losses = model(ids, view, teacher, self.config.loss)
+        losses = model(ids, model.view(self.sample_gates(micro_batch)), teacher, self.config.loss)
         if self.multipliers is not None:
             penalty = self.multipliers.penalty(self.masks.expected_sparsity(), target)
             losses = losses._replace(total=losses.total + penalty)

@@ -31,6 +31,7 @@ from nuteprune.parallel.distributed import World, connected, discover
 from nuteprune.runs.checkpoint import Checkpoints, atomic_directory, sha256
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.rundir import DAMAGED, reason
+from nuteprune.training.determinism import deterministic
 from nuteprune.training.engine import Engine
 from nuteprune.training.lifecycle import check_directory, claim_directory, is_finished
 from nuteprune.training.resume import check_fits
@@ -182,7 +183,7 @@ def train(config: Config, stage: type[Trainer]) -> Path:
     """
     world = discover()
     ranks = connected(world, config.train.rank_timeout) if world.size > 1 or config.deepspeed else nullcontext()
-    with stop_signals() as stop, ranks:
+    with stop_signals() as stop, ranks, deterministic(config.train.deterministic):
         return _train(config, stage, world, stop)
 
 
