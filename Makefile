@@ -16,7 +16,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels bench-quality bench-comm bench-memory bench-ranks chaos check-vllm check-llamacpp docs lint lock format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks chaos check-vllm check-llamacpp docs lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +43,12 @@ bench-kernels: $(VENV) ## time the fused projections against eager torch, peft a
 
 bench-quality: $(VENV) $(MODEL) $(TEXT) ## quality against baselines; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt BENCH_ARGS="--seeds 3"
 	$(BIN)/python -m nuteprune.bench.quality --train "$(TRAIN)" --test $(TEST) $(TEXT) --held-out $(HELD_OUT) $(BENCH_ARGS)
+
+bench-overhead: $(VENV) ## what a step costs beside its kernels: dispatches, waits for the device, CPU time
+	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.overhead $(BENCH_ARGS)
+
+gpu-check: $(VENV) $(MODEL) $(TEXT) ## all that only a GPU can tell, as runs/gpu-check/report.md; says what it skipped without one
+	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.gpu_check
 
 bench-comm: $(VENV) $(MODEL) ## bytes that ZeRO-3 gathers in a step, paired and separate, on two ranks
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m nuteprune.bench.comm

@@ -55,10 +55,22 @@ def masked_lora_linear(
     keep_in = _resolve_keep(in_gate, keep_in, weight.shape[1])
     keep_out = _resolve_keep(out_gate, keep_out, weight.shape[0])
     compact = compact_in and keep_in is not None, compact_out and keep_out is not None
-    run = torch_path.masked_lora_linear
-    if choose_backend(x, backend) == "triton":
-        from nuteprune.kernels.masked_lora import masked_lora_linear as run
-    return run(x, weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, float(scaling), *compact)
+    gates, lists = (in_gate, out_gate), (keep_in, keep_out)
+    return known_lists(x, weight, bias, lora_a, lora_b, *gates, *lists, float(scaling), *compact, backend=backend)
+
+
+def known_lists(x: Tensor, weight: Tensor, *operands, backend: str | None = None) -> Tensor:
+    """`masked_lora_linear` for a caller that has checked its operands and knows which units are removed.
+
+    Args:
+        operands: bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out (None: nothing is removed), scaling,
+            compact_in, compact_out; a compact side has its list.
+    """
+    if choose_backend(x, backend) == "torch":
+        return torch_path.masked_lora_linear(x, weight, *operands)
+    from nuteprune.kernels import masked_lora
+
+    return masked_lora.masked_lora_linear(x, weight, *operands)
 
 
 def choose_backend(x: Tensor, backend: str | None = None) -> str:
@@ -103,12 +115,13 @@ def _check_keep(name: str, keep: Tensor | None, size: int, compact: bool) -> Non
 
 def _check(x: Tensor, tensors: dict[str, Tensor | None], compact_in: bool, compact_out: bool) -> None:
     weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out = tensors.values()
+    assert weight is not None
     if weight.dim() != 2:
         raise ValueError(f"weight must be [N, K], got shape {list(weight.shape)}")
     n, k = weight.shape
     _check_keep("keep_in", keep_in, k, compact_in)
     _check_keep("keep_out", keep_out, n, compact_out)
-    width = keep_in.numel() if compact_in else k
+    width = k if keep_in is None or not compact_in else keep_in.numel()
     if x.dim() == 0 or x.shape[-1] != width:
         raise ValueError(f"x has shape {list(x.shape)}, expected its last dimension to be {width}")
     _check_shape("bias", bias, (n,))

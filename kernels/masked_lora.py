@@ -5,9 +5,10 @@ Letters: M tokens, K inputs, N outputs, R rank.
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from nuteprune.kernels.launch import Operand, column_reduce, matmul, skinny
-from nuteprune.kernels.torch_path import rows, spread
+from nuteprune.kernels.launch import Operand, Small, column_reduce, in_rows, matmul, skinny
+from nuteprune.kernels.torch_path import rows
 from nuteprune.kernels.tuning import INTERPRETING
 
 _OPERAND = (
@@ -16,10 +17,39 @@ _OPERAND = (
 )
 
 
+def compute(*operand, keep_u: bool = True) -> tuple[Tensor, Tensor | None]:
+    """(y, u) of the arguments of `Operand`; u = (x⊙m_in)Aᵀ is what backward needs for dB."""
+    return matmul(Operand(*operand), keep_u)
+
+
+def gradients(grad: Tensor, u: Tensor | None, y: Tensor | None, *args) -> list[Tensor | None]:
+    """[dx, dA, dB, dm_in, dm_out] of the arguments of `Operand`; None for what `needs`, the last, does not name."""
+    *operand, (need_x, need_a, need_b, need_in, need_out) = args
+    op = Operand(*operand)
+    dx = gb = d_a = d_b = d_in = d_out = None
+    if need_x or need_in:
+        dx, gb = matmul(op.transposed(grad), need_a)
+    elif need_a:
+        gb = skinny(op.transposed(grad))
+    if need_a or need_in:
+        side = Small(op.in_gate, op.keep_in, op.a)
+        q, t = gb if need_a else None, dx if need_in else None
+        d_a, d_in = column_reduce(op.x, q, t, op.compact_in, side, op.scaling, across=True)
+    if need_b or need_out:
+        side = Small(op.out_gate, op.keep_out, op.b)
+        q, t = u if need_b else None, y if need_out else None
+        d_b, d_out = column_reduce(grad, q, t, op.compact_out, side, op.scaling, across=False)
+    return [dx if need_x else None, d_a, d_b, d_in, d_out]
+
+
+# For torch.compile and tensors without values. In eager mode their dispatch would be most of a small layer's time.
+
+
 @torch.library.custom_op("nuteprune::masked_lora_forward", mutates_args=(), schema=f"({_OPERAND}) -> (Tensor, Tensor)")
 def forward_op(*args) -> tuple[Tensor, Tensor]:
-    """(y [M, N or n], u [M, R]) for x [M, K or k]; u = (x⊙m_in)Aᵀ is what backward needs for dB."""
-    return matmul(Operand(*args))
+    """`compute`; u is of size 0 without LoRA."""
+    y, u = compute(*args)
+    return y, y.new_empty(args[0].shape[0], 0) if u is None else u
 
 
 @forward_op.register_fake
@@ -36,58 +66,22 @@ def _fake_outputs(
     mutates_args=(),
     schema=f"(Tensor grad, Tensor u, Tensor? y, {_OPERAND}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def backward_op(grad: Tensor, u: Tensor, y: Tensor | None, *args) -> tuple[Tensor, ...]:
-    """(dx, dA, dB, dm_in, dm_out); an empty tensor for each that `needs` (in this order) does not name."""
-    *operand, (need_x, need_a, need_b, need_in, need_out) = args
-    op = Operand(*operand)
-    dx = gb = None
-    d_a, d_b, d_in, d_out = (grad.new_empty(0) for _ in range(4))  # an op's outputs may not share memory
-    if need_x or need_in:
-        dx, gb = matmul(op.transposed(grad))
-    elif need_a:
-        gb = skinny(op.transposed(grad))
-    if need_a or need_in:
-        q, t = gb if need_a else None, dx if need_in else None
-        d_a, d_in = _small_grads(op.x, q, t, op.in_gate, op.keep_in, op.compact_in, op.w.shape[1], op.scaling)
-    if need_b or need_out:
-        q, t = u if need_b else None, y if need_out else None
-        d_b, d_out = _small_grads(grad, q, t, op.out_gate, op.keep_out, op.compact_out, op.w.shape[0], op.scaling)
-    return dx if need_x else grad.new_empty(0), d_a.t().contiguous() if need_a else d_a, d_b, d_in, d_out
+def backward_op(grad: Tensor, *args) -> tuple[Tensor, ...]:
+    """`gradients`; an empty tensor for each that `needs` does not name (an op's outputs may not share memory)."""
+    return tuple(grad.new_empty(0) if d is None else d for d in gradients(grad, *args))
 
 
 @backward_op.register_fake
 def _(grad, u, y, x, weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, scaling, ci, co, needs):
-    (n, k), rank = weight.shape, 0 if lora_a is None else lora_a.shape[0]
-    shapes = (x.shape, (rank, k), (n, rank), (k,), (n,))
-    dtypes = (x.dtype, *(torch.float32,) * 4)
+    leaves = (x, lora_a, lora_b, in_gate, out_gate)
     return tuple(
-        grad.new_empty(shape if need else (0,), dtype=dtype if need else grad.dtype)
-        for need, shape, dtype in zip(needs, shapes, dtypes, strict=True)
+        leaf.new_empty(leaf.shape) if need else grad.new_empty(0) for need, leaf in zip(needs, leaves, strict=True)
     )
 
 
-def _small_grads(
-    p: Tensor,
-    q: Tensor | None,
-    t: Tensor | None,
-    gate: Tensor | None,
-    keep: Tensor | None,
-    compact: bool,
-    size: int,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """(s·gate⊙pᵀq [size, R], Σ_m p⊙t / gate [size]) in fp32, zeros at removed units; empty where q or t is None.
-
-    t holds gate·v (or p does), so dividing leaves ∂L/∂gate; exact zeros get 0.
-    """
-    outer, dots = column_reduce(p, q, t, keep, compact)
-    kept = None if gate is None else (gate if keep is None else gate.index_select(0, keep)).float()[:, None]
-    if q is not None:
-        outer = spread(outer * scaling if kept is None else outer * (kept * scaling), 0, keep, size)
-    if t is not None:
-        kept = kept[:, 0]
-        dots = spread(torch.where(kept != 0, dots / kept, torch.zeros_like(dots)), 0, keep, size)
-    return outer if q is not None else p.new_empty(0), dots if t is not None else p.new_empty(0)
+def is_traced(x: Tensor) -> bool:
+    """Whether there is nothing to launch on: under torch.compile, or a tensor without values."""
+    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
 
 
 class MaskedLoraLinear(torch.autograd.Function):
@@ -108,36 +102,37 @@ class MaskedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, *args) -> Tensor:
-        y, u = forward_op(rows(x), *args)
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        _save(ctx, x, args, u, y)
+        if is_traced(x):
+            y, u = forward_op(rows(x), *args)
+        else:
+            y, u = compute(in_rows(x), *args, keep_u=ctx.needs_input_grad[4])
+        if y.dim() != x.dim():
+            y = y.view(*x.shape[:-1], y.shape[-1])
+        if any(ctx.needs_input_grad):
+            _save(ctx, x, args, u, y)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _student_grads(ctx, grad)
+        x, weight, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, u, y = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6)]
+        traced = is_traced(grad)
+        flat, run = (rows, backward_op) if traced else (in_rows, gradients)
+        y = None if y is None else flat(y)
+        u = grad.new_empty(0) if traced and u is None else u
+        operand = (flat(x), weight, None, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, *ctx.options)
+        grads = run(flat(grad), u, y, *operand, needs)
+        d_x, d_a, d_b, d_in, d_out = (d if need else None for d, need in zip(grads, needs, strict=True))
+        if d_x is not None and d_x.dim() != x.dim():
+            d_x = d_x.view(x.shape)
+        return d_x, None, None, d_a, d_b, d_in, d_out, None, None, None, None, None
 
 
-def _save(ctx, x: Tensor, args: tuple, u: Tensor, y: Tensor) -> None:
+def _save(ctx, x: Tensor, args: tuple, u: Tensor | None, y: Tensor) -> None:
     weight, _, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, *options = args
     saved_y = y if ctx.needs_input_grad[6] else None
     ctx.save_for_backward(x, weight, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, u, saved_y)
     ctx.options = options
-
-
-def _student_grads(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of `Operand`'s twelve fields, each in the dtype of its leaf."""
-    x, weight, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, u, y = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6)]
-    y = None if y is None else rows(y)
-    operand = (rows(x), weight, None, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, *ctx.options)
-    grads = backward_op(rows(grad), u, y, *operand, needs)
-    leaves = (x, lora_a, lora_b, in_gate, out_gate)
-    d_x, d_a, d_b, d_in, d_out = (
-        d.to(leaf.dtype) if need else None for d, leaf, need in zip(grads, leaves, needs, strict=True)
-    )
-    d_x = None if d_x is None else d_x.view(x.shape)
-    return d_x, None, None, d_a, d_b, d_in, d_out, None, None, None, None, None
 
 
 def masked_lora_linear(x: Tensor, weight: Tensor, *args) -> Tensor:

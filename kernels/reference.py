@@ -41,6 +41,7 @@ def masked_lora_linear(
     x = x * _dense_gate(in_gate, keep_in, k, x)
     y = x @ weight.detach().t()
     if lora_a is not None:
+        assert lora_b is not None
         y = y + scaling * (x @ lora_a.to(x.dtype).t()) @ lora_b.to(x.dtype).t()
     if bias is not None:
         y = y + bias.detach()

@@ -76,6 +76,7 @@ def fold(
     """Kept rows and columns of W [N, K], A [R, K], B [N, R] with gates and scaling multiplied in."""
     dtype = weight.dtype
     w = pick(pick(weight, 0, keep_out, dtype), 1, keep_in, dtype)
+    assert w is not None
     a, b = pick(lora_a, 1, keep_in, dtype), pick(lora_b, 0, keep_out, dtype)
     m_in, m_out = pick(in_gate, 0, keep_in, dtype), pick(out_gate, 0, keep_out, dtype)
     owned = w is not weight
@@ -155,7 +156,7 @@ class MaskedLoraLinear(torch.autograd.Function):
         if b is not None and f.out_gate is not None:
             b = b * f.out_gate
         y = F.linear(flat, f.weight, b)
-        if f.lora_a is not None and not f.merged:
+        if f.lora_a is not None and f.lora_b is not None and not f.merged:
             y.addmm_((f.lora_a @ flat.t()).t(), f.lora_b.t())
         if not compact_out:
             y = spread(y, 1, keep_out, weight.shape[0])
@@ -197,6 +198,7 @@ class MaskedLoraLinear(torch.autograd.Function):
             d_b = d_b * (ctx.scaling if f.out_gate is None else (f.out_gate * ctx.scaling)[:, None])
             d_b = spread(d_b, 0, keep_out, n).to(lora_b.dtype)
         if need_x:
+            assert dx is not None
             dx = (dx if compact_in else spread(dx, 1, keep_in, k)).view(x.shape)
         return dx if need_x else None, None, None, d_a, d_b, d_in, d_out, None, None, None, None, None
 

@@ -86,6 +86,7 @@ def matmul(
     stride_ym,
     COMPACT_X: tl.constexpr,
     COMPACT_Y: tl.constexpr,
+    GATHER_ROWS: tl.constexpr,
     FUSE_U: tl.constexpr,
     EVEN_K: tl.constexpr,
     RANK: tl.constexpr,
@@ -115,7 +116,7 @@ def matmul(
     acc = tl.full([BM, BN], 0.0, tl.float32)
     u_acc = tl.full([BM, RANK], 0.0, tl.float32)
     x += first * stride_xm
-    if b is not None:
+    if u is not None:
         u += first * rank
     y += first * stride_ym
     for k0 in range(0, k_kept, BK):
@@ -128,22 +129,34 @@ def matmul(
         if COMPACT_X:
             x_cols = ks
         x_ok = row_ok[:, None] if EVEN_K else row_ok[:, None] & k_ok[None, :]
-        w_ok = col_ok[None, :] if EVEN_K else col_ok[None, :] & k_ok[:, None]
         x_tile = tl.load(x + (rows[:, None] * stride_xm + x_cols[None, :] * stride_xk), mask=x_ok, other=0.0)
         if in_gate is not None:
             gate = tl.load(in_gate + sources, mask=k_ok, other=0.0).to(tl.float32)
             x_tile = (x_tile.to(tl.float32) * gate[None, :]).to(x_tile.dtype)
-        w_ptr = w + (units[None, :] * stride_wn + sources[:, None] * stride_wk)
-        w_tile = tl.load(w_ptr, mask=w_ok, other=0.0).to(x_tile.dtype)
+        # Lanes follow a tile's last dimension where they cannot see which one is contiguous: a gather along W's
+        # contiguous inputs is loaded as W lies, or 32 lanes would read 32 rows.
+        if GATHER_ROWS:
+            w_ptr = w + (units[:, None] * stride_wn + sources[None, :] * stride_wk)
+            w_ok = col_ok[:, None] if EVEN_K else col_ok[:, None] & k_ok[None, :]
+            w_tile = tl.trans(tl.load(w_ptr, mask=w_ok, other=0.0).to(x_tile.dtype))
+        else:
+            w_ptr = w + (units[None, :] * stride_wn + sources[:, None] * stride_wk)
+            w_ok = col_ok[None, :] if EVEN_K else col_ok[None, :] & k_ok[:, None]
+            w_tile = tl.load(w_ptr, mask=w_ok, other=0.0).to(x_tile.dtype)
         acc = _dot(x_tile, w_tile, acc, PRECISION, INTERPRET)
         if FUSE_U:
-            a_ptr = a + (ranks[None, :] * stride_ar + sources[:, None] * stride_ak)
-            a_tile = tl.load(a_ptr, mask=rank_ok[None, :] & k_ok[:, None], other=0.0).to(x_tile.dtype)
+            if GATHER_ROWS:
+                a_ptr = a + (ranks[:, None] * stride_ar + sources[None, :] * stride_ak)
+                a_tile = tl.trans(tl.load(a_ptr, mask=rank_ok[:, None] & k_ok[None, :], other=0.0).to(x_tile.dtype))
+            else:
+                a_ptr = a + (ranks[None, :] * stride_ar + sources[:, None] * stride_ak)
+                a_tile = tl.load(a_ptr, mask=rank_ok[None, :] & k_ok[:, None], other=0.0).to(x_tile.dtype)
             u_acc = _dot(x_tile, a_tile, u_acc, PRECISION, INTERPRET)
     if FUSE_U:
         u_tile = u_acc.to(x.dtype.element_ty)
-        if pid_n == 0:
-            tl.store(u + (rows[:, None] * rank + ranks[None, :]), u_tile, mask=row_ok[:, None] & rank_ok[None, :])
+        if u is not None:  # noqa: SIM102 - triton decides the one when it compiles, the other when it runs
+            if pid_n == 0:
+                tl.store(u + (rows[:, None] * rank + ranks[None, :]), u_tile, mask=row_ok[:, None] & rank_ok[None, :])
         acc = _add_lora(acc, u_tile, b, units, col_ok, ranks, rank, scaling, stride_bn, stride_br, PRECISION, INTERPRET)
     elif b is not None:
         for r0 in range(0, rank, RANK):
@@ -221,3 +234,52 @@ def column_reduce(
         tl.store(outer_ptr, outer_acc, mask=col_ok[:, None] & (ranks < rank)[None, :])
     if t is not None:
         tl.store(dots + split * kept + cols, tl.reduce(dots_acc, 0, _add), mask=col_ok)
+
+
+@triton.jit
+def finish_reduce(
+    outer,
+    dots,
+    gate,
+    index,
+    d_outer,
+    d_gate,
+    kept,
+    rank,
+    splits,
+    scaling,
+    stride_c,
+    stride_r,
+    RANK: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The gradients from the sums of `column_reduce`, each unit's at its place: s·gate⊙Σ outer and Σ dots / gate.
+
+    Strides of d_outer: dB is [N, R], dA is [R, K]. A gate of exactly 0 gets 0. d_outer or d_gate may be None.
+    """
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    col_ok = cols < kept
+    units = cols
+    if index is not None:
+        units = tl.load(index + cols, mask=col_ok, other=0).to(tl.int32)
+    if gate is not None:
+        factor = tl.load(gate + units, mask=col_ok, other=0.0).to(tl.float32)
+    if d_outer is not None:
+        ranks = tl.arange(0, RANK)
+        ok = col_ok[:, None] & (ranks < rank)[None, :]
+        total = tl.full([BC, RANK], 0.0, tl.float32)
+        for split in range(0, splits):
+            total += tl.load(outer + (split * kept + cols[:, None]) * rank + ranks[None, :], mask=ok, other=0.0)
+        if gate is not None:
+            total *= factor[:, None] * scaling
+        else:
+            total *= scaling
+        target = d_outer + (units[:, None] * stride_c + ranks[None, :] * stride_r)
+        tl.store(target, total.to(d_outer.dtype.element_ty), mask=ok)
+    if d_gate is not None:
+        dot = tl.full([BC], 0.0, tl.float32)
+        for split in range(0, splits):
+            dot += tl.load(dots + split * kept + cols, mask=col_ok, other=0.0)
+        open_ = factor != 0.0
+        dot = tl.where(open_, dot / tl.where(open_, factor, 1.0), 0.0)
+        tl.store(d_gate + units, dot.to(d_gate.dtype.element_ty), mask=col_ok)

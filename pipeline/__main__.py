@@ -22,11 +22,13 @@ from nuteprune.training.signals import Preempted, stop_signals
 STAGES = {
     "prepare": "fetch the model, tokenise and pack the text, once and without a GPU",
     "prune": "learn gates and LoRA on the frozen base model, taught by earlier snapshots of the student",
+    "recover": "train snapshots of a run on, their gates fixed, so that each rung of a ladder is worth its size",
     "finetune": "train the pruned student's LoRA on instruction records, its gates fixed",
     "export": "write the student (or a snapshot of the run, or a ladder of them) as a small Hugging Face model",
     "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
 }
 SHORTCUTS = {
+    "recover": {"--ladder": "recover.ladder", "--sparsity": "recover.ladder"},
     "finetune": {"--data": "finetune.data", "--sparsity": "finetune.sparsity"},
     "export": {
         "--sparsity": "export.sparsity",
@@ -38,8 +40,15 @@ SHORTCUTS = {
 }
 """Flags of a stage that stand for one key; a list is given with commas."""
 SUBMIT = "submit the stages of a run as dependent jobs of a SLURM cluster, or print a cluster file to edit"
+SUBMIT_FLAGS = {
+    "--config": "YAML file with the run's settings (or recipe=NAME behind), with a run_dir that every node sees",
+    "--cluster": "how the cluster is used: an edited copy of what --example prints",
+    "--from": "submit this stage and those after it, finished or not",
+    "--sweep": "instead, prune, export and evaluate once for each entry of a YAML list of settings, as a job array",
+}
+"""Flags of `submit` that take a value; slurm/submit.sh reads them."""
 STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"
-DISTRIBUTED = ("prune", "finetune")
+DISTRIBUTED = ("prune", "recover", "finetune")
 """Stages that several ranks run together."""
 OVERRIDES = "directory of a run (for --config RUN/config.yaml), and settings that win over the file"
 PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"
@@ -94,7 +103,12 @@ def parser() -> argparse.ArgumentParser:
                 sub.add_argument(flag, type=type(default), default=default, metavar="X",
                                  help=f"of a dry run: {meaning} (default {default})")  # fmt: skip
         sub.add_argument("overrides", nargs="*", metavar="RUN | key.sub=value", help=OVERRIDES)
-    stages.add_parser("submit", help=SUBMIT, add_help=False)
+    submission = stages.add_parser("submit", help=SUBMIT, description=SUBMIT.capitalize() + ".")
+    for flag, meaning in SUBMIT_FLAGS.items():
+        submission.add_argument(flag, metavar="X", help=meaning)
+    submission.add_argument("--dry-run", action="store_true", help="print the sbatch commands only")
+    submission.add_argument("--example", action="store_true", help="print a cluster file to edit, and nothing else")
+    submission.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
     status = stages.add_parser("status", help=STATUS, description=STATUS.capitalize() + ".")
     status.add_argument("--config", help="YAML file of the run, instead of its directory")
     status.add_argument("--json", action="store_true", help="print JSON")
@@ -118,12 +132,12 @@ def main(argv: list[str] | None = None) -> int:
     Of several ranks the first speaks for all; only a rank that lost another says so itself.
     """
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["submit"]:
-        return submit(words[1:])
     args, rest = parser().parse_known_args(words)
     if any(word.startswith("-") for word in rest):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides += rest  # settings may stand before and behind --config
+    if args.stage == "submit":
+        return submit(words[1:], args.example)
     if args.stage == "status":
         return show_status(args)
     try:
@@ -204,10 +218,10 @@ def dry_run(config: Config, args: argparse.Namespace) -> str:
     return f"{found}\n\n{plan.figures(config, argparse.Namespace(**flags))}"
 
 
-def submit(words: list[str]) -> int:
+def submit(words: list[str], example: bool) -> int:
     """Run slurm/submit.sh with these arguments, with this Python on the nodes unless the cluster file names another."""
     folder = Path(__file__).parent / "slurm"
-    if words == ["--example"]:
+    if example:
         sys.stdout.write((folder / "clusters" / "example.env").read_text(encoding="utf-8"))
         return 0
     environment = {"PYTHON": sys.executable, **os.environ}
@@ -239,7 +253,7 @@ def read_settings(args: argparse.Namespace) -> Config:
     for flag, key in SHORTCUTS.get(args.stage, {}).items():
         value = getattr(args, flag.strip("-").replace("-", "_"))
         if value is not None:
-            overrides.append(f"{key}=[{value}]" if flag == "--ladder" else f"{key}={value}")
+            overrides.append(f"{key}=[{value}]" if key.endswith("ladder") else f"{key}={value}")
     return load_config(runs[0] if runs else args.config, overrides)
 
 

@@ -2,18 +2,6 @@
 # Submits the stages of a run as dependent jobs, or a sweep of runs as an array. Run again, it submits what is missing.
 set -euo pipefail
 
-usage() {
-    cat <<'END'
-usage: nuteprune submit --config RUN.yaml --cluster CLUSTER.env [options] [key.sub=value …]
-
-  --config FILE    the run's settings (YAML), or recipe=NAME and others behind; run_dir must be seen by every node
-  --cluster FILE   how the cluster is used: an edited copy of what `nuteprune submit --example` prints
-  --from STAGE     submit this stage and those after it, finished or not: prepare, prune, finetune, export, evaluate
-  --sweep FILE     instead, prune, export and evaluate once for each entry of a YAML list of settings, as a job array
-  --dry-run        print the sbatch commands only
-END
-}
-
 die() {
     echo "submit.sh: $*" >&2
     exit 2
@@ -28,9 +16,8 @@ while (($#)); do
             shift 2
             ;;
         --dry-run) dry=1 && shift ;;
-        -h | --help) usage && exit ;;
         *=*) overrides+=("$1") && shift ;;
-        *) die "unknown argument '$1' (--help shows them)" ;;
+        *) die "unknown argument '$1' (\`nuteprune submit --help\` shows them)" ;;
     esac
 done
 [[ $config || ${#overrides[@]} -gt 0 ]] || die "--config is missing (or recipe=NAME run_dir=DIRECTORY)"

@@ -107,7 +107,8 @@ def run_config(tmp_path, **overrides):
     """A resolved configuration of a run over the files that `on_disk` writes."""
     keys = {"model.path": tmp_path / "base", "run_dir": tmp_path / "run", "data.source": tmp_path / "text.txt",
             "data.seq_len": 16, "lora.rank": 3, "lora.alpha": 6, "export.check_tokens": 40,
-            "gates.ffn_multiple": 1, "gates.hidden_multiple": 1, **overrides}  # fmt: skip
+            "gates.ffn_multiple": 1, "gates.hidden_multiple": 1, "gates.shape": "uniform",
+            **overrides}  # fmt: skip
     return load_config(None, [f"{k}={v}" for k, v in keys.items()])
 
 

@@ -39,7 +39,7 @@ CONFIGS = {
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
     "granite": (GraniteConfig, {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.3,
-                                "logits_scaling": 8.0, "tie_word_embeddings": True}),
+                                "logits_scaling": 2.0, "tie_word_embeddings": True}),
     "smollm3": (SmolLM3Config, {"no_rope_layer_interval": 2}),
     "phi3": (Phi3Config, {"sliding_window": 16}),
     "phi3-partial": (Phi3Config, {"rope_parameters": {

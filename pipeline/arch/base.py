@@ -6,7 +6,7 @@ R LoRA rank, V vocabulary, P head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -14,11 +14,6 @@ FFN = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION + FFN
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Linear layers that hold several projections, one below the other (Phi-3)."""
-SUBLAYERS_UNDER_NORMS = tuple(
-    (kind, "the norm behind each sublayer undoes a gate on all of it, so the gate would learn nothing")
-    for kind in ("attn_sublayers", "ffn_sublayers")
-)
-"""What families with norms behind their sublayers refuse."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +28,8 @@ class ArchSpec:
         qk_norm: queries and keys are RMS-normalised per "head" (Qwen3) or over their whole "width" (OLMo 2); "": not.
         norm_eps: epsilon of every RMSNorm.
         norms: names of a layer's RMSNorms over the hidden dimensions, before its sublayers or behind them.
+        norms_behind: those of them behind the attention and behind the FFN, if any: what follows is scale-free, so the
+            gate of a whole sublayer or layer acts behind them, not before.
         norm_offset: what an RMSNorm adds to its weight before it multiplies (Gemma: 1).
         embedding_multiplier: what the decoder multiplies the embeddings with that it is given (Granite).
         embedding_root: the embedding multiplies its rows by sqrt(D) (Gemma), which changes with D.
@@ -56,6 +53,7 @@ class ArchSpec:
     qk_norm: str = ""
     norm_eps: float = 1e-6
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    norms_behind: tuple[str, ...] = ()
     norm_offset: float = 0.0
     embedding_multiplier: float = 1.0
     embedding_root: bool = False
@@ -67,6 +65,11 @@ class ArchSpec:
     def group_size(self) -> int:
         """Query heads per key/value group."""
         return self.heads // self.kv_heads
+
+    def refusal(self, names: Sequence[str]) -> str | None:
+        """Why the family cannot have the first of these units and shapes that it refuses; None if it has them all."""
+        found = ((name, reason) for name, reason in self.refuses if name in names)
+        return next((f"{self.family} cannot have {name}, leave it out: {reason}" for name, reason in found), None)
 
     def head_cost(self, hidden):
         """Parameters of one query head (its rows of q, its columns of o) with `hidden` kept hidden dimensions."""

@@ -1,6 +1,6 @@
 """Gemma 3, text only (1B, 270M, and the language models cut out of the larger ones)."""
 
-from nuteprune.arch.base import SUBLAYERS_UNDER_NORMS, ArchSpec, Family, read_llama_like
+from nuteprune.arch.base import ArchSpec, Family, read_llama_like
 
 
 def read(config) -> ArchSpec:
@@ -11,7 +11,7 @@ def read(config) -> ArchSpec:
         config, qkv_bias=bias, o_bias=bias, qk_norm="head", norm_offset=1.0, embedding_root=True, hidden_divides=True,
         norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
                "post_feedforward_layernorm"),
-        refuses=SUBLAYERS_UNDER_NORMS,
+        norms_behind=("post_attention_layernorm", "post_feedforward_layernorm"),
     )  # fmt: skip
 
 

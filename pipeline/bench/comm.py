@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         job = Job(spec, config, Cluster(1, world.size, 1, 1, 1, 1, 1, 1))
         base = total_parameters(spec) * job.itemsize
         for mode, step in (("paired", paired), ("separate", separate)):
-            gathered = count(lambda step=step: step(model, ids, config.loss), args.steps)
+            gathered = count(partial(step, model, ids, config.loss), args.steps)
             measured = gathered.total / args.steps / base
             planned = traffic(job, Layout(3, 1), mode).ratio
             if world.is_main:

@@ -8,7 +8,6 @@ take, beside the sum of the rank's share, the largest layer, the embedding and t
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -77,8 +76,8 @@ class Peak:
         return self._read() - self.start
 
     def _read(self) -> int:
-        status = Path("/proc/self/status").read_text()
-        peak, files = (int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmHWM", "RssFile"))
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        peak, files = (int(status[key].split()[0]) for key in ("VmHWM", "RssFile"))
         return (peak - files) * 1024
 
 

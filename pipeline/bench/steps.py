@@ -91,7 +91,9 @@ def subject(model: PairedModel, sparsity: float, world: World) -> Subject:
 
 def measure(model: PairedModel, subjects: list[Subject], ids, loss, rounds: int) -> list[dict]:
     """Seconds of a step, of a teacher pass with the head and of its layers alone, in turns; one warm-up round."""
-    times = {s.sparsity: {"step": [], "teacher": [], "layers": []} for s in subjects}
+    times: dict[float, dict[str, list[float]]] = {
+        s.sparsity: {"step": [], "teacher": [], "layers": []} for s in subjects
+    }
     for number in range(rounds + 1):
         for s in subjects:
             measured = {"step": _timed(lambda s=s: _step(model, s, ids, loss)), **_teacher(model, s, ids)}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"]
+Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers"]
 Shape = Literal["uniform", "per_layer_ffn", "per_layer"]
 DEFAULT_UNITS: dict[str, list[Unit]] = {"per_layer_ffn": ["ffn"]}
-"""What is gated by default in a shape, as measured (README, "Results"); in the others KV groups and FFN units."""
+"""What is gated by default in a shape, as measured (docs/results.md); in the others KV groups and FFN units."""
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+ExportShape = Literal[Shape, "as_trained"]
 
 
 class ConfigError(ValueError):
@@ -28,7 +30,7 @@ def opt(default: Any, help: str, *, ge: float | None = None, gt: float | None = 
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = opt("", "Directory or hub id of the pretrained causal language model.")
-    dtype: Literal["float32", "bfloat16", "float16"] = opt("float32", "Type the frozen base weights are held in.")
+    dtype: Dtype = opt("float32", "Type the frozen base weights are held in.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = opt("sdpa", "Attention implementation of transformers.")
 
 
@@ -57,16 +59,18 @@ class TrainConfig:
     activation_checkpointing: bool = opt(False, "Recompute each layer in the backward pass to save memory.")
     ranks: int = opt(0, "Refuse to start on another number of ranks, as a typo in a hostfile gives; 0: any.", ge=0)
     rank_timeout: int = opt(600, "Seconds that a rank waits for the others before the run ends.", ge=10)
+    deterministic: bool = opt(False, "Only deterministic algorithms on a GPU, and tile sizes that are not measured, so "
+                              "that two runs give the same bits there too (docs/determinism.md).")  # fmt: skip
     max_bad_steps: int = opt(10, "Stop after this many steps in a row with a NaN or infinite loss or gradient.", ge=1)
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    units: list[Unit] = opt([], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, ffn_sublayers; "
-                            "empty: ffn in the shape `per_layer_ffn`, else kv_groups and ffn.")  # fmt: skip
+    units: list[Unit] = opt([], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, ffn_sublayers, "
+                            "layers; empty: ffn in the shape `per_layer_ffn`, else kv_groups and ffn.")  # fmt: skip
     shape: Shape = opt(
-        "uniform", "`uniform` keeps the same counts in every layer (a stock architecture); `per_layer_ffn` the same "
-        "attention in every layer that has one, with an FFN width of its own each; `per_layer` is free."
+        "per_layer_ffn", "`per_layer_ffn`: the same attention in each layer that has one, an FFN width of its own; "
+        "`uniform`: the same counts in every layer, a stock architecture; `per_layer`: free counts."
     )  # fmt: skip
     init: Literal["importance", "drop_rate"] = opt(
         "importance", "Start of log-alpha: from first-order Taylor importance, or one drop rate for all."
@@ -180,6 +184,13 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
+class RecoverConfig:
+    ladder: list[float] = opt([], "Sparsities whose snapshots of the run are trained on, their gates fixed.")
+    steps: int = opt(0, "Optimizer steps for each; 0: 0.4 of the run's.", ge=0)
+    lr: float = opt(0.0, "Peak learning rate; 0: the run's train.lora_lr.", ge=0)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = opt(200, "Steps between checkpoints (0: only the final one and on a signal).", ge=0)
     keep: int = opt(2, "Checkpoints kept.", ge=1)
@@ -199,9 +210,7 @@ class TrackingConfig:
 @dataclass(frozen=True)
 class ExportConfig:
     output: str = opt("", "Directory of the exported model; empty: `export` below the run directory.")
-    shape: Literal["uniform", "per_layer_ffn", "per_layer", "as_trained"] = opt(
-        "as_trained", "Shape of the exported model; `as_trained` takes `gates.shape` of the run."
-    )
+    shape: ExportShape = opt("as_trained", "Shape of the exported model; `as_trained` takes `gates.shape` of the run.")
     sparsity: float = opt(0.0, "Export the run's snapshot at this sparsity; 0: the final student.", ge=0, lt=1)
     source: Literal["newest", "pruned", "finetuned"] = opt(
         "newest", "The student as pruned, as fine-tuned, or (newest) fine-tuned where that is finished."
@@ -213,7 +222,7 @@ class ExportConfig:
     ffn_multiple: int = opt(0, "FFN widths are rounded to this multiple; 0: gates.ffn_multiple of the run.", ge=0)
     hidden_multiple: int = opt(0, "The hidden size is rounded to this multiple; 0: as in the run.", ge=0)
     tensor_parallel: int = opt(0, "GPUs over which the model can be split; 0: as in the run.", ge=0)
-    dtype: Literal["as_base", "float32", "bfloat16", "float16"] = opt("as_base", "Type of the exported weights.")
+    dtype: Literal["as_base", Dtype] = opt("as_base", "Type of the exported weights.")
     push_to_hub: str = opt(
         "", "Repository of the Hugging Face hub (user/name) that the model is uploaded to; empty: none."
     )
@@ -266,6 +275,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -279,6 +289,7 @@ ASKED_EACH_TIME = (("evaluate", "trust_remote_code"),)
 STAGE_SECTIONS = {
     "prepare": ["model", "data", "finetune"],
     "prune": ["model", "data", "train", "gates", "sparsity", "lora", "teacher", "loss", "checkpoint", "tracking"],
+    "recover": ["model", "recover", "train", "export", "checkpoint", "tracking"],
     "finetune": ["model", "finetune", "train", "loss", "export", "checkpoint", "tracking"],
     "export": ["model", "export"],
     "evaluate": ["model", "data", "export", "evaluate", "tracking"],

@@ -142,7 +142,7 @@ def build(cls: type, tree: dict, prefix: str) -> Any:
         if f.name not in tree:
             continue
         key, value, hint = prefix + f.name, tree[f.name], hints[f.name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             values[f.name] = build(hint, value or {}, key + ".")
         else:
             values[f.name] = _bounded(_convert(value, hint, key), f, key)
@@ -156,7 +156,7 @@ def to_dict(config: Config) -> dict:
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with `section.field` keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

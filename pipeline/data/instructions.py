@@ -80,7 +80,8 @@ def worded(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Iterat
 
 def encode(parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> Example:
     """Token ids and labels of one record; each part is tokenised by itself, as it will be when a prompt is asked."""
-    ids, labels = [], []
+    ids: list[int] = []
+    labels: list[int] = []
     for text, learned in parts:
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids += tokens

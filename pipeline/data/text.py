@@ -134,7 +134,7 @@ class BatchStream:
         self.local_size = batch_size // world
         self.offset = rank * self.local_size
         self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        self._order: np.ndarray = np.empty(0, dtype=np.int64)
 
     @property
     def steps_per_epoch(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +47,8 @@ def evaluate_models(config: Config) -> dict:
     # First, so that a mistake in them costs no evaluation.
     tasks = load_tasks(settings.tasks, settings.trust_remote_code)
     too_big = too_big_together([weight_bytes(path, config.model) for path in paths], device) if settings.speed else ""
-    entries, models, streams = [], [], []
+    entries: list[dict[str, Any]] = []
+    models, streams = [], []
     draft = {"models": entries, "dtype": config.model.dtype, "environment": environment(device)}
 
     def keep(entry: dict, part: dict) -> None:
@@ -212,7 +214,7 @@ def _into_card(result: dict, first: dict, entry: dict) -> None:
 
 def _to_tracker(result: dict, table: str, config: Config) -> None:
     """The report's table beside the run's curves, and its numbers as `eval/MODEL/…`."""
-    values = {}
+    values: dict[str, Any] = {}
     for model in result["models"]:
         own = {key: model[key] for key in SIZES}
         own |= {f"perplexity/{text}": score["perplexity"] for text, score in model["perplexity"].items()}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config, ConfigError, ExportShape
 from nuteprune.evaluation import pictures, report
 from nuteprune.evaluation.compare import evaluate_models
 from nuteprune.evaluation.speed import speed_ratio
@@ -55,8 +56,7 @@ def run(config: Config) -> Path:
     for point in points[1:]:
         rung = point["sparsity"]
         record = json.loads((models[rung] / RECORD).read_text(encoding="utf-8"))
-        if record["finetuned"]:
-            point["finetuned"] = record["finetuned"]
+        point |= {what: record[what] for what in ("recovered", "finetuned") if record.get(what)}
         if free:
             point["per_layer_perplexity"] = _perplexity(entries[str(free[rung])])
     _write(output, points, result)
@@ -83,20 +83,20 @@ def knee(points: list[dict]) -> int | None:
 def table(points: list[dict], best: int | None) -> str:
     """The rungs as a Markdown table; the knee's line is bold."""
     ratio = "{:.2f}".format
-    columns = {
+    columns: dict[str, Callable[[dict], str]] = {
         "sparsity": lambda p: f"{p['sparsity']:.0%}" if p["sparsity"] else "intact",
         "parameters": lambda p: f"{p['parameters']:,}",
         "bytes": lambda p: f"{p['bytes']:,}",
         "perplexity": lambda p: report.number(p["perplexity"]),
     }
     optional = {
-        "finetuned": ("fine-tuned, steps", "{:,}".format),
+        "recovered": ("recovered, steps", "{:,}".format), "finetuned": ("fine-tuned, steps", "{:,}".format),
         "prefill": ("prefill", ratio), "decode": ("decode", ratio), "retained": ("retained", "{:.1%}".format),
         "per_layer_perplexity": ("perplexity, `per_layer`", report.number),
     }  # fmt: skip
     for key, (title, form) in optional.items():
         if any(key in point for point in points):
-            columns[title] = lambda p, key=key, form=form: form(p[key]) if key in p else ""
+            columns[title] = _cells(key, form)
     if any("per_layer_perplexity" in point for point in points):
         columns["cost of the shape"] = lambda p: _cost(p)
     rows = [list(columns)] + [[cell(point) for cell in columns.values()] for point in points]
@@ -105,7 +105,12 @@ def table(points: list[dict], best: int | None) -> str:
     return report.markdown_table(rows)
 
 
-def _export(config: Config, output: Path, rung: float, shape: str) -> Path:
+def _cells(key: str, form: Callable[..., str]) -> Callable[[dict], str]:
+    """A column of what only some rungs have."""
+    return lambda point: form(point[key]) if key in point else ""
+
+
+def _export(config: Config, output: Path, rung: float, shape: ExportShape) -> Path:
     return export_model(
         replace(config, export=replace(config.export, ladder=[], sparsity=rung, shape=shape, output=str(output)))
     )

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 from nuteprune.evaluation import pictures
 from nuteprune.runs.checkpoint import MANIFEST, write_atomic, write_manifest
@@ -42,11 +43,11 @@ def write(report: dict, output: Path, run_dir: Path | None) -> dict:
     output.mkdir(parents=True, exist_ok=True)
     # A report that is being replaced is not complete.
     (output / MANIFEST).unlink(missing_ok=True)
-    images = {
+    drawn = {
         "kept.png": pictures.kept(Path(report["models"][-1]["path"]) / "nuteprune.json"),
         "training.png": pictures.training(run_dir / "metrics.jsonl") if run_dir else None,
     }
-    images = {name: image for name, image in images.items() if image}
+    images = {name: image for name, image in drawn.items() if image}
     report = _finite(report | {"pictures": sorted(images)})
     files = {
         **images,
@@ -217,7 +218,7 @@ def markdown_table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 
 
-def _finite(tree: object) -> object:
+def _finite(tree: Any) -> Any:
     """A copy of nested dicts and lists in which numbers that are not finite are None."""
     if isinstance(tree, dict):
         return {key: _finite(value) for key, value in tree.items()}

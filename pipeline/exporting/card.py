@@ -46,14 +46,16 @@ class Result:
 def kept_record(run: Run, student: Student, fold: Fold, result: Result) -> dict:
     """Contents of nuteprune.json: kept indices per layer, the original sizes, what was reached, fine-tuning steps."""
     spec, kept = fold.spec, fold.kept
-    layers = {"heads": kept.heads, "kv_groups": kept.kv_groups, "ffn": kept.ffn}
+    by_layer = {"heads": kept.heads, "kv_groups": kept.kv_groups, "ffn": kept.ffn}
     return {
-        "kept": {k: [t.tolist() for t in v] for k, v in layers.items()} | {"hidden": kept.hidden.tolist()},
+        "kept": {k: [t.tolist() for t in v] for k, v in by_layer.items()}
+        | {"hidden": kept.hidden.tolist(), "layers": kept.layers.tolist()},
         "layers": spec.layers,
         "original": {"heads": spec.heads, "kv_heads": spec.kv_heads, "ffn": spec.ffn, "hidden": spec.hidden},
         "sparsity": result.sparsity,
         "parameters": result.parameters,
         "finetuned": student.facts.get("steps", 0),
+        "recovered": student.facts.get("recovered", 0),
         "base": run.config.model.path,
     }
 
@@ -131,7 +133,9 @@ def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result:
         f"| Largest logit difference from the masked model | {result.difference:.1e} of the largest logit, float32, "
         f"{result.tokens} tokens |",
     ]
-    if tuned:
+    if tuned.get("recovered"):
+        lines.append(f"| Recovered | {tuned['recovered']:,} steps on the same text, its units fixed |")
+    if tuned.get("steps"):
         lines.append(
             f"| Fine-tuned | {tuned['steps']:,} steps on {_data_name(tuned['data'])}, {tuned['tokens']:,} tokens of "
             f"which {tuned['answer_tokens']:,} are answers |"
@@ -151,7 +155,8 @@ def _data_name(source: str) -> str:
 def _table(fold: Fold) -> list[str]:
     spec, kept = fold.spec, fold.kept
     lines = [
-        f"Hidden size {len(kept.hidden)} of {spec.hidden}. Kept in each layer:",
+        f"{len(kept.layers)} of {spec.layers} layers, hidden size {len(kept.hidden)} of {spec.hidden}. "
+        "Kept in each layer:",
         "",
         f"| Layer | Query heads of {spec.heads} | KV heads of {spec.kv_heads} | FFN units of {spec.ffn} |",
         "|---|---|---|---|",

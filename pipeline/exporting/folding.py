@@ -8,6 +8,7 @@ configuration. Scaling their input (the rows and biases of q_proj and k_proj) by
     w·(c·q) / sqrt(c²·ms(q) + c²·eps) = w·q / sqrt(ms(q) + eps).
 OLMo 2's run over all heads, where a removed head counts as zeros. With n' of n heads kept and r² = n/n' the mean square
 over those is r²·ms(q): scaling the rows by c/r and the norm's weight by r is exact.
+Where a norm follows a sublayer, the gate of all that the sublayer adds is a factor of that norm's weight.
 Gemma's norms multiply by 1 + w, so w' = c·(1 + w) - 1. Its embeddings are multiplied by sqrt(d'), not sqrt(d): they are
 scaled by c, and where the head shares them the last norm keeps its weight, which undoes that.
 """
@@ -29,6 +30,8 @@ from nuteprune.masks import Gates, Kept, kept_units
 from nuteprune.model.layers import LoraWeights
 from nuteprune.model.loading import OWN_TYPES
 
+PER_LAYER_LISTS = ("layer_types", "no_rope_layers")
+"""Entries of a configuration with one value for each layer."""
 _RENAMED = {"architectures", "model_type", "quantization_config", "transformers_version", "auto_map"}
 """Entries of a base configuration that say what the base was, not how it computes."""
 
@@ -54,6 +57,7 @@ class Fold:
     Attributes:
         spec: the base's architecture.
         head_gate, ffn_gate, hidden_gate: effective gates [L, H], [L, F], [D], float32.
+        added_gates: [2, L], on what attention and FFN add to the stream.
         kept: the units that stay.
         lora, scaling: LoRA pairs by "layer.projection", and alpha / rank.
     """
@@ -62,6 +66,7 @@ class Fold:
     head_gate: Tensor
     ffn_gate: Tensor
     hidden_gate: Tensor
+    added_gates: Tensor
     kept: Kept
     lora: LoraWeights
     scaling: float
@@ -78,12 +83,15 @@ class Fold:
 
 
 def plan_fold(spec: ArchSpec, gates: Gates, lora: LoraWeights, scaling: float) -> Fold:
-    """The fold of given gates and LoRA; raises ValueError where no hidden dimension is left."""
+    """The fold of given gates and LoRA; raises ValueError where no hidden dimension or no layer is left."""
     full = gates.detach().to("cpu", torch.float32).full(spec)
     kept = kept_units(spec, full)
     if len(kept.hidden) == 0:
         raise ValueError("no hidden dimension is left: lower the target sparsity")
-    return Fold(spec, full.head_gate(spec), full.ffn_gate(), full.hidden, kept, lora, scaling)
+    if len(kept.layers) == 0:
+        raise ValueError("no decoder layer is left: lower the target sparsity")
+    added = torch.stack(full.added_gates(spec))
+    return Fold(spec, full.head_gate(spec), full.ffn_gate(spec), full.hidden, added, kept, lora, scaling)
 
 
 def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedConfig:
@@ -97,22 +105,30 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
     Raises:
         ValueError: no stock class can hold these sizes.
     """
-    groups = fold.kept.heads_per_group(fold.spec)
+    if (refusal := fold.spec.refusal([shape])) is not None:
+        raise ValueError(f"export.shape: {refusal}")
+    kept = fold.kept.layers.tolist()
+    every_group = fold.kept.heads_per_group(fold.spec)
+    groups, ffn = [every_group[i] for i in kept], [len(fold.kept.ffn[i]) for i in kept]
     values = {k: v for k, v in base.to_dict().items() if k not in _RENAMED}
     values |= {
+        "num_hidden_layers": len(kept),
         "hidden_size": len(fold.kept.hidden),
         "num_attention_heads": max(1, *map(sum, groups)),
         "num_key_value_heads": max(1, *map(len, groups)),
         "head_dim": fold.spec.head_dim,
-        "intermediate_size": max(1, *map(len, fold.kept.ffn)),
+        "intermediate_size": max(1, *ffn),
         "rms_norm_eps": fold.spec.norm_eps * fold.norm_scale**2,
         "tie_word_embeddings": fold.spec.tied and not fold.unties,
     }
+    for name in PER_LAYER_LISTS:
+        if values.get(name):
+            values[name] = [values[name][i] for i in kept]
     if shape != "uniform":
         name = family_of(base).ragged_class or type(base).__name__
         values = _of_class(values, base, getattr(transformers, name))
         stem = name.removesuffix("Config")
-        values |= {"heads_per_group": groups, "ffn_sizes": [len(f) for f in fold.kept.ffn]}
+        values |= {"heads_per_group": groups, "ffn_sizes": ffn}
         values["auto_map"] = {
             "AutoConfig": f"modeling_ragged.Ragged{stem}Config",
             "AutoModelForCausalLM": f"modeling_ragged.Ragged{stem}ForCausalLM",
@@ -156,9 +172,11 @@ def fold_model(model: PreTrainedModel, config: PreTrainedConfig, fold: Fold, pro
     with torch.device("meta"):
         small = model_class(config)(config)
     layers = model.model.layers
+    place = {index: number for number, index in enumerate(fold.kept.layers.tolist())}
     for index in progress(range(fold.spec.layers)):
-        into = small.model.layers[index]
-        into.load_state_dict(pack(fold_layer(fold, layers[index], index), into), assign=True)
+        if index in place:
+            into = small.model.layers[place[index]]
+            into.load_state_dict(pack(fold_layer(fold, layers[index], index), into), assign=True)
         layers[index] = nn.Identity()
     embedding, norm, head = fold_ends(fold, model)
     small.model.embed_tokens.load_state_dict({"weight": embedding}, assign=True)
@@ -176,7 +194,9 @@ def fold_layer(fold: Fold, layer: nn.Module, index: int) -> dict[str, Tensor]:
         for part, tensor in _projection(fold, getattr(owner, attribute), name, index):
             state[f"{block}.{name}.{part}"] = tensor
     for norm in fold.spec.norms:
-        state[f"{norm}.weight"] = _norm(fold, getattr(layer, norm), fold.norm_scale)
+        behind = fold.spec.norms_behind
+        gate = float(fold.added_gates[behind.index(norm), index]) if norm in behind else 1.0
+        state[f"{norm}.weight"] = _norm(fold, getattr(layer, norm), fold.norm_scale * gate)
     if fold.spec.qk_norm and len(fold.kept.heads[index]):
         for norm, name in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
             weight = getattr(layer.self_attn, norm).weight.detach().float()
@@ -236,7 +256,8 @@ def _sides(fold: Fold, name: str, index: int) -> tuple[Tensor, Tensor, Tensor | 
     else:
         unit, gate = kept.ffn[index], fold.ffn_gate[index]
     if name in ("o_proj", "down_proj"):
-        return kept.hidden, unit, fold.hidden_gate, gate
+        added = fold.added_gates[int(name == "down_proj"), index]
+        return kept.hidden, unit, fold.hidden_gate * (1.0 if fold.spec.norms_behind else added), gate
     # Gates act where units enter o_proj and down_proj; the residual stream arrives already gated.
     return unit, kept.hidden, None, None
 

@@ -4,6 +4,9 @@ Saved beside the weights of a model that NutePrune exported with shape `per_laye
 Everything is transformers' own but the projections' shapes; K and V are repeated by group where groups are unequal.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, cat, nn
@@ -12,15 +15,22 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 PREFIX = "ragged_"
 
+if TYPE_CHECKING:  # what the two mixins below stand in front of
+    from transformers import PreTrainedConfig as Config
+    from transformers import PreTrainedModel as Model
+else:
+    Config = Model = object
 
-class RaggedConfig:
+
+class RaggedConfig(Config):
     """What the configurations below add: the widths of each layer.
 
     `heads_per_group[layer]` lists the query heads of each KV group ([]: no attention), `ffn_sizes[layer]` is the FFN
     width (0: none). `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are the maxima.
     """
 
-    heads_per_group, ffn_sizes = (), ()
+    heads_per_group: Sequence[list[int]] = ()
+    ffn_sizes: Sequence[int] = ()
     base_model_tp_plan = None  # unequal groups cannot be split evenly over devices
 
     def validate_architecture(self):
@@ -43,7 +53,7 @@ class Absent(nn.Module):
         return zeros if self.bias is None else zeros + self.bias
 
 
-class RaggedForCausalLM:
+class RaggedForCausalLM(Model):
     """Mixed in before a stock `…ForCausalLM`: gives each layer its own widths once the stock model is built."""
 
     def __init__(self, config):
@@ -114,17 +124,18 @@ def _ragged(base: str | None) -> str:
             key, value = _per_head(key, groups), _per_head(value, groups)
         return inner(module, query, key, value, attention_mask, **kwargs)
 
-    attention.inner, attention.takes_groups = inner, True
+    wrapper: Any = attention
+    wrapper.inner, wrapper.takes_groups = inner, True
     wrapped = inner
     while wrapped is not None and not hasattr(wrapped, "takes_groups"):
         wrapped = getattr(wrapped, "inner", None)
     if wrapped is None:
-        AttentionInterface.register(name, attention)
+        AttentionInterface.register(name, wrapper)
     AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
     return name
 
 
-def _per_head(states: Tensor, groups: list[int]) -> Tensor:
+def _per_head(states: Tensor, groups: Sequence[int]) -> Tensor:
     """[B, K, T, P] to [B, H, T, P]: group g repeated groups[g] times."""
     return cat([states[:, g : g + 1].expand(-1, count, -1, -1) for g, count in enumerate(groups)], dim=1)
 

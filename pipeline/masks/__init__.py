@@ -6,7 +6,7 @@ Pure arithmetic on tensors and an `ArchSpec`: no model, no files. Everything abo
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
 from nuteprune.masks.kept import Kept, kept_units
 from nuteprune.masks.mask_set import POINT, MaskSet, check_target, gated_kinds, multiples
-from nuteprune.masks.selection import select_units
+from nuteprune.masks.selection import describe, select_units
 
 __all__ = [
     "KINDS",
@@ -15,6 +15,7 @@ __all__ = [
     "Kept",
     "MaskSet",
     "check_target",
+    "describe",
     "gated_kinds",
     "kept_parameters",
     "kept_units",

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from nuteprune.arch import ArchSpec
 
-KINDS = ("heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers")
+KINDS = ("heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers")
 
 
 def unit_shape(spec: ArchSpec, kind: str) -> tuple[int, ...]:
-    """Shape of a kind's gates: [L, H], [L, K], [L, F], [D], [L], [L]."""
+    """Shape of a kind's gates: [L, H], [L, K], [L, F], [D], [L], [L], [L]."""
     return {
         "heads": (spec.layers, spec.heads),
         "kv_groups": (spec.layers, spec.kv_heads),
@@ -22,12 +22,17 @@ def unit_shape(spec: ArchSpec, kind: str) -> tuple[int, ...]:
         "hidden": (spec.hidden,),
         "attn_sublayers": (spec.layers,),
         "ffn_sublayers": (spec.layers,),
+        "layers": (spec.layers,),
     }[kind]
 
 
 @dataclass(frozen=True)
 class Gates:
-    """Gate values in [0, 1] by kind; None where a kind is not gated (all ones). Shapes as in `unit_shape`."""
+    """Gate values in [0, 1] by kind; None where a kind is not gated (all ones). Shapes as in `unit_shape`.
+
+    The gate of a layer acts on what its two sublayers add to the residual stream, biases included, so that a layer
+    whose gate is 0 is the identity. Of its units it only says that they are gone with it.
+    """
 
     heads: Tensor | None = None
     kv_groups: Tensor | None = None
@@ -35,6 +40,7 @@ class Gates:
     hidden: Tensor | None = None
     attn_sublayers: Tensor | None = None
     ffn_sublayers: Tensor | None = None
+    layers: Tensor | None = None
 
     def as_dict(self) -> dict[str, Tensor]:
         """The gated kinds."""
@@ -49,23 +55,41 @@ class Gates:
         return Gates(**{kind: z.detach() for kind, z in self.as_dict().items()})
 
     def head_gate(self, spec: ArchSpec) -> Tensor | None:
-        """[L, H]: product of a query head's own gate, its group's and its sublayer's; None if none is gated."""
+        """[L, H]: product of a query head's own gate, its group's and its sublayer's, 0 in a removed layer.
+
+        None if none of them is gated.
+        """
         parts = []
         if self.heads is not None:
             parts.append(self.heads)
         if self.kv_groups is not None:
             parts.append(self.kv_groups.repeat_interleave(spec.group_size, dim=1))
         if self.attn_sublayers is not None:
-            parts.append(self.attn_sublayers[:, None].expand(-1, spec.heads))
+            own = _open(self.attn_sublayers) if spec.norms_behind else self.attn_sublayers
+            parts.append(own[:, None].expand(-1, spec.heads))
+        if self.layers is not None:
+            parts.append(_open(self.layers)[:, None].expand(-1, spec.heads))
         return _product(parts)
 
-    def ffn_gate(self) -> Tensor | None:
-        """[L, F]: product of a unit's gate and its sublayer's; None if neither is gated."""
-        if self.ffn is None and self.ffn_sublayers is not None:
-            raise AssertionError("ffn_sublayers without ffn: use `full` to fill in ones first")
-        parts = [p for p in (self.ffn, None if self.ffn_sublayers is None else self.ffn_sublayers[:, None])
-                 if p is not None]  # fmt: skip
+    def ffn_gate(self, spec: ArchSpec) -> Tensor | None:
+        """[L, F]: product of a unit's gate and its sublayer's, 0 in a removed layer; None if none of them is gated."""
+        parts = [] if self.ffn is None else [self.ffn]
+        if self.ffn_sublayers is not None:
+            own = _open(self.ffn_sublayers) if spec.norms_behind else self.ffn_sublayers
+            parts.append(own[:, None].expand(-1, spec.ffn))
+        if self.layers is not None:
+            parts.append(_open(self.layers)[:, None].expand(-1, spec.ffn))
         return _product(parts)
+
+    def added_gates(self, spec: ArchSpec) -> tuple[Tensor | None, Tensor | None]:
+        """[L] and [L]: gates on what the attention and the FFN of a layer add to the stream; None where there is none.
+
+        The layer's gate; with norms behind the sublayers also their own, of which `head_gate` and `ffn_gate` then only
+        say which are gone.
+        """
+        own = (self.attn_sublayers, self.ffn_sublayers) if spec.norms_behind else (None, None)
+        attention, ffn = (_product([gate for gate in (self.layers, sublayer) if gate is not None]) for sublayer in own)
+        return attention, ffn
 
     def full(self, spec: ArchSpec) -> Gates:
         """The same gates with ones for every kind that is not gated."""
@@ -88,12 +112,13 @@ def kept_parameters(spec: ArchSpec, open_: Mapping[str, Tensor]) -> Tensor:
         Scalar tensor, differentiable in the probabilities.
     """
     hidden = open_["hidden"].sum()
-    attn, group = open_["attn_sublayers"][:, None], open_["kv_groups"]
+    attn, ffn = ((open_["layers"] * open_[kind])[:, None] for kind in ("attn_sublayers", "ffn_sublayers"))
+    group = open_["kv_groups"]
     heads = open_["heads"].unflatten(1, (spec.kv_heads, spec.group_size))
     any_head = 1 - (1 - heads).prod(-1)
     kept_groups = (attn * group * any_head).sum()
     kept_heads = ((attn * group)[..., None] * heads).sum()
-    kept_ffn = (open_["ffn_sublayers"][:, None] * open_["ffn"]).sum()
+    kept_ffn = (ffn * open_["ffn"]).sum()
     return (
         kept_heads * spec.head_cost(hidden) + kept_groups * spec.group_cost(hidden) + kept_ffn * spec.ffn_cost(hidden)
     )
@@ -103,6 +128,10 @@ def sparsity_of(spec: ArchSpec, gates: Gates) -> float:
     """Removed share of the prunable parameters when every unit with a nonzero gate is kept."""
     open_ = {k: (z != 0).double() for k, z in gates.detach().full(spec).as_dict().items()}
     return 1.0 - float(kept_parameters(spec, open_)) / spec.prunable
+
+
+def _open(gate: Tensor) -> Tensor:
+    return (gate != 0).to(gate.dtype)
 
 
 def _product(parts: list[Tensor]) -> Tensor | None:

@@ -13,7 +13,7 @@ from nuteprune.masks.gates import Gates
 
 @dataclass(frozen=True)
 class Kept:
-    """Sorted indices of the units that stay; lists have one entry per layer.
+    """Sorted indices of the units that stay; lists have one entry per layer of the base, `layers` are those that stay.
 
     A KV group stays exactly if one of its query heads has a nonzero effective gate.
     """
@@ -22,6 +22,7 @@ class Kept:
     kv_groups: list[Tensor]
     ffn: list[Tensor]
     hidden: Tensor
+    layers: Tensor
 
     def heads_per_group(self, spec: ArchSpec) -> list[list[int]]:
         """For each layer the number of kept query heads in each kept KV group."""
@@ -29,9 +30,9 @@ class Kept:
         return [[n for n in layer.tolist() if n] for layer in counts]
 
     def is_uniform(self, spec: ArchSpec) -> bool:
-        """Every layer keeps the same counts, and something of both sublayers: a stock architecture can hold it."""
-        ffn = {len(f) for f in self.ffn}
-        return self.attention_is_alike(spec) and all(map(len, self.heads)) and len(ffn) == 1 and ffn != {0}
+        """Every layer that stays keeps the same counts, and something of both sublayers: a stock model can hold it."""
+        heads, ffn = ({len(units[i]) for i in self.layers} for units in (self.heads, self.ffn))
+        return self.attention_is_alike(spec) and len(heads) == len(ffn) == 1 and 0 not in heads | ffn
 
     def attention_is_alike(self, spec: ArchSpec) -> bool:
         """The layers that keep attention keep the same number of groups, each with the same number of query heads."""
@@ -42,6 +43,12 @@ class Kept:
 def kept_units(spec: ArchSpec, gates: Gates) -> Kept:
     """The units with a nonzero effective gate."""
     full = gates.full(spec)
-    heads = [row.nonzero().squeeze(1) for row in full.head_gate(spec)]
+    head_gate, ffn_gate = full.head_gate(spec), full.ffn_gate(spec)
+    assert head_gate is not None
+    assert ffn_gate is not None
+    assert full.hidden is not None
+    assert full.layers is not None
+    heads = [row.nonzero().squeeze(1) for row in head_gate]
     groups = [torch.unique(h // spec.group_size) for h in heads]
-    return Kept(heads, groups, [row.nonzero().squeeze(1) for row in full.ffn_gate()], full.hidden.nonzero().squeeze(1))
+    ffn = [row.nonzero().squeeze(1) for row in ffn_gate]
+    return Kept(heads, groups, ffn, full.hidden.nonzero().squeeze(1), full.layers.nonzero().squeeze(1))

@@ -56,8 +56,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, teacher, labels, kl_weight, label_weight, temperature, chunk):
-        keep_gradient = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(hidden) if keep_gradient else None
+        gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         kl, entropy = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         tokens = hidden.shape[0]
         learned = 0 if labels is None else max(1, int((labels != IGNORE).sum()))
@@ -74,7 +73,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                 kl += loss / tokens
                 own *= kl_weight
                 slope = own if slope is None else slope.add_(own)
-            if keep_gradient:
+            if gradient is not None:
+                assert slope is not None  # there are labels or a teacher
                 gradient[rows] = slope.to(weight.dtype).mm(weight)
         ctx.save_for_backward(gradient)
         ctx.tokens = tokens

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from nuteprune.arch import ATTENTION, FFN, ArchSpec, projections
 from nuteprune.config import LoraConfig
-from nuteprune.kernels.api import masked_lora_linear
+from nuteprune.kernels.api import known_lists
 from nuteprune.masks import Gates
+from nuteprune.model import structure
 
 LoraWeights = Mapping[str, tuple[Tensor, Tensor]]
 """LoRA pairs (A [R, K], B [N, R]) by "layer.projection", e.g. "3.q_proj"."""
@@ -41,6 +43,12 @@ class ProjectionState:
     compact_in: bool = False
     compact_out: bool = False
 
+    @cached_property
+    def operands(self) -> tuple:
+        """The arguments of `kernels.api.known_lists` behind x, the weight and its bias."""
+        gates, lists = (self.in_gate, self.out_gate), (self.keep_in, self.keep_out)
+        return *(self.lora or (None, None)), *gates, *lists, self.scaling, self.compact_in, self.compact_out
+
 
 @dataclass(frozen=True)
 class LayerView:
@@ -50,12 +58,14 @@ class LayerView:
         states: by projection name.
         group_size: query heads per group where that is the same for all kept groups, else 1.
         kv_index: [kept heads] group of each kept head where groups are ragged, else None.
+        behind: gates behind the norms that follow attention and FFN, where there are such norms.
         removed: nothing of the layer is left.
     """
 
     states: dict[str, ProjectionState]
     group_size: int
     kv_index: Tensor | None = None
+    behind: tuple[Tensor | None, Tensor | None] = (None, None)
     removed: bool = False
 
 
@@ -93,12 +103,7 @@ class MaskedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] (or its kept columns) to [..., N] (or the kept rows)."""
-        s = self.state
-        a, b = s.lora or (None, None)
-        return masked_lora_linear(
-            x, self.weight, self.bias, a, b, s.scaling, s.in_gate, s.out_gate,
-            keep_in=s.keep_in, keep_out=s.keep_out, compact_in=s.compact_in, compact_out=s.compact_out,
-        )  # fmt: skip
+        return known_lists(x, self.weight, self.bias, *self.state.operands)
 
 
 class WidthNorm(nn.Module):
@@ -123,6 +128,25 @@ class WidthNorm(nn.Module):
         return (weight * (x.float() * torch.rsqrt(mean_square + self.variance_epsilon))).to(x.dtype)
 
 
+class GatedNorm(nn.Module):
+    """A norm behind a sublayer, and the gate of all that the sublayer adds, which would be lost before the norm."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+        self.gate: Tensor | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The norm's own."""
+        return self.norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D], normalised and gated."""
+        y = self.norm(x)
+        return y if self.gate is None else y * self.gate.to(y.dtype)
+
+
 _WIDTH_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
 
 
@@ -131,6 +155,8 @@ def install(layers: nn.ModuleList, spec: ArchSpec) -> None:
     for layer in layers:
         for owner, attribute in projections(layer).values():
             setattr(owner, attribute, MaskedLoRALinear(getattr(owner, attribute)))
+        for name in spec.norms_behind:
+            setattr(layer, name, GatedNorm(getattr(layer, name)))
         if spec.qk_norm == "width":
             attention = layer.self_attn
             for norm, name in _WIDTH_NORMS.items():
@@ -160,6 +186,8 @@ def activate(layer: nn.Module, view: LayerView) -> None:
     for norm, name in _WIDTH_NORMS.items():
         if isinstance(module := getattr(layer.self_attn, norm, None), WidthNorm):
             module.keep = view.states[name].keep_out
+    for module, gate in zip((m for m in layer.children() if isinstance(m, GatedNorm)), view.behind, strict=False):
+        module.gate = gate
 
 
 def build_view(
@@ -171,23 +199,33 @@ def build_view(
     Args:
         spec: the architecture.
         gates: gate values (None: intact), on the model's device.
-        lora: LoRA pairs by "layer.projection"; cast to `dtype` here, once.
+        lora: LoRA pairs by "layer.projection"; those that are not in training are cast to `dtype` here, once.
         scaling: alpha / rank.
         dtype: compute type.
         skip_removed: leave units whose gate is exactly 0 out of the computation; False multiplies them by 0.
     """
     heads = ffn = hidden = None
     if gates is not None:
-        full = gates.full(spec) if gates.ffn is None and gates.ffn_sublayers is not None else gates
-        heads, ffn, hidden = gates.head_gate(spec), full.ffn_gate(), gates.hidden
-    residual = _Side(hidden, _kept(hidden) if skip_removed else None)
+        heads, ffn, hidden = gates.head_gate(spec), gates.ffn_gate(spec), gates.hidden
+    found = structure.find(spec, heads, ffn, hidden) if skip_removed else structure.dense(spec)
+    into_norm = [{}] * spec.layers if skip_removed else _into_norm(spec, heads)
+    added = (None, None) if gates is None else gates.added_gates(spec)
+    scales = list(zip(*(_layer_scales(spec, gate, skip_removed) for gate in added), strict=True))
+    none = [None] * spec.layers
+    # All layers at once: an operation a layer, and one more in its backward, is what a small layer's step is made of.
+    head_gates = none if heads is None else heads.repeat_interleave(spec.head_dim, dim=1).unbind(0)
+    ffn_gates = none if ffn is None else ffn.unbind(0)
+    residual = _Side(hidden, found.hidden)
     layers = []
-    for index in range(spec.layers):
-        head_gate = None if heads is None else heads[index]
-        ffn_gate = None if ffn is None else ffn[index]
-        pairs = {n: tuple(t.to(dtype) for t in lora[f"{index}.{n}"]) for n in (*ATTENTION, *FFN)
-                 if f"{index}.{n}" in lora}  # fmt: skip
-        layers.append(_layer_view(spec, head_gate, ffn_gate, residual, pairs, scaling, skip_removed))
+    for index, kept in enumerate(found.layers):
+        # LoRA in training stays as it is: the kernels take it in its own type, and its gradient arrives in that.
+        pairs = {n: tuple(t if t.requires_grad else t.to(dtype) for t in lora[f"{index}.{n}"])
+                 for n in (*ATTENTION, *FFN) if f"{index}.{n}" in lora}  # fmt: skip
+        queries, values = _Side(head_gates[index], kept.queries), _Side(None, kept.values)
+        units = _Side(ffn_gates[index], kept.ffn)
+        states = _states(spec, queries, values, units, residual, scales[index], into_norm[index], pairs, scaling)
+        behind = scales[index] if spec.norms_behind else (None, None)
+        layers.append(LayerView(states, kept.group_size, kept.kv_index, behind, kept.removed))
     return View(layers, hidden)
 
 
@@ -199,55 +237,44 @@ class _Side:
     keep: Tensor | None = None
 
 
-def _layer_view(spec, head_gate, ffn_gate, residual: _Side, pairs, scaling, skip_removed) -> LayerView:
-    head_keep = _kept(head_gate) if skip_removed else None
-    ffn_side = _Side(ffn_gate, _kept(ffn_gate) if skip_removed else None)
-    group_keep, group_size, kv_index = _group_layout(spec, head_keep)
-    queries = _Side(None if head_gate is None else head_gate.repeat_interleave(spec.head_dim), _rows(spec, head_keep))
-    values = _Side(None, _rows(spec, group_keep))
-    into_norm: dict[str, Tensor] = {}
-    if spec.qk_norm == "width" and head_gate is not None and not skip_removed:
-        # A removed head leaves the norm that its queries and keys share with the others: no rows, or zeros.
-        alive = (head_gate.detach() != 0).to(head_gate.dtype)
-        groups = alive.view(-1, spec.group_size).amax(1)
-        into_norm = {
-            name: unit.repeat_interleave(spec.head_dim) for name, unit in (("q_proj", alive), ("k_proj", groups))
-        }
-    outputs = {"q_proj": queries, "k_proj": values, "v_proj": values, "gate_proj": ffn_side, "up_proj": ffn_side}
+def _layer_scales(spec: ArchSpec, gate: Tensor | None, skip_removed: bool) -> list[Tensor | None]:
+    """For each layer the gate of what it adds to the stream; None where that stays as it is."""
+    if gate is None:
+        return [None] * spec.layers
+    if gate.requires_grad or not skip_removed:
+        return list(gate)
+    return [None if value == 1 else z for value, z in zip(gate.tolist(), gate, strict=True)]
+
+
+def _into_norm(spec: ArchSpec, heads: Tensor | None) -> list[dict[str, Tensor]]:
+    """By layer and projection, what multiplies the rows of removed heads where they are not left out.
+
+    A removed head leaves the norm that its queries and keys share with the others: no rows, or zeros.
+    """
+    if spec.qk_norm != "width" or heads is None:
+        return [{}] * spec.layers
+    alive = (heads.detach() != 0).to(heads.dtype)
+    groups = alive.unflatten(1, (-1, spec.group_size)).amax(2)
+    queries, keys = (unit.repeat_interleave(spec.head_dim, dim=1) for unit in (alive, groups))
+    return [{"q_proj": q, "k_proj": k} for q, k in zip(queries, keys, strict=True)]
+
+
+def _states(
+    spec: ArchSpec, queries: _Side, values: _Side, units: _Side, residual: _Side,
+    scales: tuple[Tensor | None, Tensor | None], into_norm: Mapping[str, Tensor],
+    pairs: Mapping[str, tuple[Tensor, Tensor]], scaling: float,
+) -> dict[str, ProjectionState]:  # fmt: skip
+    """What each projection of a layer computes with."""
+    outputs = {"q_proj": queries, "k_proj": values, "v_proj": values, "gate_proj": units, "up_proj": units}
     states = {}
     for name, side in outputs.items():
         # The residual stream is already masked, so removed hidden dimensions arrive as zeros: no gate, only the skip.
         states[name] = ProjectionState(pairs.get(name), scaling, None, into_norm.get(name), residual.keep, side.keep,
                                        compact_out=side.keep is not None)  # fmt: skip
-    for name, side in {"o_proj": queries, "down_proj": ffn_side}.items():
-        states[name] = ProjectionState(pairs.get(name), scaling, side.gate, residual.gate, side.keep, residual.keep,
+    for (name, side), scale in zip({"o_proj": queries, "down_proj": units}.items(), scales, strict=True):
+        added = residual.gate
+        if scale is not None and not spec.norms_behind:
+            added = scale.repeat(spec.hidden) if added is None else scale * added
+        states[name] = ProjectionState(pairs.get(name), scaling, side.gate, added, side.keep, residual.keep,
                                        compact_in=side.keep is not None)  # fmt: skip
-    gone = [keep is not None and len(keep) == 0 for keep in (head_keep, ffn_side.keep)]
-    return LayerView(states, group_size, kv_index, removed=all(gone))
-
-
-def _kept(gate: Tensor | None) -> Tensor | None:
-    """Sorted indices of nonzero gates, None if there are no zeros."""
-    if gate is None:
-        return None
-    keep = gate.detach().nonzero().squeeze(1)
-    return None if len(keep) == len(gate) else keep
-
-
-def _rows(spec: ArchSpec, heads: Tensor | None) -> Tensor | None:
-    """Row indices of the given heads, [len(heads)·P]."""
-    if heads is None:
-        return None
-    return (heads[:, None] * spec.head_dim + torch.arange(spec.head_dim, device=heads.device)).flatten()
-
-
-def _group_layout(spec: ArchSpec, head_keep: Tensor | None) -> tuple[Tensor | None, int, Tensor | None]:
-    """Kept KV groups, query heads per group, and the group of each kept head where groups are ragged."""
-    if head_keep is None:
-        return None, spec.group_size, None
-    groups, index, counts = torch.unique_consecutive(
-        head_keep // spec.group_size, return_inverse=True, return_counts=True
-    )
-    if len(groups) and (counts == counts[0]).all():
-        return groups, int(counts[0]), None
-    return groups, 1, index
+    return states

@@ -11,7 +11,14 @@ from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from nuteprune.arch import ArchSpec, read_spec
@@ -44,7 +51,7 @@ def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_config(path: str) -> tuple[object, ArchSpec]:
+def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
     """transformers' configuration of a model and its `ArchSpec`; raises `ConfigError` as `load_model` does."""
     if not path:
         raise ConfigError("model.path is empty: set it to a model directory or a hub id")
@@ -83,7 +90,11 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple
         model, info = AutoModelForCausalLM.from_pretrained(
             config.path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
             trust_remote_code=False, output_loading_info=True,
+            # Onto a card shard by shard: the ranks of a node would not find room for all their copies in its memory.
+            device_map=None if torch.device(device).type == "cpu" else {"": device},
         )  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, SafetensorError, UnpicklingError, struct.error, RuntimeError, ValueError, ImportError) as error:
         raise ConfigError(f"model.path {config.path}: the weights cannot be loaded ({_first_line(error)})") from None
     _check_whole(config.path, info)
@@ -137,6 +148,8 @@ def load_any(
     try:
         folder = Path(cached_file(path, "config.json")).parent
         asking = _asking_for_code(folder)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"cannot load the model '{path}' for evaluation: {_first_line(error)}") from error
     if asking and not trust:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import LoraConfig, LossConfig
+from nuteprune.masks import Gates
 from nuteprune.model.distill import IGNORE, HeadLosses, head_loss, layer_loss
-from nuteprune.model.layers import LoraParameters, View, activate, fresh_lora, install
+from nuteprune.model.layers import LoraParameters, View, activate, build_view, fresh_lora, install
 
 
 class Losses(NamedTuple):
@@ -70,6 +71,7 @@ class PairedDecoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         """hidden_states [B, T, D] of the student to its output; the teacher's stream is read and replaced in place."""
         p = self.current
+        assert p is not None  # `PairedModel._in_pass` sets it
         if p.teacher is None or p.loss is None or p.loss.layer_weight == 0:
             if p.teacher is not None:
                 p.teacher_stream = self._teacher(p, kwargs)
@@ -86,11 +88,13 @@ class PairedDecoderLayer(nn.Module):
         return student
 
     def _normed(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.final_norm is not None
         with torch.no_grad():
             teacher = self.final_norm(teacher)
         return self.final_norm(student), teacher
 
     def _teacher(self, p: _Pass, kwargs: dict) -> Tensor:
+        assert p.teacher is not None
         with torch.no_grad():
             activate(self.layer, p.teacher.layers[self.index])
             return self.layer(p.teacher_stream, **kwargs)
@@ -126,6 +130,7 @@ class _Head(nn.Module):
         """The losses of the whole weight [V, D]."""
         self(loss)
         result, self._result = self._result, None
+        assert result is not None
         return result
 
 
@@ -151,6 +156,7 @@ class PairedModel(nn.Module):
         model.model.layers = nn.ModuleList(
             PairedDecoderLayer(layer, index) for index, layer in enumerate(model.model.layers)
         )
+        self._view: tuple[Gates | None, View] | None = None
         for layer in self.layers:
             layer.checkpointing = checkpointing
         # Not a submodule of the layer: ZeRO-3 gathers a layer's own parameters, and norms are whole on every rank.
@@ -161,6 +167,12 @@ class PairedModel(nn.Module):
     def layers(self) -> nn.ModuleList:
         """The wrapped decoder layers."""
         return self.model.model.layers
+
+    def view(self, gates: Gates | None) -> View:
+        """The student's view: these gates and the LoRA in training; the last one again while gates do not change."""
+        if self._view is None or self._view[0] is not gates:
+            self._view = (gates, build_view(self.spec, gates, self._lora, self.scaling, self.dtype))
+        return self._view[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -202,6 +214,7 @@ class PairedModel(nn.Module):
     def _output_losses(self, final: Tensor, p: _Pass, input_ids: Tensor, answers: Answers | None) -> HeadLosses:
         """KL from the teacher where there is one, and cross entropy of the next token where it counts."""
         loss, target, labels = p.loss, None, None
+        assert loss is not None
         if p.teacher is not None:
             with torch.no_grad():
                 target = self.model.model.norm(p.teacher_stream).flatten(0, 1)
@@ -212,6 +225,7 @@ class PairedModel(nn.Module):
         rows = final.flatten(0, 1) / self.spec.logits_scaling
         target = None if target is None else target / self.spec.logits_scaling
         if answers is not None:
+            assert labels is not None
             learned = labels != IGNORE
             rows, labels, target = rows[learned], labels[learned], None if target is None else target[learned]
         return self.head.lend(
@@ -281,5 +295,6 @@ def _ragged(inner: Callable) -> Callable:
             key, value = key[:, index], value[:, index]
         return inner(module, query, key, value, attention_mask, **kwargs)
 
-    attention.inner, attention.takes_kv_index = inner, True
-    return attention
+    wrapper: Any = attention
+    wrapper.inner, wrapper.takes_kv_index = inner, True
+    return wrapper

@@ -106,6 +106,9 @@ def discover() -> World:
     Raises:
         ConfigError: the launcher's variables contradict each other.
     """
+    # Shapes change with every sample of the gates: without it freed blocks fit no new one, and memory runs out early.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     place = _from_torchrun() or _from_slurm() or _from_mpi()
     rank, size, local_rank, local_size = place or (0, 1, 0, 1)
     if torch.cuda.is_available():
@@ -185,13 +188,15 @@ def _from_slurm() -> Place | None:
     os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
     os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 10_000))
     # "2(x3),1": two tasks on each of three nodes, one on the last
-    local_size = int(re.match(r"\d+", os.environ["SLURM_STEP_TASKS_PER_NODE"])[0])
+    local_size = int(re.split(r"\D", os.environ["SLURM_STEP_TASKS_PER_NODE"], maxsplit=1)[0])
     return int(os.environ["SLURM_PROCID"]), size, int(os.environ["SLURM_LOCALID"]), local_size
 
 
 def first_host(nodes: str) -> str:
     """The first name of a SLURM node list: "node[03-05,9],other" is node03."""
-    return "".join(re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes).groups(default=""))
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
+    assert match is not None, nodes
+    return "".join(match.groups(default=""))
 
 
 def _from_mpi() -> Place | None:

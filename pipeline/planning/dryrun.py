@@ -79,14 +79,14 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
         )
         for layer in hf_model.model.layers:
             split_fused(layer)
-        partitioned = settings is not None and settings["zero_optimization"]["stage"] == 3
-        if partitioned:
-            if "offload_param" in settings["zero_optimization"]:  # no disk is needed for tensors without memory
-                settings["zero_optimization"]["offload_param"] |= {"device": "cpu"}
-            deepspeed.zero.Init(module=hf_model, config_dict_or_path=settings)
+        partitioned = settings if settings is not None and settings["zero_optimization"]["stage"] == 3 else None
+        if partitioned is not None:
+            if "offload_param" in partitioned["zero_optimization"]:  # no disk is needed for tensors without memory
+                partitioned["zero_optimization"]["offload_param"] |= {"device": "cpu"}
+            deepspeed.zero.Init(module=hf_model, config_dict_or_path=partitioned)
         model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
-        if partitioned:
-            attach(model, settings)
+        if partitioned is not None:
+            attach(model, partitioned)
         total, share, gathered = _bytes(hf_model)
         lora = sum(p.numel() for pair in model.lora().values() for p in pair)
         _cut(model)

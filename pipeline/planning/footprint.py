@@ -218,8 +218,8 @@ def saved_per_token(job: Job) -> float:
 
     The norms' float32 inputs (4D each); the normed inputs of q/k/v and gate/up (2sD); q, k, v after the rotation, the
     attention's output and log-sum-exp; gate, up, silu(gate) and their product (4sF); the rank-R products of LoRA. With
-    hidden gates the outputs of o and down as well (2sD). Eager attention also keeps probabilities [H, T] in float32 and
-    in the compute type, and repeated keys and values. Qwen3 keeps float32 q and k for their norms.
+    hidden or layer gates the outputs of o and down as well (2sD). Eager attention also keeps probabilities [H, T] in
+    float32 and in the compute type, and repeated keys and values. Qwen3 keeps float32 q and k for their norms.
     """
     spec, s, config = job.spec, job.itemsize, job.config
     queries, values = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -233,7 +233,7 @@ def saved_per_token(job: Job) -> float:
     size += s * config.lora.rank * len(config.lora.targets)
     if spec.qk_norm:
         size += FP32 * (queries + values)
-    if "hidden" in config.gates.units:
+    if {"hidden", "layers"} & set(config.gates.units):
         size += 2 * s * spec.hidden
     if config.model.attention == "eager":
         size += spec.heads * config.data.seq_len * (FP32 + (s if s != FP32 else 0)) + 2 * s * (queries - values)

@@ -98,13 +98,14 @@ def quantity(flag: str, text: str, kind: str) -> float:
     """
     unit, example = _UNITS[kind]
     match = re.fullmatch(r"\s*([0-9.eE+-]*[0-9.])\s*([A-Za-z/]*)\s*", text)
+    digits, suffix = match.groups() if match else ("", "")
     try:
-        number = float(match[1])
-    except (TypeError, ValueError):
+        number = float(digits)
+    except ValueError:
         raise ConfigError(f"{flag} '{text}': not a number with a unit; write it like {example}") from None
-    prefix = re.fullmatch(rf"((?:[KMGTP]i?)?)(?:{unit})", match[2])
+    prefix = re.fullmatch(rf"((?:[KMGTP]i?)?)(?:{unit})", suffix)
     if prefix is None:
-        raise ConfigError(f"{flag} '{text}': unknown unit '{match[2]}'; write it like {example}")
+        raise ConfigError(f"{flag} '{text}': unknown unit '{suffix}'; write it like {example}")
     if number <= 0:
         raise ConfigError(f"{flag} '{text}': must be greater than 0")
     return number * _PREFIXES[prefix[1]]

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from peft import LoraConfig, TaskType
@@ -92,7 +93,7 @@ def save_snapshots(directory: Path, snapshots: list[Snapshot]) -> None:
     blocks on the disk, would share its damage too.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    index = [
+    index: list[dict[str, Any]] = [
         {"file": f"{number:04d}.safetensors", "step": s.step, "sparsity": s.sparsity}
         for number, s in enumerate(snapshots)
     ]
@@ -140,8 +141,9 @@ class Run:
 
 
 def save_run(
-    directory: Path, config: Config, spec: ArchSpec, gates: Gates, scores, lora, snapshots, facts: dict
-) -> Path:
+    directory: Path, config: Config, spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor],
+    lora: Mapping[str, tuple[Tensor, Tensor]], snapshots: list[Snapshot], facts: dict[str, Any],
+) -> Path:  # fmt: skip
     """Write the finished student to `<run>/pruned`, atomically. `facts` (steps, sparsity, …) go to pruned.json."""
     target = directory / "pruned"
     with atomic_directory(target) as tmp:

@@ -31,9 +31,8 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Host memory of the snapshot in bytes."""
-        sizes = []
-        self.map(lambda t: sizes.append(t.nbytes) or t)
-        return sum(sizes)
+        pairs = (t for pair in self.lora.values() for t in pair)
+        return sum(t.nbytes for t in (*self.gates.as_dict().values(), *self.scores.values(), *pairs))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Snapshot:
         """The same snapshot with a function applied to every tensor."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError, load_config
+from nuteprune.config import Config, ConfigError, Shape, load_config
 from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory, read_json, sha256, verify
@@ -67,22 +67,38 @@ def open_run(config: Config) -> Run:
     return replace(trained, config=replace(trained.config, model=model))
 
 
-def shape_of(config: Config, trained: Run) -> str:
+def shape_of(config: Config, trained: Run) -> Shape:
     """The shape that is asked for: `uniform`, `per_layer_ffn` or `per_layer`."""
     return trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
 
 
 def rounding_of(config: Config, trained: Run) -> tuple[int, int, int]:
     """Multiples of the FFN width and the hidden size, and the tensor-parallel size: the export's, or else the run's."""
-    asked = (config.export.ffn_multiple, config.export.hidden_multiple, config.export.tensor_parallel)
-    return tuple(a or b for a, b in zip(asked, multiples(trained.config.gates), strict=True))
+    asked, (ffn, hidden, parallel) = config.export, multiples(trained.config.gates)
+    return asked.ffn_multiple or ffn, asked.hidden_multiple or hidden, asked.tensor_parallel or parallel
 
 
 def pruned_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
+    """The student at a sparsity (0: the final one): recovered where that is finished, unless the export wants it as
+    pruning left it; in the structure that the export asks for."""
+    student = snapshot_student(config, trained, spec, sparsity)
+    directory = recover_directory(trained, sparsity) / TUNED
+    if config.export.source == "pruned" or not directory.is_dir():
+        return student
+    again = f"run `nuteprune recover {trained.directory} --sparsity {sparsity:g}`"
+    recovered = load_tuned(directory, trained, student.scores, student.target, again)
+    log.info("recovered for %d steps: %s", recovered.facts["recovered"], directory)
+    return _in_structure(config, trained, spec, recovered)
+
+
+def snapshot_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
     """The student as pruning left it at a sparsity (0: the final one), in the structure that the export asks for."""
-    student = choose_student(trained, sparsity)
+    return _in_structure(config, trained, spec, choose_student(trained, sparsity))
+
+
+def _in_structure(config: Config, trained: Run, spec: ArchSpec, student: Student) -> Student:
     gates = structure(spec, student.gates, student.scores, student.target, shape_of(config, trained),
-                      rounding_of(config, trained))  # fmt: skip
+                      rounding_of(config, trained), trained.gates)  # fmt: skip
     return replace(student, gates=gates)
 
 
@@ -98,11 +114,10 @@ def newest_student(config: Config, trained: Run, spec: ArchSpec) -> Student:
     directory = finetune_directory(trained, sparsity) / TUNED
     if source == "pruned" or (source == "newest" and not directory.is_dir()):
         return student
-    tuned = load_tuned(directory, trained, student.scores, student.target)
+    again = f"run `nuteprune finetune {trained.directory}`"
+    tuned = load_tuned(directory, trained, student.scores, student.target, again)
     log.info("with the LoRA that was fine-tuned for %d steps: %s", tuned.facts["steps"], directory)
-    gates = structure(spec, tuned.gates, tuned.scores, tuned.target, shape_of(config, trained),
-                      rounding_of(config, trained))  # fmt: skip
-    return replace(tuned, gates=gates)
+    return _in_structure(config, trained, spec, tuned)
 
 
 def finetune_directory(trained: Run, sparsity: float) -> Path:
@@ -111,8 +126,13 @@ def finetune_directory(trained: Run, sparsity: float) -> Path:
     return trained.directory / ("finetune" if final else f"finetune-{sparsity:g}")
 
 
+def recover_directory(trained: Run, sparsity: float) -> Path:
+    """Where a rung of a run is recovered: its checkpoints, logs and result."""
+    return trained.directory / f"recover-{sparsity or trained.config.sparsity.target:g}"
+
+
 def save_tuned(directory: Path, config: Config, trained: Run, gates: Gates, lora: LoraWeights, facts: dict) -> Path:
-    """Write a fine-tuned student to `<directory>/tuned`, atomically; `facts` go to tuned.json."""
+    """Write a fine-tuned or recovered student to `<directory>/tuned`, atomically; `facts` go to tuned.json."""
     with atomic_directory(directory / TUNED) as temporary:
         save_config(temporary / "config.yaml", config)
         save_gates(temporary / "gates.safetensors", gates, {})
@@ -122,9 +142,11 @@ def save_tuned(directory: Path, config: Config, trained: Run, gates: Gates, lora
     return directory / TUNED
 
 
-def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], target: float) -> Student:
-    """Read what `save_tuned` wrote; raises `ConfigError` where it is missing, damaged, or of an earlier pruning."""
-    again = f"run `nuteprune finetune {trained.directory}`"
+def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], target: float, again: str) -> Student:
+    """Read what `save_tuned` wrote; raises `ConfigError` where it is missing, damaged, or of an earlier pruning.
+
+    `again` says how to make it anew.
+    """
     if not directory.is_dir():
         raise ConfigError(f"no finished fine-tuning in {directory.parent}: {again} (finetune.sparsity names a rung)")
     try:
@@ -134,10 +156,10 @@ def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], targ
         lora, config = load_adapter(directory / "adapter"), load_config(directory / "config.yaml").lora
         pruned = facts["pruned"]
     except DAMAGED as error:
-        raise ConfigError(f"the fine-tuned student in {directory} is damaged: {reason(error)}") from None
+        raise ConfigError(f"the student in {directory} is damaged: {reason(error)}; {again}") from None
     if pruned != sha256(trained.directory / "pruned" / MANIFEST):
         raise ConfigError(
-            f"{directory} was fine-tuned from an earlier pruning of this run: {again} with checkpoint.resume=never, or "
+            f"{directory} comes from an earlier pruning of this run: {again} with checkpoint.resume=never, or "
             "set export.source=pruned"
         )
     return Student(gates, scores, lora, config.alpha / config.rank, target, facts)
@@ -160,8 +182,9 @@ def choose_student(trained: Run, sparsity: float) -> Student:
 
 
 def structure(
-    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: str, rounding: tuple[int, ...]
-) -> Gates:
+    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: Shape,
+    rounding: tuple[int, int, int], like: Gates | None = None,
+) -> Gates:  # fmt: skip
     """Gates of the model to export: the run's own if they fit the shape and the target, else chosen by score.
 
     A unit that stays keeps its gate's value, or gets 1 where the run had removed it.
@@ -172,6 +195,7 @@ def structure(
         target: wanted sparsity.
         shape: "uniform", "per_layer_ffn" or "per_layer".
         rounding: as from `multiples`.
+        like: the run's final student, whose kind of structure is taken where one has to be chosen.
 
     Raises:
         ConfigError: whole sublayers are removed but the shape is uniform, or the target is missed.
@@ -184,7 +208,7 @@ def structure(
         return gates
     if shape == "uniform":
         scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
-    chosen = select_units(spec, scores, target, shape, *rounding).as_dict()
+    chosen = select_units(spec, scores, target, shape, *rounding, like=like).as_dict()
     values = {k: torch.where(z == 0, torch.ones_like(z), z) for k, z in gates.as_dict().items()}
     settled = Gates(**{k: v * chosen[k] if k in chosen else v for k, v in values.items()})
     reached = sparsity_of(spec, settled)
@@ -213,5 +237,5 @@ def _fits(spec: ArchSpec, gates: Gates, shape: str, rounding: tuple[int, ...]) -
 def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:
     """Query heads, FFN units and hidden dimensions that are in one of two structures only."""
     a, b = before.full(spec), after.full(spec)
-    pairs = ((a.head_gate(spec), b.head_gate(spec)), (a.ffn_gate(), b.ffn_gate()), (a.hidden, b.hidden))
-    return sum(int(((x != 0) != (y != 0)).sum()) for x, y in pairs)
+    pairs = ((a.head_gate(spec), b.head_gate(spec)), (a.ffn_gate(spec), b.ffn_gate(spec)), (a.hidden, b.hidden))
+    return sum(int(torch.ne(x != 0, y != 0).sum()) for x, y in pairs)

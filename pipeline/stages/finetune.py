@@ -6,17 +6,17 @@ import logging
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from nuteprune.arch import PROJECTIONS
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config, ConfigError, Projection
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.model.distill import IGNORE
-from nuteprune.model.layers import LoraWeights, View, build_view
+from nuteprune.model.layers import LoraParameters, LoraWeights, View
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Answers, Losses
 from nuteprune.parallel.distributed import World
@@ -74,7 +74,8 @@ def settings(config: Config, trained: Run) -> Config:
         train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
                       micro_batch=tune.micro_batch, lora_lr=tune.lr),
         loss=replace(config.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
-        lora=replace(old.lora, targets=list(PROJECTIONS), rank=rank, alpha=rank * old.lora.alpha / old.lora.rank),
+        lora=replace(old.lora, targets=list(get_args(Projection)), rank=rank,
+                     alpha=rank * old.lora.alpha / old.lora.rank),
         teacher=replace(old.teacher, mode="intact" if tune.distill else "none"),
         gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
                       tensor_parallel=parallel),
@@ -95,11 +96,11 @@ class Finetuning(Trainer):
     stage = "finetune"
     output = TUNED
     outputs = ("checkpoints", TUNED)
-    free = ("checkpoint", "tracking", "export", "evaluate")
+    free = ("recover", "checkpoint", "tracking", "export", "evaluate")
 
-    def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank):
+    def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank, recovered: int):
         super().__init__(*parts)
-        self.trained, self.masks, self.bank = trained, masks, bank
+        self.trained, self.masks, self.bank, self.recovered = trained, masks, bank, recovered
         answers = (self.stream.blocks[:, 1] != IGNORE).sum(1)
         self.answers = BatchStream(answers, self.config.train.batch_size, self.config.seed)
         """Answer tokens of each window of the global batch, in the order of `stream`."""
@@ -127,7 +128,8 @@ class Finetuning(Trainer):
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
         log.info("fine-tuning at sparsity %.4f: %d windows, %d steps", sparsity_of(spec, student.gates), len(windows),
                  total)  # fmt: skip
-        return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank)
+        return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank,
+                   recovered=student.facts.get("recovered", 0))  # fmt: skip
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:
@@ -148,9 +150,8 @@ class Finetuning(Trainer):
     def forward(self, windows: Tensor, teacher: View | None) -> Losses:
         """Losses of windows [b, 3, T]."""
         ids, labels, positions = windows.unbind(1)
-        model = self.model
-        view = build_view(model.spec, self.masks.fixed, model.lora(), model.scaling, model.dtype)
-        return model(ids, view, teacher, self.config.loss, Answers(labels, positions))
+        view = self.model.view(self.masks.fixed)
+        return self.model(ids, view, teacher, self.config.loss, Answers(labels, positions))
 
     def share(self, micro_batch: Tensor, batch: Tensor) -> float:
         """Weight of a micro-batch, such that each answer token of the global batch counts the same on every rank."""
@@ -165,19 +166,21 @@ class Finetuning(Trainer):
         """Restore what `save` wrote; returns the counters."""
         return load_state(directory, *self._parts())
 
-    def _parts(self) -> tuple:
+    def _parts(self) -> tuple[MaskSet, None, LoraParameters, dict[str, torch.optim.Optimizer], TeacherBank]:
         return self.masks, None, self.model.lora(), self.engine.optimizers, self.bank
 
     def finish(self) -> Path:
         """Save the fine-tuned student."""
-        config = self.config
-        facts = {
+        config, gates = self.config, self.masks.fixed
+        assert gates is not None
+        facts: dict[str, Any] = {
             "steps": self.total,
             "tokens": self.total * config.train.batch_size * config.data.seq_len,
             "answer_tokens": sum(int(self.answers.batch(step).sum()) for step in range(self.total)),
             "data": config.finetune.data,
-            "sparsity": sparsity_of(self.model.spec, self.masks.fixed),
+            "recovered": self.recovered,
+            "sparsity": sparsity_of(self.model.spec, gates),
             "skipped_steps": self.bad_total,
         }
         lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
-        return save_tuned(Path(config.run_dir), config, self.trained, self.masks.fixed, lora, facts)
+        return save_tuned(Path(config.run_dir), config, self.trained, gates, lora, facts)

@@ -6,10 +6,11 @@ import argparse
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config, ConfigError, Dtype
 from nuteprune.planning.costs import ASSUMPTIONS, extra_steps, passes, traffic
 from nuteprune.planning.footprint import USABLE, Cluster, Job, Layout, Memory, total_parameters
 from nuteprune.planning.planner import (
@@ -54,8 +55,9 @@ def run(config: Config, args: argparse.Namespace, dtype_given: bool = True) -> O
         text = json.dumps({name: as_dict(plan) for name, plan in rows}, indent=2) if args.json else table_text(rows)
         return Outcome(text, all(plan.chosen.fits for _, plan in rows))
     model, spec = read_model(args.model or config.model.path)
-    dtype = str(getattr(model, "dtype", None)).removeprefix("torch.")
-    if not dtype_given and dtype in ("float32", "bfloat16", "float16"):
+    named = str(getattr(model, "dtype", None)).removeprefix("torch.")
+    dtype: Dtype | None = next((known for known in get_args(Dtype) if known == named), None)
+    if not dtype_given and dtype is not None:
         config = replace(config, model=replace(config.model, dtype=dtype))
     if args.model:
         config = replace(config, model=replace(config.model, path=args.model))

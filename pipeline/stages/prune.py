@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from nuteprune.config import Config
+from nuteprune.config import Config, LossConfig
 from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
-from nuteprune.masks import Gates, MaskSet, check_target, sparsity_of
+from nuteprune.masks import Gates, MaskSet, check_target, describe, sparsity_of
 from nuteprune.masks.schedule import noise_at, settle_step, target_at
-from nuteprune.model.layers import View, build_view
+from nuteprune.model.layers import LoraParameters, View, build_view
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
@@ -22,12 +24,15 @@ from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.rundir import save_run
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
-from nuteprune.training.loop import Trainer, train
+from nuteprune.training.loop import Trainer, save_checkpoint, train
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Preempted
 from nuteprune.training.teachers import TeacherBank
 
 log = logging.getLogger(__name__)
+
+MEASURED_BATCHES = 4
+"""Training batches on which structures are compared when the gates settle."""
 
 
 def run(config: Config) -> Path:
@@ -46,7 +51,7 @@ class Pruning(Trainer):
     stage = "prune"
     output = "pruned"
     outputs = ("checkpoints", "pruned")
-    free = ("finetune", "checkpoint", "tracking", "export", "evaluate")
+    free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
 
     def __init__(self, *parts, masks: MaskSet, multipliers: Multipliers | None, bank: TeacherBank):
         super().__init__(*parts)
@@ -101,7 +106,7 @@ class Pruning(Trainer):
         if config.sparsity.constraint == "projection":
             self.masks.project(target)
         reached = float(self.masks.expected_sparsity().detach())
-        if config.teacher.from_snapshots and self.masks.fixed is None:
+        if config.teacher.from_snapshots and self.masks.fixed is None and self.bank.is_due(reached):
             self.bank.record(self.step, reached, self.masks.deterministic(), self.masks.scores(), self.model.lora())
         if self.multipliers is not None:
             first, second = self.multipliers.values.tolist()
@@ -120,12 +125,40 @@ class Pruning(Trainer):
         config, masks = self.config, self.masks
         target = target_at(config, self.step, self.total)
         masks.noise = noise_at(config, self.step, self.total)
+        before = {kind: la.clone() for kind, la in masks.scores().items()}
         if config.sparsity.constraint == "projection":
             masks.project(target)
         if masks.fixed is None and self.step >= settle_step(config, self.total):
-            masks.settle(config.sparsity.target)
-            log.info("step %d: gates settled at sparsity %.4f", self.step, sparsity_of(self.model.spec, masks.fixed))
+            try:
+                gates = masks.settle(config.sparsity.target, self.measure)
+            except Preempted:  # saved as the last step left it, so that the next start does the same again
+                masks.restart(before)
+                save_checkpoint(self)
+                raise
+            log.info("step %d: gates settled at sparsity %.4f", self.step, sparsity_of(self.model.spec, gates))
         return target
+
+    @torch.no_grad()
+    def measure(self, structures: list[Gates]) -> list[float]:
+        """Cross entropy of the student as each structure would leave it, on the next batches, averaged over the ranks.
+
+        Every rank gets the same numbers, and so do two starts of one run.
+        """
+        model, losses = self.model, []
+        batches = [self.stream.batch(self.step + i).to(self.world.device) for i in range(MEASURED_BATCHES)]
+        shown = self.config.tracking.progress and self.world.is_main
+        for gates in tqdm(structures, "measuring structures", leave=False, disable=not shown):
+            if self.world.any(bool(self.stop.received)):
+                raise Preempted(f"{self.stop.name} at step {self.step}, while structures were measured: saved")
+            view = build_view(model.spec, gates.to(self.world.device), model.lora(), model.scaling, model.dtype)
+            total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+            for batch in batches:
+                for ids in batch.split(self.config.train.micro_batch or len(batch)):
+                    entropy = model(ids, view, None, LossConfig()).cross_entropy
+                    total += entropy.double() * self.share(ids, batch) / len(batches)
+            losses.append(float(self.world.mean(total)))
+            log.info("%s: cross entropy %.4f", describe(model.spec, gates), losses[-1])
+        return losses
 
     def choose_teacher(self) -> tuple[int | None, View | None]:
         """Snapshot that teaches this step (None: the intact model) and its view; no view where there is no teacher."""
@@ -141,8 +174,7 @@ class Pruning(Trainer):
     def forward(self, ids: Tensor, micro_batch: int, teacher: View | None, target: float) -> Losses:
         """Losses of one micro-batch, the constraint's penalty included."""
         model = self.model
-        view = build_view(model.spec, self.sample_gates(micro_batch), model.lora(), model.scaling, model.dtype)
-        losses = model(ids, view, teacher, self.config.loss)
+        losses = model(ids, model.view(self.sample_gates(micro_batch)), teacher, self.config.loss)
         if self.multipliers is not None:
             penalty = self.multipliers.penalty(self.masks.expected_sparsity(), target)
             losses = losses._replace(total=losses.total + penalty)
@@ -164,7 +196,9 @@ class Pruning(Trainer):
         """Restore what `save` wrote; returns the counters."""
         return load_state(directory, *self._parts())
 
-    def _parts(self) -> tuple:
+    def _parts(
+        self,
+    ) -> tuple[MaskSet, Multipliers | None, LoraParameters, dict[str, torch.optim.Optimizer], TeacherBank]:
         return self.masks, self.multipliers, self.model.lora(), self.engine.optimizers, self.bank
 
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
@@ -181,13 +215,13 @@ class Pruning(Trainer):
         gates = self.masks.deterministic().full(spec)
         heads = gates.head_gate(spec)
         groups = heads.unflatten(1, (spec.kv_heads, spec.group_size)).amax(2)
-        return {"kv_groups": groups, "heads": heads, "ffn": gates.ffn_gate(), "hidden": gates.hidden[None]}
+        return {"kv_groups": groups, "heads": heads, "ffn": gates.ffn_gate(spec), "hidden": gates.hidden[None]}
 
     def finish(self) -> Path:
         """Save the finished student and its teachers."""
         spec, masks, config = self.model.spec, self.masks, self.config
         gates = masks.deterministic()
-        facts = {
+        facts: dict[str, Any] = {
             "sparsity": float(masks.expected_sparsity().detach()),
             "kept_sparsity": sparsity_of(spec, gates),
             "steps": self.total,

@@ -127,7 +127,7 @@ def _progress_text(found: dict) -> list[str]:
 
 def table(status: dict) -> str:
     """The status for `slurm/submit.sh`: the run directory, then stage, state and job, between tabs."""
-    rows = [("run_dir", status["run_dir"])]
+    rows: list[tuple[str, ...]] = [("run_dir", status["run_dir"])]
     rows += [(stage, found["state"], (found["job"] or {}).get("number", ""))
              for stage, found in status["stages"].items()]  # fmt: skip
     return "\n".join("\t".join(row) for row in rows)

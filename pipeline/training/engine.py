@@ -115,8 +115,10 @@ class Engine:
         for group in self.optimizers["lora"].param_groups if self.lora else ():
             group["lr"] = lora_lr_at(self.config, step, self.total)
         limit = self.config.train.grad_clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.lora, limit))
-        finite = math.isfinite(norm) and bool(self.gradients.isfinite().all())
+        norm = nn.utils.clip_grad_norm_(self.lora, limit)
+        # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
+        norm, odd = torch.stack([norm.double(), (self.gradients * 0).sum().double()]).tolist()
+        finite = math.isfinite(norm) and odd == 0
         self.scale.update(finite)
         if finite:
             if self.config.gates.optimizer == "sgd":
@@ -168,6 +170,6 @@ def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
 def _normalize(gradients: list[Tensor]) -> None:
     """Divide each kind's gradient by its root mean square over the units in play (those with a nonzero gradient)."""
     for gradient in gradients:
-        in_play = gradient[gradient != 0]
-        if len(in_play):
-            gradient.div_(in_play.square().mean().sqrt())
+        count = gradient.count_nonzero().clamp(min=1)
+        scale = (gradient.square().sum() / count).sqrt()
+        gradient.div_(scale + (scale == 0))

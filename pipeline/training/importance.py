@@ -66,4 +66,5 @@ def unit_costs(spec: ArchSpec) -> dict[str, float]:
         "hidden": spec.prunable / d,
         "attn_sublayers": spec.heads * head + spec.kv_heads * group,
         "ffn_sublayers": spec.ffn * ffn,
+        "layers": spec.prunable / spec.layers,
     }

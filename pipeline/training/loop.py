@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from nuteprune.parallel.distributed import World, connected, discover
 from nuteprune.runs.checkpoint import Checkpoints, atomic_directory, sha256
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.rundir import DAMAGED, reason
+from nuteprune.training.determinism import deterministic
 from nuteprune.training.engine import Engine
 from nuteprune.training.lifecycle import check_directory, claim_directory, is_finished
 from nuteprune.training.resume import check_fits
@@ -182,7 +183,7 @@ def train(config: Config, stage: type[Trainer]) -> Path:
     """
     world = discover()
     ranks = connected(world, config.train.rank_timeout) if world.size > 1 or config.deepspeed else nullcontext()
-    with stop_signals() as stop, ranks:
+    with stop_signals() as stop, ranks, deterministic(config.train.deterministic):
         return _train(config, stage, world, stop)
 
 
@@ -275,8 +276,8 @@ def resume(trainer: Trainer) -> None:
             if world.is_main:
                 check_fits(path, trainer.config, trainer.free, trainer.inputs)
             counters, scale = trainer.load(path), trainer.engine.scale
-            trainer.step, trainer.bad_total = counters["step"], counters["bad_total"]
-            scale.value, scale.good_steps = counters["loss_scale"], counters["good_steps"]
+            trainer.step, trainer.bad_total = int(counters["step"]), int(counters["bad_total"])
+            scale.value, scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
         except ConfigError:
             raise
         except (*DAMAGED, RuntimeError) as error:  # whole, but of something else
@@ -298,8 +299,8 @@ def choose_checkpoint(checkpoints: Checkpoints) -> Path | None:
 def save_checkpoint(trainer: Trainer) -> None:
     """Write the state after the current step on rank 0, then drop checkpoints beyond `checkpoint.keep`."""
     scale = trainer.engine.scale
-    counters = {"step": trainer.step, "bad_total": trainer.bad_total, "loss_scale": scale.value,
-                "good_steps": scale.good_steps}  # fmt: skip
+    counters: dict[str, Any] = {"step": trainer.step, "bad_total": trainer.bad_total, "loss_scale": scale.value,
+                                "good_steps": scale.good_steps}  # fmt: skip
     trainer.engine.collect()
     with trainer.world.together():
         if trainer.world.is_main:

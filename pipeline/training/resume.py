@@ -29,6 +29,7 @@ from nuteprune.training.teachers import TeacherBank
 
 FREE_KEYS = (
     "run_dir", "recipe", "deepspeed", "train.ranks", "train.rank_timeout", "train.activation_checkpointing",
+    "train.deterministic",
 )  # fmt: skip
 """Fields that may change between two starts of one run."""
 

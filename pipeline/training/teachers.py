@@ -36,6 +36,7 @@ class TeacherBank:
         self.snapshots: list[Snapshot] = []
         self.reached: int | None = None
         """First step at which the student had the full target sparsity."""
+        self._nbytes = 0
         self._active: tuple[int | None, View] | None = None
         self._fetched: tuple[int, Snapshot] | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -43,12 +44,11 @@ class TeacherBank:
     @property
     def nbytes(self) -> int:
         """Host memory of all snapshots in bytes."""
-        return sum(s.nbytes for s in self.snapshots)
+        return self._nbytes
 
     def record(self, step: int, sparsity: float, gates: Gates, scores: dict[str, Tensor], lora: LoraWeights) -> bool:
         """Keep a snapshot if the sparsity passed another interval since the last one; returns whether it did."""
-        last = self._interval(self.snapshots[-1].sparsity) if self.snapshots else 0
-        if self._interval(sparsity) <= last:
+        if not self.is_due(sparsity):
             return False
         host = {k: tuple(t.detach().to("cpu", torch.bfloat16, copy=True) for t in pair) for k, pair in lora.items()}
         scores = {k: s.detach().to("cpu", torch.float32, copy=True) for k, s in scores.items()}
@@ -56,11 +56,17 @@ class TeacherBank:
         self.restore([*self.snapshots, Snapshot(step, sparsity, gates, scores, host)])
         return True
 
+    def is_due(self, sparsity: float) -> bool:
+        """Whether a snapshot at this sparsity would be kept."""
+        last = self._interval(self.snapshots[-1].sparsity) if self.snapshots else 0
+        return self._interval(sparsity) > last
+
     def restore(self, snapshots: list[Snapshot]) -> None:
         """Hold these snapshots, in memory from which an accelerator copies without waiting."""
         held = {id(s) for s in self.snapshots}
         pinned = self.device.type == "cuda"
         self.snapshots = [s.map(Tensor.pin_memory) if pinned and id(s) not in held else s for s in snapshots]
+        self._nbytes = sum(s.nbytes for s in self.snapshots)
 
     def observe(self, step: int, student_sparsity: float, target: float) -> None:
         """Note the step at which the student first is within half an interval of the final target.
@@ -94,7 +100,8 @@ class TeacherBank:
 
     def prefetch(self, index: int | None) -> None:
         """Start to copy the snapshot that will teach next to the accelerator, beside the work of this step."""
-        if self._stream is None or index is None or index in (self._active[0], self._fetched and self._fetched[0]):
+        here = [held[0] for held in (self._active, self._fetched) if held is not None]
+        if self._stream is None or index is None or index in here:
             return
         with torch.cuda.stream(self._stream):
             self._fetched = (index, self.snapshots[index].map(lambda t: t.to(self.device, non_blocking=True)))

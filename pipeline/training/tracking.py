@@ -161,7 +161,8 @@ class Tracker:
         self.close()
 
     def _write_line(self, step: int, values: Mapping[str, float]) -> None:
-        line = {"step": step, "total": self.last_step + 1}
+        assert self._metrics is not None
+        line: dict[str, float | None] = {"step": step, "total": self.last_step + 1}
         line |= {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         try:
             self._metrics.write(json.dumps(line) + "\n")
@@ -173,6 +174,7 @@ class Tracker:
 
     def _describe(self, values: Mapping[str, float]) -> None:
         """Lay out the page of custom scalars, and write the settings as text and for the HPARAMS page."""
+        assert self._writer is not None
         charts = {title: [f"{self.stage}/{name}" for name in names if f"{self.stage}/{name}" in values]
                   for title, names in CHARTS.items()}  # fmt: skip
         # The tags are regular expressions that match from the start.

@@ -6,9 +6,9 @@ import pytest
 import ranks
 from test_engine import from_checkpoint, metrics, same_curve
 from tiny import tiny_model
+from transformers import AutoModelForCausalLM
 
 from nuteprune.config import load_config
-from nuteprune.exporting.small import LOGIT_TOLERANCE
 from nuteprune.stages import export, prune
 
 FAMILIES = ("granite", "smollm3", "phi3", "olmo2", "olmo3", "gemma3")
@@ -18,13 +18,15 @@ FAMILIES = ("granite", "smollm3", "phi3", "olmo2", "olmo3", "gemma3")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_resume_and_export(family, tokenizer, text_file, tmp_path):
     base = tmp_path / "base"
-    tiny_model(family, initializer_range=0.1).save_pretrained(base)
+    model = tiny_model(family)
+    model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     overrides = [
         f"model.path={base}", f"data.source={text_file}", "data.seq_len=32", "train.steps=50", "train.batch_size=4",
         "train.micro_batch=1", "gates.importance_batches=2", "gates.units=[heads,kv_groups,ffn]",
-        "gates.ffn_multiple=1", "sparsity.target=0.4", "tracking.progress=false", "checkpoint.every=20",
-        "checkpoint.keep=9", "export.check_tokens=128",
+        "gates.shape=uniform", "gates.ffn_multiple=1", "sparsity.target=0.4", "tracking.progress=false",
+        # With the steps of a real run rounding alone grows beyond what is compared here.
+        "gates.lr=0.5", "train.lora_lr=3e-4", "checkpoint.every=20", "checkpoint.keep=9", "export.check_tokens=128",
     ]  # fmt: skip
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
     prune.run(load_config(None, [*overrides, f"run_dir={one}"]))
@@ -36,6 +38,6 @@ def test_two_ranks_resume_and_export(family, tokenizer, text_file, tmp_path):
     config = load_config(None, [*overrides, f"run_dir={resumed}"])
     prune.run(config)
     same_curve(resumed, one)
-    record = json.loads((export.run(config) / "nuteprune.json").read_text())
-    assert abs(record["sparsity"] - 0.4) <= 0.01
-    assert record["logit_difference"] <= LOGIT_TOLERANCE
+    directory = export.run(config)  # refuses where logits differ by more than 1e-3
+    assert abs(json.loads((directory / "nuteprune.json").read_text())["sparsity"] - 0.4) <= 0.01
+    assert type(AutoModelForCausalLM.from_pretrained(directory)) is type(model)

@@ -56,6 +56,16 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
 
 
+def loads(ttgir: str) -> list[dict]:
+    """Shape and layout of each tile of 16-bit numbers that is loaded."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)$", ttgir, re.MULTILINE))
+    found = []
+    for shape, layout in re.findall(r"tt\.load .*?tensor<(\d+x\d+)x!tt\.ptr<b?f16>, (#\w+)>", ttgir):
+        numbers = {k: [int(n) for n in v.split(", ")] for k, v in re.findall(r"(\w+) = \[([\d, ]+)\]", layouts[layout])}
+        found.append({"shape": [int(n) for n in shape.split("x")], **numbers})
+    return found
+
+
 def report(label: str, capability: int, kernel, positional: tuple, keywords: dict) -> None:
     driver.set_active(Card(capability))
     built = kernel.warmup(*positional, **keywords, grid=(1,))
@@ -66,6 +76,7 @@ def report(label: str, capability: int, kernel, positional: tuple, keywords: dic
         "tensor_cores": "wgmma.mma_async" in ptx or "mma.sync" in ptx,
         "wgmma": "wgmma.mma_async" in ptx,
         "async_copies": "cp.async" in ptx,
+        "loads": loads(built.asm["ttgir"]),
         "shared": built.metadata.shared,
         **resource_usage(built.asm["cubin"]),
     }
@@ -105,8 +116,13 @@ def small_kernels(dtype: torch.dtype, variant: str) -> None:
     for capability in CARDS:
         call = launch.matmul_call(launch.skinny_operand(op), None, u, False, tuning.skinny(64, dtype))
         report(f"skinny {dtype} {variant}", capability, triton_kernels.matmul, *call)
-        call = launch.reduce_call(op.x, u, op.x, op.keep_in, op.compact_in)[1:]
-        report(f"reduce {dtype} {variant}", capability, triton_kernels.column_reduce, *call)
+        _, positional, keywords = launch.reduce_call(op.x, u, op.x, op.keep_in, op.compact_in)
+        report(f"reduce {dtype} {variant}", capability, triton_kernels.column_reduce, positional, keywords)
+        sums, n = positional[3:5], positional[7]
+        outputs = (torch.empty(64, K, device="meta"), None if op.in_gate is None else torch.empty(K, device="meta"))
+        call = (*sums, op.in_gate, op.keep_in, *outputs, n, 64, 4, 1.0, 1, K)
+        options = {name: keywords[name] for name in ("RANK", "BC")}
+        report(f"finish {dtype} {variant}", capability, triton_kernels.finish_reduce, call, options)
 
 
 def main(dtype_name: str, *variants: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,31 @@ def test_tensor_cores_no_spills_fits_in_shared_memory(dtype, variants):
     built = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["capability"] for line in built} == {80, 90}
     for line in built:
-        assert line["tensor_cores"], line
+        kind = line["label"].split()[0]
+        assert line["tensor_cores"] or kind == "finish", line
         assert line["STACK"] == line["LOCAL"] == 0, f"registers spill: {line}"
         assert line["shared"] <= SHARED_MEMORY[line["capability"]], line
-        is_matmul = line["label"].split()[0] in ("y", "dx")
+        is_matmul = kind in ("y", "dx")
         assert line["wgmma"] or not is_matmul or line["capability"] != 90, line
+        if is_matmul and dtype != "float32":
+            check_lanes(line)
+
+
+def check_lanes(line: dict) -> None:
+    """The lanes of a warp read along the contiguous dimension of W [N, K], in whole vectors where no list forbids.
+
+    y sums over that dimension, dx does not. With a list of kept inputs a tile [K, N] in y had its lanes along N: 32 of
+    them read 32 rows of 2 bytes each. Whole vectors are copied asynchronously, and are no loads then.
+    """
+    kind, _, variant, _, _, bn, bk, *_ = re.sub(r"[(),]", "", line["label"]).split()
+    as_it_lies, across = [int(bn), int(bk)], [int(bk), int(bn)]
+    if kind == "dx":
+        as_it_lies, across = across, as_it_lies
+    shapes = [tile["shape"] for tile in line["loads"]]
+    assert across not in shapes or kind == "dx", line  # in dx a tile of g may have that shape
+    if variant in ("compact", "both"):
+        assert as_it_lies in shapes, line
+        assert all(tile["order"][0] == 1 for tile in line["loads"] if tile["shape"] == as_it_lies), line
+    else:
+        assert as_it_lies not in shapes, line
+        assert line["async_copies"], line

@@ -107,13 +107,14 @@ def test_ranks_that_tune_at_once_keep_each_others_choices(tmp_path, monkeypatch)
 
 FAR = """
 import numpy, torch
-from nuteprune.kernels.launch import column_reduce
+from nuteprune.kernels.launch import Small, column_reduce
 rows, columns, stride = 80, 4, 2**31 // 64
 memory = torch.from_numpy(numpy.zeros(79 * stride + columns, dtype=numpy.float16))  # pages that nobody writes take none
 p = memory.as_strided((rows, columns), (stride, 1))
 p.copy_(torch.arange(rows * columns).view(rows, columns) % 7)
 q = torch.ones(rows, 2, dtype=torch.float16)
-outer, dots = column_reduce(p, q, p, None, False)
+side = Small(torch.ones(columns), None, torch.zeros(columns, 2))
+outer, dots = column_reduce(p, q, p, False, side, 1.0, across=False)
 assert torch.equal(outer, p.float().t() @ q.float()), outer
 assert torch.equal(dots, p.float().square().sum(0)), dots
 """

@@ -70,7 +70,7 @@ def test_parameters_on_disk_are_those_the_gates_promise(exports, family, shape):
     record = json.loads((directory / "nuteprune.json").read_text())
     assert record["parameters"] == sum(t.numel() for t in tensors.values())
     assert record["original"] == {"heads": 6, "kv_heads": 3, "ffn": 40, "hidden": 48}
-    assert [len(u) for u in record["kept"]["ffn"]] == [int((z != 0).sum()) for z in gates.full(spec).ffn_gate()]
+    assert [len(u) for u in record["kept"]["ffn"]] == [int((z != 0).sum()) for z in gates.full(spec).ffn_gate(spec)]
     verify(directory)
 
 
@@ -139,6 +139,58 @@ def test_llama_with_all_biases(shape, hidden):
     small.load_state_dict(fold_model(model, config, fold).state_dict())
     with torch.no_grad():
         assert_close(small(some_ids()).logits, wanted)
+
+
+def without_layers(spec, shape: str, fractional: bool, hidden: int = 37) -> Gates:
+    """`some_gates`, with two whole layers gone: one whose units are all there, and one that has none anyway."""
+    gates = some_gates(spec, shape, fractional, hidden).as_dict()
+    layers = torch.ones(spec.layers) if not fractional else torch.linspace(0.6, 0.9, spec.layers)
+    layers[[1, 3]] = 0
+    return Gates(**gates, layers=layers)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fractional", [False, True])
+@pytest.mark.parametrize(("family", "options"), [*((f, {}) for f in FAMILIES), ("llama", BIASED_LLAMA)])
+def test_removed_layers_are_deleted(family, options, fractional, shape):
+    model, same = base_model(family, **options), base_model(family, **options)
+    spec, lora = read_spec(model.config), random_lora(model)
+    gates = without_layers(spec, shape, fractional, hidden=40 if options else 37)
+    wanted = masked_logits(same, gates, lora, some_ids())
+    fold = plan_fold(spec, gates, lora, 2.0)
+    config = small_config(model.config, fold, shape)
+    assert config.num_hidden_layers == 2
+    if family == "qwen2":
+        assert config.layer_types == ["full_attention", "sliding_attention"]
+    small = fold_model(model, config, fold).eval()
+    assert exported_parameters(small) == round(spec.prunable * (1 - sparsity_of(spec, gates)))
+    again = folding.model_class(config)(config).eval()
+    again.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert_close(again(some_ids()).logits, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_with_fewer_layers_is_exported_loaded_and_described(tmp_path, shape):
+    config, model, gates, lora = trained(
+        tmp_path, "llama", lambda s: without_layers(s, shape, False), **{"gates.shape": shape}
+    )
+    directory = export.run(config)
+    small = loaded(directory)
+    assert len(small.model.layers) == small.config.num_hidden_layers == 2
+    wanted = masked_logits(model, gates, lora, some_ids())
+    with torch.no_grad():
+        assert_close(small(some_ids()).logits, wanted)
+        generated = small.generate(some_ids(), max_new_tokens=4, do_sample=False)
+    assert generated.shape == (2, 23)
+    assert "2 of 4 layers" in (directory / "README.md").read_text()
+    assert json.loads((directory / "nuteprune.json").read_text())["kept"]["layers"] == [0, 2]
+
+
+def test_a_student_without_any_layer_is_refused():
+    spec = read_spec(base_model("llama").config)
+    with pytest.raises(ValueError, match="no decoder layer is left"):
+        plan_fold(spec, Gates(layers=torch.zeros(LAYERS)), {}, 1.0)
 
 
 def test_the_stock_class_and_the_base_settings_are_carried_over(exports):
@@ -274,7 +326,7 @@ def test_run_that_missed_its_target_is_cut_to_it():
     chosen = students.structure(spec, gates, scores, 0.3, "uniform", (1, 1, 1))
     assert abs(sparsity_of(spec, chosen) - 0.3) <= 0.01
     assert kept_units(spec, chosen).is_uniform(spec)
-    before, after = gates.full(spec).ffn_gate(), chosen.full(spec).ffn_gate()
+    before, after = gates.full(spec).ffn_gate(spec), chosen.full(spec).ffn_gate(spec)
     stayed = (before != 0) & (after != 0)
     assert torch.equal(before[stayed], after[stayed])
     assert (after[(before == 0) & (after != 0)] == 1).all()

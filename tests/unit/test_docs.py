@@ -69,7 +69,7 @@ def commands(page: Path) -> list[str]:
     lines += [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     inline = re.findall(r"`([^`\n]+)`", text)
     starts = ("nuteprune ", "make ", "torchrun ", "deepspeed ", "srun ", "mpirun ", "OMP_NUM_THREADS=1 make ")
-    placeholders = re.compile(r"STAGE|…|\bX\b|\bDIR\b")
+    placeholders = re.compile(r"STAGE|NAME|…|\bX\b|\bDIR\b")
     return [c.removeprefix("OMP_NUM_THREADS=1 ") for c in (*lines, *inline)
             if c.startswith(starts) and not placeholders.search(c)]  # fmt: skip
 

@@ -1,9 +1,17 @@
 """What ranks compare before they train."""
 
-import pytest
+import os
 
-from nuteprune.config import ConfigError, load_config
-from nuteprune.parallel.distributed import World
+import pytest
+import torch
+
+from nuteprune.config import ConfigError, ModelConfig, load_config
+from nuteprune.kernels import tuning
+from nuteprune.kernels.tuning import Config
+from nuteprune.model.loading import load_model
+from nuteprune.parallel.distributed import World, discover
+from nuteprune.stages import prune
+from nuteprune.training.determinism import deterministic
 from nuteprune.training.loop import check_alike
 
 
@@ -33,3 +41,49 @@ def test_alike_ranks_go_on_and_a_wrong_number_of_them_does_not():
     check_alike(load_config(None, []), ranks())
     with pytest.raises(ConfigError, match=r"train\.ranks is 3, but 2 started"):
         check_alike(load_config(None, ["train.ranks=3"]), ranks())
+
+
+def test_deterministic_says_so_to_torch_cublas_flash_attention_and_the_tuner(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "0")
+    choices = (Config(128, 128, 64, 3, 8), Config(64, 128, 64, 4, 4))
+    with deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
+        monkeypatch.setattr(tuning, "INTERPRETING", False)
+        # No card is asked and nothing is launched.
+        assert tuning.choose("key", choices, torch.device("cuda"), lambda config: 1 / 0) == choices[0]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert tuning.MEASURE
+    with deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_run_is_trained_deterministically_where_it_is_asked_for(settings, monkeypatch):
+    seen = []
+    step = prune.Pruning.train_step
+    monkeypatch.setattr(
+        prune.Pruning,
+        "train_step",
+        lambda self: seen.append(torch.are_deterministic_algorithms_enabled()) or step(self),
+    )
+    prune.run(load_config(None, [*settings, "train.steps=3", "train.deterministic=true"]))
+    assert seen == [True] * 3
+
+
+def test_weights_are_loaded_onto_their_device_without_a_copy_on_the_host(model_dir):
+    model, _ = load_model(ModelConfig(path=str(model_dir)), "meta")
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_cudas_allocator_is_told_to_grow_its_segments(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    discover()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    discover()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "backend:native"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nuteprune.__main__ import PlainFormatter
-from nuteprune.config import ConfigError, ExportConfig, ModelConfig, TrackingConfig, load_config
+from nuteprune.config import ConfigError, ExportConfig, ModelConfig, load_config
 from nuteprune.evaluation import pictures, report
 from nuteprune.evaluation.tasks import load_tasks
 from nuteprune.exporting.card import base_licence
@@ -237,7 +237,7 @@ def test_nothing_is_written_through_a_link(directory, tmp_path):
     write_manifest(directory)
     (directory / "metrics.jsonl").symlink_to(secret)
     with pytest.raises(ConfigError, match="is a symbolic link"):
-        Tracker(directory, TrackingConfig(tensorboard=False, progress=False), total_steps=1)
+        Tracker(load_config(None, [f"run_dir={directory}", "tracking.report_to=[]"]), "prune", 1)
     assert secret.read_text() == "of the user"
     assert not (directory / "b.txt").is_symlink()
 
@@ -331,7 +331,7 @@ def test_foreign_records_do_not_end_an_evaluation(tmp_path, caplog):
     assert caplog.text.count("is not a record of ours") == 4
     (tmp_path / "metrics.jsonl").write_text('3\n[]\n{"step": "x"}\n{}\n' + "[" * 100_000 + "\n")
     assert status.progress(tmp_path, "prune") is None
-    with Tracker(tmp_path, TrackingConfig(tensorboard=False, progress=False), total_steps=1) as tracker:
+    with Tracker(load_config(None, [f"run_dir={tmp_path}", "tracking.report_to=[]"]), "prune", 1) as tracker:
         tracker.log(0, {"loss": 1.0})
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0]
 

@@ -1,0 +1,245 @@
+"""What a step costs beside its kernels, on tiny layers with kernel launches stubbed: `make bench-overhead`.
+
+Counted in the prune stage's own step, while gates are sampled and once they are settled: operations sent through
+torch's dispatcher, places at which the host would wait for a card, and the CPU time of one thread. The widths are so
+small that computing them takes no time, so the CPU time is what a card waits for where its kernels are short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from nuteprune.arch import read_spec
+from nuteprune.config import load_config
+from nuteprune.data.text import BatchStream
+from nuteprune.evaluation.measure import environment
+from nuteprune.masks import MaskSet
+from nuteprune.model.pairing import PairedModel
+from nuteprune.parallel.distributed import World
+from nuteprune.stages.prune import Pruning
+from nuteprune.training.engine import Engine
+from nuteprune.training.teachers import TeacherBank
+
+STEPS = 1000
+PHASES = {"sampled": 300, "settled": 700}
+"""Steps of a run of `STEPS` that are measured, by phase: in the warm-up with noise, and after it."""
+WAITING = (
+    "_local_scalar_dense", "nonzero", "_unique2", "unique_consecutive", "unique_dim", "masked_select", "equal",
+    "bincount",
+)  # fmt: skip
+"""Operations whose result, or its size, the host has to wait for."""
+BARS = {"sampled": 20, "settled": 10}
+"""Host syncs that a step may take, at any depth."""
+
+
+class Counts(TorchDispatchMode):
+    """Counts operations by name, and those for which the host waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        self.operations[name] += 1
+        if name in WAITING or (name.startswith("index") and _has_mask(args)):
+            self.waits[name] += 1
+        body = _body(name)
+        if body is None:
+            return func(*args, **(kwargs or {}))
+        with self:  # what a custom operation does counts as well
+            return body(*args)
+
+
+def _has_mask(args: tuple) -> bool:
+    """Whether an indexing operation is given a mask: it has to find its places first."""
+    lists = [a for a in args if isinstance(a, (list, tuple))]
+    return any(isinstance(t, Tensor) and t.dtype == torch.bool for entries in lists for t in entries)
+
+
+def _body(name: str):
+    from nuteprune.kernels import masked_lora
+
+    operations = {"nuteprune::masked_lora_forward": "forward_op", "nuteprune::masked_lora_backward": "backward_op"}
+    return getattr(masked_lora, operations[name])._init_fn if name in operations else None
+
+
+@contextmanager
+def counted_copies(counts: Counts) -> Iterator[None]:
+    """Count copies to the host that do not pass the dispatcher on a CPU."""
+    before = {name: getattr(Tensor, name) for name in ("tolist", "numpy", "cpu")}
+
+    def counting(name: str):
+        def method(self, *args, **kwargs):
+            counts.waits[name] += 1
+            return before[name](self, *args, **kwargs)
+
+        return method
+
+    for name in before:
+        setattr(Tensor, name, counting(name))
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Tensor, name, method)
+
+
+class _Stub:
+    """A kernel that is not launched: the outputs at these positions are zeros, filled in past the dispatcher."""
+
+    def __init__(self, *outputs: int):
+        self.outputs = outputs
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, **options):
+        arguments = arguments[0] if isinstance(arguments[0], tuple) else arguments
+        for output in (arguments[position] for position in self.outputs):
+            if output is not None:
+                storage = output.untyped_storage()
+                ctypes.memset(storage.data_ptr(), 0, storage.nbytes())
+
+
+@contextmanager
+def stubbed_launches() -> Iterator[None]:
+    """The triton path without its kernels."""
+    from nuteprune.kernels import launch, masked_lora, triton_kernels, tuning
+
+    changes = [(triton_kernels, "matmul", _Stub(5, 6)), (triton_kernels, "column_reduce", _Stub(3, 4))]
+    changes += [(triton_kernels, "finish_reduce", _Stub(4, 5))]
+    changes += [(module, "INTERPRETING", True) for module in (launch, masked_lora, tuning)]
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    os.environ["NUTEPRUNE_KERNELS"] = "triton"
+    for module, name, value in changes:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+        del os.environ["NUTEPRUNE_KERNELS"]
+
+
+def trainer(layers: int, phase: str, batch: int = 1) -> Pruning:
+    """The prune stage of a tiny random model, at the first step of a phase, taught by a snapshot."""
+    torch.manual_seed(0)
+    hf_model = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=128,
+            num_hidden_layers=layers,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+        )
+    ).bfloat16()
+    spec = read_spec(hf_model.config)
+    config = load_config(None, [
+        f"train.steps={STEPS}", f"train.batch_size={batch}", "train.micro_batch=1", "model.dtype=bfloat16",
+        "sparsity.target=0.5", "gates.ffn_multiple=1", "data.seq_len=16", "tracking.progress=false",
+    ])  # fmt: skip
+    model = PairedModel(hf_model, spec, config.lora)
+    masks, world = MaskSet(spec, config.gates), World()
+    engine = Engine(model, masks, None, config, STEPS, world)
+    stream = BatchStream(torch.randint(0, spec.vocab, (64, 16), dtype=torch.int32), batch, 0)
+    bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
+    made = Pruning(config, world, model, engine, stream, STEPS, masks=masks, multipliers=None, bank=bank)
+    masks.restart({kind: torch.randn_like(la) for kind, la in masks.log_alpha.items()})
+    for sparsity in (0.05, 0.1):
+        masks.project(sparsity)
+        bank.record(0, sparsity + 1e-3, masks.deterministic(), masks.scores(), model.lora())
+    made.step = PHASES[phase]
+    return made
+
+
+def step(made: Pruning) -> None:
+    """One step of the stage."""
+    made.train_step()
+    made.step += 1
+
+
+def counts(layers: int, phase: str, batch: int = 1) -> Counts:
+    """What one step takes, after two that settle what is kept between steps."""
+    made = trainer(layers, phase, batch)
+    with stubbed_launches():
+        for _ in range(2):
+            step(made)
+        with Counts() as found, counted_copies(found):
+            step(made)
+    return found
+
+
+def cpu_seconds(layers: int, phase: str, steps: int = 7) -> float:
+    """Median CPU time of a step of one micro-batch."""
+    made, times = trainer(layers, phase), []
+    with stubbed_launches():
+        for _ in range(steps + 3):
+            began = time.process_time()
+            step(made)
+            times.append(time.process_time() - began)
+    return statistics.median(times[3:])
+
+
+def measure(layers: int, phase: str) -> dict:
+    """Dispatches of a step of one micro-batch and of each further one, host syncs, CPU time."""
+    one, two = counts(layers, phase), counts(layers, phase, batch=2)
+    return {
+        "layers": layers,
+        "phase": phase,
+        "dispatches": one.operations.total(),
+        "further": two.operations.total() - one.operations.total(),
+        "syncs": one.waits.total(),
+        "waits": dict(one.waits.most_common()),
+        "seconds": cpu_seconds(layers, phase),
+        "most": dict(one.operations.most_common(12)),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
+    lines = ["| layers | gates | dispatches, one micro-batch | each further one | host syncs | CPU time, s |"]
+    lines.append("|---:|---|---:|---:|---:|---:|")
+    lines += [
+        f"| {r['layers']} | {r['phase']} | {r['dispatches']:,} | {r['further']:,} | {r['syncs']} | {r['seconds']:.3f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Count, measure and print; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="+", default=[40, 80])
+    parser.add_argument("--json", type=Path, default=Path("runs/bench/overhead.json"))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows = [measure(layers, phase) for layers in args.layers for phase in PHASES]
+    sys.stdout.write(table(rows) + "\n")
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"environment": environment(World().device), "rows": rows}, indent=1)
+    args.json.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""How many units of each kind every layer keeps, where a shape wants the same number in all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import astuple, dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from nuteprune.arch import ArchSpec
+from nuteprune.config import ConfigError
+from nuteprune.masks.gates import Gates
+
+TOLERANCE = 0.009
+"""Largest distance from the target that rounding to multiples may cause before the multiple is halved."""
+STEPS = 3
+"""Steps in which a grid of counts goes from all units of a kind to what would meet the target by that kind alone."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """KV groups a layer, query heads a group, hidden dimensions, decoder layers, FFN units a layer."""
+
+    groups: float
+    heads: float
+    hidden: float
+    layers: float
+    ffn: float
+
+    def distance(self, other: Counts, spec: ArchSpec) -> float:
+        """Sum over all but the FFN, which makes up for the others, of the differences as shares of the intact model."""
+        pairs = zip(astuple(self)[:4], astuple(other)[:4], astuple(intact(spec))[:4], strict=True)
+        return sum(abs(a - b) / whole for a, b, whole in pairs)
+
+    def reach(self, spec: ArchSpec, target: float, kinds: Collection[str]) -> bool:
+        """Whether some FFN width brings the sparsity to the target, where FFN units may be removed."""
+        least = replace(self, ffn=spec.ffn).sparsity(spec) - TOLERANCE
+        most = replace(self, ffn=0 if "ffn" in kinds else spec.ffn).sparsity(spec) + TOLERANCE
+        return least <= target <= most
+
+    def sparsity(self, spec: ArchSpec) -> float:
+        """Removed share of the prunable parameters."""
+        attention = self.groups * (self.heads * spec.head_cost(self.hidden) + spec.group_cost(self.hidden))
+        return 1 - self.layers * (attention + self.ffn * spec.ffn_cost(self.hidden)) / spec.prunable
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Multiples of the FFN width and the hidden size, halved where they would miss; tensor-parallel size."""
+
+    ffn: int = 1
+    hidden: int = 1
+    parallel: int = 1
+
+
+def intact(spec: ArchSpec) -> Counts:
+    """All there is."""
+    return Counts(spec.kv_heads, spec.group_size, spec.hidden, spec.layers, spec.ffn)
+
+
+def mean_counts(spec: ArchSpec, gates: Gates) -> Counts:
+    """What the layers that stay keep on average."""
+    full = gates.full(spec)
+    head_gate, ffn_gate, every_kind = full.head_gate(spec), full.ffn_gate(spec), full.as_dict()
+    assert head_gate is not None, "all kinds are there"
+    assert ffn_gate is not None, "all kinds are there"
+    heads = head_gate.unflatten(1, (spec.kv_heads, spec.group_size)) != 0
+    groups, layers = heads.any(-1).double().sum(), every_kind["layers"].double()
+    with_attention = (layers * every_kind["attn_sublayers"].double()).sum().clamp(min=1)
+    return Counts(
+        float(groups / with_attention), float(heads.double().sum() / groups.clamp(min=1)),
+        float(every_kind["hidden"].double().sum()), float(layers.sum()),
+        float((ffn_gate != 0).double().sum() / layers.sum().clamp(min=1)),
+    )  # fmt: skip
+
+
+def whole_counts(spec: ArchSpec, gates: Gates) -> Counts:
+    """The counts of a structure that is alike in all layers, as whole numbers and with the FFN left open."""
+    mean = mean_counts(spec, gates)
+    return Counts(round(mean.groups), round(mean.heads), round(mean.hidden), round(mean.layers), spec.ffn)
+
+
+def between(spec: ArchSpec, counts: Counts, share: float) -> Counts:
+    """The counts on the way from the intact model (share 0) to `counts` (1)."""
+    pairs = zip(astuple(intact(spec)), astuple(counts), strict=True)
+    return Counts(*(whole + (kept - whole) * share for whole, kept in pairs))
+
+
+def every(spec: ArchSpec, kinds: Collection[str], near: Counts, rounding: Rounding) -> list[Counts]:
+    """All numbers of groups, heads and layers, with the hidden sizes about that of `near`; FFN whole."""
+    hidden = [near.hidden + i * rounding.hidden for i in (-1, 0, 1)]
+    axes = (range(1, spec.kv_heads + 1), range(1, spec.group_size + 1), hidden, range(1, spec.layers + 1))
+    found = _product(spec, kinds, axes, rounding)
+    if not found:
+        raise ConfigError(
+            f"{spec.family} wants a hidden size that its heads divide, and none near by is: leave hidden out of "
+            "gates.units, or add heads"
+        )
+    return found
+
+
+def grid(spec: ArchSpec, kinds: Collection[str], near: Counts, target: float, rounding: Rounding) -> list[Counts]:
+    """A few numbers of each kind, from all to as few as would meet the target by themselves, and those of `near`."""
+    shares = [1 - target * step / STEPS for step in range(STEPS + 1)]
+    wholes, own = astuple(intact(spec))[:4], astuple(near)[:4]
+    axes = [[*(whole * share for share in shares), mean] for whole, mean in zip(wholes, own, strict=True)]
+    return _product(spec, kinds, axes, rounding)
+
+
+def _product(spec: ArchSpec, kinds: Collection[str], axes, rounding: Rounding) -> list[Counts]:
+    """Every combination of the values of the axes whose kind may be removed, rounded to what the shape allows."""
+    groups, heads, hidden, layers = axes
+    # With one query head a group (no grouped queries) head gates decide the groups.
+    groups_free = "kv_groups" in kinds or ("heads" in kinds and spec.group_size == 1)
+    values = (
+        (groups_free, groups, rounding.parallel, spec.kv_heads), ("heads" in kinds, heads, 1, spec.group_size),
+        ("hidden" in kinds, hidden, rounding.hidden, spec.hidden), ("layers" in kinds, layers, 1, spec.layers),
+    )  # fmt: skip
+    rounded = [sorted({round_to(v, multiple, most) for v in axis} if free else {most}) for free, axis, multiple, most
+               in values]  # fmt: skip
+    found = [Counts(k, q, d, depth, spec.ffn) for k, q, d, depth in product(*rounded)]
+    if spec.hidden_divides:  # its stock configuration refuses other sizes, but for those it has
+        own = astuple(intact(spec))[:3]
+        found = [c for c in found if c.hidden % (c.groups * c.heads) == 0 or astuple(c)[:3] == own]
+    return found
+
+
+def shortlist(spec: ArchSpec, possible: Collection[Counts], near: Counts, most: int) -> list[Counts]:
+    """At most so many of them: the nearest to `near`, and of every number of a kind the nearest that has it."""
+    ranked = sorted(possible, key=lambda c: (c.distance(near, spec), astuple(c)))
+    seen: set[tuple[int, float]] = set()
+    first = []
+    for counts in ranked:
+        if not seen.issuperset(enumerate(astuple(counts))):
+            first.append(counts)
+            seen.update(enumerate(astuple(counts)))
+    return [*first, *(c for c in ranked if c not in first)][:most]
+
+
+def midpoints(
+    spec: ArchSpec, kinds: Collection[str], best: Counts, possible: Collection[Counts], rounding: Rounding
+) -> list[Counts]:
+    """Halfway from `best` to the next number of each kind among the possible ones, up and down."""
+    found = set()
+    for kind in ("groups", "heads", "hidden", "layers"):
+        here = getattr(best, kind)
+        values = {getattr(c, kind) for c in possible}
+        for nearest in (max((v for v in values if v < here), default=None), min((v for v in values if v > here),
+                                                                                  default=None)):  # fmt: skip
+            if nearest is not None:
+                found.update(
+                    _product(
+                        spec,
+                        kinds,
+                        [
+                            [getattr(best, k) if k != kind else (here + nearest) / 2]
+                            for k in ("groups", "heads", "hidden", "layers")
+                        ],
+                        rounding,
+                    )
+                )
+    return sorted(found - {best}, key=astuple)
+
+
+def with_ffn(spec: ArchSpec, counts: Counts, target: float, rounding: Rounding) -> Counts:
+    """The counts with the FFN width that brings them nearest to the target, as a multiple where it fits."""
+    exact = (
+        (replace(counts, ffn=0).sparsity(spec) - target)
+        * spec.prunable
+        / (counts.layers * spec.ffn_cost(counts.hidden))
+    )
+    multiple = rounding.ffn
+    while True:
+        width = round_to(exact, math.lcm(multiple, rounding.parallel), spec.ffn)
+        found = replace(counts, ffn=width)
+        if multiple == 1 or abs(found.sparsity(spec) - target) <= TOLERANCE:
+            return found
+        multiple //= 2
+
+
+def fill(spec: ArchSpec, scores: Mapping[str, Tensor], counts: Counts) -> dict[str, Tensor]:
+    """The best units by count: groups, heads in them and FFN units of every layer, hidden dimensions, and layers."""
+    kept = {}
+    for kind, count in (("hidden", counts.hidden), ("layers", counts.layers), ("ffn", counts.ffn)):
+        if kind in scores:
+            kept[kind] = top(scores[kind], count)
+    if "heads" in scores:
+        in_group = scores["heads"].unflatten(1, (spec.kv_heads, spec.group_size))
+        kept_heads = top(in_group, counts.heads)
+        group_score = scores["kv_groups"] if "kv_groups" in scores else in_group.amax(-1)
+        kept_groups = top(group_score, counts.groups)
+        kept["heads"] = (kept_heads * kept_groups[..., None]).flatten(1)
+        if "kv_groups" in scores:
+            kept["kv_groups"] = kept_groups
+    elif "kv_groups" in scores:
+        kept["kv_groups"] = top(scores["kv_groups"], counts.groups)
+    return kept
+
+
+def top(scores: Tensor, count: float) -> Tensor:
+    """Ones at the `count` (a whole number) highest scores along the last dimension, zeros elsewhere."""
+    kept = torch.zeros_like(scores, dtype=torch.float64)
+    return kept.scatter_(-1, scores.topk(int(count), dim=-1).indices, 1.0)
+
+
+def round_to(count: float, multiple: int, most: int) -> int:
+    """`count` to the nearest multiple, at least one of it and at most `most` (which always is allowed)."""
+    return min(max(round(count / multiple) * multiple, min(multiple, most)), most)

@@ -1,0 +1,137 @@
+"""What a family cannot lose is one line before a run starts; fused projections are split and packed unchanged."""
+
+import pytest
+import torch
+from tiny import CONFIGS, tiny_config, tiny_model
+from torch import nn
+
+from nuteprune.__main__ import main
+from nuteprune.arch import pack, projections, read_spec, split_fused, stored
+from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig
+from nuteprune.exporting.folding import fold_model, plan_fold, small_config
+from nuteprune.masks import Gates, MaskSet, check_target, kept_units, select_units, sparsity_of, unit_shape
+from nuteprune.model.layers import build_view
+from nuteprune.model.pairing import PairedModel
+
+LONG = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0],
+                            "long_factor": [1.0, 2.0], "original_max_position_embeddings": 64}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "units", "shape", "line"),
+    [
+        ("phi3", LONG, [], "uniform", "gates.units: phi3 cannot have kv_groups"),
+        ("phi3", LONG, ["ffn"], "per_layer_ffn", "gates.shape: phi3 cannot have per_layer_ffn"),
+        ("phi3-partial", {}, ["ffn"], "per_layer", "gates.shape: phi3 cannot have per_layer"),
+    ],
+)
+def test_what_a_family_cannot_lose_is_one_line(tmp_path, capsys, name, changes, units, shape, line):
+    config = tiny_config(name, hidden_size=24, num_attention_heads=6, head_dim=4, **changes)
+    gates = GateConfig(units=units, shape=shape)
+    with pytest.raises(ConfigError, match=line):
+        check_target(read_spec(config), gates, 0.2)
+    config.save_pretrained(tmp_path)
+    arguments = [f"gates.units=[{','.join(units)}]", f"gates.shape={shape}", "--dry-run", "--world-size", "1"]
+    assert main(["prune", f"model.path={tmp_path}", f"run_dir={tmp_path / 'run'}", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert line in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_a_refused_shape_is_refused_by_the_export_too():
+    config = tiny_config("phi3-partial")
+    spec = read_spec(config)
+    fold = plan_fold(spec, Gates(ffn=torch.ones(spec.layers, spec.ffn)), {}, 1.0)
+    assert small_config(config, fold, "uniform").intermediate_size == spec.ffn
+    with pytest.raises(ValueError, match=r"export.shape: phi3 cannot have per_layer"):
+        small_config(config, fold, "per_layer")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "changes", "kind"), [("phi3", LONG, "ffn"), ("phi3-partial", {}, "kv_groups")])
+def test_rotary_positions_of_its_own_stay_exact_in_the_stock_class(name, changes, kind):
+    model, same = (tiny_model(name, hidden_size=24, head_dim=4, **changes) for _ in range(2))
+    spec, ids = read_spec(model.config), torch.arange(90)[None]  # beyond the original context
+    removed = torch.ones(unit_shape(spec, kind))
+    removed[:, 1] = 0
+    gates = Gates(**{kind: removed})
+    paired = PairedModel(same, spec, LoraConfig())
+    wanted = paired.logits(ids, build_view(spec, gates, {}, 1.0, torch.float32))
+    fold = plan_fold(spec, gates, {}, 1.0)
+    config = small_config(model.config, fold, "uniform")
+    small = type(model)(config).eval()
+    small.load_state_dict(fold_model(model, config, fold).state_dict())
+    torch.testing.assert_close(small(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_gemma_with_softcapped_logits_is_refused():
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        read_spec(tiny_config("gemma3", final_logit_softcapping=30.0))
+
+
+@pytest.mark.parametrize("target", [0.15, 0.3, 0.5])
+def test_heads_divide_the_hidden_size_where_the_stock_class_wants_it(target):
+    spec = read_spec(tiny_config("gemma3", hidden_size=48, intermediate_size=64))
+    config = GateConfig(
+        units=["heads", "kv_groups", "ffn", "hidden"], shape="uniform", ffn_multiple=1, hidden_multiple=4
+    )
+    check_target(spec, config, target)
+    torch.manual_seed(0)
+    scores = {kind: torch.randn(unit_shape(spec, kind)) for kind in config.units}
+    gates = select_units(spec, scores, target, "uniform", ffn_multiple=1, hidden_multiple=4)
+    kept = kept_units(spec, gates)
+    assert kept.is_uniform(spec)
+    assert len(kept.hidden) % len(kept.heads[0]) == 0
+    assert abs(sparsity_of(spec, gates) - target) <= 0.01
+
+
+def test_the_only_kv_group_of_a_layer_has_no_gate():
+    spec = read_spec(tiny_config("gemma3", num_key_value_heads=1))
+    assert MaskSet(spec, GateConfig(units=["heads", "kv_groups", "ffn"])).kinds == ["heads", "ffn"]
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gemma3"])
+@pytest.mark.parametrize("kind", ["attn_sublayers", "ffn_sublayers", "layers"])
+def test_the_gate_of_a_sublayer_under_a_norm_is_felt(name, kind):
+    """Before the norm it would scale away."""
+    hf = tiny_model(name)
+    spec = read_spec(hf.config)
+    model = PairedModel(hf, spec, LoraConfig())
+    ids = torch.arange(20)[None]
+    gate = torch.ones(unit_shape(spec, kind), requires_grad=True)
+    view = build_view(spec, Gates(**{kind: gate}), {}, 1.0, torch.float32)
+    model(ids, view, None, LossConfig()).total.backward()
+    assert (gate.grad.abs() > 1e-3).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["olmo2", "gemma3"])
+def test_half_a_gate_is_half_of_what_the_sublayer_adds(name):
+    hf = tiny_model(name)
+    spec = read_spec(hf.config)
+    model, seen = PairedModel(hf, spec, LoraConfig()), []
+    model.layers[0].layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    for value in (1.0, 0.5, 0.0):
+        gates = Gates(ffn_sublayers=torch.full((spec.layers,), value))
+        model.hidden(torch.arange(20)[None], build_view(spec, gates, {}, 1.0, torch.float32))
+    torch.testing.assert_close(seen[1], (seen[0] + seen[2]) / 2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_split_layers_know_their_files_and_pack_again(name):
+    layer = tiny_model(name).model.layers[1]
+    before = layer.state_dict()
+    split_fused(layer)
+    for key, parameter in layer.named_parameters():
+        own, rows = stored(layer, key)
+        assert torch.equal(before[own][rows], parameter)
+        assert before[own].data_ptr() == parameter.data_ptr() or rows.start  # a view, not a copy
+    single = {}
+    for projection, (owner, attribute) in projections(layer).items():
+        block = "self_attn" if projection[0] in "qkvo" else "mlp"
+        linear = getattr(owner, attribute)
+        assert isinstance(linear, nn.Linear)
+        single |= {f"{block}.{projection}.{part}": tensor for part, tensor in linear.named_parameters()}
+    packed = pack(single, tiny_model(name).model.layers[1])
+    assert {k: v.shape for k, v in before.items() if "norm" not in k} == {k: v.shape for k, v in packed.items()}
+    assert all(torch.equal(before[k], v) for k, v in packed.items())

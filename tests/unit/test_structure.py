@@ -1,0 +1,63 @@
+"""Which units a view keeps: lists found from one copy of the gates, and in multiples that a GPU loads at once."""
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from nuteprune.arch import read_spec
+from nuteprune.model import structure
+
+SPEC = read_spec(tiny_config("llama"))  # 3 layers, 6 heads of 6 in 2 groups, 40 FFN units, 24 hidden dimensions
+
+
+def gates(share: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (SPEC.layers, SPEC.heads), (SPEC.layers, SPEC.ffn), (SPEC.hidden,)
+    return tuple((torch.rand(shape, generator=generator) < share).float() * 0.7 for shape in shapes)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+def test_lists_are_those_of_each_layer_alone(share):
+    heads, ffn, hidden = gates(share)
+    found = structure.find(SPEC, heads, ffn, hidden)
+    assert_kept(found.hidden, hidden)
+    for index, layer in enumerate(found.layers):
+        assert_kept(layer.ffn, ffn[index])
+        kept = heads[index].nonzero().flatten()
+        rows = None if len(kept) == SPEC.heads else (kept[:, None] * 6 + torch.arange(6)).flatten()
+        assert (layer.queries is None) == (rows is None)
+        if rows is not None:
+            assert torch.equal(layer.queries, rows)
+            groups = (kept // SPEC.group_size).unique()
+            assert torch.equal(layer.values, (groups[:, None] * 6 + torch.arange(6)).flatten())
+            if layer.kv_index is not None:
+                assert torch.equal(groups[layer.kv_index], kept // SPEC.group_size)
+            else:
+                assert layer.group_size * len(groups) == len(kept)
+        assert layer.removed == (not heads[index].any() and not ffn[index].any())
+
+
+def assert_kept(found: torch.Tensor | None, gate: torch.Tensor) -> None:
+    kept = gate.nonzero().flatten()
+    assert (found is None) == (len(kept) == len(gate))
+    assert found is None or torch.equal(found, kept)
+
+
+def test_ffn_units_are_kept_in_multiples_with_removed_ones():
+    _, ffn, _ = gates(0.5)
+    ffn[2] = 0
+    found = structure.find(SPEC, None, ffn, None, multiple=8)
+    for index, layer in enumerate(found.layers):
+        kept = ffn[index].nonzero().flatten()
+        assert len(layer.ffn) % 8 == 0
+        assert 0 <= len(layer.ffn) - len(kept) < 8
+        assert torch.isin(kept, layer.ffn).all()
+        assert torch.equal(layer.ffn, layer.ffn.unique())
+    assert len(found.layers[2].ffn) == 0
+    ffn[0] = 1
+    ffn[0, :3] = 0  # 37 of 40: all of them
+    assert structure.find(SPEC, None, ffn, None, multiple=8).layers[0].ffn is None
+
+
+def test_nothing_gated_is_dense():
+    assert structure.find(SPEC, None, None, None) == structure.dense(SPEC)
