@@ -20,7 +20,7 @@ TIMED = ("step_s", "tokens_per_s", "peak_memory_gb")
 """What no two runs share."""
 HALVES = (0.5, 0.9)
 """Where cached states were cut, as shares of a stage's file operations."""
-HANG = 150
+HANG = 400
 """Seconds after which a start counts as hung."""
 
 
