@@ -34,6 +34,7 @@ SHORTCUTS = {
         "--sparsity": "export.sparsity",
         "--from": "export.source",
         "--ladder": "export.ladder",
+        "--gguf": "export.gguf",
         "--push-to-hub": "export.push_to_hub",
     },
     "evaluate": {"--blocks": "evaluate.blocks", "--push-to-hub": "export.push_to_hub"},

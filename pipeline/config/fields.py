@@ -223,6 +223,9 @@ class ExportConfig:
     hidden_multiple: int = opt(0, "The hidden size is rounded to this multiple; 0: as in the run.", ge=0)
     tensor_parallel: int = opt(0, "GPUs over which the model can be split; 0: as in the run.", ge=0)
     dtype: Literal["as_base", Dtype] = opt("as_base", "Type of the exported weights.")
+    gguf: Literal["none", "f32", "f16", "q8_0"] = opt(
+        "none", "Write model.gguf for llama.cpp beside the model, its matrices in this type."
+    )
     push_to_hub: str = opt(
         "", "Repository of the Hugging Face hub (user/name) that the model is uploaded to; empty: none."
     )
