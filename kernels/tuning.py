@@ -50,7 +50,7 @@ def skinny(rank: int, dtype: torch.dtype) -> Config:
 
 def reduction(dtype: torch.dtype) -> Config:
     """For the column reduction, bm rows a step and bn columns: bound by memory, so one size will do."""
-    return Config(32 if dtype == torch.float32 else 64, 64, 0, 3, 4)
+    return Config(32, 64, 0, 3, 8) if dtype == torch.float32 else Config(64, 64, 0, 3, 4)
 
 
 def options(dtype: torch.dtype, scattered: bool, capability: int) -> tuple[Config, ...]:

@@ -1,8 +1,8 @@
 """Everything that only a GPU can tell, in one go, as one Markdown report: `make gpu-check`.
 
 Kernel tests on the card, the kernels' times against their bars, host syncs of a step, the demo, two ranks over NCCL
-that are killed and go on, and flash attention where it is installed. Without a card what can be run is run on the CPU in
-a small form, and the report says what was skipped.
+that are killed and go on, and flash attention where it is installed. Without a card what can be run is run on the CPU
+in a small form, and the report says what was skipped.
 """
 
 from __future__ import annotations
