@@ -60,5 +60,8 @@ setup(
             "types-tqdm",
         ]
     },
-    entry_points={"console_scripts": ["nuteprune=nuteprune.__main__:cli"]},
+    entry_points={
+        "console_scripts": ["nuteprune=nuteprune.__main__:cli"],
+        "vllm.general_plugins": ["nuteprune=nuteprune.exporting.vllm_plugin:register"],
+    },
 )

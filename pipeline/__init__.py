@@ -1,10 +1,10 @@
-"""NutePrune from Python: `prune`, `finetune`, `export`, `evaluate` and `load_masked`; everything else is private."""
+"""NutePrune from Python: `prune`, `recover`, `finetune`, `export`, `evaluate`, `load_masked`; all else is private."""
 
-__all__ = ["evaluate", "export", "finetune", "load_masked", "prune"]
+__all__ = ["evaluate", "export", "finetune", "load_masked", "prune", "recover"]
 
 
 def __getattr__(name: str):
-    """The five calls, imported when they are first used: torch takes seconds."""
+    """The six calls, imported when they are first used: torch takes seconds."""
     if name in __all__:
         from nuteprune import api
 

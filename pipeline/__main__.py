@@ -22,16 +22,19 @@ from nuteprune.training.signals import Preempted, stop_signals
 STAGES = {
     "prepare": "fetch the model, tokenise and pack the text, once and without a GPU",
     "prune": "learn gates and LoRA on the frozen base model, taught by earlier snapshots of the student",
+    "recover": "train snapshots of a run on, their gates fixed, so that each rung of a ladder is worth its size",
     "finetune": "train the pruned student's LoRA on instruction records, its gates fixed",
     "export": "write the student (or a snapshot of the run, or a ladder of them) as a small Hugging Face model",
     "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
 }
 SHORTCUTS = {
+    "recover": {"--ladder": "recover.ladder", "--sparsity": "recover.ladder"},
     "finetune": {"--data": "finetune.data", "--sparsity": "finetune.sparsity"},
     "export": {
         "--sparsity": "export.sparsity",
         "--from": "export.source",
         "--ladder": "export.ladder",
+        "--gguf": "export.gguf",
         "--push-to-hub": "export.push_to_hub",
     },
     "evaluate": {"--blocks": "evaluate.blocks", "--push-to-hub": "export.push_to_hub"},
@@ -46,7 +49,7 @@ SUBMIT_FLAGS = {
 }
 """Flags of `submit` that take a value; slurm/submit.sh reads them."""
 STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"
-DISTRIBUTED = ("prune", "finetune")
+DISTRIBUTED = ("prune", "recover", "finetune")
 """Stages that several ranks run together."""
 OVERRIDES = "directory of a run (for --config RUN/config.yaml), and settings that win over the file"
 PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"
@@ -251,7 +254,7 @@ def read_settings(args: argparse.Namespace) -> Config:
     for flag, key in SHORTCUTS.get(args.stage, {}).items():
         value = getattr(args, flag.strip("-").replace("-", "_"))
         if value is not None:
-            overrides.append(f"{key}=[{value}]" if flag == "--ladder" else f"{key}={value}")
+            overrides.append(f"{key}=[{value}]" if key.endswith("ladder") else f"{key}={value}")
     return load_config(runs[0] if runs else args.config, overrides)
 
 

@@ -1,4 +1,4 @@
-"""The six calls of the Python API, which the command line uses too.
+"""The calls of the Python API, which the command line uses too.
 
 Each takes the settings as a YAML file, the directory of a run, a nested dict, or a `Config`, and overrides as on the
 command line. A user's mistake raises `nuteprune.config.ConfigError` with one line that says how to mend it.
@@ -17,6 +17,7 @@ from nuteprune.stages import export as export_stage
 from nuteprune.stages import finetune as finetune_stage
 from nuteprune.stages import prepare as prepare_stage
 from nuteprune.stages import prune as prune_stage
+from nuteprune.stages import recover as recover_stage
 
 Settings = Config | Mapping | str | Path | None
 
@@ -45,6 +46,14 @@ def prune(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:
         Preempted: SIGTERM, SIGUSR1 or Ctrl-C came; the state is saved. No `Exception`, as `KeyboardInterrupt` is none.
     """
     return prune_stage.run(load_config(settings, overrides))
+
+
+def recover(settings: Settings, overrides: Sequence[str] = ()) -> list[Path]:
+    """Train the snapshots of a finished run at `recover.ladder` on, their gates fixed; `export` takes them by itself.
+
+    Arguments and errors as of `prune`; returns the directories of the recovered rungs.
+    """
+    return recover_stage.run(load_config(settings, overrides))
 
 
 def finetune(settings: Settings, overrides: Sequence[str] = ()) -> Path:

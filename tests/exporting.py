@@ -115,8 +115,8 @@ def run_config(tmp_path, **overrides):
 def on_disk(tmp_path, model) -> None:
     """Write the base model with a tokenizer, and a text."""
     model.save_pretrained(tmp_path / "base")
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *string.ascii_letters, "Ġ"])}
-    tokenizer = Tokenizer(models.BPE(words, []))  # one token a letter
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *string.ascii_letters, "Ġ", "th"])}
+    tokenizer = Tokenizer(models.BPE(words, [("t", "h")]))  # one token a letter, and one pair
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(tmp_path / "base")

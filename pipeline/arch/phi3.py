@@ -3,15 +3,16 @@
 from nuteprune.arch.base import ArchSpec, Family, read_llama_like
 
 _LONG = "its scaled rotary positions (longrope) are checked against hidden size / heads, so both must stay"
-_PARTIAL = "its rotary positions turn a part of each head, which only the stock class knows"
+_STOCK = "only the stock class knows its rotary positions; use uniform"
 
 
 def read(config) -> ArchSpec:
-    refuses = []
-    if config.rope_parameters["rope_type"] != "default":
-        refuses += [(kind, _LONG) for kind in ("heads", "kv_groups", "hidden", "per_layer", "per_layer_ffn")]
-    elif config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        refuses += [(shape, _PARTIAL) for shape in ("per_layer", "per_layer_ffn")]
+    refuses: list[tuple[str, str]] = []
+    scaled = config.rope_parameters["rope_type"] != "default"
+    if scaled:
+        refuses += [(kind, _LONG) for kind in ("heads", "kv_groups", "hidden")]
+    if scaled or config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        refuses += [(shape, _STOCK) for shape in ("per_layer", "per_layer_ffn")]
     return read_llama_like(config, refuses=tuple(refuses))
 
 

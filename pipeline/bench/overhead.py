@@ -123,7 +123,10 @@ def stubbed_launches() -> Iterator[None]:
     """The triton path without its kernels."""
     from nuteprune.kernels import launch, masked_lora, triton_kernels, tuning
 
-    changes = [(triton_kernels, "matmul", _Stub(5, 6)), (triton_kernels, "column_reduce", _Stub(3, 4))]
+    changes: list[tuple[Any, str, Any]] = [
+        (triton_kernels, "matmul", _Stub(5, 6)),
+        (triton_kernels, "column_reduce", _Stub(3, 4)),
+    ]
     changes += [(triton_kernels, "finish_reduce", _Stub(4, 5))]
     changes += [(module, "INTERPRETING", True) for module in (launch, masked_lora, tuning)]
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]

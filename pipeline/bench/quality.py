@@ -8,7 +8,8 @@ model is scored on every text: perplexity, and the KL divergence per token of it
 The row `control` is the intact model with the same LoRA trained by cross entropy on the same text: what the text's
 domain alone is worth. Documents held out of the training file are a text of its own kind.
 
-`--finetune records.json` adds each student after fine-tuning, `--ladder 0.1 0.2` the rungs below each of our runs.
+`--finetune records.json` adds each student after fine-tuning, `--ladder 0.1 0.2` the rungs below each of our runs, and
+`--recover` each rung after its recovery.
 Several `--steps` draw what each row makes of a budget. A run that is already finished is not pruned again.
 """
 
@@ -37,7 +38,7 @@ from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
 from nuteprune.model.loading import load_any
 from nuteprune.parallel.distributed import discover
-from nuteprune.stages import finetune, prune
+from nuteprune.stages import finetune, prune, recover
 
 WINDOW = 1024
 NOTHING = 1e-6
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, default=20, help=f"blocks of {WINDOW:,} tokens that are scored")
     parser.add_argument("--finetune", type=Path, help="instruction records to fine-tune each student on")
     parser.add_argument("--ladder", type=float, nargs="+", default=[], help="rungs of our runs that are scored too")
+    parser.add_argument("--recover", action="store_true", help="add each rung after its recovery")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/quality"))
     parser.add_argument("--set", action="append", default=[], metavar="key.sub=value", help="a setting of every run")
     args = parser.parse_args(argv)
@@ -145,21 +147,24 @@ class Scorer:
 
 
 def measure(args, scorer: Scorer, variant: str, sparsity: float, steps: int, seed: int) -> Iterator[dict]:
-    """What one run gives: the pruned student, the rungs below it, and each of them fine-tuned."""
+    """What one run gives: the pruned student and the rungs below it, and each of them recovered and fine-tuned."""
     config = run_config(args, variant, sparsity, steps, seed)
     began = time.perf_counter()
     prune.run(config)
     rungs = [rung for rung in args.ladder if rung < sparsity] if variant == "ours" else []
     for rung in (0.0, *rungs):
         name = f"{variant}, rung" if rung else variant
-        for tuned in (False, True) if args.finetune else (False,):
-            if tuned:
+        forms = ["", *(["recovered"] if rung and args.recover else []), *(["tuned"] if args.finetune else [])]
+        for form in forms:
+            if form == "recovered":
+                recover.run(load_config(config, [f"recover.ladder=[{rung}]"]))
+            elif form == "tuned":
                 finetune.run(load_config(config, [f"finetune.sparsity={rung}"]))
-            source = "finetuned" if tuned else "pruned"
+            source = "newest" if form else "pruned"
             exported = export_model(load_config(config, [f"export.sparsity={rung}", f"export.source={source}"]))
             record = json.loads((exported / RECORD).read_text(encoding="utf-8"))
             yield {
-                "variant": f"{name}, tuned" if tuned else name, "sparsity": rung or config.sparsity.target,
+                "variant": f"{name}, {form}" if form else name, "sparsity": rung or config.sparsity.target,
                 "steps": steps, "seed": seed, "reached": record["sparsity"], "shape": config.gates.shape,
                 **scorer.score(str(exported)), "seconds": round(time.perf_counter() - began),
             }  # fmt: skip

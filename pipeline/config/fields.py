@@ -69,7 +69,7 @@ class GateConfig:
     units: list[Unit] = opt([], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, ffn_sublayers, "
                             "layers; empty: ffn in the shape `per_layer_ffn`, else kv_groups and ffn.")  # fmt: skip
     shape: Shape = opt(
-        "per_layer_ffn", "`per_layer_ffn`: the same attention in every layer that has one, an FFN width of its own each; "
+        "per_layer_ffn", "`per_layer_ffn`: the same attention in each layer that has one, an FFN width of its own; "
         "`uniform`: the same counts in every layer, a stock architecture; `per_layer`: free counts."
     )  # fmt: skip
     init: Literal["importance", "drop_rate"] = opt(
@@ -184,6 +184,13 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
+class RecoverConfig:
+    ladder: list[float] = opt([], "Sparsities whose snapshots of the run are trained on, their gates fixed.")
+    steps: int = opt(0, "Optimizer steps for each; 0: 0.4 of the run's.", ge=0)
+    lr: float = opt(0.0, "Peak learning rate; 0: the run's train.lora_lr.", ge=0)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = opt(200, "Steps between checkpoints (0: only the final one and on a signal).", ge=0)
     keep: int = opt(2, "Checkpoints kept.", ge=1)
@@ -216,6 +223,9 @@ class ExportConfig:
     hidden_multiple: int = opt(0, "The hidden size is rounded to this multiple; 0: as in the run.", ge=0)
     tensor_parallel: int = opt(0, "GPUs over which the model can be split; 0: as in the run.", ge=0)
     dtype: Literal["as_base", Dtype] = opt("as_base", "Type of the exported weights.")
+    gguf: Literal["none", "f32", "f16", "q8_0"] = opt(
+        "none", "Write model.gguf for llama.cpp beside the model, its matrices in this type."
+    )
     push_to_hub: str = opt(
         "", "Repository of the Hugging Face hub (user/name) that the model is uploaded to; empty: none."
     )
@@ -268,6 +278,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -281,6 +292,7 @@ ASKED_EACH_TIME = (("evaluate", "trust_remote_code"),)
 STAGE_SECTIONS = {
     "prepare": ["model", "data", "finetune"],
     "prune": ["model", "data", "train", "gates", "sparsity", "lora", "teacher", "loss", "checkpoint", "tracking"],
+    "recover": ["model", "recover", "train", "export", "checkpoint", "tracking"],
     "finetune": ["model", "finetune", "train", "loss", "export", "checkpoint", "tracking"],
     "export": ["model", "export"],
     "evaluate": ["model", "data", "export", "evaluate", "tracking"],

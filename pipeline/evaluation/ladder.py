@@ -56,8 +56,7 @@ def run(config: Config) -> Path:
     for point in points[1:]:
         rung = point["sparsity"]
         record = json.loads((models[rung] / RECORD).read_text(encoding="utf-8"))
-        if record["finetuned"]:
-            point["finetuned"] = record["finetuned"]
+        point |= {what: record[what] for what in ("recovered", "finetuned") if record.get(what)}
         if free:
             point["per_layer_perplexity"] = _perplexity(entries[str(free[rung])])
     _write(output, points, result)
@@ -91,7 +90,7 @@ def table(points: list[dict], best: int | None) -> str:
         "perplexity": lambda p: report.number(p["perplexity"]),
     }
     optional = {
-        "finetuned": ("fine-tuned, steps", "{:,}".format),
+        "recovered": ("recovered, steps", "{:,}".format), "finetuned": ("fine-tuned, steps", "{:,}".format),
         "prefill": ("prefill", ratio), "decode": ("decode", ratio), "retained": ("retained", "{:.1%}".format),
         "per_layer_perplexity": ("perplexity, `per_layer`", report.number),
     }  # fmt: skip

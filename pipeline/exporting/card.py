@@ -55,6 +55,7 @@ def kept_record(run: Run, student: Student, fold: Fold, result: Result) -> dict:
         "sparsity": result.sparsity,
         "parameters": result.parameters,
         "finetuned": student.facts.get("steps", 0),
+        "recovered": student.facts.get("recovered", 0),
         "base": run.config.model.path,
     }
 
@@ -132,7 +133,9 @@ def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result:
         f"| Largest logit difference from the masked model | {result.difference:.1e} of the largest logit, float32, "
         f"{result.tokens} tokens |",
     ]
-    if tuned:
+    if tuned.get("recovered"):
+        lines.append(f"| Recovered | {tuned['recovered']:,} steps on the same text, its units fixed |")
+    if tuned.get("steps"):
         lines.append(
             f"| Fine-tuned | {tuned['steps']:,} steps on {_data_name(tuned['data'])}, {tuned['tokens']:,} tokens of "
             f"which {tuned['answer_tokens']:,} are answers |"

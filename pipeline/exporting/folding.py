@@ -15,6 +15,7 @@ scaled by c, and where the head shares them the last norm keeps its weight, whic
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,10 +31,14 @@ from nuteprune.masks import Gates, Kept, kept_units
 from nuteprune.model.layers import LoraWeights
 from nuteprune.model.loading import OWN_TYPES
 
+log = logging.getLogger(__name__)
+
 PER_LAYER_LISTS = ("layer_types", "no_rope_layers")
 """Entries of a configuration with one value for each layer."""
 _RENAMED = {"architectures", "model_type", "quantization_config", "transformers_version", "auto_map"}
 """Entries of a base configuration that say what the base was, not how it computes."""
+DECI_FAMILIES = ("llama", "mistral")
+"""Families whose layers vLLM's DeciLM computes (those of Qwen have biases or norms that it lacks)."""
 
 
 def _register() -> None:
@@ -100,7 +105,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
     Args:
         base: the base model's configuration.
         fold: what is folded.
-        shape: "uniform" (a stock class), "per_layer_ffn" or "per_layer" (a class of `modeling_ragged`).
+        shape: "uniform" (a stock class), "per_layer" or "per_layer_ffn" (a class of `modeling_ragged`).
 
     Raises:
         ValueError: no stock class can hold these sizes.
@@ -128,7 +133,9 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
         name = family_of(base).ragged_class or type(base).__name__
         values = _of_class(values, base, getattr(transformers, name))
         stem = name.removesuffix("Config")
-        values |= {"heads_per_group": groups, "ffn_sizes": ffn}
+        values["per_layer_config"] = {i: _overrides(*sizes) for i, sizes in enumerate(zip(groups, ffn, strict=True))}
+        if shape == "per_layer_ffn":
+            values |= _alike(fold.spec, groups, ffn)
         values["auto_map"] = {
             "AutoConfig": f"modeling_ragged.Ragged{stem}Config",
             "AutoModelForCausalLM": f"modeling_ragged.Ragged{stem}ForCausalLM",
@@ -153,9 +160,39 @@ def _of_class(values: dict, base: PreTrainedConfig, cls: type[PreTrainedConfig])
     return {"sliding_window": None} | known  # the one thing Mistral adds to LLaMA
 
 
+def _overrides(groups: list[int], ffn: int) -> dict:
+    """A layer's entry in transformers' `per_layer_config`, which drops what is as in the whole model."""
+    sizes: dict = {"skip": [name for name, there in (("attention", groups), ("mlp", ffn)) if not there]}
+    if groups:
+        sizes |= {"num_attention_heads": sum(groups), "num_key_value_heads": len(groups)}
+    if len(set(groups)) > 1:
+        sizes["heads_per_group"] = groups
+    return sizes | ({"intermediate_size": ffn} if ffn else {})
+
+
+def _alike(spec: ArchSpec, groups: list[list[int]], ffn: list[int]) -> dict:
+    """`block_configs` of vLLM's DeciLM where it computes these layers, else nothing."""
+    kinds = {tuple(layer) for layer in groups if layer}
+    assert len({size for layer in kinds for size in layer}) == len(kinds) <= 1, "attention is alike in this shape"
+    if spec.family not in DECI_FAMILIES:
+        return {}
+    first = next((layer for layer, width in zip(groups, ffn, strict=True) if layer or width), [])
+    absent = not all(groups) or not all(ffn)
+    if not first or (absent and (spec.o_bias or spec.mlp_bias)):
+        what = "a removed sublayer's bias" if first else "a first layer without attention"
+        log.warning("vLLM's DeciLM cannot hold %s: vLLM serves this model only where nuteprune is installed", what)
+        return {}
+    blocks = [
+        {"attention": {"no_op": not layer, "n_heads_in_group": layer[0] if layer else None},
+         "ffn": {"no_op": not width, "intermediate_size": width or None}}
+        for layer, width in zip(groups, ffn, strict=True)
+    ]  # fmt: skip
+    return {"block_configs": blocks}
+
+
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The causal language model class of a small configuration."""
-    if hasattr(config, "heads_per_group"):
+    if isinstance(config, modeling_ragged.RaggedConfig):
         return getattr(modeling_ragged, type(config).__name__.removesuffix("Config") + "ForCausalLM")
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
@@ -193,8 +230,12 @@ def fold_layer(fold: Fold, layer: nn.Module, index: int) -> dict[str, Tensor]:
         block = "self_attn" if name in ATTENTION else "mlp"
         for part, tensor in _projection(fold, getattr(owner, attribute), name, index):
             state[f"{block}.{name}.{part}"] = tensor
+    behind = fold.spec.norms_behind
+    # In front of what a layer lacks nothing is normed, and vLLM's DeciLM has no such norm.
+    ahead = {} if behind else {"input_layernorm": fold.kept.heads, "post_attention_layernorm": fold.kept.ffn}
     for norm in fold.spec.norms:
-        behind = fold.spec.norms_behind
+        if norm in ahead and not len(ahead[norm][index]):
+            continue
         gate = float(fold.added_gates[behind.index(norm), index]) if norm in behind else 1.0
         state[f"{norm}.weight"] = _norm(fold, getattr(layer, norm), fold.norm_scale * gate)
     if fold.spec.qk_norm and len(fold.kept.heads[index]):

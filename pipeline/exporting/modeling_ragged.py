@@ -1,6 +1,7 @@
 """Stock models whose decoder layers differ in attention heads, KV groups and FFN width.
 
-Saved beside the weights of a model that NutePrune exported with shape `per_layer`; loads with `trust_remote_code=True`.
+Saved beside the weights of a model that NutePrune exported with shape `per_layer` or `per_layer_ffn`; loads with
+`trust_remote_code=True`.
 Everything is transformers' own but the projections' shapes; K and V are repeated by group where groups are unequal.
 """
 
@@ -22,23 +23,56 @@ else:
     Config = Model = object
 
 
-class RaggedConfig(Config):
-    """What the configurations below add: the widths of each layer.
+class Block(dict):
+    """An entry of `block_configs`: vLLM reads it by attribute."""
 
-    `heads_per_group[layer]` lists the query heads of each KV group ([]: no attention), `ffn_sizes[layer]` is the FFN
-    width (0: none). `num_attention_heads`, `num_key_value_heads` and `intermediate_size` are the maxima.
+    def __getattr__(self, name: str):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class RaggedConfig(Config):
+    """What the configurations below add: layers with sizes of their own, as `per_layer_config` gives them.
+
+    A layer may differ in `num_attention_heads`, `num_key_value_heads` and `intermediate_size`; where its KV groups are
+    unequal, `heads_per_group` lists their query heads; `skip` names what it lacks, "attention" or "mlp". Older exports
+    say the same in `heads_per_group` ([]: no attention) and `ffn_sizes` (0: none), one entry for each layer.
+    `block_configs`, where they are there, say it once more for DeciLM of vLLM, which serves such a model unmodified.
     """
 
-    heads_per_group: Sequence[list[int]] = ()
-    ffn_sizes: Sequence[int] = ()
+    heads_per_group: Any = None
+    ffn_sizes: Any = None
+    block_configs: list[Block] | None = None
     base_model_tp_plan = None  # unequal groups cannot be split evenly over devices
+    # Stock code may read the whole model's sizes, which are the largest ones, and without a warning at each look.
+    allow_global_per_layer_attribute_access = True
+    __getattribute__ = object.__getattribute__
+
+    def __setattr__(self, name, value):
+        if name == "block_configs" and value:
+            value = [Block({part: Block(facts) for part, facts in block.items()}) for block in value]
+        super().__setattr__(name, value)
+
+    def to_dict(self):
+        """As in transformers; with `block_configs` the architecture is vLLM's."""
+        values = super().to_dict()
+        return values | {"architectures": ["DeciLMForCausalLM"]} if self.block_configs else values
+
+    def layer_sizes(self, index: int) -> tuple[list[int], int]:
+        """Query heads of each KV group ([]: no attention) and FFN width (0: none) of a layer."""
+        if self.ffn_sizes is not None:
+            return self.heads_per_group[index], self.ffn_sizes[index]
+        layer = self.per_layer_config[index]
+        skip, heads, count = getattr(layer, "skip", ()), layer.num_attention_heads, layer.num_key_value_heads
+        groups = [] if "attention" in skip else layer.heads_per_group or [heads // count] * count
+        return groups, 0 if "mlp" in skip else layer.intermediate_size
 
     def validate_architecture(self):
         """The layers' own widths must fit; LLaMA's hidden % heads == 0 does not apply with an explicit head_dim."""
-        if not len(self.heads_per_group) == len(self.ffn_sizes) == self.num_hidden_layers:
+        if self.ffn_sizes and not len(self.heads_per_group) == len(self.ffn_sizes) == self.num_hidden_layers:
             raise ValueError(f"heads_per_group and ffn_sizes must have {self.num_hidden_layers} entries, one per layer")
-        if any(count < 1 for groups in self.heads_per_group for count in groups):
-            raise ValueError("heads_per_group: each KV group must hold at least one query head")
 
 
 class Absent(nn.Module):
@@ -56,11 +90,24 @@ class Absent(nn.Module):
 class RaggedForCausalLM(Model):
     """Mixed in before a stock `…ForCausalLM`: gives each layer its own widths once the stock model is built."""
 
+    # Older exports hold the norms of absent sublayers too.
+    _keys_to_ignore_on_load_unexpected = (r"layers\.\d+\.(self_attn\.[qk]_norm|(input|post_attention)_layernorm)\.",)
+
     def __init__(self, config):
+        per_layer = config.to_dict().get("per_layer_config")
+        config.per_layer_config = None  # at first all layers are as wide as the widest one
         super().__init__(config)
-        for layer, groups, ffn in zip(self.model.layers, config.heads_per_group, config.ffn_sizes, strict=True):
+        config.per_layer_config = per_layer
+        for index, layer in enumerate(self.model.layers):
+            groups, ffn = config.layer_sizes(index)
             _resize_attention(layer.self_attn, groups)
             _resize_ffn(layer.mlp, ffn)
+            if hasattr(layer, "post_feedforward_layernorm"):  # norms behind the sublayers stay
+                continue
+            if not groups:
+                layer.input_layernorm = nn.Identity()
+            if not ffn:
+                layer.post_attention_layernorm = nn.Identity()
         self.set_attn_implementation(self.config._attn_implementation)
 
     def set_attn_implementation(self, attn_implementation: str, **kwargs):

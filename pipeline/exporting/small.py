@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError
@@ -29,6 +29,8 @@ from nuteprune.exporting.folding import (
     plan_fold,
     small_config,
 )
+from nuteprune.exporting.gguf_model import gguf_architecture, write_gguf
+from nuteprune.exporting.gguf_vocab import vocabulary
 from nuteprune.exporting.publish import push
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import build_view
@@ -59,6 +61,7 @@ class Plan:
     Attributes:
         run, student: what is exported.
         fold: what its gates and LoRA do to the weights.
+        small: configuration of the small model.
         shape: "uniform", "per_layer_ffn" or "per_layer".
         dtype: type of the exported weights.
         shard_size: largest safetensors file.
@@ -67,6 +70,7 @@ class Plan:
     run: Run
     student: Student
     fold: Fold
+    small: PreTrainedConfig
     shape: str
     dtype: torch.dtype
     shard_size: str
@@ -98,15 +102,21 @@ def export_model(config: Config) -> Path:
     base, spec, dtype = load_base(trained.config, config.export.dtype)
     try:
         fold = plan_fold(spec, student.gates, student.lora, student.scaling)
-        small_config(base.config, fold, shape)  # fails early where no stock class can hold the sizes
+        small = small_config(base.config, fold, shape)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
-    plan = Plan(trained, student, fold, shape, dtype, config.export.shard_size)
+    architecture = ""
+    if config.export.gguf != "none":  # what llama.cpp does not know fails before anything is written
+        architecture = gguf_architecture(spec, shape, small)
+        vocabulary(tokenizer)
+    plan = Plan(trained, student, fold, small, shape, dtype, config.export.shard_size)
     tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
     with atomic_directory(output) as directory:
         tokenizer.save_pretrained(directory)
-        result = write_model(directory, base, plan, tokens)
+        result, model = write_model(directory, base, plan, tokens)
+        if architecture:
+            write_gguf(directory, model, tokenizer, architecture, config.export.gguf)
         write_record(directory, plan, result)
     log.info("exported %s: %.2f%% of the prunable parameters removed, %s parameters left (%s before)", output,
              100 * result.sparsity, f"{result.parameters:,}", f"{result.base_parameters:,}")  # fmt: skip
@@ -147,20 +157,20 @@ def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
     return blocks[: -(-count // length)]
 
 
-def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tensor) -> Result:
+def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tensor) -> tuple[Result, PreTrainedModel]:
     """Fold the base into a small model, save it and check what was saved; consumes the base.
 
     The check is on float32 weights read back from the directory; they are cast, and saved again, only after it.
     """
     fold, before = plan.fold, base.num_parameters()
-    config = small_config(base.config, fold, plan.shape)
     wanted = masked_logits(base, plan, tokens)
-    model = fold_model(base, config, fold, partial(tqdm, desc="folding layers", unit="layer", disable=None))
+    model = fold_model(base, plan.small, fold, partial(tqdm, desc="folding layers", unit="layer", disable=None))
     save = partial(_save, directory, plan=plan, generation=base.generation_config)
     save(model)
     del model
     attention = plan.config.model.attention if plan.config.model.attention in FLOAT32_ATTENTION else "sdpa"
-    reload = partial(model_class(config).from_pretrained, directory, dtype=torch.float32, attn_implementation=attention)
+    reload = partial(model_class(plan.small).from_pretrained, directory, dtype=torch.float32,
+                     attn_implementation=attention)  # fmt: skip
     model = reload()
     sparsity = check_count(fold.spec, plan.student.gates, model)
     difference = check_logits(model, tokens, wanted)
@@ -176,8 +186,9 @@ def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tens
     untied = model.lm_head.weight.numel() if fold.unties else 0
     if untied:
         log.warning("hidden gates between 0 and 1: the output head was untied, which adds %s parameters", f"{untied:,}")
-    return Result(plan.student.target, sparsity, model.num_parameters(), before, untied, difference, cast_difference,
-                  tokens.numel())  # fmt: skip
+    result = Result(plan.student.target, sparsity, model.num_parameters(), before, untied, difference, cast_difference,
+                    tokens.numel())  # fmt: skip
+    return result, model
 
 
 @torch.no_grad()

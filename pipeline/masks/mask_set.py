@@ -160,10 +160,14 @@ class MaskSet(nn.Module):
             if kind in self._alike:
                 rows = la.double()
                 wanted = self._open(rows + shift).mean()
-                la.add_(_falling_root(lambda s, r=rows: -self._open(r + s[..., None]).mean(-1), -wanted,
-                                      rows.abs().amax(1) + _MARGIN)[:, None])  # fmt: skip
+                closed = partial(self._closed_in_rows, rows)
+                la.add_(_falling_root(closed, -wanted, rows.abs().amax(1) + _MARGIN)[:, None])
             else:
                 la.add_(shift)
+
+    def _closed_in_rows(self, rows: Tensor, shifts: Tensor) -> Tensor:
+        """Minus the mean probability of being open in rows [L, U] after shifts [..., L]."""
+        return -self._open(rows + shifts[..., None]).mean(-1)
 
     def _shift_to(self, target: float, level: bool = False) -> Tensor:
         """The shift of all log-alphas at which the (falling) expected sparsity equals the target, a scalar."""

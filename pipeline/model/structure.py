@@ -80,8 +80,8 @@ def find(
     stream = found.add(_indices(kept["hidden"]) if "hidden" in kept else None)
     lists = found.on(flat.device)
     return Structure(
-        [LayerStructure(*(lists[n] for n in numbers[:3]), size, lists[numbers[3]], removed)
-         for numbers, size, removed in layers],
+        [LayerStructure(lists[q], lists[v], lists[f], size, lists[kv], removed)
+         for (q, v, f, kv), size, removed in layers],
         lists[stream],
     )  # fmt: skip
 

@@ -79,8 +79,24 @@ def rounding_of(config: Config, trained: Run) -> tuple[int, int, int]:
 
 
 def pruned_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
+    """The student at a sparsity (0: the final one): recovered where that is finished, unless the export wants it as
+    pruning left it; in the structure that the export asks for."""
+    student = snapshot_student(config, trained, spec, sparsity)
+    directory = recover_directory(trained, sparsity) / TUNED
+    if config.export.source == "pruned" or not directory.is_dir():
+        return student
+    again = f"run `nuteprune recover {trained.directory} --sparsity {sparsity:g}`"
+    recovered = load_tuned(directory, trained, student.scores, student.target, again)
+    log.info("recovered for %d steps: %s", recovered.facts["recovered"], directory)
+    return _in_structure(config, trained, spec, recovered)
+
+
+def snapshot_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
     """The student as pruning left it at a sparsity (0: the final one), in the structure that the export asks for."""
-    student = choose_student(trained, sparsity)
+    return _in_structure(config, trained, spec, choose_student(trained, sparsity))
+
+
+def _in_structure(config: Config, trained: Run, spec: ArchSpec, student: Student) -> Student:
     gates = structure(spec, student.gates, student.scores, student.target, shape_of(config, trained),
                       rounding_of(config, trained), trained.gates)  # fmt: skip
     return replace(student, gates=gates)
@@ -98,11 +114,10 @@ def newest_student(config: Config, trained: Run, spec: ArchSpec) -> Student:
     directory = finetune_directory(trained, sparsity) / TUNED
     if source == "pruned" or (source == "newest" and not directory.is_dir()):
         return student
-    tuned = load_tuned(directory, trained, student.scores, student.target)
+    again = f"run `nuteprune finetune {trained.directory}`"
+    tuned = load_tuned(directory, trained, student.scores, student.target, again)
     log.info("with the LoRA that was fine-tuned for %d steps: %s", tuned.facts["steps"], directory)
-    gates = structure(spec, tuned.gates, tuned.scores, tuned.target, shape_of(config, trained),
-                      rounding_of(config, trained), trained.gates)  # fmt: skip
-    return replace(tuned, gates=gates)
+    return _in_structure(config, trained, spec, tuned)
 
 
 def finetune_directory(trained: Run, sparsity: float) -> Path:
@@ -111,8 +126,13 @@ def finetune_directory(trained: Run, sparsity: float) -> Path:
     return trained.directory / ("finetune" if final else f"finetune-{sparsity:g}")
 
 
+def recover_directory(trained: Run, sparsity: float) -> Path:
+    """Where a rung of a run is recovered: its checkpoints, logs and result."""
+    return trained.directory / f"recover-{sparsity or trained.config.sparsity.target:g}"
+
+
 def save_tuned(directory: Path, config: Config, trained: Run, gates: Gates, lora: LoraWeights, facts: dict) -> Path:
-    """Write a fine-tuned student to `<directory>/tuned`, atomically; `facts` go to tuned.json."""
+    """Write a fine-tuned or recovered student to `<directory>/tuned`, atomically; `facts` go to tuned.json."""
     with atomic_directory(directory / TUNED) as temporary:
         save_config(temporary / "config.yaml", config)
         save_gates(temporary / "gates.safetensors", gates, {})
@@ -122,9 +142,11 @@ def save_tuned(directory: Path, config: Config, trained: Run, gates: Gates, lora
     return directory / TUNED
 
 
-def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], target: float) -> Student:
-    """Read what `save_tuned` wrote; raises `ConfigError` where it is missing, damaged, or of an earlier pruning."""
-    again = f"run `nuteprune finetune {trained.directory}`"
+def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], target: float, again: str) -> Student:
+    """Read what `save_tuned` wrote; raises `ConfigError` where it is missing, damaged, or of an earlier pruning.
+
+    `again` says how to make it anew.
+    """
     if not directory.is_dir():
         raise ConfigError(f"no finished fine-tuning in {directory.parent}: {again} (finetune.sparsity names a rung)")
     try:
@@ -134,10 +156,10 @@ def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], targ
         lora, config = load_adapter(directory / "adapter"), load_config(directory / "config.yaml").lora
         pruned = facts["pruned"]
     except DAMAGED as error:
-        raise ConfigError(f"the fine-tuned student in {directory} is damaged: {reason(error)}") from None
+        raise ConfigError(f"the student in {directory} is damaged: {reason(error)}; {again}") from None
     if pruned != sha256(trained.directory / "pruned" / MANIFEST):
         raise ConfigError(
-            f"{directory} was fine-tuned from an earlier pruning of this run: {again} with checkpoint.resume=never, or "
+            f"{directory} comes from an earlier pruning of this run: {again} with checkpoint.resume=never, or "
             "set export.source=pruned"
         )
     return Student(gates, scores, lora, config.alpha / config.rank, target, facts)

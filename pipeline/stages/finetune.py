@@ -96,11 +96,11 @@ class Finetuning(Trainer):
     stage = "finetune"
     output = TUNED
     outputs = ("checkpoints", TUNED)
-    free = ("checkpoint", "tracking", "export", "evaluate")
+    free = ("recover", "checkpoint", "tracking", "export", "evaluate")
 
-    def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank):
+    def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank, recovered: int):
         super().__init__(*parts)
-        self.trained, self.masks, self.bank = trained, masks, bank
+        self.trained, self.masks, self.bank, self.recovered = trained, masks, bank, recovered
         answers = (self.stream.blocks[:, 1] != IGNORE).sum(1)
         self.answers = BatchStream(answers, self.config.train.batch_size, self.config.seed)
         """Answer tokens of each window of the global batch, in the order of `stream`."""
@@ -128,7 +128,8 @@ class Finetuning(Trainer):
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
         log.info("fine-tuning at sparsity %.4f: %d windows, %d steps", sparsity_of(spec, student.gates), len(windows),
                  total)  # fmt: skip
-        return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank)
+        return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank,
+                   recovered=student.facts.get("recovered", 0))  # fmt: skip
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:
@@ -177,6 +178,7 @@ class Finetuning(Trainer):
             "tokens": self.total * config.train.batch_size * config.data.seq_len,
             "answer_tokens": sum(int(self.answers.batch(step).sum()) for step in range(self.total)),
             "data": config.finetune.data,
+            "recovered": self.recovered,
             "sparsity": sparsity_of(self.model.spec, gates),
             "skipped_steps": self.bad_total,
         }

@@ -51,7 +51,7 @@ class Pruning(Trainer):
     stage = "prune"
     output = "pruned"
     outputs = ("checkpoints", "pruned")
-    free = ("finetune", "checkpoint", "tracking", "export", "evaluate")
+    free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
 
     def __init__(self, *parts, masks: MaskSet, multipliers: Multipliers | None, bank: TeacherBank):
         super().__init__(*parts)
@@ -125,10 +125,16 @@ class Pruning(Trainer):
         config, masks = self.config, self.masks
         target = target_at(config, self.step, self.total)
         masks.noise = noise_at(config, self.step, self.total)
+        before = {kind: la.clone() for kind, la in masks.scores().items()}
         if config.sparsity.constraint == "projection":
             masks.project(target)
         if masks.fixed is None and self.step >= settle_step(config, self.total):
-            gates = masks.settle(config.sparsity.target, self.measure)
+            try:
+                gates = masks.settle(config.sparsity.target, self.measure)
+            except Preempted:  # saved as the last step left it, so that the next start does the same again
+                masks.restart(before)
+                save_checkpoint(self)
+                raise
             log.info("step %d: gates settled at sparsity %.4f", self.step, sparsity_of(self.model.spec, gates))
         return target
 
@@ -143,7 +149,6 @@ class Pruning(Trainer):
         shown = self.config.tracking.progress and self.world.is_main
         for gates in tqdm(structures, "measuring structures", leave=False, disable=not shown):
             if self.world.any(bool(self.stop.received)):
-                save_checkpoint(self)
                 raise Preempted(f"{self.stop.name} at step {self.step}, while structures were measured: saved")
             view = build_view(model.spec, gates.to(self.world.device), model.lora(), model.scaling, model.dtype)
             total = torch.zeros((), dtype=torch.float64, device=self.world.device)

@@ -1,50 +1,127 @@
-"""Runs exported models in llama.cpp and holds them against transformers: `make check-llamacpp EXPORT=DIR`.
+"""Runs exported GGUF files in llama.cpp and holds them against transformers: `make check-llamacpp EXPORT=DIR`.
 
-Arguments: llama.cpp's own convert_hf_to_gguf.py, and directories. Each is converted to GGUF in float32; the logits of a
-prompt of random tokens (with a float32 KV cache) and the tokenizer's pieces of a text are compared.
+Arguments: directories of exports with `model.gguf` in float32 (`nuteprune export RUN --gguf f32`), which lie beside the
+same model for transformers. The logits of a prompt of random tokens (with a float32 KV cache), the greedy tokens after
+it, and the tokenizer's pieces of a text are compared. Takes llama-cpp-python, or llama-cpp-py-sync (a built wheel).
 """
 
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-import llama_cpp
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PROMPT = 64
-TEXT = "The capital of France is Paris;\n    for i in range(3): print(i)"
+PROMPT, NEW = 64, 12
+THREADS = 1  # more of them wait for each other on a busy machine
+TEXT = (
+    "The capital of France is Paris;\n    for i in range(3): print(i)\n\n\n\t'tis 2024, she'll pay 1,234.5 € — "
+    "naïve café 北京"
+)
+TOLERANCE = 1e-3
 
 
-def compare(converter, directory, gguf):
-    """Largest difference of a logit over the largest logit, and whether the tokenizers agree."""
-    command = [sys.executable, converter, directory, "--outtype", "f32", "--outfile", gguf]
-    converted = subprocess.run(command, capture_output=True, text=True)
-    if converted.returncode:
-        sys.exit(converted.stderr)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ids = torch.randint(3, model.config.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(0))
+class LlamaCpp:
+    """One model in llama.cpp through its C interface, of whichever binding is installed."""
+
+    def __init__(self, path, context):
+        try:
+            import llama_cpp
+        except ImportError:
+            llama_cpp = None
+        if llama_cpp is not None:
+            self.name = f"llama-cpp-python {llama_cpp.__version__}"
+            f32 = llama_cpp.GGML_TYPE_F32
+            self._model = llama_cpp.Llama(path, n_ctx=context, logits_all=True, verbose=False, type_k=f32, type_v=f32,
+                                           n_threads=THREADS, n_threads_batch=THREADS)  # fmt: skip
+            self.train_context = llama_cpp.llama_model_n_ctx_train(self._model.model)
+            self.logits, self.tokenize = self._python_logits, self._python_tokens
+            return
+        import llama_cpp_py_sync as sync
+        from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+        self.name = f"llama-cpp-py-sync {sync.__version__}"
+        self.ffi, self.lib = get_ffi(), get_lib()
+        ffi, lib = self.ffi, self.lib
+        self._quiet = ffi.callback("void(int, const char *, void *)", lambda level, text, data: None)
+        lib.llama_log_set(ffi.cast("ggml_log_callback", self._quiet), ffi.NULL)
+        lib.llama_backend_init()
+        self._file = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+        if self._file == ffi.NULL:
+            sys.exit(f"{path}: llama.cpp does not load it")
+        options = lib.llama_context_default_params()
+        options.n_ctx = options.n_batch = options.n_ubatch = context
+        options.type_k = options.type_v = 0  # GGML_TYPE_F32
+        options.flash_attn_type = 0  # it computes in float16
+        options.n_threads = options.n_threads_batch = THREADS
+        self._context = lib.llama_init_from_model(self._file, options)
+        self._vocab = lib.llama_model_get_vocab(self._file)
+        self.train_context = lib.llama_model_n_ctx_train(self._file)
+        self.logits, self.tokenize = self._sync_logits, self._sync_tokens
+
+    def _python_logits(self, ids):
+        self._model.reset()
+        self._model.eval(ids)
+        return torch.from_numpy(self._model.scores[: len(ids)].copy())
+
+    def _python_tokens(self, text):
+        return self._model.tokenize(text.encode(), add_bos=False)
+
+    def _sync_logits(self, ids):
+        ffi, lib = self.ffi, self.lib
+        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+        batch = lib.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, 1
+        if lib.llama_decode(self._context, batch):
+            sys.exit("llama.cpp cannot decode the prompt")
+        size = lib.llama_vocab_n_tokens(self._vocab)
+        rows = [
+            np.frombuffer(ffi.buffer(lib.llama_get_logits_ith(self._context, i), 4 * size), np.float32)
+            for i in range(len(ids))
+        ]
+        logits = torch.from_numpy(np.stack(rows))
+        lib.llama_batch_free(batch)
+        return logits
+
+    def _sync_tokens(self, text):
+        data = text.encode()
+        found = self.ffi.new("llama_token[]", len(data) + 8)
+        count = self.lib.llama_tokenize(self._vocab, data, len(data), found, len(data) + 8, False, False)
+        return list(found[0:count])
+
+
+def compare(directory):
+    """Largest difference of a logit over the largest logit, and whether greedy tokens and tokenizers agree."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+    engine = LlamaCpp(f"{directory}/model.gguf", PROMPT + NEW)
+    length = min(PROMPT, engine.train_context - NEW)  # it may end with a sliding window
+    ids = torch.randint(3, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.no_grad():
-        wanted = model(ids[None]).logits[0]
-    engine = llama_cpp.Llama(str(gguf), n_ctx=PROMPT, logits_all=True, verbose=False,
-                             type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)  # fmt: skip
-    engine.eval(ids.tolist())
-    apart = (torch.from_numpy(engine.scores[:PROMPT].copy()) - wanted).abs().max() / wanted.abs().max()
-    pieces = AutoTokenizer.from_pretrained(directory)(TEXT)["input_ids"]
-    return type(model).__name__, float(apart), engine.tokenize(TEXT.encode(), add_bos=False) == pieces
+        wanted = model(torch.tensor([ids])).logits[0]
+    got = engine.logits(ids)
+    apart = float((got - wanted).abs().max() / wanted.abs().max())
+    written = list(ids)
+    for _ in range(NEW):
+        written.append(int(engine.logits(written)[-1].argmax()))
+    with torch.no_grad():
+        scores = model(torch.tensor([written])).logits[0, length - 1 : -1].log_softmax(-1)
+    chosen = scores.gather(1, torch.tensor(written[length:])[:, None])[:, 0]
+    greedy = float((scores.max(-1).values - chosen).max())
+    pieces = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    same = engine.tokenize(TEXT) == pieces or model.config.vocab_size < 256  # a tiny one lacks the text's bytes
+    return engine.name, type(model).__name__, length, apart, greedy, same
 
 
 def main():
-    converter, *directories = sys.argv[1:]
-    sys.stdout.write(f"llama-cpp-python {llama_cpp.__version__}\n")
-    for directory in directories:
-        with tempfile.TemporaryDirectory() as folder:
-            name, apart, same = compare(converter, directory, Path(folder) / "model.gguf")
-        sys.stdout.write(f"{directory} {name}: logits of {PROMPT} tokens within {apart:.1e} of the largest, "
-                         f"tokenizers {'agree' if same else 'differ'}\n")  # fmt: skip
+    for directory in sys.argv[1:]:
+        engine, name, length, apart, greedy, same = compare(directory)
+        sys.stdout.write(f"{directory} {name}, {engine}: logits of {length} tokens within {apart:.1e} of the largest, "
+                         f"{NEW} greedy tokens within {greedy:.1e} of the best, tokenizers "
+                         f"{'agree' if same else 'differ'}\n")  # fmt: skip
         sys.stdout.flush()
-        if apart > 1e-3 or not same:
+        if not max(apart, greedy) <= TOLERANCE or not same:
             sys.exit("llama.cpp computes something else")
 
 

@@ -18,13 +18,14 @@ def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, tmp_path,
                 "finetune.seq_len=32", "finetune.batch_size=1", "data.seq_len=32"]  # fmt: skip
     arguments = ["--model", model_dir, "--train", text_file, "--test", text_file, "--sparsities", "0.4", "--variants",
                  "ours", "--steps", "30", "--seeds", "2", "--blocks", "1",
-                 "--out", tmp_path / "out", "--finetune", records, "--ladder",
+                 "--out", tmp_path / "out", "--finetune", records, "--recover", "--ladder",
                  "0.2", "0.6"]  # fmt: skip
     assert quality.main([*map(str, arguments), *(f"--set={s}" for s in settings)]) == 0
     runs = json.loads((tmp_path / "out" / "quality.json").read_text())["runs"]
-    one = [("ours", 0.4), ("ours, tuned", 0.4), ("ours, rung", 0.2), ("ours, rung, tuned", 0.2)]
+    one = [("ours", 0.4), ("ours, tuned", 0.4), ("ours, rung", 0.2), ("ours, rung, recovered", 0.2),
+           ("ours, rung, tuned", 0.2)]  # fmt: skip
     assert [(r["variant"], r["sparsity"]) for r in runs] == [("intact", 0.0), *one, *one]
-    assert len({r["perplexity"]["train"] for r in runs}) == 9
+    assert len({r["perplexity"]["train"] for r in runs}) == 11
     assert runs[0]["kl"]["train"] == pytest.approx(0, abs=1e-6)
     assert all(r["kl"]["train"] > 0.01 for r in runs[1:])
     assert "ours, rung, tuned" in capsys.readouterr().out

@@ -141,6 +141,58 @@ def test_llama_with_all_biases(shape, hidden):
         assert_close(small(some_ids()).logits, wanted)
 
 
+def without_layers(spec, shape: str, fractional: bool, hidden: int = 37) -> Gates:
+    """`some_gates`, with two whole layers gone: one whose units are all there, and one that has none anyway."""
+    gates = some_gates(spec, shape, fractional, hidden).as_dict()
+    layers = torch.ones(spec.layers) if not fractional else torch.linspace(0.6, 0.9, spec.layers)
+    layers[[1, 3]] = 0
+    return Gates(**gates, layers=layers)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("fractional", [False, True])
+@pytest.mark.parametrize(("family", "options"), [*((f, {}) for f in FAMILIES), ("llama", BIASED_LLAMA)])
+def test_removed_layers_are_deleted(family, options, fractional, shape):
+    model, same = base_model(family, **options), base_model(family, **options)
+    spec, lora = read_spec(model.config), random_lora(model)
+    gates = without_layers(spec, shape, fractional, hidden=40 if options else 37)
+    wanted = masked_logits(same, gates, lora, some_ids())
+    fold = plan_fold(spec, gates, lora, 2.0)
+    config = small_config(model.config, fold, shape)
+    assert config.num_hidden_layers == 2
+    if family == "qwen2":
+        assert config.layer_types == ["full_attention", "sliding_attention"]
+    small = fold_model(model, config, fold).eval()
+    assert exported_parameters(small) == round(spec.prunable * (1 - sparsity_of(spec, gates)))
+    again = folding.model_class(config)(config).eval()
+    again.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert_close(again(some_ids()).logits, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_with_fewer_layers_is_exported_loaded_and_described(tmp_path, shape):
+    config, model, gates, lora = trained(
+        tmp_path, "llama", lambda s: without_layers(s, shape, False), **{"gates.shape": shape}
+    )
+    directory = export.run(config)
+    small = loaded(directory)
+    assert len(small.model.layers) == small.config.num_hidden_layers == 2
+    wanted = masked_logits(model, gates, lora, some_ids())
+    with torch.no_grad():
+        assert_close(small(some_ids()).logits, wanted)
+        generated = small.generate(some_ids(), max_new_tokens=4, do_sample=False)
+    assert generated.shape == (2, 23)
+    assert "2 of 4 layers" in (directory / "README.md").read_text()
+    assert json.loads((directory / "nuteprune.json").read_text())["kept"]["layers"] == [0, 2]
+
+
+def test_a_student_without_any_layer_is_refused():
+    spec = read_spec(base_model("llama").config)
+    with pytest.raises(ValueError, match="no decoder layer is left"):
+        plan_fold(spec, Gates(layers=torch.zeros(LAYERS)), {}, 1.0)
+
+
 def test_the_stock_class_and_the_base_settings_are_carried_over(exports):
     configs = {f: loaded(exports[f, "uniform"][0]).config for f in FAMILIES}
     llama, mistral = configs["llama"], configs["mistral"]

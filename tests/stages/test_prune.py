@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 
+from nuteprune.arch import read_spec
 from nuteprune.config import load_config
+from nuteprune.masks import kept_units
 from nuteprune.runs.rundir import load_adapter, load_run
 from nuteprune.stages import export, finetune, prune
 from nuteprune.training.loop import TrainingFailed
@@ -67,6 +69,51 @@ def test_any_budget_holds_the_schedule_and_reaches_the_target(settings, steps, t
     # Within twenty points of the intact model no snapshot teaches better than it.
     assert (max(teachers) > 0) == (target > 0.2)
     assert teachers[-1] == 0
+
+
+def test_the_structure_with_the_least_loss_is_settled_on(settings, tokenizer, tmp_path, caplog):
+    deep = tmp_path / "deep"
+    tiny_model("llama", intermediate_size=160, num_hidden_layers=6).save_pretrained(deep)
+    tokenizer.save_pretrained(deep)
+    config = load_config(None, [*settings, "gates.units=[kv_groups,ffn,layers]", "sparsity.target=0.5",
+                                f"model.path={deep}", "gates.ffn_multiple=4"])  # fmt: skip
+    with caplog.at_level("INFO", logger="nuteprune"):
+        prune.run(config)
+    measured = re.findall(r"(\d) layers of (\d) x 3 heads and (\d+) FFN units.*: cross entropy (\S+)", caplog.text)
+    assert len(measured) >= 6
+    assert len({layers for layers, *_ in measured}) >= 3
+    layers, groups, ffn, _ = map(float, min(measured, key=lambda found: float(found[-1])))
+    run = load_run(config.run_dir)
+    kept = kept_units(read_spec(tiny_config("llama", intermediate_size=160, num_hidden_layers=6)), run.gates)
+    one = int(kept.layers[0])
+    assert (len(kept.layers), len(kept.kv_groups[one]), len(kept.ffn[one])) == (layers, groups, ffn)
+    small = json.loads((export.run(config) / "config.json").read_text())
+    sizes = [small[key] for key in ("num_hidden_layers", "num_key_value_heads", "intermediate_size")]
+    assert sizes == [layers, groups, ffn]
+    # A rung of the run is of its kind: it has no more of a unit than lies on the way from the intact model.
+    rung = export.run(load_config(config, ["export.sparsity=0.3", f"export.output={tmp_path / 'rung'}"]))
+    small = json.loads((rung / "config.json").read_text())
+    assert abs(small["num_hidden_layers"] - (6 + (layers - 6) * 0.6)) <= 1
+
+
+def test_a_signal_while_structures_are_measured_saves_and_the_next_start_ends_bit_identical(
+    settings, tmp_path, monkeypatch
+):
+    config = load_config(None, settings)
+    whole = shutil.copytree(prune.run(config).parent, tmp_path / "whole")
+    shutil.rmtree(config.run_dir)
+    measure = prune.Pruning.measure
+
+    def signalled(trainer, structures):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(trainer, structures)
+
+    monkeypatch.setattr(prune.Pruning, "measure", signalled)
+    with pytest.raises(Preempted, match="at step 27, while structures were measured: saved"):
+        prune.run(config)
+    monkeypatch.undo()
+    prune.run(config)
+    same_run(whole, Path(config.run_dir))
 
 
 def test_adapter_opens_in_peft(settings, model_dir):

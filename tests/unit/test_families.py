@@ -8,8 +8,8 @@ from torch import nn
 from nuteprune.__main__ import main
 from nuteprune.arch import pack, projections, read_spec, split_fused, stored
 from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig
-from nuteprune.exporting.folding import plan_fold, small_config
-from nuteprune.masks import Gates, MaskSet, check_target, kept_units, unit_shape
+from nuteprune.exporting.folding import fold_model, plan_fold, small_config
+from nuteprune.masks import Gates, MaskSet, check_target, kept_units, select_units, sparsity_of, unit_shape
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 
@@ -47,6 +47,23 @@ def test_a_refused_shape_is_refused_by_the_export_too():
         small_config(config, fold, "per_layer")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "changes", "kind"), [("phi3", LONG, "ffn"), ("phi3-partial", {}, "kv_groups")])
+def test_rotary_positions_of_its_own_stay_exact_in_the_stock_class(name, changes, kind):
+    model, same = (tiny_model(name, hidden_size=24, head_dim=4, **changes) for _ in range(2))
+    spec, ids = read_spec(model.config), torch.arange(90)[None]  # beyond the original context
+    removed = torch.ones(unit_shape(spec, kind))
+    removed[:, 1] = 0
+    gates = Gates(**{kind: removed})
+    paired = PairedModel(same, spec, LoraConfig())
+    wanted = paired.logits(ids, build_view(spec, gates, {}, 1.0, torch.float32))
+    fold = plan_fold(spec, gates, {}, 1.0)
+    config = small_config(model.config, fold, "uniform")
+    small = type(model)(config).eval()
+    small.load_state_dict(fold_model(model, config, fold).state_dict())
+    torch.testing.assert_close(small(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_gemma_with_softcapped_logits_is_refused():
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         read_spec(tiny_config("gemma3", final_logit_softcapping=30.0))
@@ -55,17 +72,17 @@ def test_gemma_with_softcapped_logits_is_refused():
 @pytest.mark.parametrize("target", [0.15, 0.3, 0.5])
 def test_heads_divide_the_hidden_size_where_the_stock_class_wants_it(target):
     spec = read_spec(tiny_config("gemma3", hidden_size=48, intermediate_size=64))
-    config = GateConfig(units=["heads", "kv_groups", "ffn", "hidden"], ffn_multiple=1, hidden_multiple=4)
+    config = GateConfig(
+        units=["heads", "kv_groups", "ffn", "hidden"], shape="uniform", ffn_multiple=1, hidden_multiple=4
+    )
     check_target(spec, config, target)
     torch.manual_seed(0)
-    masks = MaskSet(spec, config)
-    for la in masks.log_alpha.values():
-        la.data.normal_(0, 2)
-    masks.settle(target, lambda structures: [0.0] * len(structures))
-    kept = kept_units(spec, masks.fixed)
+    scores = {kind: torch.randn(unit_shape(spec, kind)) for kind in config.units}
+    gates = select_units(spec, scores, target, "uniform", ffn_multiple=1, hidden_multiple=4)
+    kept = kept_units(spec, gates)
     assert kept.is_uniform(spec)
     assert len(kept.hidden) % len(kept.heads[0]) == 0
-    assert abs(float(masks.expected_sparsity()) - target) <= 0.01
+    assert abs(sparsity_of(spec, gates) - target) <= 0.01
 
 
 def test_the_only_kv_group_of_a_layer_has_no_gate():

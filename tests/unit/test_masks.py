@@ -22,7 +22,9 @@ from nuteprune.masks import (
     unit_shape,
 )
 from nuteprune.masks import hard_concrete as hc
+from nuteprune.masks.counts import mean_counts
 from nuteprune.masks.schedule import noise_at, settle_step, target_at, warmup_steps
+from nuteprune.masks.selection import MEASURED, cheapest_units
 
 SPEC = read_spec(tiny_config("llama"))
 
@@ -101,6 +103,7 @@ def test_expected_count_is_the_mean_over_samples():
 UNIT_SETS = [
     (["kv_groups", "ffn"], "uniform"),
     (["heads", "kv_groups", "ffn", "hidden"], "uniform"),
+    (["kv_groups", "ffn", "layers"], "uniform"),
     ([], "per_layer_ffn"),
     (["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"], "per_layer_ffn"),
     (["heads", "ffn", "hidden"], "per_layer"),
@@ -261,6 +264,58 @@ def test_attention_is_alike_where_there_is_any(units, parallel):
             gone = gates.as_dict()[kind] == 0
             assert gone.any()
             assert all(len(units) == 0 for units, absent in zip(counts, gone, strict=True) if absent)
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5])
+@pytest.mark.parametrize(("units", "shape"), [
+    (["kv_groups", "ffn", "layers"], "uniform"), (["heads", "kv_groups", "ffn", "hidden", "layers"], "uniform"),
+    (["kv_groups", "ffn", "layers"], "per_layer_ffn"),
+])  # fmt: skip
+def test_of_the_structures_at_the_target_the_cheapest_is_taken(units, shape, target):
+    spec, seen = wide_spec(), []
+    scores = random_scores(spec, units)
+
+    def loss(structures):
+        """Cheapest where most is left of attention, and among those where the most layers are."""
+        counts = [mean_counts(spec, gates) for gates in structures]
+        seen.extend(structures)
+        return [-c.groups * c.heads - 0.01 * c.layers for c in counts]
+
+    gates = cheapest_units(spec, scores, target, shape, (128, 64, 1), loss)
+    assert 2 <= len(seen) <= 2 * MEASURED
+    assert all(abs(sparsity_of(spec, g) - target) <= 0.01 for g in seen)
+    assert len({tuple(g.layers.tolist() + g.ffn.sum(1).tolist()) for g in seen}) > 1
+    if shape == "uniform":
+        assert all(kept_units(spec, g).is_uniform(spec) for g in seen)
+    attention = {c.groups * c.heads for c in (mean_counts(spec, g) for g in seen)}
+    best = mean_counts(spec, gates)
+    assert best.groups * best.heads == max(attention) == 9
+    again = cheapest_units(spec, scores, target, shape, (128, 64, 1), loss)
+    assert all(torch.equal(a, b) for a, b in zip(gates.as_dict().values(), again.as_dict().values(), strict=True))
+
+
+def test_where_one_structure_meets_the_target_nothing_is_measured():
+    def loss(_):
+        raise AssertionError("measured")
+
+    spec = wide_spec()
+    for shape in ("uniform", "per_layer_ffn", "per_layer"):
+        scores = random_scores(spec, ["ffn"])
+        gates = cheapest_units(spec, scores, 0.4, shape, (128, 64, 1), loss)
+        assert torch.equal(gates.ffn, select_units(spec, scores, 0.4, shape, 128, 64).ffn)
+
+
+def test_a_structure_like_another_has_its_kind_at_another_sparsity():
+    spec = wide_spec()
+    scores = random_scores(spec, ["kv_groups", "ffn", "layers"])
+    for layers, groups in ((20, 3), (25, 2)):
+        sparse = cheapest_units(spec, scores, 0.5, "uniform", (128, 64, 1), lambda structures, n=layers, k=groups: [
+            abs(c.layers - n) + abs(c.groups - k) for c in (mean_counts(spec, g) for g in structures)])  # fmt: skip
+        rung = mean_counts(spec, select_units(spec, scores, 0.25, "uniform", 128, 64, like=sparse))
+        found = mean_counts(spec, sparse)
+        assert (found.layers, found.groups) == (layers, groups)
+        assert abs(rung.layers - (30 + layers) / 2) <= 1
+        assert rung.groups in (groups, 3)
 
 
 def test_projection_with_free_ffn_widths_levels_the_attention_only():

@@ -14,7 +14,7 @@ from nuteprune.model.distill import IGNORE, head_loss, layer_loss
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 
-ALL_UNITS = ["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers"]
+ALL_UNITS = ["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers"]
 IDS = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3))
 
 

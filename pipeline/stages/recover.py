@@ -1,0 +1,168 @@
+"""The recover stage: rungs of a run trained on from their snapshots on the training text, their gates fixed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nuteprune.config import Config, ConfigError
+from nuteprune.data.prepared import training_blocks
+from nuteprune.data.text import BatchStream
+from nuteprune.masks import MaskSet, sparsity_of
+from nuteprune.model.layers import LoraParameters, View, build_view
+from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.pairing import Losses
+from nuteprune.parallel.distributed import World, discover
+from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.runs.checkpoint import MANIFEST, sha256
+from nuteprune.runs.rundir import Run
+from nuteprune.runs.students import (
+    TUNED,
+    open_run,
+    recover_directory,
+    rounding_of,
+    save_tuned,
+    shape_of,
+    snapshot_student,
+)
+from nuteprune.training.engine import Engine
+from nuteprune.training.loop import Trainer, train
+from nuteprune.training.resume import load_state, save_state
+from nuteprune.training.teachers import TeacherBank
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.4
+"""Steps of a rung, of those of its run, where `recover.steps` is 0."""
+
+
+def run(config: Config) -> list[Path]:
+    """Recover each rung of `recover.ladder` that is not finished yet; returns the directories of the results.
+
+    Raises:
+        ConfigError: no rung or one out of range, no finished run, another base model, a rung that the run never
+            reached, or several rungs under a launcher. As `train` otherwise.
+    """
+    rungs = sorted(set(config.recover.ladder))
+    if not rungs or not all(0 < rung < 1 for rung in rungs):
+        raise ConfigError(f"recover.ladder: give sparsities between 0 and 1 (--ladder 0.1,0.2), got {rungs}")
+    if len(rungs) > 1 and discover().size > 1:
+        raise ConfigError("several ranks recover one rung in a start: give one with --sparsity")
+    trained = open_run(config)
+    _, spec = read_config(trained.config.model.path)
+    for rung in rungs:
+        snapshot_student(config, trained, spec, rung)  # a rung that is out of reach costs no training of the others
+    return [train(settings(config, trained, rung), Recovering) for rung in rungs]
+
+
+def summary(config: Config, result: list[Path]) -> str:
+    """What the command line prints at the end."""
+    rungs = ",".join(f"{rung:g}" for rung in config.recover.ladder)
+    recovered = "\n".join(f"recovered: {path}" for path in result)
+    return f"{recovered}\nnext: nuteprune export {config.run_dir} --ladder {rungs}"
+
+
+def settings(config: Config, trained: Run, rung: float) -> Config:
+    """The run's configuration for one rung, in a directory of its own."""
+    old, wanted = trained.config, config.recover
+    ffn, hidden, parallel = rounding_of(config, trained)
+    steps = wanted.steps or max(1, round(SHARE * int(trained.facts["steps"])))
+    return replace(
+        old,
+        run_dir=str(recover_directory(trained, rung)),
+        deepspeed=config.deepspeed,
+        recover=replace(wanted, ladder=[rung]), checkpoint=config.checkpoint, tracking=config.tracking,
+        export=config.export,
+        train=replace(old.train, steps=steps, lora_lr=wanted.lr or old.train.lora_lr, ranks=config.train.ranks,
+                      micro_batch=config.train.micro_batch),
+        teacher=replace(old.teacher, mode="none" if old.teacher.mode == "none" else "intact"),
+        gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
+                      tensor_parallel=parallel),
+    )  # fmt: skip
+
+
+class Recovering(Trainer):
+    """The LoRA of a rung whose gates no longer change, taught by the intact model with the run's own loss."""
+
+    stage = "recover"
+    output = TUNED
+    outputs = ("checkpoints", TUNED)
+    free = ("checkpoint", "tracking", "export", "evaluate", "finetune")
+
+    def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank):
+        super().__init__(*parts)
+        self.trained, self.masks, self.bank = trained, masks, bank
+
+    @classmethod
+    def build(cls, config: Config, world: World) -> Recovering:
+        """Load the model, the rung and the text, at step 0."""
+        run_dir = str(Path(config.run_dir).parent)
+        with world.together():
+            trained = open_run(replace(config, run_dir=run_dir))
+            _, spec = read_config(config.model.path)
+            student = snapshot_student(config, trained, spec, config.recover.ladder[0])
+            zero = zero_settings(config, spec, world)
+            tokenizer = load_tokenizer(config.model.path, spec.vocab)
+            blocks = training_blocks(replace(config, run_dir=run_dir), tokenizer, spec.vocab)
+            # Another order than that of pruning, whose last batches the snapshot has not seen.
+            stream = BatchStream(blocks, config.train.batch_size, config.seed + 1, world.rank, world.size)
+        model = load_paired(config, world, zero)
+        with torch.no_grad():
+            for key, pair in student.lora.items():
+                for own, value in zip(model.lora()[key], pair, strict=True):
+                    own.copy_(value)
+        masks = MaskSet(spec, config.gates).to(world.device)
+        masks.fix(student.gates)
+        engine = Engine(model, masks, None, config, config.train.steps, world)
+        bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
+        log.info("recovering at sparsity %.4f: %d steps", sparsity_of(spec, student.gates), config.train.steps)
+        return cls(config, world, model, engine, stream, config.train.steps, trained=trained, masks=masks, bank=bank)
+
+    @cached_property
+    def inputs(self) -> dict[str, str | None]:
+        """The run that the rung is of too."""
+        return super().inputs | {"the pruned student": sha256(self.trained.directory / "pruned" / MANIFEST)}
+
+    def start(self) -> None:
+        """Nothing to do: the rung is there."""
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step."""
+        teacher = None if self.config.teacher.mode == "none" else self.bank.activate(None)
+        metrics = self.accumulate(lambda ids, _, share: self.forward(ids, teacher))
+        return metrics | self.update(metrics["loss"])
+
+    def forward(self, ids: Tensor, teacher: View | None) -> Losses:
+        """Losses of token ids [b, T]."""
+        model = self.model
+        view = build_view(model.spec, self.masks.fixed, model.lora(), model.scaling, model.dtype)
+        return model(ids, view, teacher, self.config.loss)
+
+    def save(self, directory: Path, counters: dict) -> None:
+        """Gates, LoRA, its optimizer and counters."""
+        save_state(directory, self.config, *self._parts(), counters)
+
+    def load(self, directory: Path) -> dict[str, float]:
+        """Restore what `save` wrote; returns the counters."""
+        return load_state(directory, *self._parts())
+
+    def _parts(self) -> tuple[MaskSet, None, LoraParameters, dict[str, torch.optim.Optimizer], TeacherBank]:
+        return self.masks, None, self.model.lora(), self.engine.optimizers, self.bank
+
+    def finish(self) -> Path:
+        """Save the recovered rung."""
+        config, gates = self.config, self.masks.fixed
+        assert gates is not None
+        facts: dict[str, Any] = {
+            "recovered": self.total,
+            "sparsity": sparsity_of(self.model.spec, gates),
+            "skipped_steps": self.bad_total,
+        }
+        lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
+        return save_tuned(Path(config.run_dir), config, self.trained, gates, lora, facts)

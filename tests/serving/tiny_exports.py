@@ -1,0 +1,53 @@
+"""Exports tiny random models of every family in every shape, for `make check-vllm` and its likes.
+
+Arguments: a directory, and settings (`export.gguf=f32`). Writes DIR/FAMILY-SHAPE each, and prints their paths.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from exporting import FAMILIES, SHAPES, base_model, some_gates, trained
+
+from nuteprune.config import ConfigError
+from nuteprune.stages import export
+
+SIZES = {
+    "llama": {"hidden_size": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    "mistral": {"sliding_window": 32},
+    "qwen2": {"use_sliding_window": False, "sliding_window": None},
+    "qwen3": {"attention_bias": False},
+}
+HEAD_DIM = 32
+"""The smallest that vLLM's attention takes."""
+
+
+def gates(spec, shape):
+    """Some units of every kind removed; in the per-layer shapes also sublayers, but not the first attention."""
+    chosen = some_gates(spec, shape, hidden=40, empty=False)
+    if shape != "uniform":
+        chosen.attn_sublayers[[1, 3]] = 0
+        chosen.ffn_sublayers[[2, 3]] = 0
+    return chosen
+
+
+def main():
+    folder, *settings = sys.argv[1:]
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for family in FAMILIES:
+        for shape in SHAPES:
+            place = Path(folder) / f"{family}-{shape}"
+            place.mkdir(parents=True)
+            base = base_model(family, head_dim=HEAD_DIM, rms_norm_eps=1e-3, **SIZES[family])
+            asked = {"gates.shape": shape, "export.output": place / "export", **dict(s.split("=") for s in settings)}
+            config, *_ = trained(place, family, lambda s, k=shape: gates(s, k), base=base, **asked)
+            try:
+                sys.stdout.write(f"{export.run(config)}\n")
+            except ConfigError as error:
+                sys.stderr.write(f"{family} {shape}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Rungs that recover: what is trained, what stays, and that export, ladder and fine-tuning take them by themselves."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nuteprune.__main__ import main
+from nuteprune.config import ConfigError, load_config
+from nuteprune.model.loading import read_config
+from nuteprune.runs.students import open_run, pruned_student, snapshot_student
+from nuteprune.stages import export, finetune, recover
+from nuteprune.training.signals import Preempted
+
+
+@pytest.fixture
+def config(run_dir):
+    """The configuration of a short recovery of two rungs of the finished run."""
+    return load_config(run_dir, ["recover.ladder=[0.2,0.3]", "recover.steps=20", "tracking.progress=false"])
+
+
+def students(config, rung):
+    """(as pruning left it, as export takes it) of a rung."""
+    trained = open_run(config)
+    _, spec = read_config(trained.config.model.path)
+    return (snapshot_student(config, trained, spec, rung), pruned_student(config, trained, spec, rung)), spec
+
+
+def record(directory) -> dict:
+    return json.loads((Path(directory) / "nuteprune.json").read_text())
+
+
+def losses(directory) -> list[float]:
+    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["recover/loss"] for line in lines]
+
+
+def test_a_rung_learns_and_keeps_its_units(config, run_dir):
+    results = recover.run(config)
+    assert [path.parent.name for path in results] == ["recover-0.2", "recover-0.3"]
+    for rung in (0.2, 0.3):
+        (before, after), _ = students(config, rung)
+        for kind, gate in before.gates.as_dict().items():
+            assert torch.equal(gate, after.gates.as_dict()[kind])
+        assert any(not torch.equal(before.lora[k][1], after.lora[k][1]) for k in before.lora)
+        history = losses(run_dir / f"recover-{rung:g}")
+        assert len(history) == 20
+        assert sum(history[-5:]) < sum(history[:5])
+
+
+def test_the_same_command_again_does_nothing_and_a_signal_loses_nothing(config, run_dir, monkeypatch):
+    whole = recover.run(replace(config, recover=replace(config.recover, ladder=[0.2])))[0]
+    wanted = {p.name: p.read_bytes() for p in (whole / "adapter").iterdir()}
+    stamp = (whole / "manifest.json").stat().st_mtime_ns
+    recover.run(config)
+    assert (whole / "manifest.json").stat().st_mtime_ns == stamp
+
+    again = load_config(config, ["recover.ladder=[0.2]", "checkpoint.resume=never"])
+    step = recover.Recovering.train_step
+
+    def told_to_leave(trainer):
+        if trainer.step == 7:
+            trainer.stop.received = "SIGTERM"
+        return step(trainer)
+
+    monkeypatch.setattr(recover.Recovering, "train_step", told_to_leave)
+    with pytest.raises(Preempted):
+        recover.run(again)
+    monkeypatch.undo()
+    resumed = recover.run(replace(again, checkpoint=config.checkpoint))[0]
+    assert {p.name: p.read_bytes() for p in (resumed / "adapter").iterdir()} == wanted
+
+
+def test_export_and_fine_tuning_take_a_recovered_rung(config, run_dir, tmp_path):
+    recover.run(config)
+    small = load_config(config, ["export.sparsity=0.2", "evaluate.speed=false"])
+    assert record(export.run(small))["recovered"] == 20
+    assert "Recovered | 20 steps" in (run_dir / "export" / "README.md").read_text()
+    assert record(export.run(load_config(small, ["export.source=pruned"])))["recovered"] == 0
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([{"prompt": f"The {n}", "completion": " river"} for n in range(8)]))
+    finetune.run(load_config(config, [f"finetune.data={records}", "finetune.steps=1", "finetune.seq_len=32",
+                                      "finetune.sparsity=0.2"]))  # fmt: skip
+    tuned = record(export.run(small))
+    assert (tuned["recovered"], tuned["finetuned"]) == (20, 1)
+    ladder = ["export.ladder=[0.2,0.3]", "evaluate.speed=false", "evaluate.window=64", "evaluate.blocks=2"]
+    table = (export.run(load_config(config, ladder)) / "ladder.md").read_text()
+    assert "recovered, steps" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--ladder", "0.2,1.5"], "recover.ladder: give sparsities between 0 and 1"),
+        ([], "recover.ladder: give sparsities between 0 and 1"),
+        (["--sparsity", "0.9"], "sparsity 0.9: the run never got there"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, told, run_dir, capsys):
+    assert main(["recover", str(run_dir), *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert not list(run_dir.glob("recover-*"))
+
+
+def test_without_a_finished_run_there_is_nothing_to_recover(tmp_path):
+    with pytest.raises(ConfigError, match="holds no finished prune run"):
+        recover.run(load_config(None, [f"run_dir={tmp_path}", "recover.ladder=[0.2]"]))
