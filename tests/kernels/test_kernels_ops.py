@@ -109,7 +109,7 @@ FAR = """
 import numpy, torch
 from nuteprune.kernels.launch import Small, column_reduce
 rows, columns, stride = 160, 4, 2**31 // 128
-memory = torch.from_numpy(numpy.zeros(159 * stride + columns, dtype=numpy.float16))  # pages that nobody writes take none
+memory = torch.from_numpy(numpy.zeros(159 * stride + columns, dtype=numpy.float16))  # unwritten pages take none
 p = memory.as_strided((rows, columns), (stride, 1))
 p.copy_(torch.arange(rows * columns).view(rows, columns) % 7)
 q = torch.ones(rows, 2, dtype=torch.float16)
