@@ -76,7 +76,11 @@ def select_units(
     if shape == "uniform" and ({"attn_sublayers", "ffn_sublayers"} & set(scores)):
         raise ValueError("whole sublayers cannot be removed in the uniform shape: use per_layer_ffn or per_layer")
     if shape != "per_layer" and spec.kv_heads % tensor_parallel:
-        raise ConfigError(f"tensor_parallel {tensor_parallel} does not divide the model's {spec.kv_heads} KV groups")
+        fitting = ", ".join(str(n) for n in range(1, spec.kv_heads + 1) if spec.kv_heads % n == 0)
+        raise ConfigError(
+            f"tensor_parallel {tensor_parallel} does not divide the model's {spec.kv_heads} KV groups: use one of "
+            f"{fitting}, or the per_layer shape"
+        )
     rounding = Rounding(ffn_multiple, hidden_multiple, tensor_parallel)
     free = _as_gates(_threshold(spec, scores, target, {}))
     near = mean_counts(spec, free)

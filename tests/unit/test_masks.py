@@ -351,7 +351,7 @@ def test_uniform_counts_of_real_models_are_multiples_that_gpus_like(name, parall
 
 
 def test_a_tensor_parallel_size_that_the_model_cannot_have_is_one_line():
-    with pytest.raises(ConfigError, match="tensor_parallel 4 does not divide the model's 2 KV groups"):
+    with pytest.raises(ConfigError, match="tensor_parallel 4 does not divide the model's 2 KV groups: use one of 1, 2"):
         check_target(SPEC, GateConfig(units=["ffn"], tensor_parallel=4), 0.2)
 
 
@@ -366,7 +366,7 @@ def test_per_layer_selection_keeps_the_highest_scores_of_a_kind():
 def test_a_target_out_of_reach_is_refused_with_what_is_possible():
     with pytest.raises(ConfigError, match=r"out of reach: removing kv_groups takes away at most 0\.\d+"):
         check_target(SPEC, GateConfig(units=["kv_groups"]), 0.9)
-    with pytest.raises(ConfigError, match="per_layer"):
+    with pytest.raises(ConfigError, match="per_layer_ffn or per_layer .*; in the uniform shape gate `layers`"):
         check_target(SPEC, GateConfig(units=["ffn", "ffn_sublayers"]), 0.2)
     with pytest.raises(ConfigError, match=r"so coarse in the uniform shape that the nearest reachable .* is 0\.\d+"):
         check_target(SPEC, GateConfig(units=["kv_groups"]), 0.1)
