@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError, Shape
+from nuteprune.config import ConfigError, GateConfig, Shape
 from nuteprune.masks.counts import (
     TOLERANCE,
     Counts,
@@ -34,6 +34,14 @@ from nuteprune.masks.gates import Gates, kept_parameters, sparsity_of, unit_shap
 
 MEASURED = 12
 """Structures that are measured in a first round, at most."""
+BATCHES = 4
+"""Training batches on which each is measured."""
+
+
+def is_measured(config: GateConfig) -> bool:
+    """Whether the target can be met in several structures that the shape tells apart, not by scores alone."""
+    alike = {"heads", "kv_groups", "hidden"} | ({"layers"} if config.shape == "uniform" else set())
+    return config.shape != "per_layer" and config.settle < 1 and bool(alike & set(config.units))
 
 
 def select_units(

@@ -13,6 +13,7 @@ import torch
 from nuteprune.config import Config, ConfigError
 from nuteprune.masks import Gates
 from nuteprune.masks.schedule import target_at
+from nuteprune.masks.selection import BATCHES, MEASURED, is_measured
 from nuteprune.planning.footprint import (
     FP32,
     USABLE,
@@ -212,5 +213,10 @@ def total_steps(config: Config, tokens_per_document: float) -> int:
 
 
 def extra_steps(config: Config) -> int:
-    """Passes over a batch outside the steps (the importance of the gates), each counted as one step."""
-    return config.gates.importance_batches if config.gates.init == "importance" else 0
+    """Passes over a batch outside the steps, in steps.
+
+    Importance is a forward and backward pass, counted as one step; structures are measured by the student's forward
+    alone, four to a step.
+    """
+    importance = config.gates.importance_batches if config.gates.init == "importance" else 0
+    return importance + (MEASURED * BATCHES // 4 if is_measured(config.gates) else 0)

@@ -16,7 +16,16 @@ from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import zero_settings
-from nuteprune.planning.costs import LAUNCH_SECONDS, mean_kept, over_links, step_flops, timing, total_steps, traffic
+from nuteprune.planning.costs import (
+    LAUNCH_SECONDS,
+    extra_steps,
+    mean_kept,
+    over_links,
+    step_flops,
+    timing,
+    total_steps,
+    traffic,
+)
 from nuteprune.planning.footprint import (
     Cluster,
     Job,
@@ -86,6 +95,16 @@ def test_lora_gates_and_teachers_are_those_of_a_run(units):
     bank = TeacherBank(spec, plan.config.teacher, 1.0, torch.device("cpu"), torch.float32)
     bank.record(0, 0.05, masks.deterministic(), masks.scores(), paired.lora())
     assert snapshot_bytes(plan) == bank.nbytes
+
+
+def test_passes_outside_the_steps():
+    """Importance on 16 batches; 12 structures on 4 batches at a quarter of a step, where there are several."""
+    for overrides, steps in (
+        (["gates.shape=per_layer_ffn"], 16), (["gates.shape=uniform"], 28),
+        (["gates.shape=uniform", "gates.units=[ffn]"], 16), (["gates.shape=uniform", "gates.units=[ffn,layers]"], 28),
+        (["gates.shape=per_layer_ffn", "gates.units=[ffn,layers]"], 16), (["gates.shape=per_layer"], 16),
+    ):  # fmt: skip
+        assert extra_steps(load_config(None, overrides)) == steps
 
 
 def test_snapshots():
