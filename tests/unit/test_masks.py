@@ -366,7 +366,7 @@ def test_per_layer_selection_keeps_the_highest_scores_of_a_kind():
 def test_a_target_out_of_reach_is_refused_with_what_is_possible():
     with pytest.raises(ConfigError, match=r"out of reach: removing kv_groups takes away at most 0\.\d+"):
         check_target(SPEC, GateConfig(units=["kv_groups"]), 0.9)
-    with pytest.raises(ConfigError, match="per_layer_ffn or per_layer .*; in the uniform shape gate `layers`"):
+    with pytest.raises(ConfigError, match=r"per_layer_ffn or per_layer .*; in the uniform shape gate `layers`"):
         check_target(SPEC, GateConfig(units=["ffn", "ffn_sublayers"]), 0.2)
     with pytest.raises(ConfigError, match=r"so coarse in the uniform shape that the nearest reachable .* is 0\.\d+"):
         check_target(SPEC, GateConfig(units=["kv_groups"]), 0.1)
