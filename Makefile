@@ -3,6 +3,8 @@
 PYTHON ?= python3
 TESTS ?= tests
 WORKERS ?= 2
+# The newest that there is a CPU build of wherever the tests run; `make lock` writes it to constraints.txt.
+TORCH ?= 2.13.0
 TRAIN ?= data/c4_900.jsonl
 HELD_OUT ?= 50
 TEST ?= data/wikitext2_raw_test.txt
@@ -88,8 +90,10 @@ lint: $(VENV) ## check style and types
 lock: ## renew constraints.txt, the versions that make venv and CI install
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet uv
+	echo "torch==$(TORCH)" >.venv-lock/torch.txt
 	.venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --no-annotate \
-		--no-emit-package nuteprune --custom-compile-command "make lock" setup.py --output-file constraints.txt
+		--no-emit-package nuteprune --custom-compile-command "make lock" --constraint .venv-lock/torch.txt \
+		setup.py --output-file constraints.txt
 
 format: $(VENV) ## mend style where a tool can
 	$(BIN)/ruff check --fix .
