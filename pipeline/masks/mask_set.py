@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:
     """Raise `ConfigError` if the selected units cannot reach the target, or cannot be removed in the shape asked."""
     if config.shape == "uniform" and {"attn_sublayers", "ffn_sublayers"} & set(config.units):
         raise ConfigError(
-            "gates.units: whole sublayers need gates.shape=per_layer_ffn or per_layer (no stock model lacks a sublayer)"
+            "gates.units: whole sublayers need gates.shape=per_layer_ffn or per_layer (no stock model lacks a "
+            "sublayer); in the uniform shape gate `layers`"
         )
     if (refusal := spec.refusal(config.units)) is not None:
         raise ConfigError(f"gates.units: {refusal}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError, Shape
+from nuteprune.config import ConfigError, GateConfig, Shape
 from nuteprune.masks.counts import (
     TOLERANCE,
     Counts,
@@ -34,6 +34,14 @@ from nuteprune.masks.gates import Gates, kept_parameters, sparsity_of, unit_shap
 
 MEASURED = 12
 """Structures that are measured in a first round, at most."""
+BATCHES = 4
+"""Training batches on which each is measured."""
+
+
+def is_measured(config: GateConfig) -> bool:
+    """Whether the target can be met in several structures that the shape tells apart, not by scores alone."""
+    alike = {"heads", "kv_groups", "hidden"} | ({"layers"} if config.shape == "uniform" else set())
+    return config.shape != "per_layer" and config.settle < 1 and bool(alike & set(config.units))
 
 
 def select_units(
@@ -68,7 +76,11 @@ def select_units(
     if shape == "uniform" and ({"attn_sublayers", "ffn_sublayers"} & set(scores)):
         raise ValueError("whole sublayers cannot be removed in the uniform shape: use per_layer_ffn or per_layer")
     if shape != "per_layer" and spec.kv_heads % tensor_parallel:
-        raise ConfigError(f"tensor_parallel {tensor_parallel} does not divide the model's {spec.kv_heads} KV groups")
+        fitting = ", ".join(str(n) for n in range(1, spec.kv_heads + 1) if spec.kv_heads % n == 0)
+        raise ConfigError(
+            f"tensor_parallel {tensor_parallel} does not divide the model's {spec.kv_heads} KV groups: use one of "
+            f"{fitting}, or the per_layer shape"
+        )
     rounding = Rounding(ffn_multiple, hidden_multiple, tensor_parallel)
     free = _as_gates(_threshold(spec, scores, target, {}))
     near = mean_counts(spec, free)

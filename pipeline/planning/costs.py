@@ -13,6 +13,7 @@ import torch
 from nuteprune.config import Config, ConfigError
 from nuteprune.masks import Gates
 from nuteprune.masks.schedule import target_at
+from nuteprune.masks.selection import BATCHES, MEASURED, is_measured
 from nuteprune.planning.footprint import (
     FP32,
     USABLE,
@@ -38,14 +39,19 @@ GATHERS = {
 }
 """Times a micro-batch gathers each weight. Layers: forward (teacher and student together, or each) and backward. The
 embedding is frozen and the head's gradient is computed in the forward pass (distill.py): neither is gathered again."""
+LAUNCH_SECONDS = 0.0075
+"""CPU time of one layer and micro-batch, teacher, student and backward (`make bench-overhead`, which leaves out the
+launches of the fused kernels). With checkpointing the student's forward comes a second time: a third more."""
 ASSUMPTIONS = (
     f"tensors may fill {USABLE:.0%} of --gpu-memory; GB = 1e9 bytes, GiB = 2^30",
     "activations are those of the dense student (step 0), the largest of the run",
-    "gathered weights: the layer at work and the next one (prefetch); with the head: the head and one layer",
+    "gathered weights: the layer at work, the next one (prefetch) and the buffer it is copied out of; with the head: "
+    "the head and one layer",
     "ring all-gather: each rank receives (n-1)/n of the weights; NCCL uses all of a node's NICs: 1/G of it each",
     "bandwidths are per GPU and one way; --inter-bandwidth is one GPU's NIC (a node has G of them)",
     "hpZ: frozen weights never change, so both gathers stay inside the node (counted with DeepSpeed 0.19.8)",
-    "step time: weight gathers hide behind compute (the longer of the two counts), the LoRA reduction does not; "
+    f"step time: weight gathers hide behind compute, and both behind one CPU thread's {1e3 * LAUNCH_SECONDS:.1f} ms a "
+    "layer and micro-batch (the longest counts); reading offloaded weights and the LoRA reduction do not; "
     "the bracket is without any overlap",
     "backward of a frozen weight is dx only (1x its forward); removed units cost nothing (mean kept share)",
 )
@@ -118,19 +124,28 @@ def over_links(size: float, cluster: Cluster, inside: bool = False) -> tuple[flo
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one step: its parts, with the weight gathers hidden behind compute, and without any overlap."""
+    """Seconds of one step: its parts, with the weight gathers hidden behind compute, and without any overlap.
+
+    Attributes:
+        compute, gather: matrix products on the GPU, and the weights that arrive beside them.
+        launch: one host thread, which sends the GPU its work; where it is the slowest, the GPU waits for it.
+        offload: from host memory, for which DeepSpeed waits tensor by tensor.
+        reduce: gradients of LoRA and gates, and the updated LoRA.
+    """
 
     compute: float
     gather: float
+    launch: float
+    offload: float
     reduce: float
 
     @property
     def step(self) -> float:
-        return max(self.compute, self.gather) + self.reduce
+        return max(self.compute, self.gather, self.launch) + self.offload + self.reduce
 
     @property
     def serial(self) -> float:
-        return self.compute + self.gather + self.reduce
+        return max(self.compute + self.gather, self.launch) + self.offload + self.reduce
 
 
 def timing(job: Job, layout: Layout, kept: tuple[float, float]) -> Timing:
@@ -138,7 +153,9 @@ def timing(job: Job, layout: Layout, kept: tuple[float, float]) -> Timing:
     t, c = traffic(job, layout), job.cluster
     return Timing(
         compute=step_flops(job, layout.checkpointing, kept) / c.ranks / (c.flops * c.mfu),
-        gather=max(t.intra / c.intra, t.inter / c.inter, t.host / c.host),
+        gather=max(t.intra / c.intra, t.inter / c.inter),
+        launch=passes(job, layout) * job.spec.layers * LAUNCH_SECONDS * (4 / 3 if layout.checkpointing else 1),
+        offload=t.host / c.host,
         reduce=max(t.reduce_intra / c.intra, t.reduce_inter / c.inter),
     )
 
@@ -196,5 +213,10 @@ def total_steps(config: Config, tokens_per_document: float) -> int:
 
 
 def extra_steps(config: Config) -> int:
-    """Passes over a batch outside the steps (the importance of the gates), each counted as one step."""
-    return config.gates.importance_batches if config.gates.init == "importance" else 0
+    """Passes over a batch outside the steps, in steps.
+
+    Importance is a forward and backward pass, counted as one step; structures are measured by the student's forward
+    alone, four to a step.
+    """
+    importance = config.gates.importance_batches if config.gates.init == "importance" else 0
+    return importance + (MEASURED * BATCHES // 4 if is_measured(config.gates) else 0)

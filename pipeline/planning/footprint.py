@@ -167,7 +167,8 @@ def memory(job: Job, layout: Layout, total: int) -> Memory:
         "teacher's stream": 2 * s * spec.hidden * tokens,
     }
     layer_phase = {
-        "gathered layers (2: at work, prefetched)": 2 * layer,
+        # DeepSpeed gathers a layer's tensors into one buffer and copies each out of it.
+        "gathered layers (3: at work, prefetched, its buffer)": 3 * layer,
         "one layer at work": (per_layer + working_per_token(job)) * tokens,
     }
     head_phase = {

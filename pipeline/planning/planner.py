@@ -174,7 +174,7 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Wall-clock hours of the run: its steps and the importance passes."""
+        """Wall-clock hours of the run: its steps, the importance of units and the measuring of structures."""
         return self.chosen.timing.step * (self.steps + extra_steps(self.job.config)) / 3600
 
     @property

@@ -207,8 +207,9 @@ def time_text(plan: Plan) -> str:
     return (
         f"time of one step: {t.step:.3f} s (without overlap {t.serial:.3f} s), {rate:,.0f} tokens/s\n"
         f"  compute {t.compute:.3f} s (kept on average: student {student:.1%}, teacher {teacher:.1%}), "
-        f"weights {t.gather:.3f} s, LoRA and gates {t.reduce:.3f} s\n"
-        f"run: {plan.steps:,} steps ({source}) and {extra} importance passes: {plan.hours:.2f} hours = "
+        f"weights {t.gather:.3f} s, launches {t.launch:.3f} s, offload {t.offload:.3f} s, "
+        f"LoRA and gates {t.reduce:.3f} s\n"
+        f"run: {plan.steps:,} steps ({source}) and {extra} for importance and structures: {plan.hours:.2f} hours = "
         f"{plan.hours / 24:.2f} days, {plan.gpu_hours:,.1f} GPU-hours"
     )
 

@@ -16,6 +16,7 @@ from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import Gates, MaskSet, check_target, describe, sparsity_of
 from nuteprune.masks.schedule import noise_at, settle_step, target_at
+from nuteprune.masks.selection import BATCHES
 from nuteprune.model.layers import LoraParameters, View, build_view
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
@@ -30,9 +31,6 @@ from nuteprune.training.signals import Preempted
 from nuteprune.training.teachers import TeacherBank
 
 log = logging.getLogger(__name__)
-
-MEASURED_BATCHES = 4
-"""Training batches on which structures are compared when the gates settle."""
 
 
 def run(config: Config) -> Path:
@@ -145,7 +143,7 @@ class Pruning(Trainer):
         Every rank gets the same numbers, and so do two starts of one run.
         """
         model, losses = self.model, []
-        batches = [self.stream.batch(self.step + i).to(self.world.device) for i in range(MEASURED_BATCHES)]
+        batches = [self.stream.batch(self.step + i).to(self.world.device) for i in range(BATCHES)]
         shown = self.config.tracking.progress and self.world.is_main
         for gates in tqdm(structures, "measuring structures", leave=False, disable=not shown):
             if self.world.any(bool(self.stop.received)):

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 import torch
 
-from nuteprune.kernels import tuning
-
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
@@ -22,6 +20,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
+    from nuteprune.kernels import tuning  # reads TRITON_INTERPRET when it is imported: not before it is needed
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

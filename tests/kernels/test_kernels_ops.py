@@ -108,8 +108,8 @@ def test_ranks_that_tune_at_once_keep_each_others_choices(tmp_path, monkeypatch)
 FAR = """
 import numpy, torch
 from nuteprune.kernels.launch import Small, column_reduce
-rows, columns, stride = 80, 4, 2**31 // 64
-memory = torch.from_numpy(numpy.zeros(79 * stride + columns, dtype=numpy.float16))  # pages that nobody writes take none
+rows, columns, stride = 160, 4, 2**31 // 128
+memory = torch.from_numpy(numpy.zeros(159 * stride + columns, dtype=numpy.float16))  # unwritten pages take none
 p = memory.as_strided((rows, columns), (stride, 1))
 p.copy_(torch.arange(rows * columns).view(rows, columns) % 7)
 q = torch.ones(rows, 2, dtype=torch.float16)

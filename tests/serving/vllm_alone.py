@@ -23,7 +23,8 @@ def compare(directory):
     model.eval()
     ids = torch.randint(3, model.config.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(0))
     engine = vllm.LLM(model=directory, dtype="float32", max_model_len=PROMPT + NEW, gpu_memory_utilization=0.3,
-                      enforce_eager=True, disable_log_stats=True, trust_remote_code=True)  # fmt: skip
+                      enforce_eager=True, disable_log_stats=True,
+                      trust_remote_code="DeciLMForCausalLM" in model.config.architectures)  # fmt: skip
     how = vllm.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, prompt_logprobs=0)
     (result,) = engine.generate([{"prompt_token_ids": ids.tolist()}], how)
     written = torch.cat((ids, torch.tensor(result.outputs[0].token_ids)))

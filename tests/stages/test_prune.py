@@ -99,7 +99,7 @@ def test_the_structure_with_the_least_loss_is_settled_on(settings, tokenizer, tm
 def test_a_signal_while_structures_are_measured_saves_and_the_next_start_ends_bit_identical(
     settings, tmp_path, monkeypatch
 ):
-    config = load_config(None, settings)
+    config = load_config(None, [*settings, "gates.units=[kv_groups,ffn,layers]", "sparsity.target=0.5"])
     whole = shutil.copytree(prune.run(config).parent, tmp_path / "whole")
     shutil.rmtree(config.run_dir)
     measure = prune.Pruning.measure

@@ -9,6 +9,7 @@ from nuteprune.__main__ import main
 from nuteprune.arch import pack, projections, read_spec, split_fused, stored
 from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig
 from nuteprune.exporting.folding import fold_model, plan_fold, small_config
+from nuteprune.exporting.gguf_model import gguf_architecture
 from nuteprune.masks import Gates, MaskSet, check_target, kept_units, select_units, sparsity_of, unit_shape
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
@@ -62,6 +63,14 @@ def test_rotary_positions_of_its_own_stay_exact_in_the_stock_class(name, changes
     small = type(model)(config).eval()
     small.load_state_dict(fold_model(model, config, fold).state_dict())
     torch.testing.assert_close(small(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["granite", "smollm3", "phi3", "olmo2", "gemma3"])
+@pytest.mark.parametrize("shape", ["uniform", "per_layer_ffn"])
+def test_no_gguf_of_a_family_that_it_would_get_wrong(name, shape):
+    config = tiny_config(name)
+    with pytest.raises(ConfigError, match=f"model.gguf is not written for {config.model_type}"):
+        gguf_architecture(read_spec(config), shape, config)
 
 
 def test_gemma_with_softcapped_logits_is_refused():

@@ -339,7 +339,7 @@ def test_uniform_counts_of_real_models_are_multiples_that_gpus_like(name, parall
     hidden, ffn, heads, kv_heads = SERVED[name]
     spec = read_spec(tiny_config("llama", hidden_size=hidden, intermediate_size=ffn, num_attention_heads=heads,
                                  num_key_value_heads=kv_heads, head_dim=128, num_hidden_layers=2))  # fmt: skip
-    config = GateConfig(units=["kv_groups", "ffn", "hidden"], tensor_parallel=parallel)
+    config = GateConfig(shape="uniform", units=["kv_groups", "ffn", "hidden"], tensor_parallel=parallel)
     check_target(spec, config, target)
     generator = torch.Generator().manual_seed(1)
     scores = {k: torch.rand(unit_shape(spec, k), generator=generator) for k in config.units}
@@ -351,7 +351,7 @@ def test_uniform_counts_of_real_models_are_multiples_that_gpus_like(name, parall
 
 
 def test_a_tensor_parallel_size_that_the_model_cannot_have_is_one_line():
-    with pytest.raises(ConfigError, match="tensor_parallel 4 does not divide the model's 2 KV groups"):
+    with pytest.raises(ConfigError, match="tensor_parallel 4 does not divide the model's 2 KV groups: use one of 1, 2"):
         check_target(SPEC, GateConfig(units=["ffn"], tensor_parallel=4), 0.2)
 
 
@@ -366,11 +366,11 @@ def test_per_layer_selection_keeps_the_highest_scores_of_a_kind():
 def test_a_target_out_of_reach_is_refused_with_what_is_possible():
     with pytest.raises(ConfigError, match=r"out of reach: removing kv_groups takes away at most 0\.\d+"):
         check_target(SPEC, GateConfig(units=["kv_groups"]), 0.9)
-    with pytest.raises(ConfigError, match="per_layer"):
-        check_target(SPEC, GateConfig(units=["ffn", "ffn_sublayers"]), 0.2)
+    with pytest.raises(ConfigError, match=r"per_layer_ffn or per_layer .*; in the uniform shape gate `layers`"):
+        check_target(SPEC, GateConfig(shape="uniform", units=["ffn", "ffn_sublayers"]), 0.2)
     with pytest.raises(ConfigError, match=r"so coarse in the uniform shape that the nearest reachable .* is 0\.\d+"):
-        check_target(SPEC, GateConfig(units=["kv_groups"]), 0.1)
-    check_target(SPEC, GateConfig(units=["kv_groups", "ffn"], ffn_multiple=1), 0.5)
+        check_target(SPEC, GateConfig(shape="uniform", units=["kv_groups"]), 0.1)
+    check_target(SPEC, GateConfig(shape="uniform", units=["kv_groups", "ffn"], ffn_multiple=1), 0.5)
 
 
 @pytest.mark.parametrize("shape", ["uniform", "per_layer"])

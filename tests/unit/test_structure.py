@@ -1,11 +1,17 @@
 """Which units a view keeps: lists found from one copy of the gates, and in multiples that a GPU loads at once."""
 
+from functools import partial
+
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import tiny_config, tiny_model
 
 from nuteprune.arch import read_spec
+from nuteprune.config import LoraConfig, LossConfig
+from nuteprune.masks import Gates
 from nuteprune.model import structure
+from nuteprune.model.layers import build_view
+from nuteprune.model.pairing import PairedModel
 
 SPEC = read_spec(tiny_config("llama"))  # 3 layers, 6 heads of 6 in 2 groups, 40 FFN units, 24 hidden dimensions
 
@@ -61,3 +67,21 @@ def test_ffn_units_are_kept_in_multiples_with_removed_ones():
 
 def test_nothing_gated_is_dense():
     assert structure.find(SPEC, None, None, None) == structure.dense(SPEC)
+
+
+def test_filled_up_lists_change_neither_losses_nor_gradients(monkeypatch):
+    """On the torch path; that the kernels take units whose gate is zero is in test_kernels_autograd.py."""
+    results, find = [], structure.find
+    for multiple in (1, 8):
+        monkeypatch.setattr(structure, "find", partial(find, multiple=multiple))
+        hf = tiny_model("llama")
+        model = PairedModel(hf, read_spec(hf.config), LoraConfig(rank=4))
+        _, ffn, _ = gates(0.5)
+        ffn.requires_grad_()
+        student, teacher = model.view(Gates(ffn=ffn)), build_view(SPEC, None, {}, 1.0, torch.float32)
+        assert all(len(layer.states["up_proj"].keep_out) % multiple == 0 for layer in student.layers)
+        total = model(torch.arange(20).view(2, 10), student, teacher, LossConfig()).total
+        leaves = [ffn, *(t for pair in model.lora().values() for t in pair)]
+        results.append((total, *torch.autograd.grad(total, leaves)))
+    for one, eight in zip(*results, strict=True):
+        torch.testing.assert_close(eight, one, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,149 @@
+"""model.gguf beside an export: sizes per layer, types, the same logits; and what llama.cpp cannot hold is one line."""
+
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from exporting import assert_close, base_model, loaded, masked_logits, some_gates, some_ids, trained
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from nuteprune.__main__ import main
+from nuteprune.config import ConfigError
+from nuteprune.exporting.gguf_vocab import vocabulary
+from nuteprune.runs.checkpoint import verify
+from nuteprune.stages import export
+
+SHAPES = ("uniform", "per_layer_ffn", "per_layer")
+
+
+def exported(tmp_path, family, shape, quantisation="f32", **options):
+    """An export with a GGUF file, and the masked model's logits; the base has heads of 32 (llama.cpp: even numbers)."""
+    size = 40 if family == "llama" else 37
+    config, model, gates, lora = trained(
+        tmp_path, family, lambda s: some_gates(s, shape, hidden=size), base=base_model(family, **options),
+        **{"gates.shape": shape, "export.gguf": quantisation},
+    )  # fmt: skip
+    return export.run(config), masked_logits(model, gates, lora, some_ids())
+
+
+def facts(reader, name):
+    """A value, or list of values, of a GGUF file."""
+    return reader.get_field(name).contents()
+
+
+def test_uniform_llama_is_read_back_by_transformers(tmp_path):
+    directory, wanted = exported(tmp_path, "llama", "uniform")
+    verify(directory)  # the manifest knows the file
+    model = AutoModelForCausalLM.from_pretrained(directory, gguf_file="model.gguf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert_close(model(some_ids()).logits, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_sizes_of_each_layer(tmp_path, family, shape):
+    directory, _ = exported(tmp_path, family, shape)
+    reader, config = gguf.GGUFReader(directory / "model.gguf"), loaded(directory).config
+    assert facts(reader, "general.architecture") == "deci"
+    sizes = [config.layer_sizes(index) for index in range(config.num_hidden_layers)]
+    heads, kv, ffn = (facts(reader, f"deci.{name}") for name in (
+        "attention.head_count", "attention.head_count_kv", "feed_forward_length"))  # fmt: skip
+    # The first layer has no attention, which llama.cpp cannot have: one head of zeros.
+    assert heads == [1] + [sum(groups) for groups, _ in sizes[1:]]
+    # Layer 2 has attention only, the last one nothing: FFNs of zeros there.
+    assert ffn == [width or 32 for _, width in sizes]
+    for (groups, _), h, k in zip(sizes[1:], heads[1:], kv[1:], strict=True):
+        assert h % k == 0 if k else not groups
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert not np.any(tensors["blk.0.attn_output.weight"].data)
+    assert not np.any(tensors["blk.3.ffn_down.weight"].data)
+    assert "blk.3.attn_q.weight" not in tensors
+
+
+@pytest.mark.parametrize(("family", "heads", "architecture"), [("qwen2", 6, "llama"), ("qwen3", 6, "qwen3"),
+                                                               ("mistral", 6, "llama")])  # fmt: skip
+def test_architecture_of_uniform_exports(tmp_path, family, heads, architecture):
+    plain = {"attention_bias": False} if family == "qwen3" else {}
+    directory, _ = exported(tmp_path, family, "uniform", **plain)
+    reader = gguf.GGUFReader(directory / "model.gguf")
+    assert facts(reader, "general.architecture") == architecture
+    assert facts(reader, f"{architecture}.attention.key_length") == 8
+
+
+@pytest.mark.parametrize(("quantisation", "kind"), [("f16", "F16"), ("q8_0", "Q8_0")])
+def test_matrices_are_stored_in_the_type_that_is_asked_for(tmp_path, quantisation, kind):
+    directory, _ = exported(tmp_path, "llama", "uniform", quantisation, head_dim=16)
+    reader, state = gguf.GGUFReader(directory / "model.gguf"), loaded(directory).state_dict()
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    found = tensors["blk.1.attn_output.weight"]
+    assert found.tensor_type.name == kind
+    wanted = state["model.layers.1.self_attn.o_proj.weight"]
+    assert_close(torch.from_numpy(gguf.dequantize(found.data, found.tensor_type)), wanted, 5e-3)
+    assert tensors["blk.1.attn_norm.weight"].tensor_type.name == "F32"
+    # Rows of 27 are no blocks of 32.
+    assert tensors["blk.1.ffn_down.weight"].tensor_type.name == "F16"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_llama_cpp_computes_the_same(tmp_path, family, shape):
+    pytest.importorskip("llama_cpp_py_sync", reason="pip install llama-cpp-py-sync")
+    if family == "qwen3" and shape != "uniform":
+        pytest.skip("llama.cpp has no norms of q and k with sizes per layer")
+    sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
+    from llamacpp_alone import TOLERANCE, compare
+
+    plain = {"head_dim": 32, "rms_norm_eps": 1e-3}
+    plain |= {"attention_bias": False} if family == "qwen3" else {"sliding_window": None} if family != "llama" else {}
+    directory, _ = exported(tmp_path, family, shape, **plain)
+    *_, apart, greedy, same = compare(str(directory))
+    assert max(apart, greedy) <= TOLERANCE
+    assert same
+
+
+def refused(capsys, *arguments):
+    assert main(["export", *map(str, arguments)]) == 2
+    (line,) = (row for row in capsys.readouterr().err.splitlines() if row.startswith("nuteprune: "))
+    return line
+
+
+def test_what_llama_cpp_cannot_hold_is_one_line_and_nothing_is_written(tmp_path, capsys):
+    trained(tmp_path, "qwen3", lambda s: some_gates(s, "per_layer"), **{"gates.shape": "per_layer"})
+    run = tmp_path / "run"
+    line = refused(capsys, run, "--gguf", "q4_0")
+    assert "export.gguf: expected none | f32 | f16 | q8_0, got 'q4_0'" in line
+    assert "use export.shape=uniform" in refused(capsys, run, "--gguf", "f16")
+    assert not (run / "export").exists()
+    assert not list(run.glob(".export*"))
+
+
+def test_qwen3_with_a_bias_on_o_proj_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no bias on o_proj"):
+        exported(tmp_path, "qwen3", "uniform")
+
+
+def test_scaled_rope_that_llama_cpp_lacks_is_refused(tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 2.0}
+    with pytest.raises(ConfigError, match="rope_type dynamic"):
+        exported(tmp_path, "llama", "uniform", rope_parameters=rope)
+
+
+def fast(pre, merges=(("a", "b"),), **options):
+    words = {word: i for i, word in enumerate(["a", "b", "ab", "<unk>"])}
+    tokenizer = Tokenizer(models.BPE(words, list(merges), **options))
+    tokenizer.pre_tokenizer = pre
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_pre_tokenizers_by_what_they_do():
+    level, digits = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Digits(individual_digits=True)
+    assert vocabulary(fast(level))["pre"] == "gpt-2"
+    assert vocabulary(fast(pre_tokenizers.Sequence([digits, level])))["pre"] == "smollm"
+    assert vocabulary(fast(None, byte_fallback=True, unk_token="<unk>"))["model"] == "llama"
+    for unknown in (pre_tokenizers.Sequence([level, digits]), pre_tokenizers.Whitespace(), None):
+        with pytest.raises(ConfigError, match="no GGUF can be written of this model: its pre-tokenizer is none of"):
+            vocabulary(fast(unknown))
