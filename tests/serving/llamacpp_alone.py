@@ -6,6 +6,7 @@ it, and the tokenizer's pieces of a text are compared. Takes llama-cpp-python, o
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -116,6 +117,9 @@ def compare(directory):
 
 def main():
     for directory in sys.argv[1:]:
+        if not (Path(directory) / "model.gguf").exists():
+            sys.stdout.write(f"{directory}: no model.gguf\n")
+            continue
         engine, name, length, apart, greedy, same = compare(directory)
         sys.stdout.write(f"{directory} {name}, {engine}: logits of {length} tokens within {apart:.1e} of the largest, "
                          f"{NEW} greedy tokens within {greedy:.1e} of the best, tokenizers "

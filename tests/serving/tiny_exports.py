@@ -5,6 +5,7 @@ Arguments: a directory, and settings (`export.gguf=f32`). Writes DIR/FAMILY-SHAP
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -44,9 +45,11 @@ def main():
             asked = {"gates.shape": shape, "export.output": place / "export", **dict(s.split("=") for s in settings)}
             config, *_ = trained(place, family, lambda s, k=shape: gates(s, k), base=base, **asked)
             try:
-                sys.stdout.write(f"{export.run(config)}\n")
-            except ConfigError as error:
+                directory = export.run(config)
+            except ConfigError as error:  # llama.cpp cannot hold it
                 sys.stderr.write(f"{family} {shape}: {error}\n")
+                directory = export.run(replace(config, export=replace(config.export, gguf="none")))
+            sys.stdout.write(f"{directory}\n")
 
 
 if __name__ == "__main__":
