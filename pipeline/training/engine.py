@@ -117,7 +117,8 @@ class Engine:
         limit = self.config.train.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.lora, limit)
         # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
-        norm, odd = torch.stack([norm.double(), (self.gradients * 0).sum().double()]).tolist()
+        odd = (self.gradients * 0).sum()
+        norm, odd = torch.stack([norm.to(odd), odd]).double().tolist()  # the norm of no LoRA at all is on the host
         finite = math.isfinite(norm) and odd == 0
         self.scale.update(finite)
         if finite:
