@@ -1,5 +1,6 @@
 """The prune stage on a tiny model: it reaches the target in any budget, resumes bit for bit, and fails clearly."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,9 +19,10 @@ from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
 
 from nuteprune.arch import read_spec
-from nuteprune.config import load_config
+from nuteprune.config import ConfigError, load_config
 from nuteprune.masks import kept_units
-from nuteprune.runs.rundir import load_adapter, load_run
+from nuteprune.runs.checkpoint import write_manifest
+from nuteprune.runs.rundir import load_adapter, load_run, save_config
 from nuteprune.stages import export, finetune, prune
 from nuteprune.training.loop import TrainingFailed
 from nuteprune.training.signals import Preempted
@@ -343,6 +345,50 @@ def test_other_settings_resume_bit_identical_too(settings, tmp_path, monkeypatch
     whole = load_config(None, [*overrides, f"run_dir={tmp_path / 'whole'}"])
     prune.run(whole)
     same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_only_a_checkpoint_of_this_base_text_and_settings_is_gone_on_from(
+    settings, model_dir, text_file, tokenizer, tmp_path, monkeypatch
+):
+    model, text = shutil.copytree(model_dir, tmp_path / "model"), shutil.copy(text_file, tmp_path / "text.txt")
+    config = load_config(
+        None, [*settings, f"model.path={model}", f"data.source={text}", "checkpoint.every=5", "train.steps=20"]
+    )
+    saved = interrupted(config, 12, monkeypatch)
+    teachers = [path for path in saved.glob("step-*/teachers/*.safetensors") if path.stat().st_nlink != 1]
+    assert not teachers  # one bad block must not spoil two checkpoints
+    changes = {
+        "model.path": (model / "model.safetensors", lambda: tiny_model("llama", seed=1).save_pretrained(model)),
+        "config.json of model.path": (model / "config.json", lambda: _replace(model / "config.json", "1e-06", "1e-05")),
+        "data.source": (Path(text), lambda: _replace(Path(text), "engineer", "conductor")),
+    }
+    for name, (file, change) in changes.items():
+        whole = file.read_bytes()
+        change()
+        with pytest.raises(ConfigError, match=rf"^{re.escape(name)} is not what .*step-00000010 was trained on"):
+            prune.run(config)
+        file.write_bytes(whole)
+    other = dataclasses.replace(config, run_dir=str(tmp_path / "other"), seed=1)
+    foreign = interrupted(other, 12, monkeypatch) / "step-00000010"
+    shutil.rmtree(saved / "step-00000010")
+    shutil.copytree(foreign, saved / "step-00000010")
+    with pytest.raises(ConfigError, match="belongs to a run with seed=1, not 0"):
+        prune.run(config)
+    (foreign / "state.json").write_text("{}")
+    save_config(foreign / "config.yaml", config)
+    write_manifest(foreign)
+    shutil.rmtree(saved / "step-00000010")
+    shutil.copytree(foreign, saved / "step-00000010")
+    with pytest.raises(ConfigError, match=r"step-00000010 does not fit this run \(no 'step' in it\)"):
+        prune.run(config)
+    shutil.rmtree(saved / "step-00000010")
+    assert prune.run(config).is_dir()
+
+
+def _replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def test_a_finished_run_returns_at_once(settings, caplog):
