@@ -24,7 +24,8 @@ def test_two_ranks_resume_and_export(family, tokenizer, text_file, tmp_path):
     overrides = [
         f"model.path={base}", f"data.source={text_file}", "data.seq_len=32", "train.steps=50", "train.batch_size=4",
         "train.micro_batch=1", "gates.importance_batches=2", "gates.units=[heads,kv_groups,ffn]",
-        "gates.shape=uniform", "gates.ffn_multiple=1", "sparsity.target=0.4", "tracking.progress=false",
+        "gates.shape=uniform", "gates.ffn_multiple=1", "sparsity.target=0.395", "tracking.progress=false",
+        # A target between two teachers (0.39, 0.40), so that rounding records no other one.
         # With the steps of a real run rounding alone grows beyond what is compared here.
         "gates.lr=0.5", "train.lora_lr=3e-4", "checkpoint.every=20", "checkpoint.keep=9", "export.check_tokens=128",
     ]  # fmt: skip
@@ -39,5 +40,5 @@ def test_two_ranks_resume_and_export(family, tokenizer, text_file, tmp_path):
     prune.run(config)
     same_curve(resumed, one)
     directory = export.run(config)  # refuses where logits differ by more than 1e-3
-    assert abs(json.loads((directory / "nuteprune.json").read_text())["sparsity"] - 0.4) <= 0.01
+    assert abs(json.loads((directory / "nuteprune.json").read_text())["sparsity"] - 0.395) <= 0.01
     assert type(AutoModelForCausalLM.from_pretrained(directory)) is type(model)
