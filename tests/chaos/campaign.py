@@ -2,13 +2,14 @@
 
 Each trial starts from a cached state, suffers one fault, and is started again by the same command. It is recovered
 where the result is that of an undisturbed run bit for bit, or where one clear line says why there is none. Trials are
-chosen by the seed; what is in results.jsonl is not tried again, so a campaign that was cut short goes on.
+chosen by the seed; what is in WORK/results-*.jsonl is not tried again, so a campaign that was cut short goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -93,18 +94,18 @@ class Campaign:
         course, stage = self.course, self.course.stages[trial.stage]
         rng = random.Random(f"{self.seed}-{trial.number}")
         began = time.monotonic()
-        unmount(course.run_dir)
-        unmount(course.live)
         try:
             disturbed = self.disturb(trial, stage, rng)
             again = course.start(stage)
         finally:
-            unmount(course.run_dir)
+            if trial.fault == "read-only directory":
+                unmount(course.run_dir)
         trial.seconds = round(time.monotonic() - began, 1)
         trial.verdict, trial.line = self.judge(trial, stage, disturbed, again)
         if trial.verdict == "FAILED":
             self.keep(trial, disturbed, again)
-        unmount(course.live)
+        if trial.fault in MOUNTS:
+            unmount(course.live)
         return trial
 
     def disturb(self, trial: Trial, stage: Stage, rng: random.Random) -> Ended | None:
@@ -287,22 +288,32 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/chaos"), help="directory of states and results")
     parser.add_argument("--report", type=Path, help="Markdown file (default: WORK/chaos.md)")
     parser.add_argument("--short", action="store_true", help=f"only {', '.join(SHORT)}, and no hanging rank")
-    parser.add_argument("--only", nargs="*", type=int, help="numbers of single trials, tried anew")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th trial from the I-th on, beside the other parts")
+    parser.add_argument("--only", nargs="*", type=int, help="numbers of single trials, tried anew; none: report only")
     args = parser.parse_args()
     mounts = can_mount()
     args.work.mkdir(parents=True, exist_ok=True)
     stages = SHORT if args.short else STAGES
     skipped = () if mounts else MOUNTS
-    course = Course(args.work.resolve(), list(stages))
-    course.prepare()
+    number, parts = map(int, args.part.split("/"))
+    course = Course(args.work.resolve(), list(stages), f"-{number}" if parts > 1 else "")
+    if parts > 1:  # each part sees a directory of its own in the same place
+        for directory in (course.live, own := args.work.resolve() / f"live-{number}"):
+            directory.mkdir(parents=True, exist_ok=True)
+        mount("--bind", str(own), str(course.live))
+    with (args.work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        course.prepare()
     left_out = (*skipped, "hanging rank") if args.short else skipped
     trials = plan(stages, tuple(f for f in FAULTS if f not in left_out), args.faults, args.seed)
-    results = args.work / "results.jsonl"
-    known = [Trial(**json.loads(line)) for line in results.read_text().splitlines()] if results.is_file() else []
+    results = args.work / f"results-{number}-{parts}.jsonl"
+    known = [Trial(**json.loads(line)) for file in args.work.glob("results-*.jsonl") for line in file.open()]
     done = {t.number: t for t in known if t.number not in (args.only or ())}
     campaign = Campaign(course, args.seed)
     for trial in trials:
         if trial.number in done or (args.only is not None and trial.number not in args.only):
+            continue
+        if trial.number % parts != number:
             continue
         done[trial.number] = campaign.run(trial)
         with results.open("a", encoding="utf-8") as file:

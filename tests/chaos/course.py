@@ -68,10 +68,11 @@ class Course:
     Args:
         work: directory for everything.
         wanted: keys of the stages that are disturbed.
+        part: name of this campaign's part, where several run at once.
     """
 
-    def __init__(self, work: Path, wanted: list[str]):
-        self.work, self.live, self.logs = work, work / "live", work / "logs"
+    def __init__(self, work: Path, wanted: list[str], part: str):
+        self.work, self.live, self.logs = work, work / "live", work / f"logs{part}"
         self.run_dir = self.live / "run"
         self.stages = {s.key: s for s in self._stages() if s.key in wanted}
         self.counts: dict[str, dict[str, int]] = {}
@@ -79,7 +80,8 @@ class Course:
 
     def _stages(self) -> list[Stage]:
         live, run = str(self.live), str(self.run_dir)
-        shared = ("tracking.progress=false", "train.rank_timeout=20", "checkpoint.every=3")
+        # No pictures: drawing them takes longer than the steps.
+        shared = ("tracking.progress=false", "tracking.report_to=[]", "train.rank_timeout=20", "checkpoint.every=3")
         prune = (
             "prune", f"run_dir={run}", f"model.path={live}/model", f"data.source={live}/text.txt", "data.seq_len=32",
             "train.steps=12", "train.batch_size=4", "gates.importance_batches=1", "sparsity.target=0.3",
@@ -93,7 +95,7 @@ class Course:
         ladder = (
             "export", run, "export.check_tokens=64", "--ladder=0.1,0.2", f"evaluate.text=[{live}/heldout.txt]",
             "evaluate.window=32", "evaluate.blocks=4", "evaluate.speed=false", "evaluate.sample_prompt=",
-            "tracking.progress=false", "tracking.tensorboard=false",
+            "tracking.progress=false", "tracking.report_to=[]",
         )  # fmt: skip
         found = [Stage("prune", n, prune, "pruned", "metrics.jsonl") for n in (1, 2, 4)]
         found += [Stage("finetune", n, tune, "finetune/tuned", "finetune/metrics.jsonl") for n in (1, 2, 4)]
@@ -127,10 +129,11 @@ class Course:
         (directory / "records.json").write_text(json.dumps(rows))
 
     def _reference(self, stage: Stage) -> None:
+        self.logs.mkdir(exist_ok=True)
         self.restore(self.start_of(stage))
-        ended = self.start(stage, Tally(str(self.run_dir), str(self.work / "tally")))
+        ended = self.start(stage, Tally(str(self.run_dir), str(self.logs / "tally")))
         assert ended.codes == [0] * stage.ranks, ended.text
-        counts = {where: (self.work / f"tally-{where}").stat().st_size for where in MOMENTS}
+        counts = {where: (self.logs / f"tally-{where}").stat().st_size for where in MOMENTS}
         counts["seconds"] = round(ended.seconds, 2)
         self._keep(self.work / "reference" / stage.key)
         self.counts[stage.key] = counts

@@ -19,7 +19,7 @@ def test_the_same_command_recovers_from_a_dozen_faults(tmp_path):
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    trials = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    trials = [json.loads(line) for line in (tmp_path / "results-0-1.jsonl").read_text().splitlines()]
     assert len(trials) == FAULTS
     assert len({trial["fault"] for trial in trials}) >= 6
     assert Counter(trial["verdict"] for trial in trials)["identical"] >= FAULTS // 2
