@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from nuteprune.config import ConfigError, load_config
+from nuteprune.parallel.distributed import RankLost
 from nuteprune.stages import prune
 
 STEPS = 50
@@ -170,7 +171,7 @@ def test_kill_9_of_a_rank_ends_the_others_with_a_line_and_the_next_start_goes_on
     ended = group.wait()
     assert time.monotonic() - began < 60
     for rank, end in enumerate(ended):
-        assert end.code == (-signal.SIGKILL if rank == victim else 1), end.text
+        assert end.code == (-signal.SIGKILL if rank == victim else RankLost.exit_code), end.text
         if rank != victim:
             lines = [line for line in end.text.splitlines() if line.startswith("nuteprune: ")]
             assert len(lines) == 1
@@ -209,7 +210,7 @@ def hide_data(rank: int) -> None:
         raise ConfigError("data source 'train.txt' does not exist")
 
     if rank == 1:
-        prune.packed_blocks = unseen
+        prune.training_blocks = unseen
 
 
 def test_a_rank_that_cannot_see_the_data_is_named(overrides, tmp_path):

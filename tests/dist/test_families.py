@@ -27,7 +27,7 @@ def test_two_ranks_resume_and_export(family, tokenizer, text_file, tmp_path):
         "gates.shape=uniform", "gates.ffn_multiple=1", "sparsity.target=0.395", "tracking.progress=false",
         # A target between two teachers (0.39, 0.40), so that rounding records no other one.
         # With the steps of a real run rounding alone grows beyond what is compared here.
-        "gates.lr=0.5", "train.lora_lr=3e-4", "checkpoint.every=20", "checkpoint.keep=9", "export.check_tokens=128",
+        "gates.lr=0.25", "train.lora_lr=3e-4", "checkpoint.every=20", "checkpoint.keep=9", "export.check_tokens=128",
     ]  # fmt: skip
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
     prune.run(load_config(None, [*overrides, f"run_dir={one}"]))

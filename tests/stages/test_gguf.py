@@ -21,7 +21,7 @@ SHAPES = ("uniform", "per_layer_ffn", "per_layer")
 
 
 def exported(tmp_path, family, shape, quantisation="f32", **options):
-    """An export with a GGUF file, and the masked model's logits; the base has heads of 32 (llama.cpp: even numbers)."""
+    """An export with a GGUF file, and the masked model's logits."""
     size = 40 if family == "llama" else 37
     config, model, gates, lora = trained(
         tmp_path, family, lambda s: some_gates(s, shape, hidden=size), base=base_model(family, **options),
@@ -114,9 +114,9 @@ def refused(capsys, *arguments):
 def test_what_llama_cpp_cannot_hold_is_one_line_and_nothing_is_written(tmp_path, capsys):
     trained(tmp_path, "qwen3", lambda s: some_gates(s, "per_layer"), **{"gates.shape": "per_layer"})
     run = tmp_path / "run"
-    line = refused(capsys, run, "--gguf", "q4_0")
+    line = refused(capsys, f"run_dir={run}", "--gguf", "q4_0")
     assert "export.gguf: expected none | f32 | f16 | q8_0, got 'q4_0'" in line
-    assert "use export.shape=uniform" in refused(capsys, run, "--gguf", "f16")
+    assert "use export.shape=uniform" in refused(capsys, f"run_dir={run}", "--gguf", "f16")
     assert not (run / "export").exists()
     assert not list(run.glob(".export*"))
 
