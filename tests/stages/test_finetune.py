@@ -68,7 +68,7 @@ def test_answers_are_learned_with_the_gates_fixed(tuning, run_dir):
     run = load_run(run_dir)
     gates = load_file(directory / "gates.safetensors")
     assert all(torch.equal(gates[f"gates.{k}"], z) for k, z in run.gates.as_dict().items())
-    tuned = load_tuned(directory, run, run.scores, 0.4)
+    tuned = load_tuned(directory, run, run.scores, 0.4, "")
     assert tuned.lora.keys() == run.lora.keys()
     assert not any(torch.equal(tuned.lora[k][1], run.lora[k][1]) for k in run.lora)
     answers = sum(m["finetune/answer_tokens"] for m in lines)
@@ -159,7 +159,7 @@ def test_a_student_fine_tuned_from_an_earlier_pruning_is_refused(tuning, run_dir
     finetune.run(changed(tuning, steps=1))
     manifest = run_dir / "pruned" / "manifest.json"
     manifest.write_text(manifest.read_text() + " ")
-    with pytest.raises(ConfigError, match="fine-tuned from an earlier pruning"):
+    with pytest.raises(ConfigError, match="comes from an earlier pruning"):
         export.run(tuning)
     assert export.run(replace(tuning, export=replace(tuning.export, source="pruned"))).is_dir()
 

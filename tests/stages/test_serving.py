@@ -86,4 +86,6 @@ def test_uniform_exports_have_exactly_the_weights_of_a_stock_class(served):
 
 
 def test_the_modelling_file_is_short():
-    assert len(Path(modeling_ragged.__file__).read_text().splitlines()) < 150
+    assert (
+        len(Path(modeling_ragged.__file__).read_text().splitlines()) < 220
+    )  # nine families, three shapes, vLLM and older exports
