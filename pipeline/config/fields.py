@@ -49,6 +49,10 @@ class TrainConfig:
     batch_size: int = opt(16, "Sequences per optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(0, "Sequences per forward pass on one rank; 0 takes the whole batch at once.", ge=0)
     lora_lr: float = opt(3e-3, "Peak learning rate of the LoRA weights.", gt=0)
+    lora_optimizer: Literal["scaled", "adamw"] = opt(
+        "scaled", "`scaled`: AdamW on gradients of each LoRA factor that are scaled by the other factor, so that all "
+        "directions of their product are learned alike, and B at four times the rate of A; `adamw`: as in the paper."
+    )  # fmt: skip
     lora_schedule: Literal["constant", "cosine", "linear"] = opt(
         "cosine", "LoRA learning rate after its warm-up: `cosine` falls to a tenth, `linear` (the paper) to 0."
     )
