@@ -40,14 +40,18 @@ class Preconditioner:
         for first, second in self.groups:
             a_nRK, b_nNR = torch.stack(first), torch.stack(second)
             grad_a, grad_b = [p.grad for p in first], [p.grad for p in second]
-            _copy(grad_a, _inverse(b_nNR.mT @ b_nNR) @ torch.stack(grad_a))
-            _copy(grad_b, torch.stack(grad_b) @ _inverse(a_nRK @ a_nRK.mT))
+            _copy(grad_a, _inverse_gram(b_nNR) @ torch.stack(grad_a))
+            _copy(grad_b, torch.stack(grad_b) @ _inverse_gram(a_nRK.mT))
 
 
-def _inverse(gram: Tensor) -> Tensor:
-    """(G + δI)⁻¹ of [n, R, R]; `inv` itself would wait for the device to say whether it is singular."""
-    damping = DAMPING * torch.eye(gram.shape[-1], device=gram.device)
-    return torch.linalg.inv_ex(gram + damping).inverse
+def _inverse_gram(factor: Tensor) -> Tensor:
+    """(FᵀF + δI)⁻¹ of F [n, D, R]: in float64, as FᵀF is a thousand times δ where the training has gone far.
+
+    `inv` itself would wait for the device to say whether a matrix is singular.
+    """
+    double = factor.double()
+    damping = DAMPING * torch.eye(factor.shape[-1], dtype=torch.float64, device=factor.device)
+    return torch.linalg.inv_ex(double.mT @ double + damping).inverse.to(factor.dtype)
 
 
 def _copy(targets: list[Tensor], values: Tensor) -> None:
