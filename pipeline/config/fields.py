@@ -159,7 +159,9 @@ class LossConfig:
     )
     layer_reduction: Literal["sum", "mean"] = opt("mean", "Sum (the paper) or mean of the layer terms over layers.")
     kl_weight: float = opt(1.0, "Weight of the KL term per token (the paper's 0.1 at 512 tokens is 51.2).", ge=0)
-    label_weight: float = opt(0.0, "Weight of the cross entropy of the text's next token, beside a teacher.", ge=0)
+    label_weight: float = opt(
+        1.0, "Weight of the cross entropy of the text's next token beside a teacher (the paper: 0).", ge=0
+    )
     temperature: float = opt(1.0, "Softmax temperature T of the KL term, which is scaled by T squared.", gt=0)
     chunk: int = opt(256, "Tokens whose full-vocabulary logits exist at once.", ge=1)
 

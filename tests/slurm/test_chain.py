@@ -145,4 +145,6 @@ def test_rungs_are_recovered_side_by_side(tiny_run):
         assert (run.run_dir / rung / "tuned" / "manifest.json").is_file()
         card = run.run_dir / "ladder" / rung.removeprefix("recover-") / "README.md"
         assert "| Recovered | 4 steps" in card.read_text()
-    assert run.submit_text(*settings, "--from", "recover").count("after job") == 2  # the rungs wait for nothing
+    again = run.submit_text(*settings, "--from", "recover").splitlines()
+    assert [line.split(": job ")[0] for line in again[:3]] == ["recover-0.1", "recover-0.15", "export"]
+    assert ["after job" in line for line in again[:3]] == [False, False, True]
