@@ -87,8 +87,8 @@ class GateConfig:
         "in proportion to what they matter; `adam`: AdamW as in the paper."
     )  # fmt: skip
     lr: float = opt(
-        2.5, "Learning rate of log-alpha; for `sgd` divided by the steps until the gates settle, so that a unit moves as "
-        "far in a run of any length: under a constant gradient, with momentum 0.9, 8 to 10 times this.", ge=0
+        2.5, "Learning rate of log-alpha; for `sgd` divided by the steps until the gates settle, so that a unit moves "
+        "as far in a run of any length: under a constant gradient, with momentum 0.9, 8 to 10 times this.", ge=0
     )  # fmt: skip
     temperature: float = opt(0.1, "Temperature of the hard-concrete distribution (the paper: 2/3).", gt=0)
     noise: float = opt(0.1, "Scale of the sampling noise at the start (1: hard concrete as published).", ge=0, le=1)
