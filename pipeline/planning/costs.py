@@ -166,10 +166,12 @@ def step_flops(job: Job, checkpointing: bool, kept: tuple[float, float]) -> floa
     Per token: 2 per weight of the projections for the teacher's forward, the student's forward and its backward (dx
     only), scaled by the kept shares; causal attention 2·T·H·P forward and 2.5x that backward (FlashAttention); LoRA 2
     per weight forward and 4 backward; the head three times (both logits, the gradient). Checkpointing adds one forward.
+    Of experts only those count that the router chooses for a token; as it always chooses as many, nothing is taken off
+    for removed units where whole experts are among them.
     """
     spec, config = job.spec, job.config
-    student, teacher = kept
-    layer = 2 * spec.prunable
+    student, teacher = (1.0, 1.0) if "experts" in config.gates.units else kept
+    layer = 2 * spec.prunable_read
     attention = spec.layers * 2 * config.data.seq_len * spec.heads * spec.head_dim
     lora = 2 * lora_parameters(job)
     head = 2 * spec.vocab * spec.hidden

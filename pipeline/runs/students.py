@@ -226,7 +226,8 @@ def _fits(spec: ArchSpec, gates: Gates, shape: str, rounding: tuple[int, ...]) -
     if shape == "per_layer":
         return True
     kept, (ffn_multiple, _, parallel) = kept_units(spec, gates), rounding
-    if any(len(units) % parallel for layer in (kept.kv_groups, kept.ffn) for units in layer):
+    counts = [len(units) for units in kept.kv_groups] + [width for layer in kept.ffn_widths(spec) for width in layer]
+    if any(count % parallel for count in counts):
         return False
     if shape == "uniform":
         return kept.is_uniform(spec)
