@@ -64,8 +64,8 @@ def base_model(family: str, tied: bool = False, seed: int = 0, **options) -> tra
 
 def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int = 37, empty: bool = True) -> Gates:
     """Gates with zeros of every kind the shape allows; `hidden` dimensions stay (an odd number by default)."""
-    if spec.hidden_divides and shape == "uniform":
-        hidden = 40  # a multiple of the four heads that stay
+    if (spec.hidden_divides or spec.experts > 1) and shape == "uniform":
+        hidden = 40  # a multiple of the four heads that stay, and of 8
     g = torch.Generator().manual_seed(1)
     heads, groups = torch.ones(unit_shape(spec, "heads")), torch.ones(unit_shape(spec, "kv_groups"))
     ffn, residual = torch.ones(unit_shape(spec, "ffn")), torch.zeros(spec.hidden)
@@ -76,7 +76,7 @@ def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int 
         if shape == "uniform":
             groups[layer, layer % spec.kv_heads] = 0
             for expert in ffn[layer].view(spec.experts, spec.ffn):
-                expert[torch.randperm(spec.ffn, generator=g)[:13]] = 0
+                expert[torch.randperm(spec.ffn, generator=g)[: 13 if spec.experts == 1 else 16]] = 0
             if spec.experts > 1:
                 experts[layer, torch.randperm(spec.experts, generator=g)[:2]] = 0
             continue

@@ -82,6 +82,14 @@ class ArchSpec:
         return self.experts * self.ffn
 
     @property
+    def aligned(self) -> int:
+        """Hidden sizes and FFN widths of the uniform shape are multiples of this, however far a target is.
+
+        transformers multiplies the stacked experts by `torch._grouped_mm`, which wants rows of whole 16 bytes.
+        """
+        return 1 if self.experts == 1 else 8
+
+    @property
     def lora_targets(self) -> tuple[str, ...]:
         """The projections that can have LoRA."""
         return PROJECTIONS if self.experts == 1 else ATTENTION

@@ -122,8 +122,8 @@ def _product(spec: ArchSpec, kinds: Collection[str], axes, rounding: Rounding) -
     groups_free = "kv_groups" in kinds or ("heads" in kinds and spec.group_size == 1)
     values = (
         (groups_free, groups, rounding.parallel, spec.kv_heads), ("heads" in kinds, heads, 1, spec.group_size),
-        ("hidden" in kinds, hidden, rounding.hidden, spec.hidden), ("layers" in kinds, layers, 1, spec.layers),
-        ("experts" in kinds, experts, 1, spec.experts),
+        ("hidden" in kinds, hidden, math.lcm(rounding.hidden, spec.aligned), spec.hidden),
+        ("layers" in kinds, layers, 1, spec.layers), ("experts" in kinds, experts, 1, spec.experts),
     )  # fmt: skip
     rounded = [sorted({round_to(v, multiple, most) for v in axis} if free else {most}) for free, axis, multiple, most
                in values]  # fmt: skip
@@ -178,7 +178,7 @@ def with_ffn(spec: ArchSpec, counts: Counts, target: float, rounding: Rounding) 
     )
     multiple = rounding.ffn
     while True:
-        width = round_to(exact, math.lcm(multiple, rounding.parallel), spec.ffn)
+        width = round_to(exact, math.lcm(multiple, rounding.parallel, spec.aligned), spec.ffn)
         found = replace(counts, ffn=width)
         if multiple == 1 or abs(found.sparsity(spec) - target) <= TOLERANCE:
             return found

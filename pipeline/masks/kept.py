@@ -47,7 +47,9 @@ class Kept:
         every_width = self.ffn_widths(spec)
         widths = {width for i in self.layers for width in every_width[i]}
         alike = self.attention_is_alike(spec) and len(heads) == len(widths) == len(experts) == 1
-        return alike and 0 not in heads | widths and min(experts) >= spec.top_k
+        sizes = ((len(self.hidden), spec.hidden), *((width, spec.ffn) for width in widths))
+        aligned = all(size % spec.aligned == 0 or size == whole for size, whole in sizes)
+        return alike and aligned and 0 not in heads | widths and min(experts) >= spec.top_k
 
     def attention_is_alike(self, spec: ArchSpec) -> bool:
         """The layers that keep attention keep the same number of groups, each with the same number of query heads."""
