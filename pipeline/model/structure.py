@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nuteprune.arch import ArchSpec
 
@@ -66,7 +67,7 @@ def find(
     """
     gates = {"heads": heads, "ffn": ffn, "hidden": hidden, "experts": experts}
     present = {kind: gate.detach() for kind, gate in gates.items() if gate is not None}
-    if not present:
+    if not present or any(isinstance(gate, FakeTensor) for gate in present.values()):  # a dry run knows no values
         return dense(spec)
     flat = torch.cat([(gate != 0).flatten() for gate in present.values()])
     sizes = [gate.numel() for gate in present.values()]

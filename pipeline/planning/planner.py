@@ -309,7 +309,7 @@ def table(base: Config, cluster: Cluster, tokens_per_document: float, zero: str 
         model, train = replace(base.model, path=name, dtype="bfloat16"), replace(base.train, batch_size=batch)
         spec, gates = named_spec(name), base.gates
         if spec.experts > 1:
-            gates = replace(gates, shape="uniform", units=["kv_groups", "experts"])
+            gates = replace(gates, shape="uniform", units=["kv_groups", "experts", "ffn"])
         lora = replace(base.lora, targets=[target for target in base.lora.targets if target in spec.lora_targets])
         job = Job(spec, replace(base, model=model, train=train, gates=gates, lora=lora), cluster)
         rows.append((name, make_plan(job, tokens_per_document, zero)))
