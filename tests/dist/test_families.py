@@ -14,12 +14,17 @@ from nuteprune.stages import export, prune
 
 FAMILIES = ("granite", "smollm3", "phi3", "olmo2", "olmo3", "gemma3", "qwen3_moe", "mixtral")
 """LLaMA, of which Mistral and the Qwens differ in no module, is in test_engine.py."""
+SIZES = {
+    "qwen3_moe": {"moe_intermediate_size": 128, "num_experts": 8},
+    "mixtral": {"intermediate_size": 128, "num_local_experts": 8},
+}
+"""Widths of experts are multiples of 8."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_resume_and_export(family, tokenizer, text_file, tmp_path):
     base = tmp_path / "base"
-    model = tiny_model(family)
+    model = tiny_model(family, **SIZES.get(family, {}))
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     spec = read_spec(model.config)

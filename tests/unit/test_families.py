@@ -68,12 +68,26 @@ def test_rotary_positions_of_its_own_stay_exact_in_the_stock_class(name, changes
     torch.testing.assert_close(small(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["granite", "smollm3", "phi3", "olmo2", "gemma3", "mixtral"])
-@pytest.mark.parametrize("shape", ["uniform", "per_layer_ffn"])
-def test_no_gguf_of_a_family_that_it_would_get_wrong(name, shape):
-    config = tiny_config(name)
-    with pytest.raises(ConfigError, match=f"model.gguf is not written for {config.model_type}"):
-        gguf_architecture(read_spec(config), shape, config)
+@pytest.mark.parametrize("name", ["granite", "smollm3", "phi3", "olmo3", "gemma3", "qwen3"])
+def test_no_gguf_of_unequal_layers_where_llama_cpp_holds_none(name):
+    config = tiny_config(name, num_attention_heads=4, num_hidden_layers=4)
+    with pytest.raises(ConfigError, match="only where all layers are alike"):
+        gguf_architecture(read_spec(config), "per_layer_ffn", config)
+
+
+@pytest.mark.parametrize(("name", "changes", "lack"), [
+    ("olmo2", {}, "no heads narrower than the hidden size"),
+    ("smollm3", {}, "no layers without rotary positions but every 4th"),
+    ("smollm3", {"no_rope_layer_interval": 4, "mlp_bias": True}, "no biases in the FFN"),
+    ("phi3-partial", {}, "no heads that rotate only in part"),
+    ("olmo3", {"attention_bias": True, "num_attention_heads": 4}, "no bias on o_proj"),
+    ("gemma3", {"num_hidden_layers": 62}, "no scale of attention"),
+    ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+])  # fmt: skip
+def test_no_gguf_of_what_llama_cpp_would_get_wrong(name, changes, lack):
+    config = tiny_config(name, **changes)
+    with pytest.raises(ConfigError, match=f"llama.cpp's {config.model_type} has .*{lack}"):
+        gguf_architecture(read_spec(config), "uniform", config)
 
 
 def test_experts_without_lora_are_one_line(tmp_path, capsys):
