@@ -42,6 +42,7 @@ class ArchSpec:
         embedding_multiplier: what the decoder multiplies the embeddings with that it is given (Granite).
         embedding_root: the embedding multiplies its rows by sqrt(D) (Gemma), which changes with D.
         logits_scaling: what the output head's logits are divided by (Granite).
+        fused: q, k and v are one linear layer, gate and up another (Phi-3).
         hidden_divides: the stock configuration wants D to be a multiple of H.
         refuses: kinds of gates, shapes and LoRA targets that the family cannot have, each with the reason.
     """
@@ -68,6 +69,7 @@ class ArchSpec:
     embedding_multiplier: float = 1.0
     embedding_root: bool = False
     logits_scaling: float = 1.0
+    fused: bool = False
     hidden_divides: bool = False
     refuses: tuple[tuple[str, str], ...] = ()
 

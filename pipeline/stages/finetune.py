@@ -183,4 +183,4 @@ class Finetuning(Trainer):
             "skipped_steps": self.bad_total,
         }
         lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
-        return save_tuned(Path(config.run_dir), config, self.trained, gates, lora, facts)
+        return save_tuned(Path(config.run_dir), config, self.trained, self.model.spec, gates, lora, facts)
