@@ -1,4 +1,4 @@
-"""An adapter of a model with fused projections: `peft` opens it and computes the same, and it is read back unchanged."""
+"""An adapter of a model with fused projections: `peft` opens it and computes the same; it is read back unchanged."""
 
 import pytest
 import torch
