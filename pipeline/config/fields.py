@@ -49,6 +49,10 @@ class TrainConfig:
     batch_size: int = opt(16, "Sequences per optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(0, "Sequences per forward pass on one rank; 0 takes the whole batch at once.", ge=0)
     lora_lr: float = opt(3e-3, "Peak learning rate of the LoRA weights.", gt=0)
+    lora_optimizer: Literal["scaled", "adamw"] = opt(
+        "scaled", "`scaled`: AdamW on gradients of each LoRA factor that are scaled by the other factor, so that all "
+        "directions of their product are learned alike, and B at four times the rate of A; `adamw`: as in the paper."
+    )  # fmt: skip
     lora_schedule: Literal["constant", "cosine", "linear"] = opt(
         "cosine", "LoRA learning rate after its warm-up: `cosine` falls to a tenth, `linear` (the paper) to 0."
     )
@@ -84,8 +88,8 @@ class GateConfig:
         "in proportion to what they matter; `adam`: AdamW as in the paper."
     )  # fmt: skip
     lr: float = opt(
-        2.5, "Learning rate of log-alpha; for `sgd` divided by the steps until the gates settle, so that it says how "
-        "far a unit may move in a run of any length.", ge=0
+        2.5, "Learning rate of log-alpha; for `sgd` divided by the steps until the gates settle, so that a unit moves as "
+        "far in a run of any length: under a constant gradient, with momentum 0.9, 8 to 10 times this.", ge=0
     )  # fmt: skip
     temperature: float = opt(0.1, "Temperature of the hard-concrete distribution (the paper: 2/3).", gt=0)
     noise: float = opt(0.1, "Scale of the sampling noise at the start (1: hard concrete as published).", ge=0, le=1)
@@ -156,7 +160,9 @@ class LossConfig:
     )
     layer_reduction: Literal["sum", "mean"] = opt("mean", "Sum (the paper) or mean of the layer terms over layers.")
     kl_weight: float = opt(1.0, "Weight of the KL term per token (the paper's 0.1 at 512 tokens is 51.2).", ge=0)
-    label_weight: float = opt(0.0, "Weight of the cross entropy of the text's next token, beside a teacher.", ge=0)
+    label_weight: float = opt(
+        1.0, "Weight of the cross entropy of the text's next token beside a teacher (the paper: 0).", ge=0
+    )
     temperature: float = opt(1.0, "Softmax temperature T of the KL term, which is scaled by T squared.", gt=0)
     chunk: int = opt(256, "Tokens whose full-vocabulary logits exist at once.", ge=1)
 
