@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers"]
+Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers", "experts"]
 Shape = Literal["uniform", "per_layer_ffn", "per_layer"]
 DEFAULT_UNITS: dict[str, list[Unit]] = {"per_layer_ffn": ["ffn"]}
 """What is gated by default in a shape, as measured (docs/results.md); in the others KV groups and FFN units."""
@@ -71,7 +71,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class GateConfig:
     units: list[Unit] = opt([], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, ffn_sublayers, "
-                            "layers; empty: ffn in the shape `per_layer_ffn`, else kv_groups and ffn.")  # fmt: skip
+                            "layers, experts; empty: ffn in the shape `per_layer_ffn`, else kv_groups and "
+                            "ffn.")  # fmt: skip
     shape: Shape = opt(
         "per_layer_ffn", "`per_layer_ffn`: the same attention in each layer that has one, an FFN width of its own; "
         "`uniform`: the same counts in every layer, a stock architecture; `per_layer`: free counts."

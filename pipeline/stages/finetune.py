@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nuteprune.config import Config, ConfigError, Projection
+from nuteprune.config import Config, ConfigError
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
@@ -71,7 +71,7 @@ def settings(config: Config, trained: Run) -> Config:
         train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
                       micro_batch=tune.micro_batch, lora_lr=tune.lr),
         loss=replace(config.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
-        lora=replace(old.lora, targets=list(get_args(Projection)), rank=rank,
+        lora=replace(old.lora, targets=list(read_config(old.model.path)[1].lora_targets), rank=rank,
                      alpha=rank * old.lora.alpha / old.lora.rank),
         teacher=replace(old.teacher, mode="intact" if tune.distill else "none"),
         gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
@@ -159,4 +159,4 @@ class Finetuning(FixedGates):
             "skipped_steps": self.bad_total,
         }
         lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
-        return save_tuned(Path(config.run_dir), config, self.trained, gates, lora, facts)
+        return save_tuned(Path(config.run_dir), config, self.trained, self.model.spec, gates, lora, facts)

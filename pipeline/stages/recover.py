@@ -137,4 +137,4 @@ class Recovering(FixedGates):
             "skipped_steps": self.bad_total,
         }
         lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
-        return save_tuned(Path(config.run_dir), config, self.trained, gates, lora, facts)
+        return save_tuned(Path(config.run_dir), config, self.trained, self.model.spec, gates, lora, facts)
