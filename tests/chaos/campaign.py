@@ -2,7 +2,7 @@
 
 Each trial starts from a cached state, suffers one fault, and is started again by the same command. It is recovered
 where the result is that of an undisturbed run bit for bit, or where one clear line says why there is none. A fault that
-comes after the stage has ended is drawn anew, and not counted if it comes too late again and again. Trials are chosen by
+comes after the stage's end is drawn anew, and not counted if it comes too late again and again. Trials are chosen by
 the seed; what is in WORK/results-*.jsonl is not tried again, so a campaign that was cut short goes on.
 """
 
