@@ -169,14 +169,13 @@ class Campaign:
         """A full disk, or a directory that cannot be written from the start or from a moment on."""
         course = self.course
         state = self.some_state(trial, stage, rng)
-        size = sum(-(-p.stat().st_size // PAGE) + 1 for p in state.rglob("*"))
-        need = sum(-(-p.stat().st_size // PAGE) + 1 for p in course.reference(stage).rglob("*"))
+        grows = pages(course.reference(stage)) - pages(state)
         mount("-t", "tmpfs", "-o", "size=256m", "tmpfs", str(course.live))
         course.restore(state)
         if trial.fault == "full disk":
-            pages = size + rng.randint(1, max(2, need - size))
-            mount("-o", f"remount,size={pages * PAGE}", str(course.live))
-            trial.what += f", {(pages - size) * PAGE // 1024} KB free"
+            disk, free = os.statvfs(course.live), rng.randint(1, max(2, grows))
+            mount("-o", f"remount,size={(disk.f_blocks - disk.f_bfree + free) * PAGE}", str(course.live))
+            trial.what += f", {free * PAGE // 1024} KB free"
             ended = course.start(stage)
             mount("-o", "remount,size=256m", str(course.live))
             return replace(ended, struck=any(ended.codes))
@@ -224,6 +223,11 @@ class Campaign:
         for name, ended in (("disturbed", disturbed), ("again", again)):
             if ended:
                 (target / f"{name}.log").write_text(f"{ended.codes}\n{ended.text}")
+
+
+def pages(directory: Path) -> int:
+    """Memory pages that the files below a directory take in a tmpfs."""
+    return sum(-(-path.stat().st_size // PAGE) for path in directory.rglob("*") if path.is_file())
 
 
 def table(trials: list[Trial], stages: tuple[str, ...]) -> str:

@@ -102,11 +102,13 @@ def matmuls(dtype: torch.dtype, variant: str, rank: int) -> None:
     """Forward and dx, in every tile size that could be chosen."""
     forward = operand(dtype, variant, rank)
     for name, op in (("y", forward), ("dx", forward.transposed(forward.x.new_empty(M, N)))):
-        y, u = launch.empty_outputs(op)
+        y, u = launch.empty_output(op), launch.empty_u(op, lasting=True)
         for capability in CARDS:
             for config in tuning.options(dtype, launch.scattered(op), capability):
-                call = launch.matmul_call(op, u, y, launch.fuses_u(op), config)
-                report(f"{name} {dtype} {variant} r{rank} {tuple(config)}", capability, triton_kernels.matmul, *call)
+                for add in (False, True) if name == "dx" else (False,):
+                    call = launch.matmul_call(op, u, y, launch.fuses_u(op), config, add)
+                    label = f"{name} {dtype} {variant} r{rank} {tuple(config)}{' onto' * add}"
+                    report(label, capability, triton_kernels.matmul, *call)
 
 
 def small_kernels(dtype: torch.dtype, variant: str) -> None:
@@ -121,7 +123,7 @@ def small_kernels(dtype: torch.dtype, variant: str) -> None:
         sums, n = positional[3:5], positional[7]
         outputs = (torch.empty(64, K, device="meta"), None if op.in_gate is None else torch.empty(K, device="meta"))
         call = (*sums, op.in_gate, op.keep_in, *outputs, n, 64, 4, 1.0, 1, K)
-        options = {name: keywords[name] for name in ("RANK", "BC")}
+        options = {name: keywords[name] for name in ("RANK", "BC")} | {"ADD": True}
         report(f"finish {dtype} {variant}", capability, triton_kernels.finish_reduce, call, options)
 
 
