@@ -102,9 +102,12 @@ class Course:
         found += [Stage("finetune", n, tune, "finetune/tuned", "finetune/metrics.jsonl") for n in (1, 2, 4)]
         return [*found, Stage("export", 1, export, "export"), Stage("ladder", 1, ladder, "ladder")]
 
-    def prepare(self) -> None:
-        """Make the inputs, the undisturbed results and the states that faults start from; what is there is kept."""
-        file = self.work / "counts.json"
+    def prepare(self) -> bool:
+        """Make the inputs, the undisturbed results and the states that faults start from; returns whether any were.
+
+        What is there is kept.
+        """
+        file, made = self.work / "counts.json", False
         if file.is_file():
             self.counts = json.loads(file.read_text())
         if not (self.work / "inputs").is_dir():
@@ -119,6 +122,8 @@ class Course:
                 self._reference(stage)
                 self._halves(stage)
                 file.write_text(json.dumps(self.counts))
+                made = True
+        return made
 
     def _inputs(self, directory: Path, seed: int) -> None:
         shutil.rmtree(directory, ignore_errors=True)
