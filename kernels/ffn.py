@@ -30,8 +30,8 @@ def _opened(gate: Tensor, up: Tensor, gelu: bool, out: Tensor) -> Tensor:
 class GatedFfn(torch.autograd.Function):
     """y = P_down(h), h = act(P_gate(x))⊙P_up(x), with P the projections of `MaskedLoraLinears`.
 
-    With dh from P_down: d_gate = dh⊙up⊙act'(gate) and d_up = dh⊙act(gate) go on through P_gate and P_up; their shares of
-    dx are added. Saved: x, gate, up, h, and for each projection what `MaskedLoraLinears` saves.
+    With dh from P_down: d_gate = dh⊙up⊙act'(gate) and d_up = dh⊙act(gate) go on through P_gate and P_up; what they give
+    to dx is added. Saved: x, gate, up, h, and for each projection what `MaskedLoraLinears` saves.
 
     Arguments: x, whether act is GELU (tanh) rather than SiLU, then 11 for each of gate, up and down.
     """

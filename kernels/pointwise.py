@@ -16,7 +16,7 @@ def _add(a, b):
 
 @triton.jit
 def _tile(M, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows [ROWS, 1] of this program (64 bits wide: rows times features can pass 2³¹), columns [1, BLOCK], what is in."""
+    """Rows [ROWS, 1] of a program (64 bits wide: rows times features can pass 2³¹), columns [1, BLOCK], which exist."""
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     return rows, cols, (rows < M) & (cols < D)
@@ -26,7 +26,7 @@ def _tile(M, D, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 def rms_norm(
     x, weight, y, M, D, eps, offset, stride_x, ROUND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """y = (weight + offset)⊙x̂, x̂ = x / sqrt(mean(x²) + eps), over rows of D; ROUND: x̂ to y's type before the product."""
+    """y = (weight + offset)⊙x̂, x̂ = x / sqrt(mean(x²) + eps), over rows of D; ROUND: x̂ to y's type in between."""
     rows, cols, ok = _tile(M, D, ROWS, BLOCK)
     tile = tl.load(x + (rows * stride_x + cols), mask=ok, other=0.0).to(tl.float32)
     mean = tl.reduce(tile * tile, 1, _add)[:, None] / D
@@ -103,7 +103,7 @@ def _activation(x, GELU: tl.constexpr):
         tanh = 1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)
         slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
         return 0.5 * x * (1.0 + tanh), 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * slope
-    else:  # noqa: RET505 - triton compiles only one of the two
+    else:  # triton compiles only one of the two
         sigmoid = 1.0 / (1.0 + tl.exp(-x))
         return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))
 
@@ -168,7 +168,8 @@ def distance_backward(
     rows, cols, ok = _tile(M, D, ROWS, BLOCK)
     s = tl.load(student + (rows * stride_s + cols), mask=ok, other=0.0).to(tl.float32)
     t = tl.load(teacher + (rows * stride_t + cols), mask=ok, other=0.0).to(tl.float32)
-    factor = tl.load(grad + rows * stride_g, mask=rows < M, other=0.0) * tl.load(scales + rows, mask=rows < M, other=0.0)
+    factor = tl.load(grad + rows * stride_g, mask=rows < M, other=0.0)
+    factor *= tl.load(scales + rows, mask=rows < M, other=0.0)
     d = (s - t) * factor
     if gate is not None:
         kept = tl.load(gate + cols, mask=cols < D, other=0.0).to(tl.float32) != 0.0

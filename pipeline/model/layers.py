@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nuteprune.arch import ATTENTION, FFN, ArchSpec, projections
 from nuteprune.config import LoraConfig
-from nuteprune.kernels.api import known_lists
+from nuteprune.kernels.api import known_lists, known_lists_together
 from nuteprune.masks import Gates
 from nuteprune.model import structure
 
@@ -100,10 +100,30 @@ class MaskedLoRALinear(nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.state = ProjectionState()
+        self.beside: tuple[MaskedLoRALinear, ...] = ()
+        self._ready: tuple[Tensor, Tensor] | None = None
+        """An input and what comes of it, computed with that of the projection before."""
+
+    @property
+    def operands(self) -> tuple:
+        """The arguments of `kernels.api.known_lists` behind x."""
+        return self.weight, self.bias, *self.state.operands
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] (or its kept columns) to [..., N] (or the kept rows)."""
-        return known_lists(x, self.weight, self.bias, *self.state.operands)
+        """x [..., K] (or its kept columns) to [..., N] (or the kept rows).
+
+        With projections `beside` it, which are called next and with the same x, theirs is computed too.
+        """
+        ready, self._ready = self._ready, None
+        if ready is not None and ready[0] is x:
+            return ready[1]
+        if self.beside:
+            outputs = known_lists_together(x, [self.operands, *(module.operands for module in self.beside)])
+            if outputs is not None:
+                for module, y in zip(self.beside, outputs[1:], strict=True):
+                    module._ready = (x, y)
+                return outputs[0]
+        return known_lists(x, *self.operands)
 
 
 class WidthNorm(nn.Module):
@@ -155,6 +175,8 @@ def install(layers: nn.ModuleList, spec: ArchSpec) -> None:
     for layer in layers:
         for owner, attribute in projections(layer).values():
             setattr(owner, attribute, MaskedLoRALinear(getattr(owner, attribute)))
+        query, *others = (getattr(*projections(layer)[name]) for name in ATTENTION[:3])
+        query.beside = tuple(others)
         for name in spec.norms_behind:
             setattr(layer, name, GatedNorm(getattr(layer, name)))
         if spec.qk_norm == "width":

@@ -173,7 +173,7 @@ def test_full_disk_while_a_tokenizer_is_saved_is_one_line(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], check=True)
     try:
         with (
-            pytest.raises(ConfigError, match="No space left on device.*what was saved before is intact"),
+            pytest.raises(ConfigError, match=r"No space left on device.*what was saved before is intact"),
             atomic_directory(disk / "export") as directory,
         ):
             tiny_tokenizer().save_pretrained(directory)
