@@ -18,63 +18,52 @@ FUSED_RANK = 16  # up to here u = xAᵀ rides along in the matmul (1/8 of a 128-
 REDUCE_PROGRAMS = 512  # about four a multiprocessor on the cards aimed at; a constant keeps sums equal across cards
 
 
-class Operand(NamedTuple):
+class Operand:
     """One masked LoRA product: x [M, K] or [B, M/B, K] (or the kept columns of it) with rows at equal distances.
 
     w [N, K], a [R, K] and b [N, R] have any strides; `swapped`: what is there is each one's transpose, and only the
     strides are read the other way round (a view of each would cost more than a small kernel).
+
+    Attributes:
+        tokens, outputs, rank: M, N, R (0 without LoRA).
+        kept: (n, k).
+        w_strides: of w along its outputs and its inputs.
     """
 
-    x: Tensor
-    w: Tensor
-    bias: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
-    in_gate: Tensor | None
-    out_gate: Tensor | None
-    keep_in: Tensor | None
-    keep_out: Tensor | None
-    scaling: float
-    compact_in: bool
-    compact_out: bool
-    swapped: bool = False
+    __slots__ = (
+        "a", "b", "bias", "compact_in", "compact_out", "in_gate", "keep_in", "keep_out", "kept", "out_gate", "outputs",
+        "rank", "scaling", "swapped", "tokens", "w", "w_strides", "x",
+    )  # fmt: skip
 
-    @property
-    def outputs(self) -> int:
-        """N"""
-        return self.w.shape[1 if self.swapped else 0]
+    def __init__(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, in_gate: Tensor | None,
+        out_gate: Tensor | None, keep_in: Tensor | None, keep_out: Tensor | None, scaling: float, compact_in: bool,
+        compact_out: bool, swapped: bool = False,
+    ):  # fmt: skip
+        self.x, self.w, self.bias, self.a, self.b = x, w, bias, a, b
+        self.in_gate, self.out_gate, self.keep_in, self.keep_out = in_gate, out_gate, keep_in, keep_out
+        self.scaling, self.compact_in, self.compact_out, self.swapped = scaling, compact_in, compact_out, swapped
+        n, k = w.shape[::-1] if swapped else w.shape
+        self.tokens, self.outputs = tokens(x), n
+        self.rank = 0 if a is None else a.shape[1 if swapped else 0]
+        self.kept = (n if keep_out is None else keep_out.shape[0], k if keep_in is None else keep_in.shape[0])
+        self.w_strides = self.strides(w)
 
-    @property
-    def kept(self) -> tuple[int, int]:
-        """(n, k)"""
-        n, k = self.w.shape[::-1] if self.swapped else self.w.shape
-        keep_in, keep_out = self.keep_in, self.keep_out
-        return n if keep_out is None else keep_out.shape[0], k if keep_in is None else keep_in.shape[0]
-
-    @property
-    def w_strides(self) -> tuple[int, int]:
-        """Strides of w along its outputs and its inputs."""
-        return self.strides(self.w)
-
-    @property
-    def tokens(self) -> int:
-        """M"""
-        return tokens(self.x)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.a is None else self.a.shape[1 if self.swapped else 0]
-
-    def strides(self, matrix: Tensor) -> tuple[int, int]:
+    def strides(self, matrix: Tensor) -> tuple[int, ...]:
         """Strides of w, a or b as the product reads it."""
-        first, second = matrix.stride()
-        return (second, first) if self.swapped else (first, second)
+        strides = matrix.stride()
+        return strides[::-1] if self.swapped else strides
 
     def transposed(self, grad: Tensor) -> "Operand":
         """The product that gives dx from `grad` [M, N]: same expression, roles of inputs and outputs swapped."""
-        gates, keeps = (self.out_gate, self.in_gate), (self.keep_out, self.keep_in)
-        options = self.scaling, self.compact_out, self.compact_in, not self.swapped
-        return Operand(grad, self.w, None, self.b, self.a, *gates, *keeps, *options)
+        return Operand(grad, self.w, None, self.b, self.a, self.out_gate, self.in_gate, self.keep_out, self.keep_in,
+                       self.scaling, self.compact_out, self.compact_in, not self.swapped)  # fmt: skip
+
+    def skinny(self) -> "Operand":
+        """u = (x⊙m_in)Aᵀ as a product without LoRA: A in W's place."""
+        assert self.a is not None
+        return Operand(self.x, self.a, None, None, None, self.in_gate, None, self.keep_in, None, self.scaling,
+                       self.compact_in, True, self.swapped)  # fmt: skip
 
 
 def tokens(x: Tensor) -> int:
@@ -89,9 +78,12 @@ def in_rows(x: Tensor) -> Tensor:
     return rows(x)
 
 
+_NO_CARD = nullcontext()
+
+
 def guard(x: Tensor):
     """Makes x's card current for a launch."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda else _NO_CARD
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -114,11 +106,12 @@ def workspace(x: Tensor, name: str, numel: int, dtype: torch.dtype, shape: tuple
 
     Without `shape` it is flat, and may be longer than asked for.
     """
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    place = (name, x.device, stream, dtype, shape)
+    device = x.device
+    stream = torch.cuda.current_stream(device).cuda_stream if x.is_cuda else 0
+    place = (name, device, stream, dtype, shape)
     memory = _workspaces.get(place)
     if memory is None or memory.numel() < numel:
-        memory = _workspaces[place] = torch.empty(shape or bucket(numel), dtype=dtype, device=x.device)
+        memory = _workspaces[place] = torch.empty(shape or bucket(numel), dtype=dtype, device=device)
     return memory
 
 
@@ -184,15 +177,10 @@ def _launch(op: Operand, u: Tensor | None, y: Tensor, fuse_u: bool, config: Conf
         triton_kernels.matmul[(programs(op, config),)](*positional, **keywords)
 
 
-def skinny_operand(op: Operand) -> Operand:
-    """u = (x⊙m_in)Aᵀ as a product without LoRA: A in W's place."""
-    return op._replace(w=op.a, bias=None, a=None, b=None, out_gate=None, keep_out=None, compact_out=True)
-
-
 def skinny(op: Operand, u: Tensor) -> Tensor:
     """u = (x⊙m_in)Aᵀ [M, R] in a launch of its own, into `u`."""
     if u.numel():
-        _launch(skinny_operand(op), None, u, False, tuning.skinny(padded(op.rank), op.x.dtype))
+        _launch(op.skinny(), None, u, False, tuning.skinny(padded(op.rank), op.x.dtype))
     return u
 
 

@@ -161,7 +161,7 @@ def stubbed_launches() -> Iterator[None]:
         del os.environ["NUTEPRUNE_KERNELS"]
 
 
-def trainer(layers: int, phase: str, batch: int = 1) -> Pruning:
+def trainer(layers: int, phase: str, batch: int = 1, dtype: str = "bfloat16") -> Pruning:
     """The prune stage of a tiny random model, at the first step of a phase, taught by a snapshot."""
     torch.manual_seed(0)
     hf_model = AutoModelForCausalLM.from_config(
@@ -175,10 +175,10 @@ def trainer(layers: int, phase: str, batch: int = 1) -> Pruning:
             max_position_embeddings=64,
             tie_word_embeddings=False,
         )
-    ).bfloat16()
+    ).to(getattr(torch, dtype))
     spec = read_spec(hf_model.config)
     config = load_config(None, [
-        f"train.steps={STEPS}", f"train.batch_size={batch}", "train.micro_batch=1", "model.dtype=bfloat16",
+        f"train.steps={STEPS}", f"train.batch_size={batch}", "train.micro_batch=1", f"model.dtype={dtype}",
         "sparsity.target=0.5", "gates.ffn_multiple=1", "data.seq_len=16", "tracking.progress=false",
     ])  # fmt: skip
     model = PairedModel(hf_model, spec, config.lora)
@@ -213,8 +213,12 @@ def counts(layers: int, phase: str, batch: int = 1) -> Counts:
 
 
 def cpu_seconds(layers: int, phase: str, steps: int = 7) -> float:
-    """Median CPU time of a step of one micro-batch."""
-    made, times = trainer(layers, phase), []
+    """Median CPU time of a step of one micro-batch.
+
+    In float32: attention is computed, which a card would do, and its backward pass alone takes a CPU 2 ms a layer in
+    bfloat16.
+    """
+    made, times = trainer(layers, phase, dtype="float32"), []
     with stubbed_launches():
         for _ in range(steps + 3):
             began = time.process_time()

@@ -175,14 +175,33 @@ def install(layers: nn.ModuleList, spec: ArchSpec) -> None:
     for layer in layers:
         for owner, attribute in projections(layer).values():
             setattr(owner, attribute, MaskedLoRALinear(getattr(owner, attribute)))
-        query, *others = (getattr(*projections(layer)[name]) for name in ATTENTION[:3])
-        query.beside = tuple(others)
         for name in spec.norms_behind:
             setattr(layer, name, GatedNorm(getattr(layer, name)))
         if spec.qk_norm == "width":
             attention = layer.self_attn
             for norm, name in _WIDTH_NORMS.items():
                 setattr(attention, norm, WidthNorm(getattr(attention, norm), getattr(attention, name).out_features))
+        layer.seats = seats = _seats(layer)
+        query, *others = (seats.projections[name] for name in ATTENTION[:3])
+        query.beside = tuple(others)
+
+
+@dataclass(frozen=True)
+class _Seats:
+    """Where a decoder layer takes up a view: its projections by name, and the norms that know of gates."""
+
+    projections: dict[str, MaskedLoRALinear]
+    width_norms: list[tuple[WidthNorm, str]]
+    gated_norms: list[GatedNorm]
+
+
+def _seats(layer: nn.Module) -> _Seats:
+    width_norms = [(getattr(layer.self_attn, norm, None), name) for norm, name in _WIDTH_NORMS.items()]
+    return _Seats(
+        {name: getattr(owner, attribute) for name, (owner, attribute) in projections(layer).items()},
+        [(norm, name) for norm, name in width_norms if isinstance(norm, WidthNorm)],
+        [module for module in layer.children() if isinstance(module, GatedNorm)],
+    )
 
 
 def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.device) -> LoraParameters:
@@ -201,15 +220,15 @@ def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.de
 
 def activate(layer: nn.Module, view: LayerView) -> None:
     """Make a decoder layer compute as `view` from now on: attribute swaps only."""
-    for name, (owner, attribute) in projections(layer).items():
-        getattr(owner, attribute).state = view.states[name]
-    layer.self_attn.num_key_value_groups = view.group_size
-    layer.self_attn.kv_index = view.kv_index
-    for norm, name in _WIDTH_NORMS.items():
-        if isinstance(module := getattr(layer.self_attn, norm, None), WidthNorm):
-            module.keep = view.states[name].keep_out
-    for module, gate in zip((m for m in layer.children() if isinstance(m, GatedNorm)), view.behind, strict=False):
-        module.gate = gate
+    seats: _Seats = layer.seats
+    for name, module in seats.projections.items():
+        module.state = view.states[name]
+    attention = layer.self_attn
+    attention.num_key_value_groups, attention.kv_index = view.group_size, view.kv_index
+    for norm, name in seats.width_norms:
+        norm.keep = view.states[name].keep_out
+    for norm, gate in zip(seats.gated_norms, view.behind, strict=False):
+        norm.gate = gate
 
 
 def build_view(

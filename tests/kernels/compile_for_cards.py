@@ -116,7 +116,7 @@ def small_kernels(dtype: torch.dtype, variant: str) -> None:
     op = operand(dtype, variant, rank=64)
     u = op.x.new_empty(M, 64)
     for capability in CARDS:
-        call = launch.matmul_call(launch.skinny_operand(op), None, u, False, tuning.skinny(64, dtype))
+        call = launch.matmul_call(op.skinny(), None, u, False, tuning.skinny(64, dtype))
         report(f"skinny {dtype} {variant}", capability, triton_kernels.matmul, *call)
         _, positional, keywords = launch.reduce_call(op.x, u, op.x, op.keep_in, op.compact_in)
         report(f"reduce {dtype} {variant}", capability, triton_kernels.column_reduce, positional, keywords)
