@@ -148,8 +148,8 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
             "use export.shape=per_layer, or leave `hidden` out of gates.units"
         )
     if fold.spec.family == "qwen2" and heads * fold.spec.head_dim != hidden:
-        log.warning("vLLM's Qwen2 has no head size of its own but takes hidden size / heads, %d / %d here and not %d: for "
-                    "vLLM use export.shape=per_layer_ffn and install nuteprune there", hidden, heads,
+        log.warning("vLLM's Qwen2 has no head size of its own but takes hidden size / heads, %d / %d here and not %d: "
+                    "for vLLM use export.shape=per_layer_ffn and install nuteprune there", hidden, heads,
                     fold.spec.head_dim)  # fmt: skip
     small_class = family_of(base).small_class
     cls = getattr(transformers, small_class(base, hidden, heads)) if small_class else type(base)
