@@ -18,7 +18,7 @@ from nuteprune.stages import export
 SIZES = {
     "llama": {"hidden_size": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
     "mistral": {"sliding_window": 32},
-    "qwen2": {"use_sliding_window": False, "sliding_window": None},
+    "qwen2": {"use_sliding_window": False, "sliding_window": None, "hidden_size": 192},
     "qwen3": {"attention_bias": False},
 }
 HEAD_DIM = 32
@@ -27,7 +27,9 @@ HEAD_DIM = 32
 
 def gates(spec, shape):
     """Some units of every kind removed; in the per-layer shapes also sublayers, but not the first attention."""
-    chosen = some_gates(spec, shape, hidden=40, empty=False)
+    # Of a uniform Qwen2 vLLM takes hidden size / heads, four here, for the head size.
+    hidden = 4 * HEAD_DIM if (spec.family, shape) == ("qwen2", "uniform") else 40
+    chosen = some_gates(spec, shape, hidden=hidden, empty=False)
     if shape != "uniform":
         chosen.attn_sublayers[[1, 3]] = 0
         chosen.ffn_sublayers[[2, 3]] = 0
@@ -41,7 +43,7 @@ def main():
         for shape in SHAPES:
             place = Path(folder) / f"{family}-{shape}"
             place.mkdir(parents=True)
-            base = base_model(family, head_dim=HEAD_DIM, rms_norm_eps=1e-3, **SIZES[family])
+            base = base_model(family, head_dim=HEAD_DIM, rms_norm_eps=1e-3, **SIZES.get(family, {}))
             asked = {"gates.shape": shape, "export.output": place / "export", **dict(s.split("=") for s in settings)}
             config, *_ = trained(place, family, lambda s, k=shape: gates(s, k), base=base, **asked)
             try:
