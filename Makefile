@@ -84,17 +84,16 @@ check-vllm: $(call HAVE,config.json) $(VLLM) ## hold exports in vLLM's CPU build
 	.venv-vllm/bin/python tests/serving/vllm_alone.py $(CHECKED)
 
 check-llamacpp: $(call HAVE,model.gguf) $(VENV) ## hold model.gguf (--gguf f32) in llama.cpp against transformers; EXPORT=DIR as for check-vllm
-	$(PYTHON) -m venv .venv-llamacpp
-	.venv-llamacpp/bin/pip install --quiet --target .venv-llamacpp/lib $(LLAMACPP)
-	PYTHONPATH=.venv-llamacpp/lib $(BIN)/python tests/serving/llamacpp_alone.py $(CHECKED)
+	test -d .venv-llamacpp/$(LLAMACPP) || $(BIN)/pip install --quiet --target .venv-llamacpp/$(LLAMACPP) $(LLAMACPP)
+	PYTHONPATH=.venv-llamacpp/$(LLAMACPP) $(BIN)/python tests/serving/llamacpp_alone.py $(CHECKED)
 
 check-transformers: $(call HAVE,config.json) $(VENV) ## load exports and generate under several versions of transformers; TRANSFORMERS="5.16.1 5.24.0"
-	rm -f .check-reference.pt
-	for version in $(TRANSFORMERS); do \
-		$(BIN)/pip install --quiet --upgrade --target .venv-transformers/$$version transformers==$$version || exit 1; \
-		PYTHONPATH=.venv-transformers/$$version $(BIN)/python -P tests/serving/transformers_alone.py .check-reference.pt \
-			$(CHECKED) || exit 1; \
-	done
+	reference=$$(mktemp -d) && for version in $(TRANSFORMERS); do \
+		test -d .venv-transformers/$$version || $(BIN)/pip install --quiet --target .venv-transformers/$$version \
+			transformers==$$version || exit 1; \
+		PYTHONPATH=.venv-transformers/$$version $(BIN)/python -P tests/serving/transformers_alone.py \
+			$$reference/logits.pt $(CHECKED) || exit 1; \
+	done; rm -r $$reference
 
 docs: $(VENV) ## write docs/configuration.md anew from the settings' fields
 	$(BIN)/python -m nuteprune.config.reference > docs/configuration.md
