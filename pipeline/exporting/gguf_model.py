@@ -7,6 +7,7 @@ take its biases. All others: `gguf_families.py`. Read in llama.cpp's `src/models
 - the head size is taken from the file only if the first layer has attention;
 - a layer without FFN loses its attention, and as the last one breaks the output.
 So what llama.cpp would get wrong is written as a sublayer of zeros, the smallest there is: the same function.
+FFN widths are filled up with units of zeros to whole blocks, for its kernels are slow on other rows and q8_0 has none.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ TYPES = {
 }
 """Of matrices, by the values of export.gguf; vectors stay float32."""
 WITHOUT = "export without export.gguf"
-ZERO_WIDTH = 32
-"""FFN units of a sublayer of zeros: one block of q8_0."""
+BLOCK = 32
+"""FFN widths are multiples of it: one block of q8_0."""
 
 
 def gguf_architecture(spec: ArchSpec, shape: str, config: PreTrainedConfig) -> str:
@@ -144,7 +145,7 @@ def _layers(config: PreTrainedConfig) -> list[_Layer]:
     layers = []
     for index, (groups, ffn) in enumerate(sizes):
         heads = groups or ([1] if index == 0 or o_bias else [])
-        width = ffn or (ZERO_WIDTH if heads or index == len(sizes) - 1 or down_bias else 0)
+        width = -(-ffn // BLOCK) * BLOCK or (BLOCK if heads or index == len(sizes) - 1 or down_bias else 0)
         layers.append(_Layer(heads, width, not groups, not ffn))
     return layers
 
@@ -225,7 +226,16 @@ def _tensors(
             if projection != "v_proj" and architecture in NEIGHBOURS:
                 rows = rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
             tensor = rows.flatten(0, 1)
+        elif projection in ("gate_proj", "up_proj") or key.endswith("down_proj.weight"):
+            tensor = _filled_up(tensor, layers[int(parts[2])].ffn, -1 if projection == "down_proj" else 0)
         yield names.get_name(key, try_suffixes=(".weight", ".bias")), tensor
+
+
+def _filled_up(tensor: Tensor, width: int, dim: int) -> Tensor:
+    """The tensor with zeros up to a width in one dimension."""
+    shape = list(tensor.shape)
+    shape[dim] = width - shape[dim]
+    return torch.cat((tensor, tensor.new_zeros(shape)), dim)
 
 
 def _zeros(state: Mapping[str, Tensor], config: PreTrainedConfig, layers: list[_Layer]) -> dict[str, Tensor]:
