@@ -114,9 +114,11 @@ class MaskedLoRALinear(nn.Module):
 
         With projections `beside` it, which are called next and with the same x, theirs is computed too.
         """
-        ready, self._ready = self._ready, None
-        if ready is not None and ready[0] is x:
-            return ready[1]
+        ready = self._ready
+        if ready is not None:
+            self._ready = None
+            if ready[0] is x:
+                return ready[1]
         if self.beside:
             outputs = known_lists_together(x, [self.operands, *(module.operands for module in self.beside)])
             if outputs is not None:
