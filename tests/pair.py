@@ -11,7 +11,7 @@ from nuteprune.masks import MaskSet
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 
-ALL_UNITS = ["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers"]
+ALL_UNITS = ["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers", "experts"]
 IDS = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3))
 
 
@@ -22,7 +22,8 @@ class Pair:
         hf = tiny_model(name).to(dtype)
         hf.set_attn_implementation(attention)
         self.spec = read_spec(hf.config)
-        self.model = PairedModel(hf, self.spec, LoraConfig(rank=3), checkpointing)
+        lora = LoraConfig(rank=3, targets=list(self.spec.lora_targets))
+        self.model = PairedModel(hf, self.spec, lora, checkpointing)
         generator = torch.Generator().manual_seed(0)
         for a, b in self.model.lora().values():
             a.data.normal_(0, 0.3, generator=generator)

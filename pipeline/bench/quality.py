@@ -27,13 +27,13 @@ from itertools import groupby, product
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from torch import LongTensor
+from torch import LongTensor, Tensor
 from transformers import PreTrainedModel
 
 from nuteprune.__main__ import quiet_libraries
 from nuteprune.config import Config, ConfigError, load_config
 from nuteprune.data.text import text_tokens
-from nuteprune.evaluation.measure import divergence, environment, perplexity
+from nuteprune.evaluation.measure import compare, environment, last_states
 from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
 from nuteprune.model.loading import load_any
@@ -130,19 +130,24 @@ class Scorer:
         self.blocks = blocks
         self.intact, tokenizer = self.load(intact)
         self.texts: dict[str, LongTensor] = {text.stem: text_tokens(text, "text", tokenizer) for text in texts}
+        self.wanted = {name: self.states(self.intact, name) for name in self.texts}
 
     def load(self, path: str) -> tuple[PreTrainedModel, object]:
         """A model on the device, in float32, and its tokenizer."""
         model, tokenizer, _ = load_any(path, load_config(None, [f"model.path={path}"]).model)
         return model.to(discover().device), tokenizer
 
+    def states(self, model: PreTrainedModel, text: str) -> Tensor:
+        """Last hidden states [blocks, T, D] of a text's first blocks."""
+        return last_states(model, self.texts[text], WINDOW, self.blocks)
+
     def score(self, path: str) -> dict:
         """`perplexity` and `kl` (nats per token, from the intact model) by text."""
         model, _ = self.load(path)
         result: dict[str, dict[str, float]] = {"perplexity": {}, "kl": {}}
         for name, tokens in self.texts.items():
-            result["perplexity"][name] = perplexity(model, tokens, WINDOW, 0, self.blocks)["perplexity"]
-            result["kl"][name] = divergence(self.intact, model, tokens, WINDOW, self.blocks)
+            own = self.states(model, name)
+            result["perplexity"][name], result["kl"][name] = compare(self.intact, self.wanted[name], model, own, tokens)
         return result
 
 

@@ -95,26 +95,45 @@ def _nll_sum(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> float:
 
 
 @torch.inference_mode()
-def divergence(
-    intact: PreTrainedModel, model: PreTrainedModel, tokens: torch.LongTensor, window: int, blocks: int
-) -> float:
-    """KL(intact ‖ model) of the next-token predictions, in nats per token, in fp32.
+def last_states(model: PreTrainedModel, tokens: torch.LongTensor, window: int, blocks: int) -> torch.Tensor:
+    """Last hidden states [blocks, T, D] of the first blocks of a text, on the CPU: all that its logits come from.
+
+    Args:
+        model: causal language model whose logits are its output matrix times these.
+        tokens: token ids `[n]` of the text.
+        window: tokens T of a block; blocks stand side by side from the start of the text.
+        blocks: how many; 0 takes all.
+    """
+    spans = _spans(len(tokens), window, window, blocks)
+    _check_head(model, tokens[:16].to(model.device))
+    ids = (tokens[None, begin:end].to(model.device) for begin, end, _ in spans)
+    return torch.cat([model.base_model(input_ids=i, use_cache=False).last_hidden_state.cpu() for i in ids])
+
+
+@torch.inference_mode()
+def compare(
+    intact: PreTrainedModel, wanted: torch.Tensor, model: PreTrainedModel, own: torch.Tensor, tokens: torch.LongTensor
+) -> tuple[float, float]:
+    """Perplexity of a model, and KL(intact ‖ model) of the next-token predictions in nats per token, in fp32.
 
     Args:
         intact, model: causal language models over the same vocabulary.
+        wanted, own: the `last_states` [blocks, T, D] of each.
         tokens: token ids `[n]` of the text.
-        window: tokens of a block; blocks stand side by side from the start of the text.
-        blocks: how many; 0 takes all.
     """
-    spans, total = _spans(len(tokens), window, window, blocks), 0.0
-    for begin, end, _ in spans:
-        ids = tokens[begin:end].to(model.device)[None]
-        hidden = [m.base_model(input_ids=ids, use_cache=False).last_hidden_state[0] for m in (intact, model)]
-        for wanted, own in zip(*(h.split(LOGIT_CHUNK) for h in hidden), strict=True):
-            pair = (m.get_output_embeddings()(h).float().log_softmax(-1) for m, h in ((intact, wanted), (model, own)))
-            p, q = pair
-            total += float(F.kl_div(q, p, reduction="sum", log_target=True))
-    return total / (len(spans) * window)
+    blocks, window, _ = own.shape
+    targets = tokens[: blocks * window].view(blocks, window)
+    nll = kl = 0.0
+    for theirs, ours, ids in zip(wanted, own, targets, strict=True):
+        for i in range(0, window, LOGIT_CHUNK):
+            p, q = (
+                m.get_output_embeddings()(h[i : i + LOGIT_CHUNK].to(m.device)).float().log_softmax(-1)
+                for m, h in ((intact, theirs), (model, ours))
+            )
+            kl += float(F.kl_div(q, p.to(q.device), reduction="sum", log_target=True))
+            following = ids[i + 1 : i + 1 + LOGIT_CHUNK].to(q.device)
+            nll += float(F.nll_loss(q[: len(following)], following, reduction="sum"))
+    return math.exp(nll / (blocks * (window - 1))), kl / (blocks * window)
 
 
 def _check_head(model: PreTrainedModel, ids: torch.Tensor) -> None:

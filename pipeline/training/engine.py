@@ -22,6 +22,7 @@ from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import lora_lr_at, settle_step
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
+from nuteprune.training.preconditioning import B_RATE, Preconditioner
 
 _GATE_MOMENTUM = 0.9
 _FIRST_SCALE, _SCALE_PATIENCE = 2.0**12, 200
@@ -87,13 +88,17 @@ class Engine:
     ):  # fmt: skip
         self.config, self.total, self.masks, self.world = config, total, masks, world
         train, gates = config.train, config.gates
-        self.lora = [p for pair in model.lora().values() for p in pair]
+        self.lora = [p for pair in model.lora().values() for p in pair]  # A, B, A, B, …
         self.alphas = list(masks.log_alpha.values())
+        scaled = train.lora_optimizer == "scaled"
+        self.precondition = Preconditioner(model.lora().values()) if scaled else None
         adamw = {"lr": train.lora_lr, "betas": (0.9, train.beta2), "weight_decay": train.weight_decay, "fused": True}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if self.lora:
             sharded = config.deepspeed and world.size > 1
-            self.optimizers["lora"] = (_sharded_adamw if sharded else torch.optim.AdamW)(self.lora, **adamw)
+            rates = (1.0, B_RATE if scaled else 1.0)
+            factors = [{"params": self.lora[i::2], "rate": rate} for i, rate in enumerate(rates)]
+            self.optimizers["lora"] = (_sharded_adamw if sharded else torch.optim.AdamW)(factors, **adamw)
         if gates.optimizer == "adam":
             self.optimizers["gates"] = torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
         else:
@@ -115,7 +120,7 @@ class Engine:
         """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
         self.world.mean(self.gradients).div_(self.scale.value)
         for group in self.optimizers["lora"].param_groups if self.lora else ():
-            group["lr"] = lora_lr_at(self.config, step, self.total)
+            group["lr"] = group["rate"] * lora_lr_at(self.config, step, self.total)
         limit = self.config.train.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.lora, limit)
         # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
@@ -124,6 +129,8 @@ class Engine:
         finite = math.isfinite(norm) and odd == 0
         self.scale.update(finite)
         if finite:
+            if self.precondition:
+                self.precondition()
             if self.config.gates.optimizer == "sgd":
                 _normalize([a.grad for a in self.alphas if a.grad is not None])
             for name, optimizer in self.optimizers.items():
@@ -146,7 +153,7 @@ class Engine:
         self.gradients.zero_()
 
 
-def _sharded_adamw(parameters: list[nn.Parameter], **options) -> torch.optim.Optimizer:
+def _sharded_adamw(parameters: list[dict], **options) -> torch.optim.Optimizer:
     """AdamW whose state is spread over the ranks: each updates its share and sends it to the others."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

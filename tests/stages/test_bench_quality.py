@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_model
 
 from nuteprune.bench import quality
-from nuteprune.evaluation.measure import divergence
+from nuteprune.evaluation.measure import compare, last_states, perplexity
 
 
 def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, tmp_path, capsys):
@@ -46,7 +46,7 @@ def test_rows_within_two_standard_errors_are_equal():
     assert math.isnan(quality.mean([1.0])[1])
 
 
-def test_divergence_is_that_of_the_definition():
+def test_divergence_and_perplexity_are_those_of_the_definition():
     intact, other = tiny_model("llama"), tiny_model("llama", seed=1)
     ids = torch.randint(300, (70,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -54,4 +54,6 @@ def test_divergence_is_that_of_the_definition():
             torch.cat([m(ids[None, i : i + 32]).logits[0] for i in (0, 32)]).log_softmax(-1) for m in (intact, other)
         )
     wanted = float((p.exp() * (p - q)).sum(-1).mean())
-    assert divergence(intact, other, ids, 32, 0) == pytest.approx(wanted, rel=1e-4)
+    states = [last_states(m, ids, 32, 0) for m in (intact, other)]
+    found = compare(intact, states[0], other, states[1], ids)
+    assert found == pytest.approx((perplexity(other, ids, 32, 0, 0)["perplexity"], wanted), rel=1e-4)

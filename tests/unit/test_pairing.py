@@ -55,8 +55,9 @@ def test_without_gates_and_lora_the_model_is_untouched(name):
         expected = hf(IDS).logits
         model = PairedModel(hf, read_spec(hf.config), LoraConfig())
         view = build_view(model.spec, None, model.lora(), model.scaling, torch.float32)
-        # A fused projection becomes several products, which round differently.
-        tolerance = {"rtol": 1e-5, "atol": 1e-5} if name.startswith("phi3") else {"rtol": 0, "atol": 0}
+        # A fused projection becomes several products, which round differently, and experts are summed in another order.
+        other = name.startswith("phi3") or model.spec.experts > 1
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if other else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(model.logits(IDS, view), expected, **tolerance)
 
 
