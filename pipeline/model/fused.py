@@ -37,7 +37,8 @@ def _fuse_ffn(block: nn.Module, layer: nn.Module) -> None:
     gelu = next((k for k, kind in _ACTIVATIONS.items() for m in block.children() if isinstance(m, kind)), None)
     if gelu is not None:
         owners = projections(layer) if block is layer.mlp else {name: (block, name) for name in FFN}
-        block.forward = _Ffn(block.forward, *(getattr(*owners[name]) for name in FFN), gelu)
+        gate, up, down = (getattr(*owners[name]) for name in FFN)
+        block.forward = _Ffn(block.forward, gate, up, down, gelu)
 
 
 def _norms(layer: nn.Module, spec: ArchSpec) -> list[nn.Module]:
