@@ -35,7 +35,8 @@ source "$cluster"
 state=$("$PYTHON" -m nuteprune status "${settings[@]}" --tsv "${overrides[@]}")
 run_dir=$(sed -n 's/^run_dir\t//p' <<<"$state")
 mapfile -t stages < <(sed -n '/^run_dir\t/d; s/\t.*//p' <<<"$state")
-[[ -z $from || " ${stages[*]} " == *" $from "* ]] || die "--from $from: this run has the stages ${stages[*]}"
+kinds=("${stages[@]%%-*}") # recover-0.1 is a rung of recover's
+[[ -z $from || " ${stages[*]} ${kinds[*]} " == *" $from "* ]] || die "--from $from: this run has the stages ${stages[*]}"
 
 # setting STAGE NAME DEFAULT: the cluster file's STAGE_NAME.
 setting() {
@@ -56,9 +57,11 @@ plan() {
     overrides=()
 }
 
-# resources STAGE: sbatch's flags for it, in $flags.
+# resources STAGE: sbatch's flags for it, in $flags. Training stages have all ranks; recover has what prune has.
 resources() {
-    local stage=$1 gpus tasks=1 time extra="${1^^}_FLAGS[@]"
+    local stage=$1 gpus tasks=1 time extra
+    [[ $stage == recover ]] && stage=prune
+    extra="${stage^^}_FLAGS[@]"
     gpus=$(setting "$stage" GPUS 0)
     time=$(setting "$stage" TIME "")
     if [[ ! $time && $stage == prune && $planned ]]; then time=$planned:00:00; fi
@@ -113,10 +116,13 @@ if [[ ! $from ]]; then
     first=${first:-${stages[0]}}
 fi
 
-previous='' jobs='' reached=''
+# Stages of a kind (the rungs of recover) run side by side: each waits for those of the kind before.
+waits='' group='' last='' jobs='' reached=''
 for stage in "${stages[@]}"; do
     IFS=$'\t' read -r _ status job < <(grep "^$stage"$'\t' <<<"$state")
-    if [[ $stage == "$first" ]]; then reached=1; fi
+    kind=${stage%%-*}
+    if [[ $kind == "${first%%-*}" ]]; then reached=1; fi
+    if [[ $kind != "$last" ]]; then waits=${group:-$waits} group='' last=$kind; fi
     if [[ $status == pending || $status == running ]]; then
         [[ $dry ]] || echo "$stage: job $job is $status already"
     elif [[ $status == complete && ! $from ]]; then
@@ -125,15 +131,15 @@ for stage in "${stages[@]}"; do
     elif [[ ! $reached ]]; then
         continue
     else
-        resources "$stage"
-        submit "$stage" ${previous:+--dependency="afterok:$previous"} "${flags[@]}" \
+        resources "$kind"
+        submit "$stage" ${waits:+--dependency="afterok:$waits"} "${flags[@]}" \
             "$here/stage.sbatch" "$cluster" "$stage" "$run_dir" "${settings[@]}" "${overrides[@]}"
         if [[ ! $dry ]]; then
             printf '%s\t%s\n' "$stage" "$job" >>"$run_dir/jobs.tsv"
-            echo "$stage: job $job${previous:+ after job $previous}"
+            echo "$stage: job $job${waits:+ after job ${waits//:/, }}"
         fi
     fi
-    previous=$job jobs+=${jobs:+,}$job
+    group+=${group:+:}$job jobs+=${jobs:+,}$job
 done
 
 [[ $dry || -z $jobs ]] || cat <<END

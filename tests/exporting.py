@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from nuteprune.arch import ArchSpec, read_spec
+from nuteprune.arch import PROJECTIONS, ArchSpec, read_spec
 from nuteprune.config import load_config
 from nuteprune.exporting import folding
 from nuteprune.masks import Gates, sparsity_of, unit_shape
@@ -19,9 +19,12 @@ from nuteprune.runs.rundir import save_run
 NAMES = {
     "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "granite": "Granite",
     "smollm3": "SmolLM3", "phi3": "Phi3", "olmo2": "Olmo2", "olmo3": "Olmo3", "gemma3_text": "Gemma3Text",
+    "qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral",
 }  # fmt: skip
 FAMILIES = tuple(NAMES)
 SHAPES = ("uniform", "per_layer_ffn", "per_layer")
+EXPERTS = ("qwen3_moe", "mixtral")
+FAMILY_SHAPES = [(f, s) for f in FAMILIES for s in SHAPES if s == "uniform" or f not in EXPERTS]
 VOCAB, LAYERS = 61, 4
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": LAYERS,
@@ -41,6 +44,8 @@ EXTRA = {
     "olmo2": {"attention_bias": True},
     "olmo3": {"sliding_window": 7},
     "gemma3_text": {"sliding_window": 7, "sliding_window_pattern": 3, "query_pre_attn_scalar": 9},
+    "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 5, "sliding_window": 7},
 }  # fmt: skip
 BIASED_LLAMA = {"attention_bias": True, "mlp_bias": True}
 
@@ -59,17 +64,21 @@ def base_model(family: str, tied: bool = False, seed: int = 0, **options) -> tra
 
 def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int = 37, empty: bool = True) -> Gates:
     """Gates with zeros of every kind the shape allows; `hidden` dimensions stay (an odd number by default)."""
-    if spec.hidden_divides and shape == "uniform":
-        hidden = 40  # a multiple of the four heads that stay
+    if (spec.hidden_divides or spec.experts > 1) and shape == "uniform":
+        hidden = 40  # a multiple of the four heads that stay, and of 8
     g = torch.Generator().manual_seed(1)
     heads, groups = torch.ones(unit_shape(spec, "heads")), torch.ones(unit_shape(spec, "kv_groups"))
     ffn, residual = torch.ones(unit_shape(spec, "ffn")), torch.zeros(spec.hidden)
+    experts = torch.ones(unit_shape(spec, "experts"))
     residual[torch.randperm(spec.hidden, generator=g)[:hidden]] = 1
     sublayers = {}
     for layer in range(spec.layers):
         if shape == "uniform":
             groups[layer, layer % spec.kv_heads] = 0
-            ffn[layer, torch.randperm(spec.ffn, generator=g)[:13]] = 0
+            for expert in ffn[layer].view(spec.experts, spec.ffn):
+                expert[torch.randperm(spec.ffn, generator=g)[: 13 if spec.experts == 1 else 16]] = 0
+            if spec.experts > 1:
+                experts[layer, torch.randperm(spec.experts, generator=g)[:2]] = 0
             continue
         if shape == "per_layer_ffn":
             groups[layer, layer % spec.kv_heads] = 0
@@ -84,18 +93,20 @@ def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int 
             sublayers["attn_sublayers"][[0, 3]] = 0
             sublayers["ffn_sublayers"][[2, 3]] = 0
     gates = {"heads": heads, "kv_groups": groups, "ffn": ffn, "hidden": residual, **sublayers}
+    if spec.experts > 1:
+        gates["experts"] = experts
     if fractional:
         gates = {k: z * (0.5 + 0.5 * torch.rand(z.shape, generator=g)) for k, z in gates.items()}
     return Gates(**gates)
 
 
 def random_lora(model, rank: int = 3, skip: tuple[str, ...] = ("k_proj",)) -> dict:
-    """LoRA pairs on all projections but those in `skip`."""
+    """LoRA pairs on all projections that can have them but those in `skip`."""
     g = torch.Generator().manual_seed(2)
     pairs = {}
     for index, layer in enumerate(model.model.layers):
         for name, (owner, attribute) in folding.projections(layer).items():
-            if name not in skip:
+            if name in PROJECTIONS and name not in skip:
                 n, k = getattr(owner, attribute).weight.shape
                 pairs[f"{index}.{name}"] = (
                     torch.randn(rank, k, generator=g) * 0.2, torch.randn(n, rank, generator=g) * 0.2

@@ -8,12 +8,14 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -50,6 +52,8 @@ CONFIGS = {
         "sliding_attention", "full_attention", "sliding_attention"]}),
     "gemma3": (Gemma3TextConfig, {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 30,
                                   "tie_word_embeddings": True}),
+    "qwen3_moe": (Qwen3MoeConfig, {"moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 3}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "intermediate_size": 24}),
 }  # fmt: skip
 
 

@@ -3,11 +3,24 @@
 `read_spec` is the only way in. Knows configurations of transformers and nothing else of ours; every room may call it.
 """
 
-from nuteprune.arch import gemma3_text, granite, llama, mistral, olmo2, olmo3, phi3, qwen2, qwen3, smollm3
+from nuteprune.arch import (
+    gemma3_text,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from nuteprune.arch.base import ATTENTION, FFN, FUSED, PROJECTIONS, ArchSpec, Family
 from nuteprune.arch.fused import pack, projections, split_fused, stored
 
-_MODULES = (llama, mistral, qwen2, qwen3, granite, smollm3, phi3, olmo2, olmo3, gemma3_text)
+_MODULES = (llama, mistral, qwen2, qwen3, granite, smollm3, phi3, olmo2, olmo3, gemma3_text, qwen3_moe, mixtral)
 
 FAMILIES: dict[str, Family] = {m.FAMILY.model_type: m.FAMILY for m in _MODULES}
 

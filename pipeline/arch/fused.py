@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.arch.base import ATTENTION, FFN, FUSED
+from nuteprune.arch.experts import Experts, expert_projections, stack
 
 
 def projections(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """For each of the seven projections of a decoder layer: the module that owns it and its attribute name there.
 
-    Fused ones are split first, see `split_fused`.
+    Fused ones are split first, see `split_fused`. Those of experts are named "experts.NUMBER.PROJECTION".
     """
     split_fused(layer)
-    owners = {}
-    for block, names in ((layer.self_attn, ATTENTION), (layer.mlp, FFN)):
+    experts = getattr(layer.mlp, "experts", None)
+    owners = {} if experts is None else expert_projections(experts)
+    for block, names in ((layer.self_attn, ATTENTION), (layer.mlp, FFN if experts is None else ())):
         owners.update({name: (block, name) for name in names})
         for fused, parts in FUSED.items():
             if hasattr(block, fused):
@@ -73,7 +75,10 @@ class Fused(nn.Module):
 
 
 def split_fused(layer: nn.Module) -> None:
-    """Split the fused projections of a decoder layer in place, if there are any; no weight is copied."""
+    """Split the fused projections and the stacked experts of a decoder layer in place; no weight is copied."""
+    experts = getattr(layer.mlp, "experts", None)
+    if experts is not None and not isinstance(experts, Experts):
+        layer.mlp.experts = Experts(experts)
     for block in (layer.self_attn, layer.mlp):
         for fused, names in FUSED.items():
             base = getattr(block, fused, None)
@@ -99,6 +104,8 @@ def stored(layer: nn.Module, key: str) -> tuple[str, slice]:
 def pack(state: dict[str, Tensor], layer: nn.Module) -> dict[str, Tensor]:
     """A state dict of single projections as `layer` names them: those that it fuses, below each other."""
     state = dict(state)
+    if hasattr(layer.mlp, "experts"):
+        state = stack(state)
     for block in ("self_attn", "mlp"):
         for fused, names in FUSED.items():
             if hasattr(getattr(layer, block), fused):

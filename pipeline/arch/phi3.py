@@ -13,7 +13,7 @@ def read(config) -> ArchSpec:
         refuses += [(kind, _LONG) for kind in ("heads", "kv_groups", "hidden")]
     if scaled or config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         refuses += [(shape, _STOCK) for shape in ("per_layer", "per_layer_ffn")]
-    return read_llama_like(config, refuses=tuple(refuses))
+    return read_llama_like(config, fused=True, refuses=tuple(refuses))
 
 
 FAMILY = Family("phi3", read, ragged_class="MistralConfig")

@@ -27,6 +27,7 @@ class Result:
     Attributes:
         target, sparsity: wanted and removed share of the base's prunable parameters.
         parameters, base_parameters: all parameters, tied ones once.
+        read, base_read: those of them that are read for one token; 0 where that is all of them (no experts).
         untied: parameters that untying the head added.
         difference: largest logit difference from the masked model over the largest logit, both float32.
         cast_difference: the same after the weights were cast, 0 where they stay float32.
@@ -41,19 +42,25 @@ class Result:
     difference: float
     cast_difference: float
     tokens: int
+    read: int = 0
+    base_read: int = 0
 
 
 def kept_record(run: Run, student: Student, fold: Fold, result: Result) -> dict:
     """Contents of nuteprune.json: kept indices per layer, the original sizes, what was reached, fine-tuning steps."""
     spec, kept = fold.spec, fold.kept
     by_layer = {"heads": kept.heads, "kv_groups": kept.kv_groups, "ffn": kept.ffn}
+    original = {"heads": spec.heads, "kv_heads": spec.kv_heads, "ffn": spec.ffn, "hidden": spec.hidden}
+    if spec.experts > 1:  # units of all experts are numbered one after the other
+        by_layer["experts"], original["experts"] = kept.experts, spec.experts
     return {
         "kept": {k: [t.tolist() for t in v] for k, v in by_layer.items()}
         | {"hidden": kept.hidden.tolist(), "layers": kept.layers.tolist()},
         "layers": spec.layers,
-        "original": {"heads": spec.heads, "kv_heads": spec.kv_heads, "ffn": spec.ffn, "hidden": spec.hidden},
+        "original": original,
         "sparsity": result.sparsity,
         "parameters": result.parameters,
+        **({"read_for_a_token": result.read} if result.read else {}),
         "finetuned": student.facts.get("steps", 0),
         "recovered": student.facts.get("recovered", 0),
         "base": run.config.model.path,
@@ -123,6 +130,7 @@ def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result:
         "|---|---|",
         f"| Removed share of the decoder projections | {result.sparsity:.2%} (target {result.target:.2%}) |",
         f"| Parameters | {result.parameters:,} of {result.base_parameters:,} |",
+        *([f"| Read for one token | {result.read:,} of {result.base_read:,} |"] if result.read else []),
         f"| Gated units | {', '.join(config.gates.units)} |",
         f"| Shape | `{shape}` |",
         f"| Weights | {dtype} |",
@@ -154,12 +162,15 @@ def _data_name(source: str) -> str:
 
 def _table(fold: Fold) -> list[str]:
     spec, kept = fold.spec, fold.kept
+    experts = f" Experts of {spec.experts} |" if spec.experts > 1 else ""
     lines = [
         f"{len(kept.layers)} of {spec.layers} layers, hidden size {len(kept.hidden)} of {spec.hidden}. "
         "Kept in each layer:",
         "",
-        f"| Layer | Query heads of {spec.heads} | KV heads of {spec.kv_heads} | FFN units of {spec.ffn} |",
-        "|---|---|---|---|",
+        f"| Layer | Query heads of {spec.heads} | KV heads of {spec.kv_heads} | FFN units of {spec.ffn_units} |"
+        f"{experts}",
+        "|---|---|---|---|" + ("---|" if experts else ""),
     ]
-    counts = zip(kept.heads, kept.kv_groups, kept.ffn, strict=True)
-    return lines + [f"| {i} | {len(h)} | {len(k)} | {len(f)} |" for i, (h, k, f) in enumerate(counts)]
+    columns = [kept.heads, kept.kv_groups, kept.ffn, *([kept.experts] if experts else [])]
+    rows = enumerate(zip(*columns, strict=True))
+    return lines + [f"| {' | '.join(map(str, [i, *(len(units) for units in row)]))} |" for i, row in rows]

@@ -114,7 +114,8 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
         raise ValueError(f"export.shape: {refusal}")
     kept = fold.kept.layers.tolist()
     every_group = fold.kept.heads_per_group(fold.spec)
-    groups, ffn = [every_group[i] for i in kept], [len(fold.kept.ffn[i]) for i in kept]
+    every_width, family = fold.kept.ffn_widths(fold.spec), family_of(base)
+    groups, ffn = [every_group[i] for i in kept], [max(every_width[i], default=0) for i in kept]
     values = {k: v for k, v in base.to_dict().items() if k not in _RENAMED}
     values |= {
         "num_hidden_layers": len(kept),
@@ -122,15 +123,17 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
         "num_attention_heads": max(1, *map(sum, groups)),
         "num_key_value_heads": max(1, *map(len, groups)),
         "head_dim": fold.spec.head_dim,
-        "intermediate_size": max(1, *ffn),
+        family.ffn_size: max(1, *ffn),
         "rms_norm_eps": fold.spec.norm_eps * fold.norm_scale**2,
         "tie_word_embeddings": fold.spec.tied and not fold.unties,
     }
+    if fold.spec.experts > 1:
+        values["num_local_experts"] = max(len(fold.kept.experts[i]) for i in kept)
     for name in PER_LAYER_LISTS:
         if values.get(name):
             values[name] = [values[name][i] for i in kept]
     if shape != "uniform":
-        name = family_of(base).ragged_class or type(base).__name__
+        name = family.ragged_class or type(base).__name__
         values = _of_class(values, base, getattr(transformers, name))
         stem = name.removesuffix("Config")
         values["per_layer_config"] = {i: _overrides(*sizes) for i, sizes in enumerate(zip(groups, ffn, strict=True))}
@@ -151,8 +154,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
         log.warning("vLLM's Qwen2 has no head size of its own but takes hidden size / heads, %d / %d here and not %d: "
                     "for vLLM use export.shape=per_layer_ffn and install nuteprune there", hidden, heads,
                     fold.spec.head_dim)  # fmt: skip
-    small_class = family_of(base).small_class
-    cls = getattr(transformers, small_class(base, hidden, heads)) if small_class else type(base)
+    cls = getattr(transformers, family.small_class(base, hidden, heads)) if family.small_class else type(base)
     return cls(**_of_class(values, base, cls))
 
 
@@ -234,6 +236,8 @@ def fold_layer(fold: Fold, layer: nn.Module, index: int) -> dict[str, Tensor]:
         block = "self_attn" if name in ATTENTION else "mlp"
         for part, tensor in _projection(fold, getattr(owner, attribute), name, index):
             state[f"{block}.{name}.{part}"] = tensor
+    if fold.spec.experts > 1:
+        state["mlp.gate.weight"] = layer.mlp.gate.weight.detach()[fold.kept.experts[index]][:, fold.kept.hidden].float()
     behind = fold.spec.norms_behind
     # In front of what a layer lacks nothing is normed, and vLLM's DeciLM has no such norm.
     ahead = {} if behind else {"input_layernorm": fold.kept.heads, "post_attention_layernorm": fold.kept.ffn}
@@ -268,8 +272,9 @@ def exported_parameters(model: nn.Module) -> int:
     """
     counted = 0
     for name, parameter in model.named_parameters():
-        module, _, kind = name.rpartition(".")
-        projection = module.rpartition(".")[2]
+        # Experts are stacked in one parameter that has the projection's name itself.
+        module, _, kind = name.removesuffix(".weight").rpartition(".")
+        projection = module.rpartition(".")[2] if kind == "bias" else kind
         if projection in (*PROJECTIONS, *FUSED) and not (kind == "bias" and projection in ("o_proj", "down_proj")):
             counted += parameter.numel()
     return counted
@@ -299,9 +304,10 @@ def _sides(fold: Fold, name: str, index: int) -> tuple[Tensor, Tensor, Tensor | 
     elif name in ("k_proj", "v_proj"):
         unit, gate = _expand(kept.kv_groups[index], dim), None
     else:
-        unit, gate = kept.ffn[index], fold.ffn_gate[index]
-    if name in ("o_proj", "down_proj"):
-        added = fold.added_gates[int(name == "down_proj"), index]
+        expert = int(name.split(".")[1]) if fold.spec.experts > 1 else 0
+        unit, gate = kept.ffn_of(fold.spec, index, expert), fold.ffn_gate[index].view(-1, fold.spec.ffn)[expert]
+    if name.endswith(("o_proj", "down_proj")):
+        added = fold.added_gates[int(name != "o_proj"), index]
         return kept.hidden, unit, fold.hidden_gate * (1.0 if fold.spec.norms_behind else added), gate
     # Gates act where units enter o_proj and down_proj; the residual stream arrives already gated.
     return unit, kept.hidden, None, None

@@ -1,8 +1,9 @@
 """An exported model as one GGUF file, which llama.cpp and everything built on it load.
 
-Architectures: `llama` (uniform), `deci` (layers with sizes of their own), and `qwen3` (uniform) for norms of q and k.
-Qwen2 is `qwen2` while its heads are as wide as its hidden size, which that architecture wants, and else one of the
-former two, which take its biases. Read in llama.cpp's `src/models/deci.cpp`, and held against by `make check-llamacpp`:
+Architectures of LLaMA, Mistral and Qwen2: `llama` (uniform) and `deci` (layers with sizes of their own). Qwen2 is
+`qwen2` while its heads are as wide as its hidden size, as that architecture wants, else one of the former two, which
+take its biases. All others: `gguf_families.py`. Read in llama.cpp's `src/models/deci.cpp`, and held against by
+`make check-llamacpp`:
 - the head size is taken from the file only if the first layer has attention;
 - a layer without FFN loses its attention, and as the last one breaks the output.
 So what llama.cpp would get wrong is written as a sublayer of zeros, the smallest there is: the same function.
@@ -26,6 +27,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import ConfigError
+from nuteprune.exporting.gguf_families import ARCHITECTURES, NEIGHBOURS, add_family, has_window, lacks, rope_of, single
 from nuteprune.exporting.gguf_vocab import write_vocabulary
 from nuteprune.exporting.modeling_ragged import RaggedConfig
 
@@ -39,8 +41,6 @@ TYPES = {
 }
 """Of matrices, by the values of export.gguf; vectors stay float32."""
 WITHOUT = "export without export.gguf"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Those whose tensors and settings are known here."""
 BLOCK = 32
 """FFN widths are multiples of it: one block of q8_0."""
 
@@ -51,13 +51,11 @@ def gguf_architecture(spec: ArchSpec, shape: str, config: PreTrainedConfig) -> s
     Raises:
         ConfigError: it has none, or lacks something that the model needs.
     """
-    if spec.family not in FAMILIES:
-        raise ConfigError(f"model.gguf is not written for {spec.family} (only for {', '.join(FAMILIES)}): {WITHOUT}")
-    rope = config.rope_parameters or {}
+    rope = rope_of(config)
     kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear", "yarn", "llama3") or rope.get("attention_factor") or rope.get("mscale"):
+    if kind not in ("default", "linear", "yarn", "llama3") or _scaled_anew(rope) or rope.get("mscale"):
         raise ConfigError(f"llama.cpp does not rotate positions as this model does (rope_type {kind}): {WITHOUT}")
-    if not spec.qk_norm:
+    if spec.family not in ARCHITECTURES:
         if shape != "uniform":
             return "deci"
         whole = config.num_attention_heads * config.head_dim == config.hidden_size
@@ -66,9 +64,9 @@ def gguf_architecture(spec: ArchSpec, shape: str, config: PreTrainedConfig) -> s
         raise ConfigError(
             f"llama.cpp holds {spec.family} only where all layers are alike: use export.shape=uniform, or {WITHOUT}"
         )
-    if spec.o_bias:
-        raise ConfigError(f"llama.cpp's {spec.family} has no bias on o_proj, as this model has: {WITHOUT}")
-    return spec.family
+    if lack := lacks(spec, config):
+        raise ConfigError(f"llama.cpp's {spec.family} has no {lack}, as this model has: {WITHOUT}")
+    return ARCHITECTURES[spec.family]
 
 
 def write_gguf(
@@ -160,6 +158,8 @@ def _add_sizes(writer: gguf.GGUFWriter, config: PreTrainedConfig, layers: list[_
     window = getattr(config, "sliding_window", None)
     if window and "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
         window = None
+    if has_window(config):
+        window = None
     if window and window < config.max_position_embeddings:
         log.warning("%s: llama.cpp has no sliding window here, so its context ends with the window of %d tokens",
                     FILE, window)  # fmt: skip
@@ -173,11 +173,12 @@ def _add_sizes(writer: gguf.GGUFWriter, config: PreTrainedConfig, layers: list[_
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_family(writer, config)
 
 
 def _add_rope(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     """How positions rotate; the frequencies of `llama3` are a tensor."""
-    rope = config.rope_parameters
+    rope = rope_of(config)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
     scaling = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}.get(rope["rope_type"])
@@ -192,6 +193,12 @@ def _add_rope(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
                 getattr(writer, f"add_rope_scaling_yarn_{key}")(float(rope[key]))
 
 
+def _scaled_anew(rope: dict) -> bool:
+    """Whether yarn scales attention by another factor than llama.cpp finds itself."""
+    factor = rope.get("attention_factor")
+    return bool(factor) and not math.isclose(factor, 0.1 * math.log(rope.get("factor", 1.0)) + 1, rel_tol=1e-4)
+
+
 def _rope_factors(config: PreTrainedConfig) -> Tensor:
     """By how much `llama3` slows each frequency [P/2], out of transformers' own function."""
     plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
@@ -204,10 +211,11 @@ def _tensors(
     """Names and tensors of the file, in its order."""
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, len(layers))
-    if config.rope_parameters["rope_type"] == "llama3":
+    if rope_of(config)["rope_type"] == "llama3":
         yield "rope_freqs.weight", _rope_factors(config)
-    for key, tensor in {**state, **_zeros(state, config, layers)}.items():
-        if key == "lm_head.weight" and config.tie_word_embeddings:
+    whole = {**state, **_zeros(state, config, layers)}.items()
+    for key, tensor in (part for pair in whole for part in single(*pair, config)):
+        if key == "lm_head.weight" and config.tie_word_embeddings and architecture != "olmo2":
             continue
         parts = key.split(".")
         projection = parts[-2]
@@ -215,8 +223,7 @@ def _tensors(
             layer, rows = layers[int(parts[2])], tensor.unflatten(0, (-1, config.head_dim))
             if projection != "q_proj":
                 rows = torch.stack([rows[group] for group in layer.even])
-            if projection != "v_proj" and architecture in ("llama", "deci"):
-                # llama.cpp rotates neighbours where transformers rotates halves.
+            if projection != "v_proj" and architecture in NEIGHBOURS:
                 rows = rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
             tensor = rows.flatten(0, 1)
         elif projection in ("gate_proj", "up_proj") or key.endswith("down_proj.weight"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from nuteprune.arch import ArchSpec
+from nuteprune.arch import ArchSpec, read_spec
 from nuteprune.config import Config, ConfigError
 from nuteprune.data.prepared import load_blocks
 from nuteprune.data.text import packed_blocks
@@ -36,6 +36,7 @@ from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import build_view
 from nuteprune.model.loading import load_model, load_tokenizer, read_config
 from nuteprune.model.pairing import PairedModel
+from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import Student, newest_student, open_run, shape_of
@@ -187,8 +188,14 @@ def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tens
     if untied:
         log.warning("hidden gates between 0 and 1: the output head was untied, which adds %s parameters", f"{untied:,}")
     result = Result(plan.student.target, sparsity, model.num_parameters(), before, untied, difference, cast_difference,
-                    tokens.numel())  # fmt: skip
+                    tokens.numel(), *_read(plan, model))  # fmt: skip
     return result, model
+
+
+def _read(plan: Plan, model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters that are read for a token, of the small model and of the base; zeros where that is all of them."""
+    spec = plan.fold.spec
+    return (read_parameters(read_spec(model.config)), read_parameters(spec)) if spec.experts > 1 else (0, 0)
 
 
 @torch.no_grad()

@@ -22,17 +22,18 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Counts:
-    """KV groups a layer, query heads a group, hidden dimensions, decoder layers, FFN units a layer."""
+    """KV groups a layer, query heads a group, hidden dimensions, decoder layers, experts a layer, FFN units of each."""
 
     groups: float
     heads: float
     hidden: float
     layers: float
+    experts: float
     ffn: float
 
     def distance(self, other: Counts, spec: ArchSpec) -> float:
         """Sum over all but the FFN, which makes up for the others, of the differences as shares of the intact model."""
-        pairs = zip(astuple(self)[:4], astuple(other)[:4], astuple(intact(spec))[:4], strict=True)
+        pairs = zip(astuple(self)[:-1], astuple(other)[:-1], astuple(intact(spec))[:-1], strict=True)
         return sum(abs(a - b) / whole for a, b, whole in pairs)
 
     def reach(self, spec: ArchSpec, target: float, kinds: Collection[str]) -> bool:
@@ -44,7 +45,8 @@ class Counts:
     def sparsity(self, spec: ArchSpec) -> float:
         """Removed share of the prunable parameters."""
         attention = self.groups * (self.heads * spec.head_cost(self.hidden) + spec.group_cost(self.hidden))
-        return 1 - self.layers * (attention + self.ffn * spec.ffn_cost(self.hidden)) / spec.prunable
+        ffn = self.experts * self.ffn * spec.ffn_cost(self.hidden)
+        return 1 - self.layers * (attention + ffn) / spec.prunable
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Rounding:
 
 def intact(spec: ArchSpec) -> Counts:
     """All there is."""
-    return Counts(spec.kv_heads, spec.group_size, spec.hidden, spec.layers, spec.ffn)
+    return Counts(spec.kv_heads, spec.group_size, spec.hidden, spec.layers, spec.experts, spec.ffn)
 
 
 def mean_counts(spec: ArchSpec, gates: Gates) -> Counts:
@@ -70,17 +72,18 @@ def mean_counts(spec: ArchSpec, gates: Gates) -> Counts:
     heads = head_gate.unflatten(1, (spec.kv_heads, spec.group_size)) != 0
     groups, layers = heads.any(-1).double().sum(), every_kind["layers"].double()
     with_attention = (layers * every_kind["attn_sublayers"].double()).sum().clamp(min=1)
+    experts = ((every_kind["experts"] != 0) * layers[:, None]).sum()
     return Counts(
         float(groups / with_attention), float(heads.double().sum() / groups.clamp(min=1)),
         float(every_kind["hidden"].double().sum()), float(layers.sum()),
-        float((ffn_gate != 0).double().sum() / layers.sum().clamp(min=1)),
+        float(experts / layers.sum().clamp(min=1)), float((ffn_gate != 0).double().sum() / experts.clamp(min=1)),
     )  # fmt: skip
 
 
 def whole_counts(spec: ArchSpec, gates: Gates) -> Counts:
     """The counts of a structure that is alike in all layers, as whole numbers and with the FFN left open."""
     mean = mean_counts(spec, gates)
-    return Counts(round(mean.groups), round(mean.heads), round(mean.hidden), round(mean.layers), spec.ffn)
+    return Counts(*(round(mean_count) for mean_count in astuple(mean)[:-1]), spec.ffn)
 
 
 def between(spec: ArchSpec, counts: Counts, share: float) -> Counts:
@@ -92,7 +95,8 @@ def between(spec: ArchSpec, counts: Counts, share: float) -> Counts:
 def every(spec: ArchSpec, kinds: Collection[str], near: Counts, rounding: Rounding) -> list[Counts]:
     """All numbers of groups, heads and layers, with the hidden sizes about that of `near`; FFN whole."""
     hidden = [near.hidden + i * rounding.hidden for i in (-1, 0, 1)]
-    axes = (range(1, spec.kv_heads + 1), range(1, spec.group_size + 1), hidden, range(1, spec.layers + 1))
+    axes = (range(1, spec.kv_heads + 1), range(1, spec.group_size + 1), hidden, range(1, spec.layers + 1),
+            range(spec.top_k, spec.experts + 1))  # fmt: skip
     found = _product(spec, kinds, axes, rounding)
     if not found:
         raise ConfigError(
@@ -105,23 +109,25 @@ def every(spec: ArchSpec, kinds: Collection[str], near: Counts, rounding: Roundi
 def grid(spec: ArchSpec, kinds: Collection[str], near: Counts, target: float, rounding: Rounding) -> list[Counts]:
     """A few numbers of each kind, from all to as few as would meet the target by themselves, and those of `near`."""
     shares = [1 - target * step / STEPS for step in range(STEPS + 1)]
-    wholes, own = astuple(intact(spec))[:4], astuple(near)[:4]
+    wholes, own = astuple(intact(spec))[:-1], astuple(near)[:-1]
     axes = [[*(whole * share for share in shares), mean] for whole, mean in zip(wholes, own, strict=True)]
     return _product(spec, kinds, axes, rounding)
 
 
 def _product(spec: ArchSpec, kinds: Collection[str], axes, rounding: Rounding) -> list[Counts]:
     """Every combination of the values of the axes whose kind may be removed, rounded to what the shape allows."""
-    groups, heads, hidden, layers = axes
+    groups, heads, hidden, layers, experts = axes
+    experts = [max(count, spec.top_k) for count in experts]  # the router chooses so many
     # With one query head a group (no grouped queries) head gates decide the groups.
     groups_free = "kv_groups" in kinds or ("heads" in kinds and spec.group_size == 1)
     values = (
         (groups_free, groups, rounding.parallel, spec.kv_heads), ("heads" in kinds, heads, 1, spec.group_size),
-        ("hidden" in kinds, hidden, rounding.hidden, spec.hidden), ("layers" in kinds, layers, 1, spec.layers),
+        ("hidden" in kinds, hidden, math.lcm(rounding.hidden, spec.aligned), spec.hidden),
+        ("layers" in kinds, layers, 1, spec.layers), ("experts" in kinds, experts, 1, spec.experts),
     )  # fmt: skip
     rounded = [sorted({round_to(v, multiple, most) for v in axis} if free else {most}) for free, axis, multiple, most
                in values]  # fmt: skip
-    found = [Counts(k, q, d, depth, spec.ffn) for k, q, d, depth in product(*rounded)]
+    found = [Counts(*counts, spec.ffn) for counts in product(*rounded)]
     if spec.hidden_divides:  # its stock configuration refuses other sizes, but for those it has
         own = astuple(intact(spec))[:3]
         found = [c for c in found if c.hidden % (c.groups * c.heads) == 0 or astuple(c)[:3] == own]
@@ -145,7 +151,8 @@ def midpoints(
 ) -> list[Counts]:
     """Halfway from `best` to the next number of each kind among the possible ones, up and down."""
     found = set()
-    for kind in ("groups", "heads", "hidden", "layers"):
+    kinds_alike = ("groups", "heads", "hidden", "layers", "experts")
+    for kind in kinds_alike:
         here = getattr(best, kind)
         values = {getattr(c, kind) for c in possible}
         for nearest in (max((v for v in values if v < here), default=None), min((v for v in values if v > here),
@@ -155,10 +162,7 @@ def midpoints(
                     _product(
                         spec,
                         kinds,
-                        [
-                            [getattr(best, k) if k != kind else (here + nearest) / 2]
-                            for k in ("groups", "heads", "hidden", "layers")
-                        ],
+                        [[getattr(best, k) if k != kind else (here + nearest) / 2] for k in kinds_alike],
                         rounding,
                     )
                 )
@@ -170,11 +174,11 @@ def with_ffn(spec: ArchSpec, counts: Counts, target: float, rounding: Rounding) 
     exact = (
         (replace(counts, ffn=0).sparsity(spec) - target)
         * spec.prunable
-        / (counts.layers * spec.ffn_cost(counts.hidden))
+        / (counts.layers * counts.experts * spec.ffn_cost(counts.hidden))
     )
     multiple = rounding.ffn
     while True:
-        width = round_to(exact, math.lcm(multiple, rounding.parallel), spec.ffn)
+        width = round_to(exact, math.lcm(multiple, rounding.parallel, spec.aligned), spec.ffn)
         found = replace(counts, ffn=width)
         if multiple == 1 or abs(found.sparsity(spec) - target) <= TOLERANCE:
             return found
@@ -182,11 +186,13 @@ def with_ffn(spec: ArchSpec, counts: Counts, target: float, rounding: Rounding) 
 
 
 def fill(spec: ArchSpec, scores: Mapping[str, Tensor], counts: Counts) -> dict[str, Tensor]:
-    """The best units by count: groups, heads in them and FFN units of every layer, hidden dimensions, and layers."""
+    """The best units by count: groups, heads in them, experts and FFN units of every layer, dimensions, and layers."""
     kept = {}
-    for kind, count in (("hidden", counts.hidden), ("layers", counts.layers), ("ffn", counts.ffn)):
+    for kind, count in (("hidden", counts.hidden), ("layers", counts.layers), ("experts", counts.experts)):
         if kind in scores:
             kept[kind] = top(scores[kind], count)
+    if "ffn" in scores:
+        kept["ffn"] = top(scores["ffn"].unflatten(1, (spec.experts, spec.ffn)), counts.ffn).flatten(1)
     if "heads" in scores:
         in_group = scores["heads"].unflatten(1, (spec.kv_heads, spec.group_size))
         kept_heads = top(in_group, counts.heads)

@@ -10,19 +10,20 @@ from torch import Tensor
 
 from nuteprune.arch import ArchSpec
 
-KINDS = ("heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers")
+KINDS = ("heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers", "experts")
 
 
 def unit_shape(spec: ArchSpec, kind: str) -> tuple[int, ...]:
-    """Shape of a kind's gates: [L, H], [L, K], [L, F], [D], [L], [L], [L]."""
+    """Shape of a kind's gates: [L, H], [L, K], [L, E·F], [D], [L], [L], [L], [L, E]."""
     return {
         "heads": (spec.layers, spec.heads),
         "kv_groups": (spec.layers, spec.kv_heads),
-        "ffn": (spec.layers, spec.ffn),
+        "ffn": (spec.layers, spec.ffn_units),
         "hidden": (spec.hidden,),
         "attn_sublayers": (spec.layers,),
         "ffn_sublayers": (spec.layers,),
         "layers": (spec.layers,),
+        "experts": (spec.layers, spec.experts),
     }[kind]
 
 
@@ -32,6 +33,8 @@ class Gates:
 
     The gate of a layer acts on what its two sublayers add to the residual stream, biases included, so that a layer
     whose gate is 0 is the identity. Of its units it only says that they are gone with it.
+    The gate of an expert acts on what the expert adds; one of 0 also takes its row from the router, which then chooses
+    among the others.
     """
 
     heads: Tensor | None = None
@@ -41,6 +44,7 @@ class Gates:
     attn_sublayers: Tensor | None = None
     ffn_sublayers: Tensor | None = None
     layers: Tensor | None = None
+    experts: Tensor | None = None
 
     def as_dict(self) -> dict[str, Tensor]:
         """The gated kinds."""
@@ -72,13 +76,18 @@ class Gates:
         return _product(parts)
 
     def ffn_gate(self, spec: ArchSpec) -> Tensor | None:
-        """[L, F]: product of a unit's gate and its sublayer's, 0 in a removed layer; None if none of them is gated."""
+        """[L, E·F]: product of a unit's gate, its expert's and its sublayer's, 0 in a removed layer.
+
+        None if none of them is gated.
+        """
         parts = [] if self.ffn is None else [self.ffn]
+        if self.experts is not None:
+            parts.append(self.experts.repeat_interleave(spec.ffn, dim=1))
         if self.ffn_sublayers is not None:
             own = _open(self.ffn_sublayers) if spec.norms_behind else self.ffn_sublayers
-            parts.append(own[:, None].expand(-1, spec.ffn))
+            parts.append(own[:, None].expand(-1, spec.ffn_units))
         if self.layers is not None:
-            parts.append(_open(self.layers)[:, None].expand(-1, spec.ffn))
+            parts.append(_open(self.layers)[:, None].expand(-1, spec.ffn_units))
         return _product(parts)
 
     def added_gates(self, spec: ArchSpec) -> tuple[Tensor | None, Tensor | None]:
@@ -118,7 +127,8 @@ def kept_parameters(spec: ArchSpec, open_: Mapping[str, Tensor]) -> Tensor:
     any_head = 1 - (1 - heads).prod(-1)
     kept_groups = (attn * group * any_head).sum()
     kept_heads = ((attn * group)[..., None] * heads).sum()
-    kept_ffn = (ffn * open_["ffn"]).sum()
+    in_experts = open_["ffn"].unflatten(1, (spec.experts, spec.ffn)).sum(-1)
+    kept_ffn = (ffn * open_["experts"] * in_experts).sum()
     return (
         kept_heads * spec.head_cost(hidden) + kept_groups * spec.group_cost(hidden) + kept_ffn * spec.ffn_cost(hidden)
     )

@@ -15,7 +15,8 @@ from nuteprune.masks.gates import Gates
 class Kept:
     """Sorted indices of the units that stay; lists have one entry per layer of the base, `layers` are those that stay.
 
-    A KV group stays exactly if one of its query heads has a nonzero effective gate.
+    A KV group stays exactly if one of its query heads has a nonzero effective gate. Units of all experts are numbered
+    one after the other.
     """
 
     heads: list[Tensor]
@@ -23,16 +24,32 @@ class Kept:
     ffn: list[Tensor]
     hidden: Tensor
     layers: Tensor
+    experts: list[Tensor]
 
     def heads_per_group(self, spec: ArchSpec) -> list[list[int]]:
         """For each layer the number of kept query heads in each kept KV group."""
         counts = [torch.bincount(h // spec.group_size, minlength=spec.kv_heads) for h in self.heads]
         return [[n for n in layer.tolist() if n] for layer in counts]
 
+    def ffn_of(self, spec: ArchSpec, layer: int, expert: int) -> Tensor:
+        """The kept units of one expert, numbered from 0; without experts, of the layer."""
+        units = self.ffn[layer]
+        return units[units // spec.ffn == expert] - expert * spec.ffn
+
+    def ffn_widths(self, spec: ArchSpec) -> list[list[int]]:
+        """For each layer the number of kept units in each kept expert; without experts, of the layer."""
+        counts = [torch.bincount(units // spec.ffn, minlength=spec.experts) for units in self.ffn]
+        return [count[experts].tolist() for count, experts in zip(counts, self.experts, strict=True)]
+
     def is_uniform(self, spec: ArchSpec) -> bool:
         """Every layer that stays keeps the same counts, and something of both sublayers: a stock model can hold it."""
-        heads, ffn = ({len(units[i]) for i in self.layers} for units in (self.heads, self.ffn))
-        return self.attention_is_alike(spec) and len(heads) == len(ffn) == 1 and 0 not in heads | ffn
+        heads, experts = ({len(units[i]) for i in self.layers} for units in (self.heads, self.experts))
+        every_width = self.ffn_widths(spec)
+        widths = {width for i in self.layers for width in every_width[i]}
+        alike = self.attention_is_alike(spec) and len(heads) == len(widths) == len(experts) == 1
+        sizes = ((len(self.hidden), spec.hidden), *((width, spec.ffn) for width in widths))
+        aligned = all(size % spec.aligned == 0 or size == whole for size, whole in sizes)
+        return alike and aligned and 0 not in heads | widths and min(experts) >= spec.top_k
 
     def attention_is_alike(self, spec: ArchSpec) -> bool:
         """The layers that keep attention keep the same number of groups, each with the same number of query heads."""
@@ -48,7 +65,9 @@ def kept_units(spec: ArchSpec, gates: Gates) -> Kept:
     assert ffn_gate is not None
     assert full.hidden is not None
     assert full.layers is not None
+    assert full.experts is not None
     heads = [row.nonzero().squeeze(1) for row in head_gate]
     groups = [torch.unique(h // spec.group_size) for h in heads]
     ffn = [row.nonzero().squeeze(1) for row in ffn_gate]
-    return Kept(heads, groups, ffn, full.hidden.nonzero().squeeze(1), full.layers.nonzero().squeeze(1))
+    experts = [row.nonzero().squeeze(1) for row in full.experts]
+    return Kept(heads, groups, ffn, full.hidden.nonzero().squeeze(1), full.layers.nonzero().squeeze(1), experts)

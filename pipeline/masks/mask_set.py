@@ -23,7 +23,9 @@ _POINTS, _ROUNDS = 8, 10
 """Places at once and rounds of its search: a ninth each, which from ±0.1 ends within 1e-9."""
 _FIRST = (-25.0, -8.0, -1.0, -0.1, 0.1, 1.0, 8.0, 25.0)
 """Its first places."""
-_ALIKE = {"uniform": {"heads", "kv_groups", "ffn"}, "per_layer_ffn": {"heads", "kv_groups"}, "per_layer": set()}
+_ALIKE = {
+    "uniform": {"heads", "kv_groups", "ffn", "experts"}, "per_layer_ffn": {"heads", "kv_groups"}, "per_layer": set(),
+}  # fmt: skip
 """By shape, the kinds of which every layer keeps the same count."""
 
 
@@ -31,11 +33,13 @@ def gated_kinds(spec: ArchSpec, units: Sequence[str]) -> list[str]:
     """The kinds that get gates.
 
     Without grouped queries a head is its own KV group, so one gate serves both; a layer's only group is its whole
-    attention, which `attn_sublayers` stands for.
+    attention, which `attn_sublayers` stands for, and its only FFN is no expert.
     """
     kinds = [k for k in KINDS if k in units]
     if "kv_groups" in kinds and (spec.kv_heads == 1 or (spec.group_size == 1 and "heads" in kinds)):
         kinds.remove("kv_groups")
+    if "experts" in kinds and spec.experts == 1:
+        kinds.remove("experts")
     return kinds
 
 
@@ -44,17 +48,22 @@ def multiples(config: GateConfig) -> tuple[int, int, int]:
     return config.ffn_multiple, config.hidden_multiple, config.tensor_parallel
 
 
-def check_target(spec: ArchSpec, config: GateConfig, target: float) -> None:
-    """Raise `ConfigError` if the selected units cannot reach the target, or cannot be removed in the shape asked."""
+def check_target(spec: ArchSpec, config: GateConfig, target: float, lora: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` if the selected units cannot reach the target, or cannot be removed in the shape asked.
+
+    Or if the family cannot have LoRA on the projections in `lora`.
+    """
+    if (refusal := spec.refusal(config.units)) is not None:
+        raise ConfigError(f"gates.units: {refusal}")
     if config.shape == "uniform" and {"attn_sublayers", "ffn_sublayers"} & set(config.units):
         raise ConfigError(
             "gates.units: whole sublayers need gates.shape=per_layer_ffn or per_layer (no stock model lacks a "
             "sublayer); in the uniform shape gate `layers`"
         )
-    if (refusal := spec.refusal(config.units)) is not None:
-        raise ConfigError(f"gates.units: {refusal}")
     if (refusal := spec.refusal([config.shape])) is not None:
         raise ConfigError(f"gates.shape: {refusal}")
+    if (refusal := spec.refusal(lora)) is not None:
+        raise ConfigError(f"lora.targets: {refusal}")
     kinds = gated_kinds(spec, config.units)
     most = most_removed(spec, kinds, config.shape)
     if target > most:
@@ -160,15 +169,17 @@ class MaskSet(nn.Module):
         """Give every layer the share of each kind in `_alike` that the model would have on average after `shift`."""
         for kind, la in self.log_alpha.items():
             if kind in self._alike:
-                rows = la.double()
+                width = self.spec.ffn if kind == "ffn" else la.shape[1]  # each expert is a row of its own
+                rows = la.double().view(-1, width)
                 wanted = self._open(rows + shift).mean()
                 closed = partial(self._closed_in_rows, rows)
-                la.add_(_falling_root(closed, -wanted, rows.abs().amax(1) + _MARGIN)[:, None])
+                level = _falling_root(closed, -wanted, rows.abs().amax(1) + _MARGIN)
+                la.view(-1, width).add_(level[:, None])
             else:
                 la.add_(shift)
 
     def _closed_in_rows(self, rows: Tensor, shifts: Tensor) -> Tensor:
-        """Minus the mean probability of being open in rows [L, U] after shifts [..., L]."""
+        """Minus the mean probability of being open in rows [N, U] after shifts [..., N]."""
         return -self._open(rows + shifts[..., None]).mean(-1)
 
     def _shift_to(self, target: float, level: bool = False) -> Tensor:

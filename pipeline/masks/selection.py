@@ -40,7 +40,7 @@ BATCHES = 4
 
 def is_measured(config: GateConfig) -> bool:
     """Whether the target can be met in several structures that the shape tells apart, not by scores alone."""
-    alike = {"heads", "kv_groups", "hidden"} | ({"layers"} if config.shape == "uniform" else set())
+    alike = {"heads", "kv_groups", "hidden"} | ({"layers", "experts"} if config.shape == "uniform" else set())
     return config.shape != "per_layer" and config.settle < 1 and bool(alike & set(config.units))
 
 
@@ -136,14 +136,18 @@ def cheapest_units(
 def describe(spec: ArchSpec, gates: Gates) -> str:
     """What the layers that stay keep on average, for a log."""
     c = mean_counts(spec, gates)
-    return f"{c.layers:g} layers of {c.groups:g} x {c.heads:g} heads and {c.ffn:g} FFN units, hidden size {c.hidden:g}"
+    experts = f"{c.experts:g} experts of " if spec.experts > 1 else ""
+    return (
+        f"{c.layers:g} layers of {c.groups:g} x {c.heads:g} heads and {experts}{c.ffn:g} FFN units, hidden size "
+        f"{c.hidden:g}"
+    )
 
 
 def most_removed(spec: ArchSpec, units: list[str], shape: Shape) -> float:
     """The largest sparsity that removing `units` can reach.
 
-    Uniform layers keep one group and one FFN unit each; where attention is alike, its layers keep one group each. One
-    layer always stays.
+    Uniform layers keep one group and one FFN unit (of each expert) each; where attention is alike, its layers keep one
+    group each. One layer always stays, and as many experts as the router chooses.
     """
     open_ = {}
     alike = shape != "per_layer" and "attn_sublayers" not in units
@@ -151,8 +155,12 @@ def most_removed(spec: ArchSpec, units: list[str], shape: Shape) -> float:
         kept = torch.zeros(unit_shape(spec, kind))
         if kind in ("hidden", "layers"):
             kept[0] = 1
-        elif (alike and kind == "kv_groups") or (shape == "uniform" and kind == "ffn"):
+        elif alike and kind == "kv_groups":
             kept[:, 0] = 1
+        elif shape == "uniform" and kind == "ffn":
+            kept[:, :: spec.ffn] = 1
+        elif kind == "experts":
+            kept[:, : spec.top_k] = 1
         elif alike and kind == "heads":
             kept[:, :: spec.group_size] = 1
         open_[kind] = kept
@@ -174,6 +182,8 @@ def _threshold(spec: ArchSpec, scores: Mapping, target: float, fixed: dict[str, 
         for kind in ("hidden", "layers"):
             if kind in chosen and not chosen[kind].any():
                 chosen[kind] = top(scores[kind], 1)
+        if "experts" in chosen:
+            chosen["experts"] = torch.maximum(chosen["experts"], top(scores["experts"], spec.top_k))
         return {**chosen, **fixed}
 
     low, high = 0, len(order)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nuteprune.kernels.api import fused_kernels
+
 IGNORE = -100
 """Label of a token that is not learned."""
 _EPS = 1e-8
@@ -37,6 +39,14 @@ def layer_loss(student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, kin
         own = (difference.detach() + reference).square().sum(-1)
         squared = squared / (torch.maximum(reference.square().sum(-1), own) / count + _EPS)
     return squared.mean()
+
+
+def layer_terms(student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, kind: str) -> Tensor:
+    """`layer_loss`; where triton runs, its terms by token [B·T], float32, of which it is the mean."""
+    kernels = fused_kernels(student, teacher)
+    if kernels is None:
+        return layer_loss(student, teacher, hidden_gate, kind)
+    return kernels.layer_distances(student, teacher, hidden_gate, kind == "normalized")
 
 
 class HeadLosses(NamedTuple):

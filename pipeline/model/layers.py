@@ -6,6 +6,7 @@ Activating a view sets a few attributes; it copies nothing.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from nuteprune.arch import ATTENTION, FFN, ArchSpec, projections
 from nuteprune.config import LoraConfig
-from nuteprune.kernels.api import known_lists
+from nuteprune.kernels.api import known_lists, known_lists_together
 from nuteprune.masks import Gates
 from nuteprune.model import structure
 
@@ -60,6 +61,7 @@ class LayerView:
         kv_index: [kept heads] group of each kept head where groups are ragged, else None.
         behind: gates behind the norms that follow attention and FFN, where there are such norms.
         removed: nothing of the layer is left.
+        routes: experts among which the router chooses, None for all.
     """
 
     states: dict[str, ProjectionState]
@@ -67,6 +69,7 @@ class LayerView:
     kv_index: Tensor | None = None
     behind: tuple[Tensor | None, Tensor | None] = (None, None)
     removed: bool = False
+    routes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,30 @@ class MaskedLoRALinear(nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.state = ProjectionState()
+        self.beside: tuple[MaskedLoRALinear, ...] = ()
+        self._ready: tuple[Tensor, Tensor] | None = None
+        """An input and what comes of it, computed with that of the projection before."""
+
+    @property
+    def operands(self) -> tuple:
+        """The arguments of `kernels.api.known_lists` behind x."""
+        return self.weight, self.bias, *self.state.operands
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] (or its kept columns) to [..., N] (or the kept rows)."""
-        return known_lists(x, self.weight, self.bias, *self.state.operands)
+        """x [..., K] (or its kept columns) to [..., N] (or the kept rows).
+
+        With projections `beside` it, which are called next and with the same x, theirs is computed too.
+        """
+        ready, self._ready = self._ready, None
+        if ready is not None and ready[0] is x:
+            return ready[1]
+        if self.beside:
+            outputs = known_lists_together(x, [self.operands, *(module.operands for module in self.beside)])
+            if outputs is not None:
+                for module, y in zip(self.beside, outputs[1:], strict=True):
+                    module._ready = (x, y)
+                return outputs[0]
+        return known_lists(x, *self.operands)
 
 
 class WidthNorm(nn.Module):
@@ -147,20 +170,73 @@ class GatedNorm(nn.Module):
         return y if self.gate is None else y * self.gate.to(y.dtype)
 
 
+class GatedRouter(nn.Module):
+    """A router that lacks the rows of removed experts, and so chooses among the others.
+
+    Args:
+        router: transformers' own.
+    """
+
+    def __init__(self, router: nn.Module):
+        super().__init__()
+        self.router = router
+        self.keep: Tensor | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The router's own."""
+        return self.router.weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [..., D] to logits, and weights and numbers of the chosen experts [N, k]."""
+        if self.keep is None:
+            return self.router(x)
+        few = copy.copy(self.router)
+        few._parameters = {"weight": self.weight[self.keep]}
+        logits, weights, index = few(x)
+        return logits, weights, self.keep[index]
+
+
 _WIDTH_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
 
 
 def install(layers: nn.ModuleList, spec: ArchSpec) -> None:
-    """Replace the seven projections of every decoder layer by `MaskedLoRALinear`, in place, and norms over heads."""
+    """Replace the projections of every decoder layer by `MaskedLoRALinear`, in place, and its router and norms."""
     for layer in layers:
         for owner, attribute in projections(layer).values():
             setattr(owner, attribute, MaskedLoRALinear(getattr(owner, attribute)))
+        if spec.experts > 1:
+            layer.mlp.gate = GatedRouter(layer.mlp.gate)
         for name in spec.norms_behind:
             setattr(layer, name, GatedNorm(getattr(layer, name)))
         if spec.qk_norm == "width":
             attention = layer.self_attn
             for norm, name in _WIDTH_NORMS.items():
                 setattr(attention, norm, WidthNorm(getattr(attention, norm), getattr(attention, name).out_features))
+        layer.seats = seats = _seats(layer)
+        query, *others = (seats.projections[name] for name in ATTENTION[:3])
+        query.beside = tuple(others)
+
+
+@dataclass(frozen=True)
+class _Seats:
+    """Where a decoder layer takes up a view: its projections by name, and the norms and router that know of gates."""
+
+    projections: dict[str, MaskedLoRALinear]
+    width_norms: list[tuple[WidthNorm, str]]
+    gated_norms: list[GatedNorm]
+    router: GatedRouter | None
+
+
+def _seats(layer: nn.Module) -> _Seats:
+    width_norms = [(getattr(layer.self_attn, norm, None), name) for norm, name in _WIDTH_NORMS.items()]
+    router = getattr(layer.mlp, "gate", None)
+    return _Seats(
+        {name: getattr(owner, attribute) for name, (owner, attribute) in projections(layer).items()},
+        [(norm, name) for norm, name in width_norms if isinstance(norm, WidthNorm)],
+        [module for module in layer.children() if isinstance(module, GatedNorm)],
+        router if isinstance(router, GatedRouter) else None,
+    )
 
 
 def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.device) -> LoraParameters:
@@ -179,15 +255,17 @@ def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.de
 
 def activate(layer: nn.Module, view: LayerView) -> None:
     """Make a decoder layer compute as `view` from now on: attribute swaps only."""
-    for name, (owner, attribute) in projections(layer).items():
-        getattr(owner, attribute).state = view.states[name]
-    layer.self_attn.num_key_value_groups = view.group_size
-    layer.self_attn.kv_index = view.kv_index
-    for norm, name in _WIDTH_NORMS.items():
-        if isinstance(module := getattr(layer.self_attn, norm, None), WidthNorm):
-            module.keep = view.states[name].keep_out
-    for module, gate in zip((m for m in layer.children() if isinstance(m, GatedNorm)), view.behind, strict=False):
-        module.gate = gate
+    seats: _Seats = layer.seats
+    for name, module in seats.projections.items():
+        module.state = view.states[name]
+    attention = layer.self_attn
+    attention.num_key_value_groups, attention.kv_index = view.group_size, view.kv_index
+    for norm, name in seats.width_norms:
+        norm.keep = view.states[name].keep_out
+    for norm, gate in zip(seats.gated_norms, view.behind, strict=False):
+        norm.gate = gate
+    if seats.router is not None:
+        seats.router.keep = view.routes
 
 
 def build_view(
@@ -204,17 +282,19 @@ def build_view(
         dtype: compute type.
         skip_removed: leave units whose gate is exactly 0 out of the computation; False multiplies them by 0.
     """
-    heads = ffn = hidden = None
+    heads = ffn = hidden = experts = None
     if gates is not None:
-        heads, ffn, hidden = gates.head_gate(spec), gates.ffn_gate(spec), gates.hidden
-    found = structure.find(spec, heads, ffn, hidden) if skip_removed else structure.dense(spec)
+        heads, ffn, hidden, experts = gates.head_gate(spec), gates.ffn_gate(spec), gates.hidden, gates.experts
+    # A removed expert is no choice of the router's, however the others are computed.
+    known = (heads, ffn, hidden) if skip_removed else (None, None, None)
+    found = structure.find(spec, *known, experts=experts)
     into_norm = [{}] * spec.layers if skip_removed else _into_norm(spec, heads)
     added = (None, None) if gates is None else gates.added_gates(spec)
     scales = list(zip(*(_layer_scales(spec, gate, skip_removed) for gate in added), strict=True))
     none = [None] * spec.layers
     # All layers at once: an operation a layer, and one more in its backward, is what a small layer's step is made of.
     head_gates = none if heads is None else heads.repeat_interleave(spec.head_dim, dim=1).unbind(0)
-    ffn_gates = none if ffn is None else ffn.unbind(0)
+    ffn_gates = [None] * spec.layers * spec.experts if ffn is None else ffn.reshape(-1, spec.ffn).unbind(0)
     residual = _Side(hidden, found.hidden)
     layers = []
     for index, kept in enumerate(found.layers):
@@ -222,10 +302,11 @@ def build_view(
         pairs = {n: tuple(t if t.requires_grad else t.to(dtype) for t in lora[f"{index}.{n}"])
                  for n in (*ATTENTION, *FFN) if f"{index}.{n}" in lora}  # fmt: skip
         queries, values = _Side(head_gates[index], kept.queries), _Side(None, kept.values)
-        units = _Side(ffn_gates[index], kept.ffn)
+        own = ffn_gates[index * spec.experts : (index + 1) * spec.experts]
+        units = [_Side(gate, keep) for gate, keep in zip(own, kept.ffn, strict=True)]
         states = _states(spec, queries, values, units, residual, scales[index], into_norm[index], pairs, scaling)
         behind = scales[index] if spec.norms_behind else (None, None)
-        layers.append(LayerView(states, kept.group_size, kept.kv_index, behind, kept.removed))
+        layers.append(LayerView(states, kept.group_size, kept.kv_index, behind, kept.removed, kept.routes))
     return View(layers, hidden)
 
 
@@ -260,18 +341,22 @@ def _into_norm(spec: ArchSpec, heads: Tensor | None) -> list[dict[str, Tensor]]:
 
 
 def _states(
-    spec: ArchSpec, queries: _Side, values: _Side, units: _Side, residual: _Side,
+    spec: ArchSpec, queries: _Side, values: _Side, units: list[_Side], residual: _Side,
     scales: tuple[Tensor | None, Tensor | None], into_norm: Mapping[str, Tensor],
     pairs: Mapping[str, tuple[Tensor, Tensor]], scaling: float,
 ) -> dict[str, ProjectionState]:  # fmt: skip
-    """What each projection of a layer computes with."""
-    outputs = {"q_proj": queries, "k_proj": values, "v_proj": values, "gate_proj": units, "up_proj": units}
+    """What each projection of a layer computes with; `units` are those of each expert."""
+    ffns = [""] if spec.experts == 1 else [f"experts.{number}." for number in range(spec.experts)]
+    outputs = {"q_proj": queries, "k_proj": values, "v_proj": values}
+    outputs |= {f"{ffn}{name}": own for ffn, own in zip(ffns, units, strict=True) for name in ("gate_proj", "up_proj")}
+    inputs = [("o_proj", queries, scales[0])]
+    inputs += [(f"{ffn}down_proj", own, scales[1]) for ffn, own in zip(ffns, units, strict=True)]
     states = {}
     for name, side in outputs.items():
         # The residual stream is already masked, so removed hidden dimensions arrive as zeros: no gate, only the skip.
         states[name] = ProjectionState(pairs.get(name), scaling, None, into_norm.get(name), residual.keep, side.keep,
                                        compact_out=side.keep is not None)  # fmt: skip
-    for (name, side), scale in zip({"o_proj": queries, "down_proj": units}.items(), scales, strict=True):
+    for name, side, scale in inputs:
         added = residual.gate
         if scale is not None and not spec.norms_behind:
             added = scale.repeat(spec.hidden) if added is None else scale * added

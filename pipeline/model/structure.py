@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nuteprune.arch import ArchSpec
 
@@ -23,18 +24,20 @@ class LayerStructure:
 
     Attributes:
         queries, values: rows of the kept query heads and KV groups.
-        ffn: kept FFN units.
+        ffn: kept FFN units of each expert, of the layer where it has none.
         group_size: query heads per group where that is the same for all kept groups, else 1.
         kv_index: [kept heads] group of each kept head where groups are ragged, else None.
         removed: nothing of the layer is left.
+        routes: experts among which the router chooses.
     """
 
     queries: Tensor | None
     values: Tensor | None
-    ffn: Tensor | None
+    ffn: list[Tensor | None]
     group_size: int
     kv_index: Tensor | None = None
     removed: bool = False
+    routes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,21 +50,24 @@ class Structure:
 
 def dense(spec: ArchSpec) -> Structure:
     """The structure in which nothing is left out."""
-    return Structure([LayerStructure(None, None, None, spec.group_size)] * spec.layers)
+    return Structure([LayerStructure(None, None, [None] * spec.experts, spec.group_size)] * spec.layers)
 
 
 def find(
-    spec: ArchSpec, heads: Tensor | None, ffn: Tensor | None, hidden: Tensor | None, multiple: int | None = None
-) -> Structure:
-    """The structure of effective gates: [L, H], [L, F] and [D], None where nothing of a kind is gated.
+    spec: ArchSpec, heads: Tensor | None, ffn: Tensor | None, hidden: Tensor | None, multiple: int | None = None,
+    experts: Tensor | None = None,
+) -> Structure:  # fmt: skip
+    """The structure of effective gates: [L, H], [L, E·F], [D] and [L, E], None where nothing of a kind is gated.
 
     Args:
         multiple: FFN units are kept in multiples of this, filled up with removed ones, which their gate of 0 leaves
             without effect; None: `ALIGNED` on an accelerator, which loads rows of other lengths element by element.
+        experts: where fewer are open than the router chooses for a token, it chooses closed ones too, which add
+            nothing.
     """
-    gates = {"heads": heads, "ffn": ffn, "hidden": hidden}
+    gates = {"heads": heads, "ffn": ffn, "hidden": hidden, "experts": experts}
     present = {kind: gate.detach() for kind, gate in gates.items() if gate is not None}
-    if not present:
+    if not present or any(isinstance(gate, FakeTensor) for gate in present.values()):  # a dry run knows no values
         return dense(spec)
     flat = torch.cat([(gate != 0).flatten() for gate in present.values()])
     sizes = [gate.numel() for gate in present.values()]
@@ -73,15 +79,18 @@ def find(
     for index in range(spec.layers):
         queries, values, group_size, kv_index, gone = _attention(spec, kept["heads"][index]) if "heads" in kept else (
             None, None, spec.group_size, None, False)  # fmt: skip
-        units = _indices(kept["ffn"][index], multiple) if "ffn" in kept else None
-        removed = gone and units is not None and len(units) == 0
-        numbers = [found.add(part) for part in (queries, values, units, kv_index)]
-        layers.append((numbers, group_size, removed))
+        units: list[np.ndarray | None] = [None] * spec.experts
+        if "ffn" in kept:
+            units = [_indices(own, multiple) for own in kept["ffn"][index].reshape(spec.experts, spec.ffn)]
+        routes = _at_least(kept["experts"][index], spec.top_k) if "experts" in kept else None
+        removed = gone and all(own is not None and len(own) == 0 for own in units)
+        numbers = [found.add(part) for part in (queries, values, kv_index, routes)]
+        layers.append((numbers, [found.add(own) for own in units], group_size, removed))
     stream = found.add(_indices(kept["hidden"]) if "hidden" in kept else None)
     lists = found.on(flat.device)
     return Structure(
-        [LayerStructure(lists[q], lists[v], lists[f], size, lists[kv], removed)
-         for (q, v, f, kv), size, removed in layers],
+        [LayerStructure(lists[q], lists[v], [lists[own] for own in f], size, lists[kv], removed, lists[routes])
+         for (q, v, kv, routes), f, size, removed in layers],
         lists[stream],
     )  # fmt: skip
 
@@ -113,6 +122,15 @@ def _indices(kept: np.ndarray, multiple: int = 1) -> np.ndarray | None:
     """Sorted indices of the kept units and of as many removed ones as make a multiple; None if that is all of them."""
     missing = -int(kept.sum()) % multiple
     if missing:
+        kept = kept.copy()
+        kept[np.flatnonzero(~kept)[:missing]] = True
+    return None if kept.all() else np.flatnonzero(kept)
+
+
+def _at_least(kept: np.ndarray, count: int) -> np.ndarray | None:
+    """Sorted indices of the kept units, and of the first removed ones where they are fewer; None if that is all."""
+    missing = count - int(kept.sum())
+    if missing > 0:
         kept = kept.copy()
         kept[np.flatnonzero(~kept)[:missing]] = True
     return None if kept.all() else np.flatnonzero(kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from nuteprune.arch import ArchSpec, split_fused, stored
+from nuteprune.arch import ArchSpec, family_of, split_fused, stored
 from nuteprune.config import ConfigError, ModelConfig
 from nuteprune.model.loading import check_attention, read_config
 from nuteprune.parallel.distributed import World
@@ -48,12 +48,13 @@ def load_partitioned(config: ModelConfig, world: World, settings: dict) -> tuple
         modules = _in_order(model, spec)
         names = {module: name for name, module in model.named_modules()}
         files = _files(config.path) if world.is_main else {}
+        stored_as = family_of(hf_config).file_name
         if world.is_main:
-            wanted = (f"{names[m]}.{stored(m, n)[0]}" for m in modules for n, _ in m.named_parameters())
+            wanted = (stored_as(f"{names[m]}.{stored(m, n)[0]}") for m in modules for n, _ in m.named_parameters())
             _check_whole(config.path, files, wanted)
     partitioned: list[nn.Parameter] = []
     for module in modules:
-        _materialise(module, names[module], files, world)
+        _materialise(module, names[module], files, stored_as, world)
         if partitioned:  # as DeepSpeed itself adds parameters to a partitioned model: one set of groups for all
             partitioned[0].convert_to_zero_parameters(param_list=list(module.parameters()))
         else:
@@ -71,12 +72,15 @@ def _in_order(model: PreTrainedModel, spec: ArchSpec) -> list[nn.Module]:
     return [model.model.embed_tokens, *model.model.layers, model.model.norm, *head]
 
 
-def _materialise(module: nn.Module, name: str, files: dict[str, Path], world: World) -> None:
+def _materialise(
+    module: nn.Module, name: str, files: dict[str, Path], stored_as: Callable[[str], str], world: World
+) -> None:
     """Give a module real parameters: those of the files on rank 0, memory to receive them on the others."""
     for key, empty in list(module.named_parameters()):
         if world.is_main:
             own, rows = stored(module, key)
-            value = _read(files[f"{name}.{own}"], f"{name}.{own}", rows).to(world.device, empty.dtype)
+            own = stored_as(f"{name}.{own}")
+            value = _read(files[own], own, rows).to(world.device, empty.dtype)
         else:
             value = torch.empty(empty.shape, dtype=empty.dtype, device=world.device)
         owner, _, attribute = key.rpartition(".")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from nuteprune.arch import PROJECTIONS, ArchSpec
+from nuteprune.arch import FFN, PROJECTIONS, ArchSpec
 
 
 def projection_shapes(spec: ArchSpec) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of the seven projections of a layer."""
+    """(outputs, inputs) of the seven projections of a layer, those of the FFN of each expert."""
     queries, values = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     d, f = spec.hidden, spec.ffn
     return dict(
@@ -16,6 +16,17 @@ def projection_shapes(spec: ArchSpec) -> dict[str, tuple[int, int]]:
 
 def layer_tensors(spec: ArchSpec) -> list[int]:
     """Elements of every tensor of one decoder layer: projections, their biases, norms."""
+    return [*_matrices(spec), *_vectors(spec)]
+
+
+def _matrices(spec: ArchSpec) -> list[int]:
+    """Projections, each of every expert's, and the router."""
+    times = {name: spec.experts if name in FFN else 1 for name in PROJECTIONS}
+    found = [out * inputs for name, (out, inputs) in projection_shapes(spec).items() for _ in range(times[name])]
+    return found if spec.experts == 1 else [*found, spec.experts * spec.hidden]
+
+
+def _vectors(spec: ArchSpec) -> list[int]:
     shapes = projection_shapes(spec)
     biased = {"o_proj": spec.o_bias, **dict.fromkeys(("q_proj", "k_proj", "v_proj"), spec.qkv_bias)}
     biases = [out for name, (out, _) in shapes.items() if biased.get(name, spec.mlp_bias)]
@@ -24,12 +35,17 @@ def layer_tensors(spec: ArchSpec) -> list[int]:
         norms += [spec.head_dim] * 2
     elif spec.qk_norm == "width":
         norms += [spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim]
-    return [out * inputs for out, inputs in shapes.values()] + biases + norms
+    return biases + norms
 
 
 def total_parameters(spec: ArchSpec) -> int:
     """All parameters of the model, a tied head counted once."""
     return spec.layers * sum(layer_tensors(spec)) + spec.hidden + spec.vocab * spec.hidden * (1 if spec.tied else 2)
+
+
+def read_parameters(spec: ArchSpec) -> int:
+    """Those of them that are read for one token: of the experts only as many as the router chooses."""
+    return total_parameters(spec) - spec.prunable + spec.prunable_read
 
 
 def zero3_sizes(spec: ArchSpec) -> dict[str, int]:
@@ -62,11 +78,7 @@ def nvme_buffers(spec: ArchSpec, ranks: int) -> dict[str, int]:
 
 def persistence_threshold(spec: ArchSpec) -> int:
     """Elements up to which ZeRO-3 keeps a tensor whole on every rank: the largest norm or bias."""
-    matrices = [out * inputs for out, inputs in projection_shapes(spec).values()]
-    vectors = list(layer_tensors(spec))
-    for size in matrices:
-        vectors.remove(size)
-    return max(vectors)
+    return max(_vectors(spec))
 
 
 def partitioned(tensors: list[int], ranks: int, threshold: int) -> tuple[int, int]:

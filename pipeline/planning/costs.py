@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nuteprune.arch import ATTENTION, FFN, PROJECTIONS, ArchSpec
 from nuteprune.config import Config, ConfigError
 from nuteprune.masks import Gates
 from nuteprune.masks.schedule import target_at
@@ -51,7 +52,8 @@ ASSUMPTIONS = (
     "bandwidths are per GPU and one way; --inter-bandwidth is one GPU's NIC (a node has G of them)",
     "hpZ: frozen weights never change, so both gathers stay inside the node (counted with DeepSpeed 0.19.8)",
     f"step time: weight gathers hide behind compute, and both behind one CPU thread's {1e3 * LAUNCH_SECONDS:.1f} ms a "
-    "layer and micro-batch (the longest counts); reading offloaded weights and the LoRA reduction do not; "
+    "layer and micro-batch (the longest counts; of experts, which were not measured, 3/7 for each); reading offloaded "
+    "weights and the LoRA reduction do not; "
     "the bracket is without any overlap",
     "backward of a frozen weight is dx only (1x its forward); removed units cost nothing (mean kept share)",
 )
@@ -154,10 +156,15 @@ def timing(job: Job, layout: Layout, kept: tuple[float, float]) -> Timing:
     return Timing(
         compute=step_flops(job, layout.checkpointing, kept) / c.ranks / (c.flops * c.mfu),
         gather=max(t.intra / c.intra, t.inter / c.inter),
-        launch=passes(job, layout) * job.spec.layers * LAUNCH_SECONDS * (4 / 3 if layout.checkpointing else 1),
+        launch=passes(job, layout) * launch_seconds(job.spec) * (4 / 3 if layout.checkpointing else 1),
         offload=t.host / c.host,
         reduce=max(t.reduce_intra / c.intra, t.reduce_inter / c.inter),
     )
+
+
+def launch_seconds(spec: ArchSpec) -> float:
+    """CPU time of one micro-batch without checkpointing; each expert has three of the seven projections of its own."""
+    return spec.layers * LAUNCH_SECONDS * (len(ATTENTION) + spec.experts * len(FFN)) / len(PROJECTIONS)
 
 
 def step_flops(job: Job, checkpointing: bool, kept: tuple[float, float]) -> float:
@@ -166,10 +173,12 @@ def step_flops(job: Job, checkpointing: bool, kept: tuple[float, float]) -> floa
     Per token: 2 per weight of the projections for the teacher's forward, the student's forward and its backward (dx
     only), scaled by the kept shares; causal attention 2·T·H·P forward and 2.5x that backward (FlashAttention); LoRA 2
     per weight forward and 4 backward; the head three times (both logits, the gradient). Checkpointing adds one forward.
+    Of experts only those count that the router chooses for a token; as it always chooses as many, nothing is taken off
+    for removed units where whole experts are among them.
     """
     spec, config = job.spec, job.config
-    student, teacher = kept
-    layer = 2 * spec.prunable
+    student, teacher = (1.0, 1.0) if "experts" in config.gates.units else kept
+    layer = 2 * spec.prunable_read
     attention = spec.layers * 2 * config.data.seq_len * spec.heads * spec.head_dim
     lora = 2 * lora_parameters(job)
     head = 2 * spec.vocab * spec.hidden

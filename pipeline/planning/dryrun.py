@@ -69,7 +69,7 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
     if config.train.batch_size % ranks:
         raise ConfigError(f"train.batch_size {config.train.batch_size} cannot be split over {ranks} ranks")
     hf_config, spec = read_model(config.model.path)
-    check_target(spec, config.gates, config.sparsity.target)
+    check_target(spec, config.gates, config.sparsity.target, config.lora.targets)
     masks = MaskSet(spec, config.gates)
     world = World(0, ranks, 0, min(ranks, ranks_per_node))
     with _fake_world(world), FakeTensorMode(allow_non_fake_inputs=True) as fake:

@@ -220,7 +220,8 @@ def saved_per_token(job: Job) -> float:
     The norms' float32 inputs (4D each); the normed inputs of q/k/v and gate/up (2sD); q, k, v after the rotation, the
     attention's output and log-sum-exp; gate, up, silu(gate) and their product (4sF); the rank-R products of LoRA. With
     hidden or layer gates the outputs of o and down as well (2sD). Eager attention also keeps probabilities [H, T] in
-    float32 and in the compute type, and repeated keys and values. Qwen3 keeps float32 q and k for their norms.
+    float32 and in the compute type, and repeated keys and values. Qwen3 keeps float32 q and k for their norms. Where a
+    router chooses k experts, the FFN's part is kept for each of them, and their inputs and outputs (3ksD).
     """
     spec, s, config = job.spec, job.itemsize, job.config
     queries, values = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -229,8 +230,10 @@ def saved_per_token(job: Job) -> float:
         + 2 * s * spec.hidden
         + s * (2 * queries + 2 * values)
         + FP32 * spec.heads
-        + 4 * s * spec.ffn
+        + 4 * s * spec.ffn * spec.top_k
     )
+    if spec.experts > 1:
+        size += 3 * s * spec.hidden * spec.top_k
     size += s * config.lora.rank * len(config.lora.targets)
     if spec.qk_norm:
         size += FP32 * (queries + values)
@@ -256,9 +259,11 @@ def activations(job: Job, checkpointing: bool) -> float:
 
 def working_per_token(job: Job) -> float:
     """Bytes per token that come and go inside one layer: three FFN-wide and four hidden-wide gradients (or the
-    teacher's own activations, which are no more), and two float32 copies of the stream."""
+    teacher's own activations, which are no more), and two float32 copies of the stream. Of k experts one after the
+    other, with the inputs and outputs of all k at once."""
     spec, s = job.spec, job.itemsize
-    return s * (3 * spec.ffn + 4 * spec.hidden) + 2 * FP32 * spec.hidden
+    routed = 3 * spec.hidden * spec.top_k if spec.experts > 1 else 0
+    return s * (3 * spec.ffn + 4 * spec.hidden + routed) + 2 * FP32 * spec.hidden
 
 
 def logits_chunk(job: Job, tokens: int) -> float:

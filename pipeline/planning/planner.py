@@ -59,6 +59,15 @@ MODELS = {
                             "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
                             "intermediate_size": 6912, "vocab_size": 262144, "tie_word_embeddings": True,
                             "sliding_window": 512},
+    "olmo-3-7b": _LLAMA | {"model_type": "olmo3", "hidden_size": 4096, "num_hidden_layers": 32,
+                           "num_attention_heads": 32, "intermediate_size": 11008, "vocab_size": 100278},
+    "qwen3-30b-a3b": _LLAMA | {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48,
+                               "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+                               "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+                               "norm_topk_prob": True, "vocab_size": 151936},
+    "mixtral-8x7b": _LLAMA | {"model_type": "mixtral", "hidden_size": 4096, "num_hidden_layers": 32,
+                              "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
+                              "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000},
 }  # fmt: skip
 """Sizes of public models, by the name `--model` takes: enough of their config.json to plan without it, in bfloat16."""
 HUB = {
@@ -78,6 +87,10 @@ HUB = {
     "allenai/OLMo-2-1124-7B": "olmo-2-7b",
     "google/gemma-3-1b-pt": "gemma-3-1b",
     "google/gemma-3-1b-it": "gemma-3-1b",
+    "allenai/Olmo-3-1025-7B": "olmo-3-7b",
+    "Qwen/Qwen3-30B-A3B": "qwen3-30b-a3b",
+    "Qwen/Qwen3-30B-A3B-Base": "qwen3-30b-a3b",
+    "mistralai/Mixtral-8x7B-v0.1": "mixtral-8x7b",
 }
 """Hub ids of those sizes, which are known without asking the hub (some of them it tells to licensees only)."""
 
@@ -193,7 +206,7 @@ def make_plan(job: Job, tokens_per_document: float, zero: str = "auto") -> Plan:
     Raises:
         ConfigError: the ranks do not divide the batch, the target is out of reach, or the steps cannot be counted.
     """
-    check_target(job.spec, job.config.gates, job.config.sparsity.target)
+    check_target(job.spec, job.config.gates, job.config.sparsity.target, job.config.lora.targets)
     steps = total_steps(job.config, tokens_per_document)
     kept = mean_kept(job, steps)
     options = [estimate(job, layout, steps, kept) for layout in candidates(job, zero)]
@@ -285,12 +298,19 @@ def deepspeed_settings(plan: Plan) -> dict:
 
 
 def table(base: Config, cluster: Cluster, tokens_per_document: float, zero: str = "auto") -> list[tuple[str, Plan]]:
-    """A plan for each of `MODELS` on one cluster in bfloat16; the batch is rounded up to a multiple of the ranks."""
+    """A plan for each of `MODELS` on one cluster in bfloat16; the batch is rounded up to a multiple of the ranks.
+
+    Mixtures of experts in the uniform shape with LoRA on what can have it, as they are pruned.
+    """
     ranks = cluster.ranks
     batch = -(-base.train.batch_size // ranks) * ranks
     rows = []
     for name in MODELS:
         model, train = replace(base.model, path=name, dtype="bfloat16"), replace(base.train, batch_size=batch)
-        job = Job(named_spec(name), replace(base, model=model, train=train), cluster)
+        spec, gates = named_spec(name), base.gates
+        if spec.experts > 1:
+            gates = replace(gates, shape="uniform", units=["kv_groups", "experts", "ffn"])
+        lora = replace(base.lora, targets=[target for target in base.lora.targets if target in spec.lora_targets])
+        job = Job(spec, replace(base, model=model, train=train, gates=gates, lora=lora), cluster)
         rows.append((name, make_plan(job, tokens_per_document, zero)))
     return rows

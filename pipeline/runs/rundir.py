@@ -13,15 +13,16 @@ from typing import Any
 
 import yaml
 from peft import LoraConfig, TaskType
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nuteprune.arch import FFN, ArchSpec
+from nuteprune.arch import ArchSpec
 from nuteprune.config import ASKED_EACH_TIME, Config, ConfigError, load_config, to_dict
 from nuteprune.masks import KINDS, Gates
 from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, inside, read_json, verify, write_atomic
 from nuteprune.runs.fingerprint import fingerprint
+from nuteprune.runs.fused import BLOCKS, from_metadata, fuse, patterns, to_metadata, unfuse
 from nuteprune.runs.snapshot import Snapshot
 from nuteprune.runs.words import one_line
 
@@ -50,39 +51,53 @@ def _split_gates(tensors: Mapping[str, Tensor]) -> tuple[Gates, dict[str, Tensor
     return Gates(**gates), {k: tensors[f"scores.{k}"] for k in KINDS if f"scores.{k}" in tensors}
 
 
-def save_adapter(directory: Path, lora: Mapping[str, tuple[Tensor, Tensor]], config: Config) -> None:
+def save_adapter(directory: Path, lora: Mapping[str, tuple[Tensor, Tensor]], config: Config, spec: ArchSpec) -> None:
     """Write LoRA in peft's format: adapter_config.json and adapter_model.safetensors.
 
     The adapter holds the student's whole update over the *unpruned* base; with the gates of gates.safetensors it is the
     pruned student.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    targets: list[str] = list(config.lora.targets)
+    found: dict = {}
+    if spec.fused and lora:
+        lora, found = fuse(lora, spec)
+        targets = sorted({key.partition(".")[2] for key in lora})
     tensors = {}
     for key, (a, b) in lora.items():
         for name, tensor in (("lora_A", a), ("lora_B", b)):
             tensors[f"{_peft_key(key)}.{name}.weight"] = tensor.detach().cpu().contiguous()
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt", **to_metadata(found)})
     LoraConfig(
-        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets), bias="none",
+        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets, bias="none",
+        **patterns(found, config.lora.rank, config.lora.alpha),
         task_type=TaskType.CAUSAL_LM, base_model_name_or_path=config.model.path, inference_mode=True,
     ).save_pretrained(directory)  # fmt: skip
+    # peft keeps the targets as a set, whose order is another in each process.
+    file = directory / "adapter_config.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts["target_modules"] = sorted(facts["target_modules"])
+    file.write_text(json.dumps(facts, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load_adapter(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """LoRA pairs by "layer.projection" from a peft adapter directory."""
-    tensors = load_file(directory / "adapter_model.safetensors")
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        found = from_metadata(opened.metadata())
     pairs = {}
     for key in tensors:
         if key.endswith(".lora_A.weight"):
             stem = key.removesuffix(".lora_A.weight")
             layer, _, name = stem.removeprefix(PEFT_PREFIX + ".").split(".")
             pairs[f"{layer}.{name}"] = (tensors[key], tensors[f"{stem}.lora_B.weight"])
-    return pairs
+    return unfuse(pairs, found)
 
 
 def _peft_key(key: str) -> str:
     layer, name = key.split(".")
-    block = "mlp" if name in FFN else "self_attn"
+    block = "mlp" if any(name in names for names in BLOCKS) else "self_attn"
     return f"{PEFT_PREFIX}.{layer}.{block}.{name}"
 
 
@@ -149,7 +164,7 @@ def save_run(
     with atomic_directory(target) as tmp:
         save_config(tmp / "config.yaml", config)
         save_gates(tmp / "gates.safetensors", gates, scores)
-        save_adapter(tmp / "adapter", lora, config)
+        save_adapter(tmp / "adapter", lora, config, spec)
         save_snapshots(tmp / "teachers", snapshots)
         facts = {**facts, "architecture": spec.__dict__, "base": fingerprint(config.model.path)}
         (tmp / "pruned.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -131,12 +131,14 @@ def recover_directory(trained: Run, sparsity: float) -> Path:
     return trained.directory / f"recover-{sparsity or trained.config.sparsity.target:g}"
 
 
-def save_tuned(directory: Path, config: Config, trained: Run, gates: Gates, lora: LoraWeights, facts: dict) -> Path:
+def save_tuned(
+    directory: Path, config: Config, trained: Run, spec: ArchSpec, gates: Gates, lora: LoraWeights, facts: dict
+) -> Path:
     """Write a fine-tuned or recovered student to `<directory>/tuned`, atomically; `facts` go to tuned.json."""
     with atomic_directory(directory / TUNED) as temporary:
         save_config(temporary / "config.yaml", config)
         save_gates(temporary / "gates.safetensors", gates, {})
-        save_adapter(temporary / "adapter", lora, config)
+        save_adapter(temporary / "adapter", lora, config, spec)
         facts = {**facts, "pruned": sha256(trained.directory / "pruned" / MANIFEST)}
         (temporary / "tuned.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return directory / TUNED
@@ -226,7 +228,8 @@ def _fits(spec: ArchSpec, gates: Gates, shape: str, rounding: tuple[int, ...]) -
     if shape == "per_layer":
         return True
     kept, (ffn_multiple, _, parallel) = kept_units(spec, gates), rounding
-    if any(len(units) % parallel for layer in (kept.kv_groups, kept.ffn) for units in layer):
+    counts = [len(units) for units in kept.kv_groups] + [width for layer in kept.ffn_widths(spec) for width in layer]
+    if any(count % parallel for count in counts):
         return False
     if shape == "uniform":
         return kept.is_uniform(spec)

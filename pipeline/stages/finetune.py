@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nuteprune.config import Config, ConfigError, Projection
+from nuteprune.config import Config, ConfigError
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.model.distill import IGNORE
-from nuteprune.model.layers import LoraParameters, LoraWeights, View
+from nuteprune.model.layers import LoraWeights, View
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Answers, Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
-from nuteprune.runs.checkpoint import MANIFEST, sha256
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import (
-    TUNED,
     finetune_directory,
     open_run,
     pruned_student,
@@ -33,8 +30,8 @@ from nuteprune.runs.students import (
     shape_of,
 )
 from nuteprune.training.engine import Engine
-from nuteprune.training.loop import Trainer, train
-from nuteprune.training.resume import load_state, save_state
+from nuteprune.training.fixed import FixedGates
+from nuteprune.training.loop import train
 from nuteprune.training.teachers import TeacherBank
 
 log = logging.getLogger(__name__)
@@ -74,7 +71,7 @@ def settings(config: Config, trained: Run) -> Config:
         train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
                       micro_batch=tune.micro_batch, lora_lr=tune.lr),
         loss=replace(config.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
-        lora=replace(old.lora, targets=list(get_args(Projection)), rank=rank,
+        lora=replace(old.lora, targets=list(read_config(old.model.path)[1].lora_targets), rank=rank,
                      alpha=rank * old.lora.alpha / old.lora.rank),
         teacher=replace(old.teacher, mode="intact" if tune.distill else "none"),
         gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
@@ -90,17 +87,15 @@ def extend_lora(own: LoraWeights, pruned: LoraWeights) -> None:
             own[key][1][:, : b.shape[1]] = b
 
 
-class Finetuning(Trainer):
+class Finetuning(FixedGates):
     """The LoRA of a student whose gates no longer change, taught by answers and perhaps by the intact model."""
 
     stage = "finetune"
-    output = TUNED
-    outputs = ("checkpoints", TUNED)
     free = ("recover", "checkpoint", "tracking", "export", "evaluate")
 
-    def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank, recovered: int):
-        super().__init__(*parts)
-        self.trained, self.masks, self.bank, self.recovered = trained, masks, bank, recovered
+    def __init__(self, *parts, recovered: int, **state):
+        super().__init__(*parts, **state)
+        self.recovered = recovered
         answers = (self.stream.blocks[:, 1] != IGNORE).sum(1)
         self.answers = BatchStream(answers, self.config.train.batch_size, self.config.seed)
         """Answer tokens of each window of the global batch, in the order of `stream`."""
@@ -131,14 +126,6 @@ class Finetuning(Trainer):
         return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank,
                    recovered=student.facts.get("recovered", 0))  # fmt: skip
 
-    @cached_property
-    def inputs(self) -> dict[str, str | None]:
-        """The pruned student too."""
-        return super().inputs | {"the pruned student": sha256(self.trained.directory / "pruned" / MANIFEST)}
-
-    def start(self) -> None:
-        """Nothing to do: the student is there."""
-
     def train_step(self) -> dict[str, float]:
         """One optimizer step."""
         teacher = self.bank.activate(None) if self.config.teacher.mode == "intact" else None
@@ -158,17 +145,6 @@ class Finetuning(Trainer):
         own = int((micro_batch[:, 1] != IGNORE).sum())
         return own * self.world.size / int(self.answers.batch(self.step).sum())
 
-    def save(self, directory: Path, counters: dict) -> None:
-        """Gates, LoRA, its optimizer and counters."""
-        save_state(directory, self.config, *self._parts(), counters)
-
-    def load(self, directory: Path) -> dict[str, float]:
-        """Restore what `save` wrote; returns the counters."""
-        return load_state(directory, *self._parts())
-
-    def _parts(self) -> tuple[MaskSet, None, LoraParameters, dict[str, torch.optim.Optimizer], TeacherBank]:
-        return self.masks, None, self.model.lora(), self.engine.optimizers, self.bank
-
     def finish(self) -> Path:
         """Save the fine-tuned student."""
         config, gates = self.config, self.masks.fixed
@@ -183,4 +159,4 @@ class Finetuning(Trainer):
             "skipped_steps": self.bad_total,
         }
         lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
-        return save_tuned(Path(config.run_dir), config, self.trained, gates, lora, facts)
+        return save_tuned(Path(config.run_dir), config, self.trained, self.model.spec, gates, lora, facts)

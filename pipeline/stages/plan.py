@@ -11,6 +11,7 @@ from typing import get_args
 import yaml
 
 from nuteprune.config import Config, ConfigError, Dtype
+from nuteprune.parallel.sizes import read_parameters
 from nuteprune.planning.costs import ASSUMPTIONS, extra_steps, passes, traffic
 from nuteprune.planning.footprint import USABLE, Cluster, Job, Layout, Memory, total_parameters
 from nuteprune.planning.planner import (
@@ -132,10 +133,12 @@ def plan_text(plan: Plan, files: dict[str, str]) -> str:
 def headline(plan: Plan) -> str:
     """Model, cluster and batch in three lines."""
     spec, cluster, config, count = plan.job.spec, plan.job.cluster, plan.job.config, total_parameters(plan.job.spec)
+    experts = f" in {spec.top_k} of {spec.experts} experts" if spec.experts > 1 else ""
+    experts += f" ({read_parameters(spec):,} parameters read for a token)" if experts else ""
     return (
         f"{config.model.path}: {count:,} parameters, {count * plan.job.itemsize / GB:.1f} GB in {config.model.dtype} "
-        f"({spec.layers} layers, hidden {spec.hidden}, {spec.heads} heads, {spec.kv_heads} KV, ffn {spec.ffn}, "
-        f"vocabulary {spec.vocab}{' tied' if spec.tied else ''})\n"
+        f"({spec.layers} layers, hidden {spec.hidden}, {spec.heads} heads, {spec.kv_heads} KV, ffn {spec.ffn}"
+        f"{experts}, vocabulary {spec.vocab}{' tied' if spec.tied else ''})\n"
         f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory / GB:.1f} GB; batch "
         f"{config.train.batch_size} x {config.data.seq_len} tokens, {plan.job.local_batch} sequences a rank; target "
         f"{config.sparsity.target:.0%}\n"

@@ -60,7 +60,7 @@ class Pruning(Trainer):
         """Load the model and data and put a run together, at step 0."""
         with world.together():
             _, spec = read_config(config.model.path)
-            check_target(spec, config.gates, config.sparsity.target)
+            check_target(spec, config.gates, config.sparsity.target, config.lora.targets)
             settings = zero_settings(config, spec, world)
             tokenizer = load_tokenizer(config.model.path, spec.vocab)
             blocks = training_blocks(config, tokenizer, spec.vocab)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,13 @@ from nuteprune.config import Config, ConfigError
 from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
-from nuteprune.model.layers import LoraParameters, View, build_view
+from nuteprune.model.layers import View, build_view
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World, discover
 from nuteprune.parallel.zero import load_paired, zero_settings
-from nuteprune.runs.checkpoint import MANIFEST, sha256
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import (
-    TUNED,
     open_run,
     recover_directory,
     rounding_of,
@@ -32,8 +29,8 @@ from nuteprune.runs.students import (
     snapshot_student,
 )
 from nuteprune.training.engine import Engine
-from nuteprune.training.loop import Trainer, train
-from nuteprune.training.resume import load_state, save_state
+from nuteprune.training.fixed import FixedGates
+from nuteprune.training.loop import train
 from nuteprune.training.teachers import TeacherBank
 
 log = logging.getLogger(__name__)
@@ -87,17 +84,11 @@ def settings(config: Config, trained: Run, rung: float) -> Config:
     )  # fmt: skip
 
 
-class Recovering(Trainer):
+class Recovering(FixedGates):
     """The LoRA of a rung whose gates no longer change, taught by the intact model with the run's own loss."""
 
     stage = "recover"
-    output = TUNED
-    outputs = ("checkpoints", TUNED)
     free = ("checkpoint", "tracking", "export", "evaluate", "finetune")
-
-    def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank):
-        super().__init__(*parts)
-        self.trained, self.masks, self.bank = trained, masks, bank
 
     @classmethod
     def build(cls, config: Config, world: World) -> Recovering:
@@ -124,14 +115,6 @@ class Recovering(Trainer):
         log.info("recovering at sparsity %.4f: %d steps", sparsity_of(spec, student.gates), config.train.steps)
         return cls(config, world, model, engine, stream, config.train.steps, trained=trained, masks=masks, bank=bank)
 
-    @cached_property
-    def inputs(self) -> dict[str, str | None]:
-        """The run that the rung is of too."""
-        return super().inputs | {"the pruned student": sha256(self.trained.directory / "pruned" / MANIFEST)}
-
-    def start(self) -> None:
-        """Nothing to do: the rung is there."""
-
     def train_step(self) -> dict[str, float]:
         """One optimizer step."""
         teacher = None if self.config.teacher.mode == "none" else self.bank.activate(None)
@@ -144,17 +127,6 @@ class Recovering(Trainer):
         view = build_view(model.spec, self.masks.fixed, model.lora(), model.scaling, model.dtype)
         return model(ids, view, teacher, self.config.loss)
 
-    def save(self, directory: Path, counters: dict) -> None:
-        """Gates, LoRA, its optimizer and counters."""
-        save_state(directory, self.config, *self._parts(), counters)
-
-    def load(self, directory: Path) -> dict[str, float]:
-        """Restore what `save` wrote; returns the counters."""
-        return load_state(directory, *self._parts())
-
-    def _parts(self) -> tuple[MaskSet, None, LoraParameters, dict[str, torch.optim.Optimizer], TeacherBank]:
-        return self.masks, None, self.model.lora(), self.engine.optimizers, self.bank
-
     def finish(self) -> Path:
         """Save the recovered rung."""
         config, gates = self.config, self.masks.fixed
@@ -165,4 +137,4 @@ class Recovering(Trainer):
             "skipped_steps": self.bad_total,
         }
         lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
-        return save_tuned(Path(config.run_dir), config, self.trained, gates, lora, facts)
+        return save_tuned(Path(config.run_dir), config, self.trained, self.model.spec, gates, lora, facts)

@@ -11,7 +11,7 @@ from pathlib import Path
 from nuteprune.config import Config, ConfigError
 from nuteprune.runs import jobs
 
-TRAINING = ("prune", "finetune")
+TRAINING = ("prune", "recover", "finetune")
 """Stages that take steps."""
 RECENT = 20
 """Steps over which the speed is taken."""
@@ -39,12 +39,15 @@ def run(config: Config) -> dict:
 
 
 def outputs(config: Config) -> dict[str, Path]:
-    """The stages of the run's chain in order, and the directory of each one's result."""
+    """The stages of the run's chain in order, and the directory of each one's result; `recover-0.1` is one rung's."""
     run_dir, tune = Path(config.run_dir), config.finetune
     rung = "" if tune.sparsity in (0, config.sparsity.target) else f"-{tune.sparsity:g}"
     found = {"prepare": run_dir / "prepared", "prune": run_dir / "pruned"}
+    found |= {f"recover-{rung:g}": run_dir / f"recover-{rung:g}" / "tuned" for rung in config.recover.ladder}
     if tune.data:
         found["finetune"] = run_dir / f"finetune{rung}" / "tuned"
+    if config.export.ladder:  # evaluated as it is exported
+        return found | {"export": Path(config.export.output or run_dir / "ladder")}
     return found | {
         "export": Path(config.export.output or run_dir / "export"),
         "evaluate": Path(config.evaluate.output or run_dir / "evaluate"),
@@ -56,8 +59,9 @@ def _stage(run_dir: Path, stage: str, output: Path, number: str | None) -> dict:
     complete = (output / "manifest.json").is_file()
     state = job.standing or ("complete" if complete else job.state.lower() if job.failed else "incomplete")
     found = {"state": state, "job": vars(job) if number else None}
-    if stage in TRAINING and state != "complete":
-        found["progress"] = progress(output.parent, stage)
+    kind = stage.partition("-")[0]
+    if kind in TRAINING and state != "complete":
+        found["progress"] = progress(output.parent, kind)
     if job.failed and not complete:
         found["error"] = jobs.first_error(run_dir, job)
     return found
@@ -95,10 +99,10 @@ def _entries(path: Path) -> list[dict]:
 
 def text(status: dict) -> str:
     """The status for people."""
-    lines = [status["run_dir"]]
+    lines, width = [status["run_dir"]], max(map(len, status["stages"]))
     for stage, found in status["stages"].items():
         job = found["job"]
-        words = [f"  {stage:<9} {found['state']:<11}"]
+        words = [f"  {stage:<{width}} {found['state']:<11}"]
         if job:
             words.append(f"job {job['number']} {job['state'] or '(SLURM has forgotten it)'}")
             words += [f"on {job['nodes']}"] if job["nodes"] else []
@@ -106,9 +110,9 @@ def text(status: dict) -> str:
             words += [f"restarts: {job['restarts']}"] if job["restarts"] else []
         lines.append(" ".join(words).rstrip())
         if found.get("progress"):
-            lines += [f"            {line}" for line in _progress_text(found["progress"])]
+            lines += [f"  {'':<{width}} {line}" for line in _progress_text(found["progress"])]
         if found.get("error"):
-            lines.append(f"            first error: {found['error']}")
+            lines.append(f"  {'':<{width}} first error: {found['error']}")
     return "\n".join(lines)
 
 

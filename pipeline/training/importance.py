@@ -65,6 +65,7 @@ def unit_costs(spec: ArchSpec) -> dict[str, float]:
         "ffn": ffn,
         "hidden": spec.prunable / d,
         "attn_sublayers": spec.heads * head + spec.kv_heads * group,
-        "ffn_sublayers": spec.ffn * ffn,
+        "ffn_sublayers": spec.ffn_units * ffn,
         "layers": spec.prunable / spec.layers,
+        "experts": spec.ffn * ffn,
     }

@@ -42,7 +42,7 @@ def save_state(
     """Write everything `load_state` needs into a directory."""
     save_config(directory / "config.yaml", config)
     save_gates(directory / "gates.safetensors", masks.fixed or Gates(), masks.scores())
-    save_adapter(directory / "adapter", lora, config)
+    save_adapter(directory / "adapter", lora, config, masks.spec)
     save_snapshots(directory / "teachers", bank.snapshots)
     tensors = _optimizer_tensors(optimizers)
     if multipliers is not None:

@@ -8,22 +8,30 @@ from test_engine import from_checkpoint, metrics, same_curve
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
+from nuteprune.arch import read_spec
 from nuteprune.config import load_config
 from nuteprune.stages import export, prune
 
-FAMILIES = ("granite", "smollm3", "phi3", "olmo2", "olmo3", "gemma3")
+FAMILIES = ("granite", "smollm3", "phi3", "olmo2", "olmo3", "gemma3", "qwen3_moe", "mixtral")
 """LLaMA, of which Mistral and the Qwens differ in no module, is in test_engine.py."""
+SIZES = {
+    "qwen3_moe": {"moe_intermediate_size": 128, "num_experts": 8},
+    "mixtral": {"intermediate_size": 128, "num_local_experts": 8},
+}
+"""Widths of experts are multiples of 8."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_resume_and_export(family, tokenizer, text_file, tmp_path):
     base = tmp_path / "base"
-    model = tiny_model(family)
+    model = tiny_model(family, **SIZES.get(family, {}))
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
+    spec = read_spec(model.config)
+    units = "[kv_groups,ffn,experts]" if spec.experts > 1 else "[heads,kv_groups,ffn]"
     overrides = [
         f"model.path={base}", f"data.source={text_file}", "data.seq_len=32", "train.steps=50", "train.batch_size=4",
-        "train.micro_batch=1", "gates.importance_batches=2", "gates.units=[heads,kv_groups,ffn]",
+        "train.micro_batch=1", "gates.importance_batches=2", f"gates.units={units}", f"lora.targets=[{','.join(spec.lora_targets)}]",
         "gates.shape=uniform", "gates.ffn_multiple=1", "sparsity.target=0.395", "tracking.progress=false",
         # A target between two teachers (0.39, 0.40), so that rounding records no other one.
         # With the steps of a real run rounding alone grows beyond what is compared here.

@@ -1,4 +1,4 @@
-"""Exports tiny random models of every family in every shape, for `make check-vllm` and its likes.
+"""Exports tiny random models of every family in the shapes that engines know, for `make check-vllm` and its likes.
 
 Arguments: a directory, and settings (`export.gguf=f32`). Writes DIR/FAMILY-SHAPE each, and prints their paths.
 """
@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from exporting import FAMILIES, SHAPES, base_model, some_gates, trained
 
 from nuteprune.config import ConfigError
+from nuteprune.masks import Gates
 from nuteprune.stages import export
 
 SIZES = {
@@ -20,16 +21,26 @@ SIZES = {
     "mistral": {"sliding_window": 32},
     "qwen2": {"use_sliding_window": False, "sliding_window": None, "hidden_size": 192},
     "qwen3": {"attention_bias": False},
+    "smollm3": {"no_rope_layer_interval": 4, "use_sliding_window": False, "sliding_window": None},
+    "phi3": {"sliding_window": None},
+    "olmo2": {"attention_bias": False, "hidden_size": 192},
+    "olmo3": {"hidden_size": 192},
+    "mixtral": {"sliding_window": None},
 }
 HEAD_DIM = 32
 """The smallest that vLLM's attention takes."""
 
 
 def gates(spec, shape):
-    """Some units of every kind removed; in the per-layer shapes also sublayers, but not the first attention."""
+    """Some units of every kind removed; in the per-layer shapes also sublayers, but not the first attention.
+
+    Of OLMo only FFN units: llama.cpp wants its heads as wide as the hidden size.
+    """
     # Of a uniform Qwen2 vLLM takes hidden size / heads, four here, for the head size.
     hidden = 4 * HEAD_DIM if (spec.family, shape) == ("qwen2", "uniform") else 40
     chosen = some_gates(spec, shape, hidden=hidden, empty=False)
+    if spec.qk_norm == "width":
+        return Gates(ffn=chosen.ffn)
     if shape != "uniform":
         chosen.attn_sublayers[[1, 3]] = 0
         chosen.ffn_sublayers[[2, 3]] = 0
@@ -40,7 +51,7 @@ def main():
     folder, *settings = sys.argv[1:]
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for family in FAMILIES:
-        for shape in SHAPES:
+        for shape in SHAPES if family in ("llama", "mistral", "qwen2", "qwen3") else ("uniform",):
             place = Path(folder) / f"{family}-{shape}"
             place.mkdir(parents=True)
             base = base_model(family, head_dim=HEAD_DIM, rms_norm_eps=1e-3, **SIZES.get(family, {}))

@@ -131,3 +131,20 @@ def test_sweep_as_an_array(tiny_run, tmp_path):
         finished(run, element)
     for name in ("sparsity.target=0.2", "sparsity.target=0.3,seed=1"):
         assert (Path(f"{run.run_dir}-sweep") / name / "evaluate" / "manifest.json").is_file()
+
+
+def test_rungs_are_recovered_side_by_side(tiny_run):
+    run = tiny_run(steps=20)
+    settings = ("recover.ladder=[0.1,0.15]", "recover.steps=4", "export.ladder=[0.1,0.15]")
+    jobs = run.submit(*settings)
+    assert list(jobs) == ["prepare", "prune", "recover-0.1", "recover-0.15", "export"]
+    fields = {stage: finished(run, job) for stage, job in jobs.items()}
+    for rung in ("recover-0.1", "recover-0.15"):
+        assert fields["prune"]["EndTime"] <= fields[rung]["StartTime"]
+        assert fields[rung]["EndTime"] <= fields["export"]["StartTime"]
+        assert (run.run_dir / rung / "tuned" / "manifest.json").is_file()
+        card = run.run_dir / "ladder" / rung.removeprefix("recover-") / "README.md"
+        assert "| Recovered | 4 steps" in card.read_text()
+    again = run.submit_text(*settings, "--from", "recover").splitlines()
+    assert [line.split(": job ")[0] for line in again[:3]] == ["recover-0.1", "recover-0.15", "export"]
+    assert ["after job" in line for line in again[:3]] == [False, False, True]

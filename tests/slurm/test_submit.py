@@ -55,6 +55,10 @@ def test_chain_on_cpus(files, tmp_path):
     check("submit_cpu", submit(*files, "--dry-run", "sparsity.target=0.3"), tmp_path)
 
 
+def test_rungs_side_by_side(files, tmp_path):
+    check("submit_recover", submit(*files, "--dry-run", "recover.ladder=[0.1,0.2]"), tmp_path)
+
+
 def test_from_a_stage_with_a_variable_set_once(files, tmp_path):
     check("submit_from_prune", submit(*files, "--dry-run", "--from", "prune", PRUNE_NODES="1"), tmp_path)
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from exporting import some_gates, trained
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 from nuteprune import api
 from nuteprune.__main__ import main
-from nuteprune.config import load_config
-from nuteprune.runs.checkpoint import Checkpoints
+from nuteprune.config import ConfigError, load_config
+from nuteprune.runs.checkpoint import Checkpoints, atomic_directory
 from nuteprune.stages import prune
 
 
@@ -186,6 +186,23 @@ def test_full_disk_while_saving_leaves_the_old_checkpoint(settings, tmp_path, ca
         caplog.set_level("INFO")
         assert main(["prune", *arguments]) == 0
         assert f"resumed at step {int(newest.name.removeprefix('step-'))} " in caplog.text
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a full disk is made with a small tmpfs, which only root may mount")
+def test_full_disk_while_a_tokenizer_is_saved_is_one_line(tmp_path):
+    """Tokenizers, written in Rust, raises a bare `Exception` then."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], check=True)
+    try:
+        with (
+            pytest.raises(ConfigError, match=r"No space left on device.*what was saved before is intact"),
+            atomic_directory(disk / "export") as directory,
+        ):
+            tiny_tokenizer().save_pretrained(directory)
+        assert not list(disk.iterdir())
     finally:
         subprocess.run(["umount", disk], check=True)
 

@@ -7,13 +7,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from exporting import assert_close, base_model, loaded, masked_logits, some_gates, some_ids, trained
+from exporting import FAMILIES, assert_close, base_model, loaded, masked_logits, some_gates, some_ids, trained
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nuteprune.__main__ import main
 from nuteprune.config import ConfigError
 from nuteprune.exporting.gguf_vocab import vocabulary
+from nuteprune.masks import Gates
 from nuteprune.runs.checkpoint import verify
 from nuteprune.stages import export
 
@@ -23,8 +24,13 @@ SHAPES = ("uniform", "per_layer_ffn", "per_layer")
 def exported(tmp_path, family, shape, quantisation="f32", **options):
     """An export with a GGUF file, and the masked model's logits."""
     size = 40 if family == "llama" else 37
+
+    def gates_of(spec):
+        gates = some_gates(spec, shape, hidden=size)
+        return Gates(ffn=gates.ffn) if family in ("olmo2", "olmo3") else gates
+
     config, model, gates, lora = trained(
-        tmp_path, family, lambda s: some_gates(s, shape, hidden=size), base=base_model(family, **options),
+        tmp_path, family, gates_of, base=base_model(family, **options),
         **{"gates.shape": shape, "export.gguf": quantisation},
     )  # fmt: skip
     return export.run(config), masked_logits(model, gates, lora, some_ids())
@@ -92,20 +98,29 @@ def test_matrices_are_stored_in_the_type_that_is_asked_for(tmp_path, quantisatio
     assert tensors["blk.1.ffn_up.weight"].tensor_type.name == "F16"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+PLAIN = {
+    "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {"sliding_window": None},
+    "qwen3": {"attention_bias": False},
+    "smollm3": {"no_rope_layer_interval": 4, "use_sliding_window": False, "sliding_window": None},
+    "phi3": {"sliding_window": None}, "olmo2": {"attention_bias": False}, "mixtral": {"sliding_window": None},
+}  # fmt: skip
+"""What llama.cpp has of each family."""
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"), [(f, s) for f in FAMILIES for s in SHAPES if s == "uniform" or f in FAMILIES[:3]]
+)
 def test_llama_cpp_computes_the_same(tmp_path, family, shape):
     pytest.importorskip("llama_cpp_py_sync", reason="pip install llama-cpp-py-sync")
-    if family == "qwen3" and shape != "uniform":
-        pytest.skip("llama.cpp has no norms of q and k with sizes per layer")
     sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
-    from llamacpp_alone import TOLERANCE, compare
+    from llamacpp_alone import compare, tolerance
 
-    plain = {"head_dim": 32, "rms_norm_eps": 1e-3}
-    plain |= {"attention_bias": False} if family == "qwen3" else {"sliding_window": None} if family != "llama" else {}
+    plain = {"head_dim": 32, "rms_norm_eps": 1e-3, **PLAIN.get(family, {})}
+    if family in ("olmo2", "olmo3"):  # its heads stay as wide as the hidden size
+        plain |= {"hidden_size": 192}
     directory, _ = exported(tmp_path, family, shape, **plain)
-    *_, apart, greedy, same = compare(str(directory))
-    assert max(apart, greedy) <= TOLERANCE
+    _, name, _, apart, greedy, same = compare(str(directory))
+    assert max(apart, greedy) <= tolerance(name)
     assert same
 
 

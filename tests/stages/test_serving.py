@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from exporting import FAMILIES, SHAPES, assert_close, base_model, loaded, masked_logits, some_gates, some_ids, trained
+from exporting import (
+    FAMILIES,
+    FAMILY_SHAPES,
+    SHAPES,
+    assert_close,
+    base_model,
+    loaded,
+    masked_logits,
+    some_gates,
+    some_ids,
+    trained,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nuteprune.exporting import modeling_ragged
@@ -24,22 +35,21 @@ def served(tmp_path_factory):
     """
     made, wanted, jobs = {}, {}, []
     ids, long_ids = some_ids(), some_ids(length=100)
-    for family in (*FAMILIES, "llama-long"):
-        for shape in SHAPES:
-            tmp_path = tmp_path_factory.mktemp(f"{family}-{shape}")
-            base = base_model("llama", **LONG) if family == "llama-long" else None
-            # 40 is a multiple of the heads, so a LLaMA stays one; 37 makes a Mistral of it (see test_export).
-            hidden = 40 if family == "llama" else 37
-            config, model, gates, lora = trained(
-                tmp_path, family.removesuffix("-long"), lambda s, k=shape, d=hidden: some_gates(s, k, hidden=d),
-                base=base, **{"gates.shape": shape},
-            )  # fmt: skip
-            directory = export.run(config)
-            checks = ["long"] if family == "llama-long" else ["lora"] if family in ("llama", "qwen2") else []
-            checks += ["gguf"] if (family, shape) == ("llama", "uniform") else []
-            jobs.append((str(directory), shape != "uniform", checks))
-            wanted[family, shape] = masked_logits(model, gates, lora, long_ids if "long" in checks else ids)
-            made[family, shape] = directory
+    for family, shape in (*FAMILY_SHAPES, *(("llama-long", shape) for shape in SHAPES)):
+        tmp_path = tmp_path_factory.mktemp(f"{family}-{shape}")
+        base = base_model("llama", **LONG) if family == "llama-long" else None
+        # 40 is a multiple of the heads, so a LLaMA stays one; 37 makes a Mistral of it (see test_export).
+        hidden = 40 if family == "llama" else 37
+        config, model, gates, lora = trained(
+            tmp_path, family.removesuffix("-long"), lambda s, k=shape, d=hidden: some_gates(s, k, hidden=d),
+            base=base, **{"gates.shape": shape},
+        )  # fmt: skip
+        directory = export.run(config)
+        checks = ["long"] if family == "llama-long" else ["lora"] if family in ("llama", "qwen2") else []
+        checks += ["gguf"] if (family, shape) == ("llama", "uniform") else []
+        jobs.append((str(directory), shape != "uniform", checks))
+        wanted[family, shape] = masked_logits(model, gates, lora, long_ids if "long" in checks else ids)
+        made[family, shape] = directory
     folder = tmp_path_factory.mktemp("alone")
     torch.save((jobs, ids, long_ids), folder / "jobs.pt")
     environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
@@ -53,8 +63,7 @@ def served(tmp_path_factory):
     return {key: (directory, wanted[key], out[str(directory)]) for key, directory in made.items()}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "shape"), FAMILY_SHAPES)
 def test_logits_are_the_masked_models(served, family, shape):
     _, wanted, got = served[family, shape]
     assert_close(got["logits"], wanted)

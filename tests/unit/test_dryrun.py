@@ -9,7 +9,7 @@ from nuteprune.planning.footprint import total_parameters
 from nuteprune.planning.planner import HUB, named_spec
 
 RECIPES = {"llama2-13b": 8, "llama3.1-8b": 8, "llama3.1-70b": 16, "mistral-7b": 8, "qwen3-14b": 8, "granite3.3-8b": 8,
-           "smollm3-3b": 8, "phi4": 8, "olmo2-7b": 8, "gemma3-1b": 8}  # fmt: skip
+           "smollm3-3b": 8, "phi4": 8, "olmo2-7b": 8, "olmo3-7b": 8, "gemma3-1b": 8, "mixtral-8x7b": 8}  # fmt: skip
 """Recipe and the number of ranks that it is made for."""
 
 
@@ -19,7 +19,7 @@ def test_recipe_on_its_ranks(recipe):
     ranks, spec = RECIPES[recipe], named_spec(HUB[config.model.path])
     found = dry_run(config, ranks, 8)
     assert found.total == 2 * total_parameters(spec)
-    assert found.gates["ffn"] == (spec.layers, spec.ffn)
+    assert found.gates["ffn"] == (spec.layers, spec.ffn_units)
     if config.deepspeed == "zero2":
         assert (found.share, found.gathered) == (found.total, 0)
     else:

@@ -21,6 +21,9 @@ LONG = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_f
 @pytest.mark.parametrize(
     ("name", "changes", "units", "shape", "line"),
     [
+        ("llama", {}, ["experts"], "uniform", "gates.units: llama cannot have experts, leave it out"),
+        ("mixtral", {}, ["ffn"], "per_layer_ffn", "gates.shape: mixtral cannot have per_layer_ffn, leave it out"),
+        ("qwen3_moe", {}, ["ffn_sublayers"], "uniform", "gates.units: qwen3_moe cannot have ffn_sublayers"),
         ("phi3", LONG, [], "uniform", "gates.units: phi3 cannot have kv_groups"),
         ("phi3", LONG, ["ffn"], "per_layer_ffn", "gates.shape: phi3 cannot have per_layer_ffn"),
         ("phi3-partial", {}, ["ffn"], "per_layer", "gates.shape: phi3 cannot have per_layer"),
@@ -65,12 +68,40 @@ def test_rotary_positions_of_its_own_stay_exact_in_the_stock_class(name, changes
     torch.testing.assert_close(small(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["granite", "smollm3", "phi3", "olmo2", "gemma3"])
-@pytest.mark.parametrize("shape", ["uniform", "per_layer_ffn"])
-def test_no_gguf_of_a_family_that_it_would_get_wrong(name, shape):
-    config = tiny_config(name)
-    with pytest.raises(ConfigError, match=f"model.gguf is not written for {config.model_type}"):
-        gguf_architecture(read_spec(config), shape, config)
+@pytest.mark.parametrize("name", ["granite", "smollm3", "phi3", "olmo3", "gemma3", "qwen3"])
+def test_no_gguf_of_unequal_layers_where_llama_cpp_holds_none(name):
+    config = tiny_config(name, num_attention_heads=4, num_hidden_layers=4)
+    with pytest.raises(ConfigError, match="only where all layers are alike"):
+        gguf_architecture(read_spec(config), "per_layer_ffn", config)
+
+
+@pytest.mark.parametrize(("name", "changes", "lack"), [
+    ("olmo2", {}, "no heads narrower than the hidden size"),
+    ("smollm3", {}, "no layers without rotary positions but every 4th"),
+    ("smollm3", {"no_rope_layer_interval": 4, "mlp_bias": True}, "no biases in the FFN"),
+    ("phi3-partial", {}, "no heads that rotate only in part"),
+    ("olmo3", {"attention_bias": True, "num_attention_heads": 4}, "no bias on o_proj"),
+    ("gemma3", {"num_hidden_layers": 62}, "no scale of attention"),
+    ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+])  # fmt: skip
+def test_no_gguf_of_what_llama_cpp_would_get_wrong(name, changes, lack):
+    config = tiny_config(name, **changes)
+    with pytest.raises(ConfigError, match=f"llama.cpp's {config.model_type} has .*{lack}"):
+        gguf_architecture(read_spec(config), "uniform", config)
+
+
+def test_experts_without_lora_are_one_line(tmp_path, capsys):
+    tiny_config("mixtral").save_pretrained(tmp_path)
+    arguments = [f"model.path={tmp_path}", f"run_dir={tmp_path / 'run'}", "gates.shape=uniform"]
+    assert main(["prune", *arguments, "--dry-run", "--world-size", "1"]) == 2
+    line = "lora.targets: mixtral cannot have gate_proj, up_proj, down_proj, leave them out"
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])
+def test_qwen3_moe_with_dense_layers_is_refused(changes):
+    with pytest.raises(ValueError, match="dense layers"):
+        read_spec(tiny_config("qwen3_moe", **changes))
 
 
 def test_gemma_with_softcapped_logits_is_refused():
@@ -129,7 +160,8 @@ def test_half_a_gate_is_half_of_what_the_sublayer_adds(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_split_layers_know_their_files_and_pack_again(name):
     layer = tiny_model(name).model.layers[1]
-    before = layer.state_dict()
+    whole = layer.state_dict()
+    before = whole | unstacked(whole)
     split_fused(layer)
     for key, parameter in layer.named_parameters():
         own, rows = stored(layer, key)
@@ -142,5 +174,18 @@ def test_split_layers_know_their_files_and_pack_again(name):
         assert isinstance(linear, nn.Linear)
         single |= {f"{block}.{projection}.{part}": tensor for part, tensor in linear.named_parameters()}
     packed = pack(single, tiny_model(name).model.layers[1])
-    assert {k: v.shape for k, v in before.items() if "norm" not in k} == {k: v.shape for k, v in packed.items()}
-    assert all(torch.equal(before[k], v) for k, v in packed.items())
+    kept = {k: v.shape for k, v in whole.items() if "norm" not in k and k != "mlp.gate.weight"}
+    assert kept == {k: v.shape for k, v in packed.items()}
+    assert all(torch.equal(whole[k], v) for k, v in packed.items())
+
+
+def unstacked(state):
+    """The experts of a layer one by one, as files have them."""
+    if "mlp.experts.gate_up_proj" not in state:
+        return {}
+    found = {}
+    for number, (both, down) in enumerate(zip(state["mlp.experts.gate_up_proj"], state["mlp.experts.down_proj"],
+                                              strict=True)):  # fmt: skip
+        names = zip(("gate", "up", "down"), (*both.chunk(2), down), strict=True)
+        found |= {f"mlp.experts.{number}.{name}_proj.weight": weight for name, weight in names}
+    return found

@@ -28,7 +28,7 @@ def test_lists_are_those_of_each_layer_alone(share):
     found = structure.find(SPEC, heads, ffn, hidden)
     assert_kept(found.hidden, hidden)
     for index, layer in enumerate(found.layers):
-        assert_kept(layer.ffn, ffn[index])
+        assert_kept(layer.ffn[0], ffn[index])
         kept = heads[index].nonzero().flatten()
         rows = None if len(kept) == SPEC.heads else (kept[:, None] * 6 + torch.arange(6)).flatten()
         assert (layer.queries is None) == (rows is None)
@@ -55,14 +55,15 @@ def test_ffn_units_are_kept_in_multiples_with_removed_ones():
     found = structure.find(SPEC, None, ffn, None, multiple=8)
     for index, layer in enumerate(found.layers):
         kept = ffn[index].nonzero().flatten()
-        assert len(layer.ffn) % 8 == 0
-        assert 0 <= len(layer.ffn) - len(kept) < 8
-        assert torch.isin(kept, layer.ffn).all()
-        assert torch.equal(layer.ffn, layer.ffn.unique())
-    assert len(found.layers[2].ffn) == 0
+        (units,) = layer.ffn
+        assert len(units) % 8 == 0
+        assert 0 <= len(units) - len(kept) < 8
+        assert torch.isin(kept, units).all()
+        assert torch.equal(units, units.unique())
+    assert len(found.layers[2].ffn[0]) == 0
     ffn[0] = 1
     ffn[0, :3] = 0  # 37 of 40: all of them
-    assert structure.find(SPEC, None, ffn, None, multiple=8).layers[0].ffn is None
+    assert structure.find(SPEC, None, ffn, None, multiple=8).layers[0].ffn == [None]
 
 
 def test_nothing_gated_is_dense():
