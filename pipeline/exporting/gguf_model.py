@@ -27,7 +27,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import ConfigError
-from nuteprune.exporting.gguf_families import ARCHITECTURES, NEIGHBOURS, add_family, has_window, lacks, rope_of, single
+from nuteprune.exporting.gguf_families import (
+    ARCHITECTURES,
+    BLOCK,
+    NEIGHBOURS,
+    add_family,
+    has_window,
+    lacks,
+    rope_of,
+    single,
+    whole_blocks,
+)
 from nuteprune.exporting.gguf_vocab import write_vocabulary
 from nuteprune.exporting.modeling_ragged import RaggedConfig
 
@@ -41,8 +51,6 @@ TYPES = {
 }
 """Of matrices, by the values of export.gguf; vectors stay float32."""
 WITHOUT = "export without export.gguf"
-BLOCK = 32
-"""FFN widths are multiples of it: one block of q8_0."""
 
 
 def gguf_architecture(spec: ArchSpec, shape: str, config: PreTrainedConfig) -> str:
@@ -145,7 +153,7 @@ def _layers(config: PreTrainedConfig) -> list[_Layer]:
     layers = []
     for index, (groups, ffn) in enumerate(sizes):
         heads = groups or ([1] if index == 0 or o_bias else [])
-        width = -(-ffn // BLOCK) * BLOCK or (BLOCK if heads or index == len(sizes) - 1 or down_bias else 0)
+        width = whole_blocks(ffn) or (BLOCK if heads or index == len(sizes) - 1 or down_bias else 0)
         layers.append(_Layer(heads, width, not groups, not ffn))
     return layers
 
@@ -228,14 +236,14 @@ def _tensors(
                 rows = rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
             tensor = rows.flatten(0, 1)
         elif projection in ("gate_proj", "up_proj") or key.endswith("down_proj.weight"):
-            tensor = _filled_up(tensor, layers[int(parts[2])].ffn, -1 if projection == "down_proj" else 0)
+            tensor = _filled_up(tensor, -1 if projection == "down_proj" or tensor.ndim == 1 else -2)
         yield names.get_name(key, try_suffixes=(".weight", ".bias")), tensor
 
 
-def _filled_up(tensor: Tensor, width: int, dim: int) -> Tensor:
-    """The tensor with zeros up to a width in one dimension."""
+def _filled_up(tensor: Tensor, dim: int) -> Tensor:
+    """The tensor with zeros up to whole blocks of FFN units, which are its dimension `dim`."""
     shape = list(tensor.shape)
-    shape[dim] = width - shape[dim]
+    shape[dim] = whole_blocks(shape[dim]) - shape[dim]
     return torch.cat((tensor, tensor.new_zeros(shape)), dim)
 
 

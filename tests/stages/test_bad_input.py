@@ -148,7 +148,8 @@ def test_export_of_a_missing_or_damaged_run(settings, tmp_path, capsys):
     ("family", "shape", "asked", "message"),
     [
         ("qwen3", "per_layer", "export.gguf=f16", "only where all layers are alike: use export.shape=uniform"),
-        ("granite", "uniform", "export.gguf=f16", "not written for granite (only for llama, mistral, qwen2, qwen3)"),
+        ("qwen3", "uniform", "export.gguf=f16", "has no bias on o_proj, as this model has: export without export.gguf"),
+        ("olmo2", "uniform", "export.gguf=f16", ": export without export.gguf"),
         ("llama", "uniform", "export.gguf=q4_0", "export.gguf: expected none | f32 | f16 | q8_0, got 'q4_0'"),
         ("llama", "per_layer", "export.shape=uniform", "which no stock model lacks: use export.shape=per_layer_ffn"),
         ("llama", "per_layer", "export.shape=per_layer_fnn", "did you mean 'per_layer_ffn'"),
