@@ -35,7 +35,7 @@ def test_files_of_several_types_are_not_compared(tmp_path):
     half, full = (gguf_file(tmp_path / name, kind) for name, kind in (
         ("half", gguf.LlamaFileType.MOSTLY_F16), ("full", gguf.LlamaFileType.ALL_F32)))  # fmt: skip
     assert file_type([half]) == "f16"
-    with pytest.raises(SystemExit, match="of several types .f16, f32.: export with the same --gguf"):
+    with pytest.raises(SystemExit, match=r"of several types .f16, f32.: export with the same --gguf"):
         file_type([half, full])
     with pytest.raises(SystemExit, match="is missing: export with --gguf f16"):
         file_type([str(tmp_path)])
