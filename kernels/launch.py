@@ -5,6 +5,7 @@ Letters: M tokens, K inputs (summed), N outputs, R rank; n and k are the kept on
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,45 +19,52 @@ FUSED_RANK = 16  # up to here u = xAᵀ rides along in the matmul (1/8 of a 128-
 REDUCE_PROGRAMS = 512  # about four a multiprocessor on the cards aimed at; a constant keeps sums equal across cards
 
 
-class Operand(NamedTuple):
+class Operand:
     """One masked LoRA product: x [M, K] or [B, M/B, K] (or the kept columns of it) with rows at equal distances.
 
-    w [N, K], a [R, K] and b [N, R] have any strides.
+    w [N, K], a [R, K] and b [N, R] have any strides; `swapped`: what is there is each one's transpose, and only the
+    strides are read the other way round (a view of each would cost more than a small kernel).
+
+    Attributes:
+        tokens, outputs, rank: M, N, R (0 without LoRA).
+        kept: (n, k).
+        w_strides: of w along its outputs and its inputs.
     """
 
-    x: Tensor
-    w: Tensor
-    bias: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
-    in_gate: Tensor | None
-    out_gate: Tensor | None
-    keep_in: Tensor | None
-    keep_out: Tensor | None
-    scaling: float
-    compact_in: bool
-    compact_out: bool
+    __slots__ = (
+        "a", "b", "bias", "compact_in", "compact_out", "in_gate", "keep_in", "keep_out", "kept", "out_gate", "outputs",
+        "rank", "scaling", "swapped", "tokens", "w", "w_strides", "x",
+    )  # fmt: skip
 
-    @property
-    def kept(self) -> tuple[int, int]:
-        """(n, k)"""
-        n, k = self.w.shape
-        return n if self.keep_out is None else len(self.keep_out), k if self.keep_in is None else len(self.keep_in)
+    def __init__(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, in_gate: Tensor | None,
+        out_gate: Tensor | None, keep_in: Tensor | None, keep_out: Tensor | None, scaling: float, compact_in: bool,
+        compact_out: bool, swapped: bool = False,
+    ):  # fmt: skip
+        self.x, self.w, self.bias, self.a, self.b = x, w, bias, a, b
+        self.in_gate, self.out_gate, self.keep_in, self.keep_out = in_gate, out_gate, keep_in, keep_out
+        self.scaling, self.compact_in, self.compact_out, self.swapped = scaling, compact_in, compact_out, swapped
+        n, k = w.shape[::-1] if swapped else w.shape
+        self.tokens, self.outputs = tokens(x), n
+        self.rank = 0 if a is None else a.shape[1 if swapped else 0]
+        self.kept = (n if keep_out is None else keep_out.shape[0], k if keep_in is None else keep_in.shape[0])
+        self.w_strides = self.strides(w)
 
-    @property
-    def tokens(self) -> int:
-        """M"""
-        return tokens(self.x)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.a is None else self.a.shape[0]
+    def strides(self, matrix: Tensor) -> tuple[int, ...]:
+        """Strides of w, a or b as the product reads it."""
+        strides = matrix.stride()
+        return strides[::-1] if self.swapped else strides
 
     def transposed(self, grad: Tensor) -> "Operand":
         """The product that gives dx from `grad` [M, N]: same expression, roles of inputs and outputs swapped."""
-        a, b = (None, None) if self.a is None or self.b is None else (self.b.t(), self.a.t())
-        gates, keeps = (self.out_gate, self.in_gate), (self.keep_out, self.keep_in)
-        return Operand(grad, self.w.t(), None, a, b, *gates, *keeps, self.scaling, self.compact_out, self.compact_in)
+        return Operand(grad, self.w, None, self.b, self.a, self.out_gate, self.in_gate, self.keep_out, self.keep_in,
+                       self.scaling, self.compact_out, self.compact_in, not self.swapped)  # fmt: skip
+
+    def skinny(self) -> "Operand":
+        """u = (x⊙m_in)Aᵀ as a product without LoRA: A in W's place."""
+        assert self.a is not None
+        return Operand(self.x, self.a, None, None, None, self.in_gate, None, self.keep_in, None, self.scaling,
+                       self.compact_in, True, self.swapped)  # fmt: skip
 
 
 def tokens(x: Tensor) -> int:
@@ -71,9 +79,12 @@ def in_rows(x: Tensor) -> Tensor:
     return rows(x)
 
 
+_NO_CARD = nullcontext()
+
+
 def guard(x: Tensor):
     """Makes x's card current for a launch."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda else _NO_CARD
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -88,31 +99,47 @@ def padded(rank: int) -> int:
     return max(16, 1 << max(rank - 1, 0).bit_length())
 
 
-def empty_outputs(op: Operand, keep_u: bool = True) -> tuple[Tensor, Tensor | None]:
-    """(y, u) for a launch: y [M, N] or [B, M/B, N], zeroed where units are skipped; u [M, R], None without LoRA."""
+_workspaces: dict[tuple, Tensor] = {}
+
+
+def workspace(x: Tensor, name: str, numel: int, dtype: torch.dtype, shape: tuple[int, int] | None = None) -> Tensor:
+    """Memory for what only the launches of one call read: the same again for the next call on the stream of `x`.
+
+    Without `shape` it is flat, and may be longer than asked for.
+    """
+    device = x.device
+    stream = torch.cuda.current_stream(device).cuda_stream if x.is_cuda else 0
+    place = (name, device, stream, dtype, shape)
+    memory = _workspaces.get(place)
+    if memory is None or memory.numel() < numel:
+        memory = _workspaces[place] = torch.empty(shape or bucket(numel), dtype=dtype, device=device)
+    return memory
+
+
+def empty_output(op: Operand) -> Tensor:
+    """y [M, N] or [B, M/B, N] for a launch, zeroed where units are skipped."""
     lead = op.x.shape[:-1]
     if op.keep_out is not None and not op.compact_out:
-        y = op.x.new_zeros(*lead, op.w.shape[0])
-    else:
-        y = op.x.new_empty(*lead, op.kept[0])
-    return y, op.x.new_empty(op.tokens, op.rank) if op.rank and keep_u else None
+        return op.x.new_zeros(*lead, op.outputs)
+    return op.x.new_empty(*lead, op.kept[0])
 
 
 def run_time(op: Operand, u: Tensor | None, y: Tensor) -> tuple:
     """The run-time arguments of one product in `matmul`: pointers (None for what is absent), sizes, strides."""
-    lora = (0, 0, 0, 0) if op.a is None or op.b is None else (*op.a.stride(), *op.b.stride())
+    lora = (0, 0, 0, 0) if op.a is None or op.b is None else (*op.strides(op.a), *op.strides(op.b))
     pointers = (op.x, op.w, op.bias, op.a, op.b, u, y, op.in_gate, op.out_gate, op.keep_in, op.keep_out)
     sizes = (op.tokens, *op.kept, op.rank, op.scaling)
-    return (*pointers, *sizes, *op.x.stride()[-2:], *op.w.stride(), *lora, y.stride(-2))
+    return (*pointers, *sizes, *op.x.stride()[-2:], *op.w_strides, *lora, y.stride(-2))
 
 
-def options(op: Operand, fuse_u: bool, config: Config) -> dict:
+def options(op: Operand, fuse_u: bool, config: Config, add: bool = False) -> dict:
     """The compile-time arguments of one product in `matmul`."""
     return {
         "COMPACT_X": op.compact_in or op.keep_in is None,
         "COMPACT_Y": op.compact_out or op.keep_out is None,
-        "GATHER_ROWS": op.keep_in is not None and op.w.stride(1) == 1,
+        "GATHER_ROWS": op.keep_in is not None and op.w_strides[1] == 1,
         "FUSE_U": fuse_u,
+        "ADD": add,
         "EVEN_K": op.kept[1] % config.bk == 0,
         "RANK": FUSED_RANK,
         "BM": config.bm,
@@ -133,33 +160,37 @@ def key(op: Operand) -> str:
     """What a tuned config is remembered under: everything that changes the generated code or the number of tiles."""
     n, k = op.kept
     absent = "".join("-" if t is None else "+" for t in (op.a, op.in_gate, op.out_gate, op.keep_in, op.keep_out))
-    layout = "n" if op.w.stride(-1) == 1 else "t"
+    layout = "n" if op.w_strides[1] == 1 else "t"
     name = str(op.x.dtype).removeprefix("torch.")
     return f"{name} {layout}{absent} m{bucket(op.tokens)} n{bucket(n)} k{bucket(k)} r{padded(op.rank)}"
 
 
-def matmul_call(op: Operand, u: Tensor | None, y: Tensor, fuse_u: bool, config: Config) -> tuple[tuple, dict]:
-    """(positional, keyword) arguments of `triton_kernels.matmul`."""
-    return run_time(op, u, y), options(op, fuse_u, config)
+def matmul_call(
+    op: Operand, u: Tensor | None, y: Tensor, fuse_u: bool, config: Config, add: bool = False
+) -> tuple[tuple, dict]:
+    """(positional, keyword) arguments of `triton_kernels.matmul`; `add`: to what y holds."""
+    return run_time(op, u, y), options(op, fuse_u, config, add)
 
 
-def _launch(op: Operand, u: Tensor | None, y: Tensor, fuse_u: bool, config: Config) -> None:
-    positional, keywords = matmul_call(op, u, y, fuse_u, config)
+def _launch(op: Operand, u: Tensor | None, y: Tensor, fuse_u: bool, config: Config, add: bool = False) -> None:
+    positional, keywords = matmul_call(op, u, y, fuse_u, config, add)
     with guard(op.x):
         triton_kernels.matmul[(programs(op, config),)](*positional, **keywords)
 
 
-def skinny_operand(op: Operand) -> Operand:
-    """u = (x⊙m_in)Aᵀ as a product without LoRA: A in W's place."""
-    return op._replace(w=op.a, bias=None, a=None, b=None, out_gate=None, keep_out=None, compact_out=True)
-
-
-def skinny(op: Operand) -> Tensor:
-    """u = (x⊙m_in)Aᵀ [M, R] in a launch of its own."""
-    u = op.x.new_empty(op.tokens, op.rank)
+def skinny(op: Operand, u: Tensor) -> Tensor:
+    """u = (x⊙m_in)Aᵀ [M, R] in a launch of its own, into `u`."""
     if u.numel():
-        _launch(skinny_operand(op), None, u, False, tuning.skinny(padded(op.rank), op.x.dtype))
+        _launch(op.skinny(), None, u, False, tuning.skinny(padded(op.rank), op.x.dtype))
     return u
+
+
+def empty_u(op: Operand, lasting: bool) -> Tensor:
+    """Memory for u [M, R], of the call's own or, if it need not last, a workspace."""
+    shape = op.tokens, op.rank
+    if lasting:
+        return op.x.new_empty(shape)
+    return workspace(op.x, "u", shape[0] * shape[1], op.x.dtype, shape)
 
 
 def fuses_u(op: Operand) -> bool:
@@ -177,27 +208,33 @@ def scattered(op: Operand) -> bool:
     A list of whole rows is loaded in vectors as without one.
     """
     gathers_x = op.keep_in is not None and not op.compact_in
-    along_k = op.keep_in is not None and op.w.stride(1) == 1
-    along_n = op.keep_out is not None and op.w.stride(0) == 1
+    along_k = op.keep_in is not None and op.w_strides[1] == 1
+    along_n = op.keep_out is not None and op.w_strides[0] == 1
     return gathers_x or along_k or along_n
 
 
-def matmul(op: Operand, keep_u: bool = True) -> tuple[Tensor, Tensor | None]:
+def matmul(
+    op: Operand, keep_u: bool = True, lasting: bool = True, onto: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """(y, u) of one product; u is None without LoRA, and unset where no output is kept (nothing reads it then).
 
     Args:
         keep_u: u is wanted; without it a matmul that produces u itself keeps it to itself.
+        lasting: u is read after the next call too.
+        onto: y of another product, to which this one is added.
     """
     fused = fuses_u(op)
-    y, u = empty_outputs(op, keep_u and fused)
-    if op.rank and not fused:
-        u = skinny(op)
+    y = empty_output(op) if onto is None else onto
+    u = empty_u(op, lasting) if op.rank and (keep_u or not fused) else None
+    if u is not None and not fused:
+        skinny(op, u)
     if has_tiles(op):
+        scratch = (lambda: y) if onto is None else lru_cache(lambda: empty_output(op))  # measuring must not add
 
-        def run(config: Config) -> None:
-            _launch(op, u, y, fused, config)
+        def measured(config: Config) -> None:
+            _launch(op, u, scratch(), fused, config)
 
-        run(config_of(op, run))
+        _launch(op, u, y, fused, config_of(op, measured), onto is not None)
     return y, u
 
 
@@ -210,7 +247,7 @@ def config_of(op: Operand, run: Callable[[Config], None]) -> Config:
     if INTERPRETING:
         return INTERPRETER
     absent = (op.a is None, op.in_gate is None, op.out_gate is None, op.keep_in is None, op.keep_out is None)
-    exact = (op.x.dtype, op.x.device, op.w.stride(-1) == 1, absent, op.tokens, op.kept, op.rank)
+    exact = (op.x.dtype, op.x.device, op.w_strides[1] == 1, absent, op.tokens, op.kept, op.rank)
     config = _chosen.get(exact)
     if config is None:
         choices = configs(op.x.dtype, scattered(op), op.x.device)
@@ -225,13 +262,13 @@ def reduce_call(
 ) -> tuple[tuple[int, int], tuple, dict]:
     """(grid, positional, keyword arguments) of `triton_kernels.column_reduce`; positions 3 and 4 are its outputs."""
     m, rank = tokens(p), 0 if q is None else q.shape[1]
-    n = p.shape[-1] if keep is None or compact else len(keep)
+    n = p.shape[-1] if keep is None or compact else keep.shape[0]
     bm, bn, _, stages, warps = tuning.reduction(p.dtype)
     columns = max(1, -(-n // bn))
     splits = max(1, min(-(-m // (4 * bm)), REDUCE_PROGRAMS // columns))
     chunk = -(-m // (splits * bm)) * bm
-    outer = None if q is None else p.new_empty(splits, n, rank, dtype=torch.float32)
-    dots = None if t is None else p.new_empty(splits, n, dtype=torch.float32)
+    outer = None if q is None else workspace(p, "outer", splits * n * rank, torch.float32)
+    dots = None if t is None else workspace(p, "dots", splits * n, torch.float32)
     strides = (*p.stride()[-2:], *(t.stride()[-2:] if t is not None else (0, 0)))
     keywords: dict[str, Any] = {"COMPACT": compact or keep is None, "RANK": padded(rank), "BM": bm, "BC": bn}
     keywords |= {"PRECISION": precision(p.dtype), "INTERPRET": INTERPRETING}
@@ -245,11 +282,13 @@ class Small(NamedTuple):
     Attributes:
         gate, keep: the side's gate and kept units.
         outer: the LoRA matrix of this side, [units, R] or its transpose; None without LoRA.
+        sum: that matrix's gradient so far, float32 and of its strides, to which this one is added; None: it is new.
     """
 
     gate: Tensor | None
     keep: Tensor | None
     outer: Tensor | None
+    sum: Tensor | None = None
 
 
 def column_reduce(
@@ -257,24 +296,25 @@ def column_reduce(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(s·gate⊙pᵀq, Σ_m p⊙t / gate) over the kept columns of p and t, zeros at the others; in the types of `side`.
 
-    t holds gate·v (or p does), so dividing leaves ∂L/∂gate; exact zeros get 0.
+    t holds gate·v (or p does), so dividing leaves ∂L/∂gate; exact zeros get 0. The first is None where it was added to
+    `side.sum`.
 
     Args:
         p, t: [M, n]; t is None where no gate's gradient is wanted.
         q: [M, R], None where no LoRA gradient is wanted.
         across: the LoRA matrix is [R, units].
     """
-    some = side.keep is not None
     grid, positional, keywords = reduce_call(p, q, t, side.keep, compact)
     outer, dots, n, rank = *positional[3:5], *positional[7:9]
     runs = n and tokens(p)
-    make = torch.zeros_like if some or not runs else torch.empty_like
-    d_outer = None if q is None else make(side.outer, memory_format=torch.contiguous_format)
+    make = torch.empty_like if side.keep is None and runs else torch.zeros_like
+    add = q is not None and side.sum is not None
+    target = side.sum if add else None if q is None else make(side.outer, memory_format=torch.contiguous_format)
     d_gate = None if t is None else make(side.gate, memory_format=torch.contiguous_format)
     if runs:
-        strides = (0, 0) if d_outer is None else d_outer.stride()[::-1] if across else d_outer.stride()
-        call = (outer, dots, side.gate, side.keep, d_outer, d_gate, n, rank, grid[1], scaling, *strides)
+        strides = (0, 0) if target is None else target.stride()[::-1] if across else target.stride()
+        call = (outer, dots, side.gate, side.keep, target, d_gate, n, rank, grid[1], scaling, *strides)
         with guard(p):
             triton_kernels.column_reduce[grid](*positional, **keywords)
-            triton_kernels.finish_reduce[(grid[0],)](*call, RANK=keywords["RANK"], BC=keywords["BC"])
-    return d_outer, d_gate
+            triton_kernels.finish_reduce[(grid[0],)](*call, ADD=add, RANK=keywords["RANK"], BC=keywords["BC"])
+    return None if add else target, d_gate

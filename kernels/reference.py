@@ -47,3 +47,26 @@ def masked_lora_linear(
         y = y + bias.detach()
     y = y * _dense_gate(out_gate, keep_out, n, x)
     return y.index_select(-1, keep_out) if compact_out else y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds: bool = True) -> Tensor:
+    """(weight + offset)⊙x / sqrt(mean(x²) + eps) in fp32 at least; `rounds`: to x's type before the product."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normed = x.to(wide) * torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    if rounds:
+        normed = normed.to(x.dtype).to(wide)
+    return (normed * (weight.to(wide) + offset)).to(x.dtype)
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """x·cos + rotate_half(x)·sin of q [B, H, T, P] and k [B, K, T, P]; cos and sin [B or 1, T, P]."""
+    cos, sin = cos[:, None], sin[:, None]
+    halves = (x.chunk(2, dim=-1) for x in (q, k))
+    return tuple(x * cos + torch.cat((-b, a), -1) * sin for x, (a, b) in zip((q, k), halves, strict=True))
+
+
+def gated_ffn(x: Tensor, gate: dict, up: dict, down: dict, gelu: bool = False) -> Tensor:
+    """down(act(gate(x))⊙up(x)); each part is the keyword arguments of `masked_lora_linear` but x."""
+    opened = masked_lora_linear(x, **gate)
+    opened = torch.nn.functional.gelu(opened, approximate="tanh") if gelu else torch.nn.functional.silu(opened)
+    return masked_lora_linear(opened * masked_lora_linear(x, **up), **down)

@@ -88,6 +88,7 @@ def matmul(
     COMPACT_Y: tl.constexpr,
     GATHER_ROWS: tl.constexpr,
     FUSE_U: tl.constexpr,
+    ADD: tl.constexpr,
     EVEN_K: tl.constexpr,
     RANK: tl.constexpr,
     BM: tl.constexpr,
@@ -99,6 +100,7 @@ def matmul(
     """y (or, with strides swapped, dx) over the kept units only; one program a [BM, BN] tile.
 
     u = (x⊙m_in)Aᵀ [M, rank] is computed beside it (FUSE_U: rank <= RANK, stored once) or read, RANK columns at a time.
+    ADD: what y holds is added, as where several projections share their input.
     """
     pid_m, pid_n = _tile_of(tl.program_id(0), (M + BM - 1) // BM, (n_kept + BN - 1) // BN, 8)
     # Tokens times features can pass 2³¹, so the tile's first row is a 64-bit shift of the base pointer; offsets inside
@@ -174,7 +176,10 @@ def matmul(
     if COMPACT_Y:
         targets = cols
     y_ptr = y + (rows[:, None] * stride_ym + targets[None, :])
-    tl.store(y_ptr, acc.to(y.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
+    y_ok = row_ok[:, None] & col_ok[None, :]
+    if ADD:
+        acc += tl.load(y_ptr, mask=y_ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr, acc.to(y.dtype.element_ty), mask=y_ok)
 
 
 @triton.jit
@@ -257,12 +262,14 @@ def finish_reduce(
     scaling,
     stride_c,
     stride_r,
+    ADD: tl.constexpr,
     RANK: tl.constexpr,
     BC: tl.constexpr,
 ):
     """The gradients from the sums of `column_reduce`, each unit's at its place: s·gate⊙Σ outer and Σ dots / gate.
 
-    Strides of d_outer: dB is [N, R], dA is [R, K]. A gate of exactly 0 gets 0. d_outer or d_gate may be None.
+    Strides of d_outer: dB is [N, R], dA is [R, K]; ADD: to what it holds. A gate of exactly 0 gets 0. d_outer or d_gate
+    may be None.
     """
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     col_ok = cols < kept
@@ -282,6 +289,8 @@ def finish_reduce(
         else:
             total *= scaling
         target = d_outer + (units[:, None] * stride_c + ranks[None, :] * stride_r)
+        if ADD:
+            total += tl.load(target, mask=ok, other=0.0).to(tl.float32)
         tl.store(target, total.to(d_outer.dtype.element_ty), mask=ok)
     if d_gate is not None:
         dot = tl.full([BC], 0.0, tl.float32)

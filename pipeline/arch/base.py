@@ -39,6 +39,7 @@ class ArchSpec:
         norms_behind: those of them behind the attention and behind the FFN, if any: what follows is scale-free, so the
             gate of a whole sublayer or layer acts behind them, not before.
         norm_offset: what an RMSNorm adds to its weight before it multiplies (Gemma: 1).
+        norm_in_float: an RMSNorm multiplies by its weight before it rounds to the model's type (OLMo 2, Gemma).
         embedding_multiplier: what the decoder multiplies the embeddings with that it is given (Granite).
         embedding_root: the embedding multiplies its rows by sqrt(D) (Gemma), which changes with D.
         logits_scaling: what the output head's logits are divided by (Granite).
@@ -66,6 +67,7 @@ class ArchSpec:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     norms_behind: tuple[str, ...] = ()
     norm_offset: float = 0.0
+    norm_in_float: bool = False
     embedding_multiplier: float = 1.0
     embedding_root: bool = False
     logits_scaling: float = 1.0

@@ -8,7 +8,8 @@ def read(config) -> ArchSpec:
         raise ValueError("Gemma 3 with final_logit_softcapping or use_bidirectional_attention is not supported")
     bias = bool(config.attention_bias)
     return read_llama_like(
-        config, qkv_bias=bias, o_bias=bias, qk_norm="head", norm_offset=1.0, embedding_root=True, hidden_divides=True,
+        config, qkv_bias=bias, o_bias=bias, qk_norm="head", norm_offset=1.0, norm_in_float=True, embedding_root=True,
+        hidden_divides=True,
         norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
                "post_feedforward_layernorm"),
         norms_behind=("post_attention_layernorm", "post_feedforward_layernorm"),

@@ -1,7 +1,8 @@
 """What a step costs beside its kernels, on tiny layers with kernel launches stubbed: `make bench-overhead`.
 
 Counted in the prune stage's own step, while gates are sampled and once they are settled: operations sent through
-torch's dispatcher, places at which the host would wait for a card, and the CPU time of one thread. The widths are so
+torch's dispatcher, launches of our own kernels, places at which the host would wait for a card, and the CPU time of one
+thread. The widths are so
 small that computing them takes no time, so the CPU time is what a card waits for where its kernels are short.
 """
 
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,17 +45,33 @@ WAITING = (
     "bincount",
 )  # fmt: skip
 """Operations whose result, or its size, the host has to wait for."""
+PROJECTIONS = {"matmul": (5, 6), "column_reduce": (3, 4), "finish_reduce": (5,)}
+"""Kernels of `triton_kernels`, and which of their arguments they write (the LoRA gradients of the last are sums)."""
+POINTWISE = {
+    "rms_norm": (2,), "rms_norm_backward": (3,), "rotary": (4, 5), "gated": (2,), "gated_backward": (3, 4),
+    "distance": (3, 4), "distance_backward": (5,),
+}  # fmt: skip
+"""The same for `pointwise`."""
 BARS = {"sampled": 20, "settled": 10}
 """Host syncs that a step may take, at any depth."""
 
 
 class Counts(TorchDispatchMode):
-    """Counts operations by name, and those for which the host waits."""
+    """Counts operations by name, launches of our own kernels, and operations for which the host waits."""
 
     def __init__(self):
         super().__init__()
         self.operations: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
+
+    def __enter__(self):
+        self._before = Counter(_Stub.launched)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.launches = _Stub.launched - self._before
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
@@ -103,33 +120,35 @@ def counted_copies(counts: Counts) -> Iterator[None]:
 
 
 class _Stub:
-    """A kernel that is not launched: the outputs at these positions are zeros, filled in past the dispatcher."""
+    """A kernel that is counted and not launched: the outputs at these positions are zeros, past the dispatcher."""
 
-    def __init__(self, *outputs: int):
-        self.outputs = outputs
+    launched: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self, name: str, *outputs: int):
+        self.name, self.outputs = name, outputs
 
     def __getitem__(self, grid):
         return self.launch
 
     def launch(self, *arguments, **options):
-        arguments = arguments[0] if isinstance(arguments[0], tuple) else arguments
-        for output in (arguments[position] for position in self.outputs):
+        self.launched[self.name] += 1
+        for position in self.outputs:
+            output = arguments[position]
             if output is not None:
-                storage = output.untyped_storage()
-                ctypes.memset(storage.data_ptr(), 0, storage.nbytes())
+                ctypes.memset(output.data_ptr(), 0, output.nbytes)
 
 
 @contextmanager
 def stubbed_launches() -> Iterator[None]:
     """The triton path without its kernels."""
-    from nuteprune.kernels import launch, masked_lora, triton_kernels, tuning
+    from nuteprune.kernels import fused, launch, masked_lora, pointwise, triton_kernels, tuning
 
     changes: list[tuple[Any, str, Any]] = [
-        (triton_kernels, "matmul", _Stub(5, 6)),
-        (triton_kernels, "column_reduce", _Stub(3, 4)),
+        (module, name, _Stub(name, *outputs))
+        for module, kernels in ((triton_kernels, PROJECTIONS), (pointwise, POINTWISE))
+        for name, outputs in kernels.items()
     ]
-    changes += [(triton_kernels, "finish_reduce", _Stub(4, 5))]
-    changes += [(module, "INTERPRETING", True) for module in (launch, masked_lora, tuning)]
+    changes += [(module, "INTERPRETING", True) for module in (fused, launch, masked_lora, tuning)]
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     os.environ["NUTEPRUNE_KERNELS"] = "triton"
     for module, name, value in changes:
@@ -142,7 +161,7 @@ def stubbed_launches() -> Iterator[None]:
         del os.environ["NUTEPRUNE_KERNELS"]
 
 
-def trainer(layers: int, phase: str, batch: int = 1) -> Pruning:
+def trainer(layers: int, phase: str, batch: int = 1, dtype: str = "bfloat16") -> Pruning:
     """The prune stage of a tiny random model, at the first step of a phase, taught by a snapshot."""
     torch.manual_seed(0)
     hf_model = AutoModelForCausalLM.from_config(
@@ -156,10 +175,10 @@ def trainer(layers: int, phase: str, batch: int = 1) -> Pruning:
             max_position_embeddings=64,
             tie_word_embeddings=False,
         )
-    ).bfloat16()
+    ).to(getattr(torch, dtype))
     spec = read_spec(hf_model.config)
     config = load_config(None, [
-        f"train.steps={STEPS}", f"train.batch_size={batch}", "train.micro_batch=1", "model.dtype=bfloat16",
+        f"train.steps={STEPS}", f"train.batch_size={batch}", "train.micro_batch=1", f"model.dtype={dtype}",
         "sparsity.target=0.5", "gates.ffn_multiple=1", "data.seq_len=16", "tracking.progress=false",
     ])  # fmt: skip
     model = PairedModel(hf_model, spec, config.lora)
@@ -194,8 +213,12 @@ def counts(layers: int, phase: str, batch: int = 1) -> Counts:
 
 
 def cpu_seconds(layers: int, phase: str, steps: int = 7) -> float:
-    """Median CPU time of a step of one micro-batch."""
-    made, times = trainer(layers, phase), []
+    """Median CPU time of a step of one micro-batch.
+
+    In float32: attention is computed, which a card would do, and its backward pass alone takes a CPU 2 ms a layer in
+    bfloat16.
+    """
+    made, times = trainer(layers, phase, dtype="float32"), []
     with stubbed_launches():
         for _ in range(steps + 3):
             began = time.process_time()
@@ -212,6 +235,7 @@ def measure(layers: int, phase: str) -> dict:
         "phase": phase,
         "dispatches": one.operations.total(),
         "further": two.operations.total() - one.operations.total(),
+        "launches": two.launches.total() - one.launches.total(),
         "syncs": one.waits.total(),
         "waits": dict(one.waits.most_common()),
         "seconds": cpu_seconds(layers, phase),
@@ -221,10 +245,13 @@ def measure(layers: int, phase: str) -> dict:
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
-    lines = ["| layers | gates | dispatches, one micro-batch | each further one | host syncs | CPU time, s |"]
-    lines.append("|---:|---|---:|---:|---:|---:|")
+    lines = [
+        "| layers | gates | dispatches, one micro-batch | each further one | its launches | host syncs | CPU time, s |",
+        "|---:|---|---:|---:|---:|---:|---:|",
+    ]
     lines += [
-        f"| {r['layers']} | {r['phase']} | {r['dispatches']:,} | {r['further']:,} | {r['syncs']} | {r['seconds']:.3f} |"
+        f"| {r['layers']} | {r['phase']} | {r['dispatches']:,} | {r['further']:,} | {r['launches']:,} | {r['syncs']} | "
+        f"{r['seconds']:.3f} |"
         for r in rows
     ]
     return "\n".join(lines)

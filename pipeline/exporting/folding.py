@@ -150,6 +150,10 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
             f"a stock {fold.spec.family} model like this one cannot have hidden size {hidden} with {heads} heads: "
             "use export.shape=per_layer, or leave `hidden` out of gates.units"
         )
+    if fold.spec.family == "qwen2" and heads * fold.spec.head_dim != hidden:
+        log.warning("vLLM's Qwen2 has no head size of its own but takes hidden size / heads, %d / %d here and not %d: "
+                    "for vLLM use export.shape=per_layer_ffn and install nuteprune there", hidden, heads,
+                    fold.spec.head_dim)  # fmt: skip
     cls = getattr(transformers, family.small_class(base, hidden, heads)) if family.small_class else type(base)
     return cls(**_of_class(values, base, cls))
 

@@ -23,9 +23,16 @@ ARCHITECTURES = {
 }  # fmt: skip
 NEIGHBOURS = ("llama", "deci", "granite", "smollm3")
 """Architectures that rotate neighbours where transformers rotates halves."""
+BLOCK = 32
+"""FFN widths are multiples of it: one block of q8_0."""
 _NO_ROPE_STEP = 4
 _GEMMA_27B = 62
 """Layers of the one Gemma 3 whose attention llama.cpp scales by hidden size / heads."""
+
+
+def whole_blocks(width: int) -> int:
+    """The FFN width in the file."""
+    return -(-width // BLOCK) * BLOCK
 
 
 def rope_of(config: PreTrainedConfig) -> dict:
@@ -72,7 +79,7 @@ def add_family(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
     if family == "qwen3_moe":
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_expert_feed_forward_length(whole_blocks(config.moe_intermediate_size))
 
 
 def has_window(config: PreTrainedConfig) -> bool:

@@ -7,6 +7,7 @@ take its biases. All others: `gguf_families.py`. Read in llama.cpp's `src/models
 - the head size is taken from the file only if the first layer has attention;
 - a layer without FFN loses its attention, and as the last one breaks the output.
 So what llama.cpp would get wrong is written as a sublayer of zeros, the smallest there is: the same function.
+FFN widths are filled up with units of zeros to whole blocks, for its kernels are slow on other rows and q8_0 has none.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import ConfigError
-from nuteprune.exporting.gguf_families import ARCHITECTURES, NEIGHBOURS, add_family, has_window, lacks, rope_of, single
+from nuteprune.exporting.gguf_families import (
+    ARCHITECTURES,
+    BLOCK,
+    NEIGHBOURS,
+    add_family,
+    has_window,
+    lacks,
+    rope_of,
+    single,
+    whole_blocks,
+)
 from nuteprune.exporting.gguf_vocab import write_vocabulary
 from nuteprune.exporting.modeling_ragged import RaggedConfig
 
@@ -40,8 +51,6 @@ TYPES = {
 }
 """Of matrices, by the values of export.gguf; vectors stay float32."""
 WITHOUT = "export without export.gguf"
-ZERO_WIDTH = 32
-"""FFN units of a sublayer of zeros: one block of q8_0."""
 
 
 def gguf_architecture(spec: ArchSpec, shape: str, config: PreTrainedConfig) -> str:
@@ -144,7 +153,7 @@ def _layers(config: PreTrainedConfig) -> list[_Layer]:
     layers = []
     for index, (groups, ffn) in enumerate(sizes):
         heads = groups or ([1] if index == 0 or o_bias else [])
-        width = ffn or (ZERO_WIDTH if heads or index == len(sizes) - 1 or down_bias else 0)
+        width = whole_blocks(ffn) or (BLOCK if heads or index == len(sizes) - 1 or down_bias else 0)
         layers.append(_Layer(heads, width, not groups, not ffn))
     return layers
 
@@ -194,8 +203,14 @@ def _add_rope(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
 
 def _scaled_anew(rope: dict) -> bool:
     """Whether yarn scales attention by another factor than llama.cpp finds itself."""
+<<<<<<< HEAD
     factor = rope.get("attention_factor") or 0.0
     return factor != 0 and not math.isclose(factor, 0.1 * math.log(rope.get("factor", 1.0)) + 1, rel_tol=1e-4)
+=======
+    factor = rope.get("attention_factor")
+    own = 0.1 * math.log(rope.get("factor", 1.0)) + 1
+    return factor is not None and not math.isclose(float(factor), own, rel_tol=1e-4)
+>>>>>>> main
 
 
 def _rope_factors(config: PreTrainedConfig) -> Tensor:
@@ -225,7 +240,16 @@ def _tensors(
             if projection != "v_proj" and architecture in NEIGHBOURS:
                 rows = rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
             tensor = rows.flatten(0, 1)
+        elif projection in ("gate_proj", "up_proj") or key.endswith("down_proj.weight"):
+            tensor = _filled_up(tensor, -1 if projection == "down_proj" or tensor.ndim == 1 else -2)
         yield names.get_name(key, try_suffixes=(".weight", ".bias")), tensor
+
+
+def _filled_up(tensor: Tensor, dim: int) -> Tensor:
+    """The tensor with zeros up to whole blocks of FFN units, which are its dimension `dim`."""
+    shape = list(tensor.shape)
+    shape[dim] = whole_blocks(shape[dim]) - shape[dim]
+    return torch.cat((tensor, tensor.new_zeros(shape)), dim)
 
 
 def _zeros(state: Mapping[str, Tensor], config: PreTrainedConfig, layers: list[_Layer]) -> dict[str, Tensor]:

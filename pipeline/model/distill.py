@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nuteprune.kernels.api import fused_kernels
+
 IGNORE = -100
 """Label of a token that is not learned."""
 _EPS = 1e-8
@@ -39,6 +41,14 @@ def layer_loss(student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, kin
     return squared.mean()
 
 
+def layer_terms(student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, kind: str) -> Tensor:
+    """`layer_loss`; where triton runs, its terms by token [B·T], float32, of which it is the mean."""
+    kernels = fused_kernels(student, teacher)
+    if kernels is None:
+        return layer_loss(student, teacher, hidden_gate, kind)
+    return kernels.layer_distances(student, teacher, hidden_gate, kind == "normalized")
+
+
 class HeadLosses(NamedTuple):
     """Output terms per token, float32 scalars: their weighted sum (with gradient), the KL and the cross entropy."""
 
@@ -59,7 +69,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         kl, entropy = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         tokens = hidden.shape[0]
-        learned = 0 if labels is None else max(1, int((labels != IGNORE).sum()))
+        learned = None if labels is None else (labels != IGNORE).sum().clamp(min=1)  # on the device: nothing waits
         for start in range(0, tokens, chunk):
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], weight).float()

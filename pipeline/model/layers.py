@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nuteprune.arch import ATTENTION, FFN, ArchSpec, projections
 from nuteprune.config import LoraConfig
-from nuteprune.kernels.api import known_lists
+from nuteprune.kernels.api import known_lists, known_lists_together
 from nuteprune.masks import Gates
 from nuteprune.model import structure
 
@@ -103,10 +103,32 @@ class MaskedLoRALinear(nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.state = ProjectionState()
+        self.beside: tuple[MaskedLoRALinear, ...] = ()
+        self._ready: tuple[Tensor, Tensor] | None = None
+        """An input and what comes of it, computed with that of the projection before."""
+
+    @property
+    def operands(self) -> tuple:
+        """The arguments of `kernels.api.known_lists` behind x."""
+        return self.weight, self.bias, *self.state.operands
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] (or its kept columns) to [..., N] (or the kept rows)."""
-        return known_lists(x, self.weight, self.bias, *self.state.operands)
+        """x [..., K] (or its kept columns) to [..., N] (or the kept rows).
+
+        With projections `beside` it, which are called next and with the same x, theirs is computed too.
+        """
+        ready = self._ready
+        if ready is not None:
+            self._ready = None
+            if ready[0] is x:
+                return ready[1]
+        if self.beside:
+            outputs = known_lists_together(x, [self.operands, *(module.operands for module in self.beside)])
+            if outputs is not None:
+                for module, y in zip(self.beside, outputs[1:], strict=True):
+                    module._ready = (x, y)
+                return outputs[0]
+        return known_lists(x, *self.operands)
 
 
 class WidthNorm(nn.Module):
@@ -193,6 +215,30 @@ def install(layers: nn.ModuleList, spec: ArchSpec) -> None:
             attention = layer.self_attn
             for norm, name in _WIDTH_NORMS.items():
                 setattr(attention, norm, WidthNorm(getattr(attention, norm), getattr(attention, name).out_features))
+        layer.seats = seats = _seats(layer)
+        query, *others = (seats.projections[name] for name in ATTENTION[:3])
+        query.beside = tuple(others)
+
+
+@dataclass(frozen=True)
+class _Seats:
+    """Where a decoder layer takes up a view: its projections by name, its router, and the norms that know of gates."""
+
+    projections: dict[str, MaskedLoRALinear]
+    router: GatedRouter | None
+    width_norms: list[tuple[WidthNorm, str]]
+    gated_norms: list[GatedNorm]
+
+
+def _seats(layer: nn.Module) -> _Seats:
+    width_norms = [(getattr(layer.self_attn, norm, None), name) for norm, name in _WIDTH_NORMS.items()]
+    router = getattr(layer.mlp, "gate", None)
+    return _Seats(
+        {name: getattr(owner, attribute) for name, (owner, attribute) in projections(layer).items()},
+        router if isinstance(router, GatedRouter) else None,
+        [(norm, name) for norm, name in width_norms if isinstance(norm, WidthNorm)],
+        [module for module in layer.children() if isinstance(module, GatedNorm)],
+    )
 
 
 def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.device) -> LoraParameters:
@@ -211,17 +257,17 @@ def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.de
 
 def activate(layer: nn.Module, view: LayerView) -> None:
     """Make a decoder layer compute as `view` from now on: attribute swaps only."""
-    for name, (owner, attribute) in projections(layer).items():
-        getattr(owner, attribute).state = view.states[name]
-    if isinstance(router := getattr(layer.mlp, "gate", None), GatedRouter):
-        router.keep = view.routes
-    layer.self_attn.num_key_value_groups = view.group_size
-    layer.self_attn.kv_index = view.kv_index
-    for norm, name in _WIDTH_NORMS.items():
-        if isinstance(module := getattr(layer.self_attn, norm, None), WidthNorm):
-            module.keep = view.states[name].keep_out
-    for module, gate in zip((m for m in layer.children() if isinstance(m, GatedNorm)), view.behind, strict=False):
-        module.gate = gate
+    seats: _Seats = layer.seats
+    for name, module in seats.projections.items():
+        module.state = view.states[name]
+    if seats.router is not None:
+        seats.router.keep = view.routes
+    attention = layer.self_attn
+    attention.num_key_value_groups, attention.kv_index = view.group_size, view.kv_index
+    for norm, name in seats.width_norms:
+        norm.keep = view.states[name].keep_out
+    for norm, gate in zip(seats.gated_norms, view.behind, strict=False):
+        norm.gate = gate
 
 
 def build_view(

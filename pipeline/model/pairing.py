@@ -20,7 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from nuteprune.arch import ArchSpec
 from nuteprune.config import LoraConfig, LossConfig
 from nuteprune.masks import Gates
-from nuteprune.model.distill import IGNORE, HeadLosses, head_loss, layer_loss
+from nuteprune.model.distill import IGNORE, HeadLosses, head_loss, layer_terms
+from nuteprune.model.fused import install_fused
 from nuteprune.model.layers import LoraParameters, View, activate, build_view, fresh_lora, install
 
 
@@ -55,6 +56,7 @@ class _Pass:
     loss: LossConfig | None = None
     teacher_stream: Tensor | None = None
     layer_terms: list[Tensor] = field(default_factory=list)
+    """Of each layer a scalar, or one by token of which the mean counts."""
 
 
 class PairedDecoderLayer(nn.Module):
@@ -84,7 +86,7 @@ class PairedDecoderLayer(nn.Module):
                 if self.final_norm is None or p.loss.layer != "raw"
                 else self._normed(student, teacher)
             )
-            p.layer_terms.append(layer_loss(*pair, p.student.hidden, p.loss.layer))
+            p.layer_terms.append(layer_terms(*pair, p.student.hidden, p.loss.layer))
         return student
 
     def _normed(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,6 +153,7 @@ class PairedModel(nn.Module):
         self.spec, self.model = spec, model
         self.scaling = lora.alpha / lora.rank
         install(model.model.layers, spec)
+        install_fused(model.model.layers, model.model.norm, spec)
         self.head = _Head(model.lm_head.weight)
         self._lora = fresh_lora(model.model.layers, lora, model.device)
         model.model.layers = nn.ModuleList(
@@ -207,6 +210,7 @@ class PairedModel(nn.Module):
         final = self._stream(_masked(embedded.detach().requires_grad_(), student.hidden), p, positions)
         output = self._output_losses(final, p, input_ids, answers)
         terms = torch.stack(p.layer_terms) if p.layer_terms else output.kl.new_zeros(1)
+        terms = terms if terms.dim() == 1 else terms.mean(1)
         layer = terms.sum() if loss.layer_reduction == "sum" else terms.mean()
         total = loss.layer_weight * layer + output.total if p.layer_terms else output.total
         return Losses(total, layer, output.kl, output.cross_entropy)

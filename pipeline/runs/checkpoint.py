@@ -49,13 +49,20 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         temporary.rename(target)
         _fsync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not _is_of_the_disk(error):
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
             f"cannot write {target}: {reason}; free space or choose another directory (what was saved before is intact)"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether writing failed; tokenizers, written in Rust as safetensors is, says so in a bare `Exception`."""
+    return isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)
 
 
 def write_manifest(directory: Path, names: Iterable[str] | None = None) -> None:

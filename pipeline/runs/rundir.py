@@ -73,6 +73,11 @@ def save_adapter(directory: Path, lora: Mapping[str, tuple[Tensor, Tensor]], con
         **patterns(found, config.lora.rank, config.lora.alpha),
         task_type=TaskType.CAUSAL_LM, base_model_name_or_path=config.model.path, inference_mode=True,
     ).save_pretrained(directory)  # fmt: skip
+    # peft keeps the targets as a set, whose order is another in each process.
+    file = directory / "adapter_config.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts["target_modules"] = sorted(facts["target_modules"])
+    file.write_text(json.dumps(facts, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def load_adapter(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -62,6 +62,7 @@ def settings(config: Config, trained: Run) -> Config:
             f"finetune.lora_rank {rank} is less than the pruned student's {old.lora.rank}, which it keeps"
         )
     ffn, hidden, parallel = rounding_of(config, trained)
+    possible = read_config(old.model.path)[1].lora_targets
     return replace(
         old,
         run_dir=str(finetune_directory(trained, tune.sparsity)),
@@ -71,18 +72,12 @@ def settings(config: Config, trained: Run) -> Config:
         train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
                       micro_batch=tune.micro_batch, lora_lr=tune.lr),
         loss=replace(config.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
-        lora=replace(old.lora, targets=_lora_targets(old), rank=rank,
+        lora=replace(old.lora, targets=[name for name in get_args(Projection) if name in possible], rank=rank,
                      alpha=rank * old.lora.alpha / old.lora.rank),
         teacher=replace(old.teacher, mode="intact" if tune.distill else "none"),
         gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
                       tensor_parallel=parallel),
     )  # fmt: skip
-
-
-def _lora_targets(config: Config) -> list[Projection]:
-    """Every projection that can have LoRA."""
-    possible = read_config(config.model.path)[1].lora_targets
-    return [name for name in get_args(Projection) if name in possible]
 
 
 def extend_lora(own: LoraWeights, pruned: LoraWeights) -> None:

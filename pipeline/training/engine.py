@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.config import Config
+from nuteprune.kernels.api import into_grad
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import lora_lr_at, settle_step
 from nuteprune.model.pairing import PairedModel
@@ -112,7 +113,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""
-        (loss * self.scale.value).backward()
+        with into_grad():
+            (loss * self.scale.value).backward()
 
     def step(self, step: int) -> StepResult:
         """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""

@@ -1,8 +1,9 @@
 """Campaigns of faults against the real stages on a tiny model: `make chaos`, or with --short what the tests run.
 
 Each trial starts from a cached state, suffers one fault, and is started again by the same command. It is recovered
-where the result is that of an undisturbed run bit for bit, or where one clear line says why there is none. Trials are
-chosen by the seed; what is in WORK/results-*.jsonl is not tried again, so a campaign that was cut short goes on.
+where the result is that of an undisturbed run bit for bit, or where one clear line says why there is none. A fault that
+comes after the stage's end is drawn anew, and not counted if it comes too late again and again. Trials are chosen by
+the seed; what is in WORK/results-*.jsonl is not tried again, so a campaign that was cut short goes on.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from course import HALVES, Course, Ended, Stage
-from faults import Disturbance, damage, mount, unmount
+from faults import damage, mount, unmount
 
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}
 FILES = ("truncated file", "altered file", "swapped file", "missing file")
@@ -36,6 +37,10 @@ FAULTS = (
 """Rows of the table."""
 VERDICTS = ("identical", "clear line", "FAILED")
 STAGES = ("prune-1", "prune-2", "prune-4", "finetune-1", "finetune-2", "finetune-4", "export", "ladder")
+MISSED = "too late"
+"""Verdict where no fault struck; not counted."""
+DRAWS = 6
+"""Times that a fault is drawn until it strikes."""
 SHORT = ("prune-1", "prune-2", "export")
 """Stages of the short form, which leaves out `hanging rank` too: that one waits for the time-out."""
 PAGE = 4096
@@ -49,9 +54,9 @@ class Trial:
         number: in the campaign.
         stage, fault: where and what.
         what: the fault in particulars.
-        verdict: one of `VERDICTS`.
+        verdict: one of `VERDICTS`, or `MISSED`.
         line: the clear line, or what failed.
-        seconds: of the disturbed and the second start.
+        seconds: of the disturbed starts and the second start.
     """
 
     number: int
@@ -94,18 +99,21 @@ class Campaign:
         course, stage = self.course, self.course.stages[trial.stage]
         rng = random.Random(f"{self.seed}-{trial.number}")
         began = time.monotonic()
-        try:
-            disturbed = self.disturb(trial, stage, rng)
-            again = course.start(stage)
-        finally:
-            if trial.fault == "read-only directory":
-                unmount(course.run_dir)
+        for _ in range(DRAWS):
+            try:
+                disturbed = self.disturb(trial, stage, rng)
+                again = course.start(stage)
+            finally:
+                if trial.fault == "read-only directory":
+                    unmount(course.run_dir)
+            trial.verdict, trial.line = self.judge(trial, stage, disturbed, again)
+            if trial.verdict == "FAILED":
+                self.keep(trial, disturbed, again)
+            if trial.fault in MOUNTS:
+                unmount(course.live)
+            if trial.verdict != MISSED:
+                break
         trial.seconds = round(time.monotonic() - began, 1)
-        trial.verdict, trial.line = self.judge(trial, stage, disturbed, again)
-        if trial.verdict == "FAILED":
-            self.keep(trial, disturbed, again)
-        if trial.fault in MOUNTS:
-            unmount(course.live)
         return trial
 
     def disturb(self, trial: Trial, stage: Stage, rng: random.Random) -> Ended | None:
@@ -135,7 +143,7 @@ class Campaign:
         rank = rng.randrange(stage.ranks) if where == "collective" else 0
         at = rng.randint(1, max(1, self.course.counts[stage.key][where]))
         trial.what += f", {where} operation {at} of rank {rank}"
-        return self.course.start(stage, Disturbance(act, at, rank, where, str(self.course.run_dir)))
+        return self.course.start(stage, self.course.disturbance(act, at, rank, where))
 
     def some_state(self, trial: Trial, stage: Stage, rng: random.Random) -> Path:
         """A state that a start finds: the stage's beginning, or one left by a kill."""
@@ -161,23 +169,22 @@ class Campaign:
         """A full disk, or a directory that cannot be written from the start or from a moment on."""
         course = self.course
         state = self.some_state(trial, stage, rng)
-        size = sum(-(-p.stat().st_size // PAGE) + 1 for p in state.rglob("*"))
-        need = sum(-(-p.stat().st_size // PAGE) + 1 for p in course.reference(stage).rglob("*"))
+        grows = pages(course.reference(stage)) - pages(state)
         mount("-t", "tmpfs", "-o", "size=256m", "tmpfs", str(course.live))
         course.restore(state)
         if trial.fault == "full disk":
-            pages = size + rng.randint(1, max(2, need - size))
-            mount("-o", f"remount,size={pages * PAGE}", str(course.live))
-            trial.what += f", {(pages - size) * PAGE // 1024} KB free"
+            disk, free = os.statvfs(course.live), rng.randint(1, max(2, grows))
+            mount("-o", f"remount,size={(disk.f_blocks - disk.f_bfree + free) * PAGE}", str(course.live))
+            trial.what += f", {free * PAGE // 1024} KB free"
             ended = course.start(stage)
             mount("-o", "remount,size=256m", str(course.live))
-            return ended
+            return replace(ended, struck=any(ended.codes))
         if rng.random() < 0.4:
             trial.what += ", from the start on"
             mount("-o", "remount,ro", str(course.live))
             ended = course.start(stage)
             mount("-o", "remount,rw", str(course.live))
-            return ended
+            return replace(ended, struck=True)
         course.run_dir.mkdir(exist_ok=True)
         ended = self.within(trial, stage, "freeze", "file", rng)
         unmount(course.run_dir)
@@ -198,8 +205,11 @@ class Campaign:
         if all(code == 0 for code in again.codes):
             damaged = trial.fault in FILES and "metrics.jsonl" in trial.what
             difference = course.difference(stage, with_metrics=not damaged)
-            said = disturbed.lines[-1] if disturbed and disturbed.lines else ""
-            return ("FAILED", f"differs in {difference}") if difference else ("identical", said)
+            if difference:
+                return "FAILED", f"differs in {difference}"
+            if disturbed and not disturbed.struck:
+                return MISSED, ""
+            return "identical", disturbed.lines[-1] if disturbed and disturbed.lines else ""
         if set(again.codes) == {2} and len(again.lines) == 1:
             return "clear line", again.lines[0]
         return "FAILED", f"exit codes {again.codes} of the second start, {len(again.lines)} lines"
@@ -213,6 +223,11 @@ class Campaign:
         for name, ended in (("disturbed", disturbed), ("again", again)):
             if ended:
                 (target / f"{name}.log").write_text(f"{ended.codes}\n{ended.text}")
+
+
+def pages(directory: Path) -> int:
+    """Memory pages that the files below a directory take in a tmpfs."""
+    return sum(-(-path.stat().st_size // PAGE) for path in directory.rglob("*") if path.is_file())
 
 
 def table(trials: list[Trial], stages: tuple[str, ...]) -> str:
@@ -304,7 +319,9 @@ def main() -> int:
         parser.error("--part needs the right to mount")
     with (args.work / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        course.prepare()
+        made = course.prepare()
+    if made and not args.short:  # sets and dicts of strings come in another order in another process
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     left_out = (*skipped, "hanging rank") if args.short else skipped
     trials = plan(stages, tuple(f for f in FAULTS if f not in left_out), args.faults, args.seed)
     results = args.work / f"results-{number}-{parts}.jsonl"
@@ -321,7 +338,7 @@ def main() -> int:
             file.write(json.dumps(asdict(trial)) + "\n")
         print(f"{trial.number:4} {trial.stage:11} {trial.fault:26} {trial.verdict:10} {trial.seconds:5.1f} s  "
               f"{trial.what}  {trial.line}", flush=True)  # fmt: skip
-    found = [done[t.number] for t in trials if t.number in done]
+    found = [done[t.number] for t in trials if t.number in done and done[t.number].verdict != MISSED]
     write_report(args.report or args.work / "chaos.md", found, stages, args.seed, skipped)
     print(table(found, stages))
     return int(any(t.verdict == "FAILED" for t in found))

@@ -50,11 +50,12 @@ class Stage:
 
 @dataclass
 class Ended:
-    """How a start ended: exit codes by rank, the output of all, and seconds."""
+    """How a start ended: exit codes by rank, the output of all, seconds, and whether a disturbance struck before."""
 
     codes: list[int]
     text: str
     seconds: float
+    struck: bool = False
 
     @property
     def lines(self) -> list[str]:
@@ -73,7 +74,7 @@ class Course:
 
     def __init__(self, work: Path, wanted: list[str], part: str):
         self.work, self.live, self.logs = work, work / "live", work / f"logs{part}"
-        self.run_dir = self.live / "run"
+        self.run_dir, self.marker = self.live / "run", self.logs / "struck"
         self.stages = {s.key: s for s in self._stages() if s.key in wanted}
         self.counts: dict[str, dict[str, int]] = {}
         """Moments of an undisturbed start, by stage and `where`; its seconds under `seconds`."""
@@ -81,7 +82,7 @@ class Course:
     def _stages(self) -> list[Stage]:
         live, run = str(self.live), str(self.run_dir)
         # No pictures: drawing them takes longer than the steps.
-        shared = ("tracking.progress=false", "tracking.report_to=[]", "train.rank_timeout=20", "checkpoint.every=3")
+        shared = ("tracking.progress=false", "tracking.report_to=[]", "train.rank_timeout=60", "checkpoint.every=3")
         prune = (
             "prune", f"run_dir={run}", f"model.path={live}/model", f"data.source={live}/text.txt", "data.seq_len=32",
             "train.steps=12", "train.batch_size=4", "gates.importance_batches=1", "sparsity.target=0.3",
@@ -101,9 +102,12 @@ class Course:
         found += [Stage("finetune", n, tune, "finetune/tuned", "finetune/metrics.jsonl") for n in (1, 2, 4)]
         return [*found, Stage("export", 1, export, "export"), Stage("ladder", 1, ladder, "ladder")]
 
-    def prepare(self) -> None:
-        """Make the inputs, the undisturbed results and the states that faults start from; what is there is kept."""
-        file = self.work / "counts.json"
+    def prepare(self) -> bool:
+        """Make the inputs, the undisturbed results and the states that faults start from; returns whether any were.
+
+        What is there is kept.
+        """
+        file, made = self.work / "counts.json", False
         if file.is_file():
             self.counts = json.loads(file.read_text())
         if not (self.work / "inputs").is_dir():
@@ -118,6 +122,8 @@ class Course:
                 self._reference(stage)
                 self._halves(stage)
                 file.write_text(json.dumps(self.counts))
+                made = True
+        return made
 
     def _inputs(self, directory: Path, seed: int) -> None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -129,7 +135,6 @@ class Course:
         (directory / "records.json").write_text(json.dumps(rows))
 
     def _reference(self, stage: Stage) -> None:
-        self.logs.mkdir(exist_ok=True)
         self.restore(self.start_of(stage))
         ended = self.start(stage, Tally(str(self.run_dir), str(self.logs / "tally")))
         assert ended.codes == [0] * stage.ranks, ended.text
@@ -149,7 +154,7 @@ class Course:
         for number, share in enumerate(HALVES):
             self.restore(self.start_of(stage))
             at = max(1, int(share * self.counts[stage.key]["file"]))
-            ended = self.start(stage, Disturbance("kill", at, 0, "file", str(self.run_dir)))
+            ended = self.start(stage, self.disturbance("kill", at, 0, "file"))
             assert ended.codes[0] == -signal.SIGKILL, ended.text
             self._keep(self.work / "states" / f"{stage.key}-{number}")
 
@@ -176,6 +181,10 @@ class Course:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.copytree(state, self.live, dirs_exist_ok=True)
 
+    def disturbance(self, act: str, at: int, rank: int, where: str) -> Disturbance:
+        """A disturbance of a stage's run directory."""
+        return Disturbance(act, at, rank, where, str(self.run_dir), str(self.marker))
+
     def start(self, stage: Stage, disturbance: Disturbance | Tally | None = None, outside=None) -> Ended:
         """Start a stage and wait for its end.
 
@@ -185,7 +194,9 @@ class Course:
             outside: (seconds, rank or None for all, signal) from without; ranks that were stopped are killed when the
                 others have ended, as a launcher does.
         """
-        began = time.monotonic()
+        self.logs.mkdir(exist_ok=True)
+        self.marker.unlink(missing_ok=True)
+        from_within, began = outside is None, time.monotonic()
         group = ranks.Group(list(stage.command), stage.ranks, self.logs, disturbance)
         until = began + HANG
         while (alive := [p for p in group.processes if p.is_alive()]) and time.monotonic() < until:
@@ -203,7 +214,8 @@ class Course:
             process.join()
         texts = [log.read_text(errors="replace") if log.is_file() else "" for log in group.logs]
         text = "\n".join(texts) + (f"\nranks hang: {len(hung)}" if hung else "")
-        return Ended([process.exitcode for process in group.processes], text, time.monotonic() - began)
+        struck = self.marker.exists() if from_within else outside is None
+        return Ended([process.exitcode for process in group.processes], text, time.monotonic() - began, struck)
 
     def difference(self, stage: Stage, with_metrics: bool = True) -> str:
         """The first file of the result that is not the undisturbed one's, bit for bit; empty where there is none."""

@@ -35,6 +35,7 @@ class Disturbance:
         where: `file` (any file operation below `root`), `save` (those of directories that are being written), or
             `collective`.
         root: directory that is watched.
+        marker: file that is written when it acts, outside of `root`.
     """
 
     act: str
@@ -42,6 +43,7 @@ class Disturbance:
     rank: int
     where: str
     root: str
+    marker: str
 
     def __call__(self, rank: int) -> None:
         """Take up watch in a rank that is about to start."""
@@ -59,6 +61,7 @@ class Disturbance:
         watch(self.root, moment)
 
     def _act(self) -> None:
+        Path(self.marker).touch()
         signals = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
         if self.act in signals:
             os.kill(os.getpid(), signals[self.act])

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from nuteprune.kernels import launch, triton_kernels, tuning
+from nuteprune.kernels import fused, launch, pointwise, triton_kernels, tuning
 
 M, N, K = 2048, 4096, 11008
 CARDS = (80, 90)
@@ -102,11 +102,13 @@ def matmuls(dtype: torch.dtype, variant: str, rank: int) -> None:
     """Forward and dx, in every tile size that could be chosen."""
     forward = operand(dtype, variant, rank)
     for name, op in (("y", forward), ("dx", forward.transposed(forward.x.new_empty(M, N)))):
-        y, u = launch.empty_outputs(op)
+        y, u = launch.empty_output(op), launch.empty_u(op, lasting=True)
         for capability in CARDS:
             for config in tuning.options(dtype, launch.scattered(op), capability):
-                call = launch.matmul_call(op, u, y, launch.fuses_u(op), config)
-                report(f"{name} {dtype} {variant} r{rank} {tuple(config)}", capability, triton_kernels.matmul, *call)
+                for add in (False, True) if name == "dx" else (False,):
+                    call = launch.matmul_call(op, u, y, launch.fuses_u(op), config, add)
+                    label = f"{name} {dtype} {variant} r{rank} {tuple(config)}{' onto' * add}"
+                    report(label, capability, triton_kernels.matmul, *call)
 
 
 def small_kernels(dtype: torch.dtype, variant: str) -> None:
@@ -114,24 +116,51 @@ def small_kernels(dtype: torch.dtype, variant: str) -> None:
     op = operand(dtype, variant, rank=64)
     u = op.x.new_empty(M, 64)
     for capability in CARDS:
-        call = launch.matmul_call(launch.skinny_operand(op), None, u, False, tuning.skinny(64, dtype))
+        call = launch.matmul_call(op.skinny(), None, u, False, tuning.skinny(64, dtype))
         report(f"skinny {dtype} {variant}", capability, triton_kernels.matmul, *call)
         _, positional, keywords = launch.reduce_call(op.x, u, op.x, op.keep_in, op.compact_in)
         report(f"reduce {dtype} {variant}", capability, triton_kernels.column_reduce, positional, keywords)
         sums, n = positional[3:5], positional[7]
         outputs = (torch.empty(64, K, device="meta"), None if op.in_gate is None else torch.empty(K, device="meta"))
         call = (*sums, op.in_gate, op.keep_in, *outputs, n, 64, 4, 1.0, 1, K)
-        options = {name: keywords[name] for name in ("RANK", "BC")}
+        options = {name: keywords[name] for name in ("RANK", "BC")} | {"ADD": True}
         report(f"finish {dtype} {variant}", capability, triton_kernels.finish_reduce, call, options)
+
+
+def pointwise_kernels(dtype: torch.dtype) -> None:
+    """Norm, rotary positions, activation and layer loss, each way, at the sizes of LLaMA-7B and the widest hidden."""
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for width in (N, 16384):
+        x, weight, rows = meta(M, width), meta(width), meta(M, dtype=torch.float32)
+        _, tiles = fused.row_tiles(M, width)
+        q, angles = meta(1, 32, M, 128), meta(1, M, 128)
+        turn = (q, q, angles, angles, q, q, M, 32, *[M * 128, 128, 32 * 128] * 4, 0, 128)
+        calls = {
+            "rms_norm": ((x, weight, x, M, width, 1e-6, 0.0, width), tiles | {"ROUND": True}),
+            "rms_norm_backward": ((x, x, weight, x, M, width, 1e-6, 0.0, width, width), tiles),
+            "distance": ((x, x, rows, rows, rows, M, width, 1e-8, width, width), tiles | {"NORMALIZED": True}),
+            "distance_backward": ((rows, rows, x, x, rows, x, M, width, 0, width, width), tiles),
+            "rotary": (turn, {"P": 128, "HALF": 64, "TRANSPOSED": True, "ROWS": 32}),
+            "gated": ((x, x, x, M * width), {"GELU": True, "BLOCK": 1024}),
+            "gated_backward": ((x, x, x, x, x, M * width), {"GELU": False, "BLOCK": 1024}),
+        }
+        for capability in CARDS:
+            for name, call in calls.items():
+                report(f"pointwise {dtype} {name} {width}", capability, getattr(pointwise, name), *call)
 
 
 def main(dtype_name: str, *variants: str) -> None:
     dtype = getattr(torch, dtype_name)
-    for variant in variants:
+    for variant in (v for v in variants if v in VARIANTS):
         matmuls(dtype, variant, rank=16)
         if variant == "rows":
             matmuls(dtype, variant, rank=64)
         small_kernels(dtype, variant)
+    if "pointwise" in variants:
+        pointwise_kernels(dtype)
 
 
 if __name__ == "__main__":

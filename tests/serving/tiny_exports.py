@@ -19,7 +19,7 @@ from nuteprune.stages import export
 SIZES = {
     "llama": {"hidden_size": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
     "mistral": {"sliding_window": 32},
-    "qwen2": {"use_sliding_window": False, "sliding_window": None},
+    "qwen2": {"use_sliding_window": False, "sliding_window": None, "hidden_size": 192},
     "qwen3": {"attention_bias": False},
     "smollm3": {"no_rope_layer_interval": 4, "use_sliding_window": False, "sliding_window": None},
     "phi3": {"sliding_window": None},
@@ -36,7 +36,9 @@ def gates(spec, shape):
 
     Of OLMo only FFN units: llama.cpp wants its heads as wide as the hidden size.
     """
-    chosen = some_gates(spec, shape, hidden=40, empty=False)
+    # Of a uniform Qwen2 vLLM takes hidden size / heads, four here, for the head size.
+    hidden = 4 * HEAD_DIM if (spec.family, shape) == ("qwen2", "uniform") else 40
+    chosen = some_gates(spec, shape, hidden=hidden, empty=False)
     if spec.qk_norm == "width":
         return Gates(ffn=chosen.ffn)
     if shape != "uniform":

@@ -4,8 +4,10 @@ Runs in an environment of its own, without this project. For each directory, in 
 prompt of random tokens, and how far those of the greedy tokens after it are from the best in transformers' eyes.
 """
 
+import json
 import os
 import sys
+from pathlib import Path
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
                "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # fmt: skip
@@ -15,6 +17,8 @@ import transformers
 import vllm
 
 PROMPT, NEW = 64, 12
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Those that exports are promised to be served of, in the shapes of docs/engines.md."""
 
 
 def compare(directory):
@@ -42,6 +46,10 @@ def compare(directory):
 def main():
     sys.stdout.write(f"vllm {vllm.__version__}, transformers {transformers.__version__}\n")
     for directory in sys.argv[1:]:
+        kind = json.loads((Path(directory) / "config.json").read_text())["model_type"].removeprefix("nuteprune_")
+        if kind not in FAMILIES:
+            sys.stdout.write(f"{directory}: {kind} is not compared\n")
+            continue
         name, prompt, greedy = compare(directory)
         sys.stdout.write(f"{directory} {name}: log-probabilities of {PROMPT - 1} tokens within {prompt:.1e}, "
                          f"{NEW} greedy tokens within {greedy:.1e} of the best\n")  # fmt: skip

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from exporting import some_gates, trained
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 from nuteprune import api
 from nuteprune.__main__ import main
-from nuteprune.config import load_config
-from nuteprune.runs.checkpoint import Checkpoints
+from nuteprune.config import ConfigError, load_config
+from nuteprune.runs.checkpoint import Checkpoints, atomic_directory
 from nuteprune.stages import prune
 
 
@@ -143,6 +144,31 @@ def test_export_of_a_missing_or_damaged_run(settings, tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a full disk is made with a small tmpfs, which only root may mount")
+@pytest.mark.parametrize(
+    ("family", "shape", "asked", "message"),
+    [
+        ("qwen3", "per_layer", "export.gguf=f16", "only where all layers are alike: use export.shape=uniform"),
+        ("qwen3", "uniform", "export.gguf=f16", "has no bias on o_proj, as this model has: export without export.gguf"),
+        ("olmo2", "uniform", "export.gguf=f16", ": export without export.gguf"),
+        ("llama", "uniform", "export.gguf=q4_0", "export.gguf: expected none | f32 | f16 | q8_0, got 'q4_0'"),
+        ("llama", "per_layer", "export.shape=uniform", "which no stock model lacks: use export.shape=per_layer_ffn"),
+        ("llama", "per_layer", "export.shape=per_layer_fnn", "did you mean 'per_layer_ffn'"),
+    ],
+)
+def test_exports_that_an_engine_or_a_shape_cannot_hold(tmp_path, capsys, family, shape, asked, message):
+    trained(tmp_path, family, lambda spec: some_gates(spec, shape), **{"gates.shape": shape})
+    before = sorted(tmp_path.rglob("*"))
+    assert message in refused(capsys, "export", f"run_dir={tmp_path / 'run'}", asked)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_absent_sublayers_in_the_uniform_shape(settings, tmp_path, capsys):
+    asked = ("gates.shape=uniform", "gates.units=[ffn,attn_sublayers]")
+    line = refused(capsys, "prune", *settings, *asked)
+    assert "whole sublayers need gates.shape=per_layer_ffn or per_layer" in line
+    assert not (tmp_path / "run" / "pruned").exists()
+
+
 def test_full_disk_while_saving_leaves_the_old_checkpoint(settings, tmp_path, capsys, caplog):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -161,6 +187,23 @@ def test_full_disk_while_saving_leaves_the_old_checkpoint(settings, tmp_path, ca
         caplog.set_level("INFO")
         assert main(["prune", *arguments]) == 0
         assert f"resumed at step {int(newest.name.removeprefix('step-'))} " in caplog.text
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a full disk is made with a small tmpfs, which only root may mount")
+def test_full_disk_while_a_tokenizer_is_saved_is_one_line(tmp_path):
+    """Tokenizers, written in Rust, raises a bare `Exception` then."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], check=True)
+    try:
+        with (
+            pytest.raises(ConfigError, match=r"No space left on device.*what was saved before is intact"),
+            atomic_directory(disk / "export") as directory,
+        ):
+            tiny_tokenizer().save_pretrained(directory)
+        assert not list(disk.iterdir())
     finally:
         subprocess.run(["umount", disk], check=True)
 

@@ -60,8 +60,9 @@ def test_sizes_of_each_layer(tmp_path, family, shape):
         "attention.head_count", "attention.head_count_kv", "feed_forward_length"))  # fmt: skip
     # The first layer has no attention, which llama.cpp cannot have: one head of zeros.
     assert heads == [1] + [sum(groups) for groups, _ in sizes[1:]]
-    # Layer 2 has attention only, the last one nothing: FFNs of zeros there.
-    assert ffn == [width or 32 for _, width in sizes]
+    # Layer 2 has attention only, the last one nothing: FFNs of zeros there; the others in whole blocks.
+    assert all(width % 32 for _, width in sizes[:2])
+    assert ffn == [32] * len(sizes)
     for (groups, _), h, k in zip(sizes[1:], heads[1:], kv[1:], strict=True):
         assert h % k == 0 if k else not groups
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -90,8 +91,11 @@ def test_matrices_are_stored_in_the_type_that_is_asked_for(tmp_path, quantisatio
     wanted = state["model.layers.1.self_attn.o_proj.weight"]
     assert_close(torch.from_numpy(gguf.dequantize(found.data, found.tensor_type)), wanted, 5e-3)
     assert tensors["blk.1.attn_norm.weight"].tensor_type.name == "F32"
-    # Rows of 27 are no blocks of 32.
-    assert tensors["blk.1.ffn_down.weight"].tensor_type.name == "F16"
+    # 27 units are filled up to a block; rows of the hidden size, 40, are no blocks.
+    down, wanted = tensors["blk.1.ffn_down.weight"], state["model.layers.1.mlp.down_proj.weight"]
+    assert down.tensor_type.name == kind
+    assert_close(torch.from_numpy(gguf.dequantize(down.data, down.tensor_type))[:, :27], wanted, 5e-3)
+    assert tensors["blk.1.ffn_up.weight"].tensor_type.name == "F16"
 
 
 PLAIN = {

@@ -132,6 +132,8 @@ def test_adapter_opens_in_peft(settings, model_dir):
         assert torch.equal(module.lora_A["default"].weight, a)
         assert torch.equal(module.lora_B["default"].weight, b)
         assert module.scaling["default"] == 1.0
+    targets = json.loads((out / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets), "the order of a set, as peft keeps them, is another in each process"
 
 
 @pytest.mark.parametrize("mode", ["intact", "none"])

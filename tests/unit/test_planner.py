@@ -135,7 +135,7 @@ def test_memory_by_hand():
         4 * 4096**2 + 3 * 4096 * 11008 + 8192
     )
     assert need.head_phase["gathered head"] == 2 * 32000 * 4096
-    assert need.head_phase["logits of one KL chunk"] == logits_chunk(plan, 512) == 3 * 4 * 256 * 32000
+    assert need.head_phase["logits of one KL chunk"] == logits_chunk(plan, 512) == 4 * 4 * 256 * 32000
     assert need.resident["gates and their optimizer"] == 12 * 32 * 11008  # FFN units: the default shape's
     assert need.host == {"teachers (20 snapshots)": 20 * (2 * 19_988_480 + 8 * 32 * 11008)}
 

@@ -1,0 +1,167 @@
+"""RMSNorm, rotary positions and the layer loss as one kernel each way, with their autograd functions.
+
+For a GPU, where eager torch's many small operations on them cost the host more than the card. The specification is in
+`reference.py`; `applies` says where they can run.
+"""
+
+import torch
+from torch import Tensor
+
+from nuteprune.kernels import pointwise
+from nuteprune.kernels.launch import guard, tokens
+from nuteprune.kernels.masked_lora import is_traced
+from nuteprune.kernels.tuning import INTERPRETING
+
+EPS = 1e-8
+"""Added to what the normalized layer loss divides by."""
+_TILE = 2048
+"""Elements of the tile of a program that takes several rows."""
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def applies(*tensors: Tensor) -> bool:
+    """Whether the kernels can take these tensors: of one type that they know, with values, on a device of theirs."""
+    first = tensors[0]
+    alike = all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+    return alike and first.dtype in _DTYPES and (first.is_cuda or INTERPRETING) and not is_traced(first)
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x with rows at equal distances and that distance; copied if it has none."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.stride(-1) == 1 and (x.dim() == 2 or (x.dim() == 3 and x.stride(0) == x.shape[1] * x.stride(1))):
+        return x, x.stride(-2)
+    return x.contiguous(), x.shape[-1]
+
+
+def row_tiles(count: int, width: int) -> tuple[tuple[int], dict]:
+    """(grid, keyword arguments) of a kernel over `count` rows of `width`."""
+    block = 1 << max(width - 1, 0).bit_length()
+    height = max(1, min(64, _TILE // block))
+    warps = 4 if block * height <= _TILE else 8 if block <= 4 * _TILE else 16
+    return (-(-count // height),), {"ROWS": height, "BLOCK": block, "num_warps": warps}
+
+
+class RmsNorm(torch.autograd.Function):
+    """y = (w + offset)⊙x̂ with x̂ = x / sqrt(mean(x²) + eps); dx = (g̃ − x̂·mean(g̃⊙x̂)) / sqrt(…), g̃ = (w + offset)⊙g.
+
+    Arguments: x [..., D], w [D] (frozen), eps, offset, whether x̂ is rounded to x's type before the product.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float, rounds: bool) -> Tensor:
+        source, stride = as_rows(x)
+        y = source.new_empty(x.shape)
+        count, width = y.numel() // max(1, x.shape[-1]), x.shape[-1]
+        if y.numel():
+            grid, tiles = row_tiles(count, width)
+            with guard(x):
+                pointwise.rms_norm[grid](source, weight, y, count, width, eps, offset, stride, ROUND=rounds, **tiles)
+        if ctx is not None and ctx.needs_input_grad[0]:
+            ctx.save_for_backward(source, weight)
+            ctx.options = (eps, offset)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        (x, stride), (grad, stride_g) = as_rows(x), as_rows(grad)
+        dx = x.new_empty(x.shape)
+        count, width = dx.numel() // max(1, x.shape[-1]), x.shape[-1]
+        if dx.numel():
+            grid, tiles = row_tiles(count, width)
+            call = (grad, x, weight, dx, count, width, *ctx.options, stride_g, stride)
+            with guard(x):
+                pointwise.rms_norm_backward[grid](*call, **tiles)
+        return dx, None, None, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds: bool = True) -> Tensor:
+    """RMSNorm of x [..., D] with a frozen weight [D], see `RmsNorm`."""
+    needs = torch.is_grad_enabled() and x.requires_grad
+    call = RmsNorm.apply if needs else _forward_of(RmsNorm)
+    return call(x, weight, eps, offset, rounds)
+
+
+def _forward_of(function):
+    """The forward of an autograd function alone: calling it through autograd takes as long as a small kernel."""
+    return lambda *args: function.forward(None, *args)
+
+
+class Rotary(torch.autograd.Function):
+    """Queries and keys turned by their positions: x·cos + rotate_half(x)·sin, and its transpose for the gradients.
+
+    Arguments: q [B, H, T, P], k [B, K, T, P], cos and sin [B or 1, T, P].
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        if ctx is not None:
+            ctx.save_for_backward(cos, sin)
+        return _turn(q, k, cos, sin, transposed=False)
+
+    @staticmethod
+    def backward(ctx, grad_q: Tensor, grad_k: Tensor):
+        cos, sin = ctx.saved_tensors
+        return *_turn(grad_q, grad_k, cos, sin, transposed=True), None, None
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k with rotary positions, see `Rotary`."""
+    needs = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    return (Rotary.apply if needs else _forward_of(Rotary))(q, k, cos, sin)
+
+
+def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    q, k, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))
+    if sin.stride() != cos.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    turned = torch.empty_like(q), torch.empty_like(k)
+    (batch, heads, length, width), others = q.shape, k.shape[1]
+    if batch * length * (heads + others):
+        half = 1 << max(width // 2 - 1, 0).bit_length()
+        height = max(1, min(64, _TILE // half))
+        strides = [s for t in (q, k, *turned) for s in t.stride()[:3]]
+        angles = cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)
+        grid = (-(-length // height), heads + others, batch)
+        call = (q, k, cos, sin, *turned, length, heads, *strides, *angles)
+        with guard(q):
+            pointwise.rotary[grid](*call, P=width, HALF=half, TRANSPOSED=transposed, ROWS=height)
+    return turned
+
+
+class LayerDistance(torch.autograd.Function):
+    """Terms [M] by token of `distill.layer_loss`, float32; the gradient goes to the student.
+
+    Arguments: student and teacher [..., D], the student's hidden gate [D] or None, whether the terms are normalized.
+    """
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, gate: Tensor | None, normalized: bool) -> Tensor:
+        (s, stride_s), (t, stride_t) = as_rows(student), as_rows(teacher)
+        count, width = tokens(s) if s.dim() in (2, 3) else s.numel() // s.shape[-1], s.shape[-1]
+        terms, scales = (s.new_empty(count, dtype=torch.float32) for _ in range(2))
+        grid, tiles = row_tiles(count, width)
+        call = (s, t, gate, terms, scales, count, width, EPS, stride_s, stride_t)
+        with guard(s):
+            pointwise.distance[grid](*call, NORMALIZED=normalized, **tiles)
+        ctx.save_for_backward(s, t, gate, scales)
+        return terms
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        s, t, gate, scales = ctx.saved_tensors
+        (s, stride_s), (t, stride_t) = as_rows(s), as_rows(t)
+        d_student = s.new_empty(s.shape)
+        count, width = scales.shape[0], s.shape[-1]
+        grid, tiles = row_tiles(count, width)
+        call = (grad, scales, s, t, gate, d_student, count, width, grad.stride(0), stride_s, stride_t)
+        with guard(s):
+            pointwise.distance_backward[grid](*call, **tiles)
+        return d_student, None, None, None
+
+
+def layer_distances(student: Tensor, teacher: Tensor, gate: Tensor | None, normalized: bool) -> Tensor:
+    """Terms [M] of the layer loss by token, see `LayerDistance`."""
+    return LayerDistance.apply(student, teacher.detach(), None if gate is None else gate.detach(), normalized)
