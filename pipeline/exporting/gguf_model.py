@@ -203,14 +203,9 @@ def _add_rope(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
 
 def _scaled_anew(rope: dict) -> bool:
     """Whether yarn scales attention by another factor than llama.cpp finds itself."""
-<<<<<<< HEAD
-    factor = rope.get("attention_factor") or 0.0
-    return factor != 0 and not math.isclose(factor, 0.1 * math.log(rope.get("factor", 1.0)) + 1, rel_tol=1e-4)
-=======
     factor = rope.get("attention_factor")
     own = 0.1 * math.log(rope.get("factor", 1.0)) + 1
     return factor is not None and not math.isclose(float(factor), own, rel_tol=1e-4)
->>>>>>> main
 
 
 def _rope_factors(config: PreTrainedConfig) -> Tensor:

@@ -83,12 +83,7 @@ def mean_counts(spec: ArchSpec, gates: Gates) -> Counts:
 def whole_counts(spec: ArchSpec, gates: Gates) -> Counts:
     """The counts of a structure that is alike in all layers, as whole numbers and with the FFN left open."""
     mean = mean_counts(spec, gates)
-<<<<<<< HEAD
-    groups, heads, hidden, layers, experts = (round(count) for count in astuple(mean)[:-1])
-    return Counts(groups, heads, hidden, layers, experts, spec.ffn)
-=======
     return replace(Counts(*map(round, astuple(mean))), ffn=spec.ffn)
->>>>>>> main
 
 
 def between(spec: ArchSpec, counts: Counts, share: float) -> Counts:
@@ -132,11 +127,7 @@ def _product(spec: ArchSpec, kinds: Collection[str], axes, rounding: Rounding) -
     )  # fmt: skip
     rounded = [sorted({round_to(v, multiple, most) for v in axis} if free else {most}) for free, axis, multiple, most
                in values]  # fmt: skip
-<<<<<<< HEAD
-    found = [Counts(k, q, d, depth, count, spec.ffn) for k, q, d, depth, count in product(*rounded)]
-=======
     found = [Counts(*counts) for counts in product(*rounded, [spec.ffn])]
->>>>>>> main
     if spec.hidden_divides:  # its stock configuration refuses other sizes, but for those it has
         own = astuple(intact(spec))[:3]
         found = [c for c in found if c.hidden % (c.groups * c.heads) == 0 or astuple(c)[:3] == own]
