@@ -103,7 +103,8 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_q: Tensor, grad_k: Tensor):
-        return *_turn(grad_q, grad_k, *ctx.saved_tensors, transposed=True), None, None
+        cos, sin = ctx.saved_tensors
+        return *_turn(grad_q, grad_k, cos, sin, transposed=True), None, None
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,10 +132,10 @@ class _Stub:
 
     def launch(self, *arguments, **options):
         self.launched[self.name] += 1
-        for output in (arguments[position] for position in self.outputs):
+        for position in self.outputs:
+            output = arguments[position]
             if output is not None:
-                storage = output.untyped_storage()
-                ctypes.memset(storage.data_ptr(), 0, storage.nbytes())
+                ctypes.memset(output.data_ptr(), 0, output.nbytes)
 
 
 @contextmanager

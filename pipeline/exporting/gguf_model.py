@@ -204,7 +204,8 @@ def _add_rope(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
 def _scaled_anew(rope: dict) -> bool:
     """Whether yarn scales attention by another factor than llama.cpp finds itself."""
     factor = rope.get("attention_factor")
-    return bool(factor) and not math.isclose(factor, 0.1 * math.log(rope.get("factor", 1.0)) + 1, rel_tol=1e-4)
+    own = 0.1 * math.log(rope.get("factor", 1.0)) + 1
+    return factor is not None and not math.isclose(float(factor), own, rel_tol=1e-4)
 
 
 def _rope_factors(config: PreTrainedConfig) -> Tensor:

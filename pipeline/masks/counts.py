@@ -83,7 +83,7 @@ def mean_counts(spec: ArchSpec, gates: Gates) -> Counts:
 def whole_counts(spec: ArchSpec, gates: Gates) -> Counts:
     """The counts of a structure that is alike in all layers, as whole numbers and with the FFN left open."""
     mean = mean_counts(spec, gates)
-    return Counts(*(round(mean_count) for mean_count in astuple(mean)[:-1]), spec.ffn)
+    return replace(Counts(*map(round, astuple(mean))), ffn=spec.ffn)
 
 
 def between(spec: ArchSpec, counts: Counts, share: float) -> Counts:
@@ -127,7 +127,7 @@ def _product(spec: ArchSpec, kinds: Collection[str], axes, rounding: Rounding) -
     )  # fmt: skip
     rounded = [sorted({round_to(v, multiple, most) for v in axis} if free else {most}) for free, axis, multiple, most
                in values]  # fmt: skip
-    found = [Counts(*counts, spec.ffn) for counts in product(*rounded)]
+    found = [Counts(*counts) for counts in product(*rounded, [spec.ffn])]
     if spec.hidden_divides:  # its stock configuration refuses other sizes, but for those it has
         own = astuple(intact(spec))[:3]
         found = [c for c in found if c.hidden % (c.groups * c.heads) == 0 or astuple(c)[:3] == own]

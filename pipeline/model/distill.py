@@ -69,7 +69,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         kl, entropy = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         tokens = hidden.shape[0]
-        learned = 0 if labels is None else max(1, int((labels != IGNORE).sum()))
+        learned = None if labels is None else (labels != IGNORE).sum().clamp(min=1)  # on the device: nothing waits
         for start in range(0, tokens, chunk):
             rows = slice(start, start + chunk)
             logits = F.linear(hidden[rows], weight).float()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from nuteprune.arch import ArchSpec, projections
+from nuteprune.arch import FFN, ArchSpec, projections
 from nuteprune.kernels.api import fused_ffn, fused_kernels
 from nuteprune.model.layers import GatedNorm, MaskedLoRALinear, WidthNorm
 
@@ -27,14 +27,18 @@ def install_fused(layers: nn.ModuleList, final_norm: nn.Module, spec: ArchSpec) 
     for layer in layers:
         for norm in _norms(layer, spec):
             norm.forward = _Norm(norm, spec)
-        gate, up, down = (
-            getattr(owner, name)
-            for owner, name in (projections(layer)[part] for part in ("gate_proj", "up_proj", "down_proj"))
-        )
-        gelu = next((k for k, kind in _ACTIVATIONS.items() for m in layer.mlp.children() if isinstance(m, kind)), None)
-        if gelu is not None:
-            layer.mlp.forward = _Ffn(layer.mlp.forward, gate, up, down, gelu)
+        for block in getattr(layer.mlp, "experts", None) or [layer.mlp]:
+            _fuse_ffn(block, layer)
         _fuse_rotary(sys.modules[type(layer.self_attn).__module__])
+
+
+def _fuse_ffn(block: nn.Module, layer: nn.Module) -> None:
+    """The FFN of a layer or of an expert, where its activation is one of those that the kernels know."""
+    gelu = next((k for k, kind in _ACTIVATIONS.items() for m in block.children() if isinstance(m, kind)), None)
+    if gelu is not None:
+        owners = projections(layer) if block is layer.mlp else {name: (block, name) for name in FFN}
+        gate, up, down = (getattr(*owners[name]) for name in FFN)
+        block.forward = _Ffn(block.forward, gate, up, down, gelu)
 
 
 def _norms(layer: nn.Module, spec: ArchSpec) -> list[nn.Module]:

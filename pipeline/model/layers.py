@@ -117,9 +117,11 @@ class MaskedLoRALinear(nn.Module):
 
         With projections `beside` it, which are called next and with the same x, theirs is computed too.
         """
-        ready, self._ready = self._ready, None
-        if ready is not None and ready[0] is x:
-            return ready[1]
+        ready = self._ready
+        if ready is not None:
+            self._ready = None
+            if ready[0] is x:
+                return ready[1]
         if self.beside:
             outputs = known_lists_together(x, [self.operands, *(module.operands for module in self.beside)])
             if outputs is not None:
@@ -220,12 +222,12 @@ def install(layers: nn.ModuleList, spec: ArchSpec) -> None:
 
 @dataclass(frozen=True)
 class _Seats:
-    """Where a decoder layer takes up a view: its projections by name, and the norms and router that know of gates."""
+    """Where a decoder layer takes up a view: its projections by name, its router, and the norms that know of gates."""
 
     projections: dict[str, MaskedLoRALinear]
+    router: GatedRouter | None
     width_norms: list[tuple[WidthNorm, str]]
     gated_norms: list[GatedNorm]
-    router: GatedRouter | None
 
 
 def _seats(layer: nn.Module) -> _Seats:
@@ -233,9 +235,9 @@ def _seats(layer: nn.Module) -> _Seats:
     router = getattr(layer.mlp, "gate", None)
     return _Seats(
         {name: getattr(owner, attribute) for name, (owner, attribute) in projections(layer).items()},
+        router if isinstance(router, GatedRouter) else None,
         [(norm, name) for norm, name in width_norms if isinstance(norm, WidthNorm)],
         [module for module in layer.children() if isinstance(module, GatedNorm)],
-        router if isinstance(router, GatedRouter) else None,
     )
 
 
@@ -258,14 +260,14 @@ def activate(layer: nn.Module, view: LayerView) -> None:
     seats: _Seats = layer.seats
     for name, module in seats.projections.items():
         module.state = view.states[name]
+    if seats.router is not None:
+        seats.router.keep = view.routes
     attention = layer.self_attn
     attention.num_key_value_groups, attention.kv_index = view.group_size, view.kv_index
     for norm, name in seats.width_norms:
         norm.keep = view.states[name].keep_out
     for norm, gate in zip(seats.gated_norms, view.behind, strict=False):
         norm.gate = gate
-    if seats.router is not None:
-        seats.router.keep = view.routes
 
 
 def build_view(

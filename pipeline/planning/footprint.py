@@ -221,7 +221,7 @@ def saved_per_token(job: Job) -> float:
     attention's output and log-sum-exp; gate, up, silu(gate) and their product (4sF); the rank-R products of LoRA. With
     hidden or layer gates the outputs of o and down as well (2sD). Eager attention also keeps probabilities [H, T] in
     float32 and in the compute type, and repeated keys and values. Qwen3 keeps float32 q and k for their norms. Where a
-    router chooses k experts, the FFN's part is kept for each of them, and their inputs and outputs (3ksD).
+    router chooses k experts, the FFN's part is kept for each of them, their outputs (ksD) and the tokens' order (24k).
     """
     spec, s, config = job.spec, job.itemsize, job.config
     queries, values = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -233,7 +233,7 @@ def saved_per_token(job: Job) -> float:
         + 4 * s * spec.ffn * spec.top_k
     )
     if spec.experts > 1:
-        size += 3 * s * spec.hidden * spec.top_k
+        size += (s * spec.hidden + 24) * spec.top_k
     size += s * config.lora.rank * len(config.lora.targets)
     if spec.qk_norm:
         size += FP32 * (queries + values)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config, ConfigError, Projection
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
@@ -62,6 +62,7 @@ def settings(config: Config, trained: Run) -> Config:
             f"finetune.lora_rank {rank} is less than the pruned student's {old.lora.rank}, which it keeps"
         )
     ffn, hidden, parallel = rounding_of(config, trained)
+    possible = read_config(old.model.path)[1].lora_targets
     return replace(
         old,
         run_dir=str(finetune_directory(trained, tune.sparsity)),
@@ -71,7 +72,7 @@ def settings(config: Config, trained: Run) -> Config:
         train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
                       micro_batch=tune.micro_batch, lora_lr=tune.lr),
         loss=replace(config.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
-        lora=replace(old.lora, targets=list(read_config(old.model.path)[1].lora_targets), rank=rank,
+        lora=replace(old.lora, targets=[name for name in get_args(Projection) if name in possible], rank=rank,
                      alpha=rank * old.lora.alpha / old.lora.rank),
         teacher=replace(old.teacher, mode="intact" if tune.distill else "none"),
         gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,

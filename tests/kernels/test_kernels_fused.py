@@ -149,6 +149,24 @@ def test_projections_of_one_input_together(kind):
         torch.testing.assert_close(value, right)
 
 
+def test_measuring_tile_sizes_adds_nothing(monkeypatch):
+    from nuteprune.kernels import launch, tuning
+    from nuteprune.kernels.masked_lora import masked_lora_linears
+
+    def measure(op, run):
+        for _ in range(2):
+            run(tuning.INTERPRETER)
+        return tuning.INTERPRETER
+
+    case = build(Case(lead=(2, 5)))
+    x = case["x"]
+    part = (case["weight"], case["bias"], case["lora_a"], case["lora_b"], *[None] * 4, 1.0, False, False)
+    upstream = [drawn(2, 5, 17)] * 2
+    want = torch.autograd.grad(masked_lora_linears(x, [part, part]), x, upstream)
+    monkeypatch.setattr(launch, "config_of", measure)
+    torch.testing.assert_close(torch.autograd.grad(masked_lora_linears(x, [part, part]), x, upstream), want)
+
+
 @pytest.mark.parametrize("kind", ["half", "list"])
 def test_gradients_added_in_place_are_those_that_autograd_adds(kind):
     kwargs = build(Case(lead=(2, 9), in_kind=kind, out_kind=kind))

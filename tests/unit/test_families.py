@@ -70,7 +70,7 @@ def test_rotary_positions_of_its_own_stay_exact_in_the_stock_class(name, changes
 
 @pytest.mark.parametrize("name", ["granite", "smollm3", "phi3", "olmo3", "gemma3", "qwen3"])
 def test_no_gguf_of_unequal_layers_where_llama_cpp_holds_none(name):
-    config = tiny_config(name, num_attention_heads=4, num_hidden_layers=4)
+    config = tiny_config(name)
     with pytest.raises(ConfigError, match="only where all layers are alike"):
         gguf_architecture(read_spec(config), "per_layer_ffn", config)
 
