@@ -24,7 +24,7 @@ LONG = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_f
         ("llama", {}, ["experts"], "uniform", "gates.units: llama cannot have experts, leave it out"),
         ("mixtral", {}, ["ffn"], "per_layer_ffn", "gates.shape: mixtral cannot have per_layer_ffn, leave it out"),
         ("qwen3_moe", {}, ["ffn_sublayers"], "uniform", "gates.units: qwen3_moe cannot have ffn_sublayers"),
-        ("phi3", LONG, [], "uniform", "gates.units: phi3 cannot have kv_groups"),
+        ("phi3", LONG, ["kv_groups"], "uniform", "gates.units: phi3 cannot have kv_groups"),
         ("phi3", LONG, ["ffn"], "per_layer_ffn", "gates.shape: phi3 cannot have per_layer_ffn"),
         ("phi3-partial", {}, ["ffn"], "per_layer", "gates.shape: phi3 cannot have per_layer"),
     ],
