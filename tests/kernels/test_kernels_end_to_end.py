@@ -28,7 +28,7 @@ def test_losses_of_ten_steps_are_the_same_with_triton(settings, tmp_path, monkey
 
 
 # Norms over heads and over the whole width, weights with an offset, other activations, rotary positions of a part.
-@pytest.mark.parametrize("name", ["qwen3", "granite", "phi3-partial", "olmo2", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", "granite", "phi3-partial", "olmo2", "gemma3", "mixtral"])
 def test_a_family_has_the_same_losses_and_gradients_with_triton(name, monkeypatch):
     pytest.importorskip("triton", reason="triton has no build for this platform")
     pair, found = Pair(name), {}
