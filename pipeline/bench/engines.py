@@ -41,7 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", default="bfloat16", help="of vLLM's weights; llama.cpp's are those of the files")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="of vLLM's weights: without avx512_bf16 a CPU is slow in bfloat16; llama.cpp's are those of the files",
+    )
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/engines"))
     args = parser.parse_args(argv)

@@ -16,7 +16,7 @@ from vllm import LLM, __version__
 from vllm.benchmarks import latency
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-KV_CACHE = 1 << 28
+KV_CACHE = 1 << 29
 """Bytes of each engine's KV cache: eight sequences of some hundred tokens of a small model."""
 
 

@@ -28,7 +28,7 @@ def test_losses_of_ten_steps_are_the_same_with_triton(settings, tmp_path, monkey
 
 
 # Norms over heads and over the whole width, weights with an offset, other activations, rotary positions of a part.
-@pytest.mark.parametrize("name", ["qwen3", "granite", "phi3-partial", "olmo2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma3", "mixtral", "qwen3", "olmo2", "phi3-partial", "granite"])
 def test_a_family_has_the_same_losses_and_gradients_with_triton(name, monkeypatch):
     pytest.importorskip("triton", reason="triton has no build for this platform")
     pair, found = Pair(name), {}
@@ -39,6 +39,6 @@ def test_a_family_has_the_same_losses_and_gradients_with_triton(name, monkeypatc
     (losses, gradients), (ours, own) = found["torch"], found["triton"]
     for value, want in zip(ours, losses, strict=True):
         assert value.item() == pytest.approx(want.item(), rel=1e-4)
-    assert ours.total.item() != losses.total.item()  # the other backend really ran
+    assert any(not value.equal(want) for value, want in zip(own, gradients, strict=True)), "the same backend ran twice"
     for value, want in zip(own, gradients, strict=True):
         assert (value - want).abs().max() <= 1e-3 * want.abs().max() + 1e-7
