@@ -64,9 +64,10 @@ def operand_gradients(
     """`gradients`; dx is added to `onto` if that is given."""
     need_x, need_a, need_b, need_in, need_out = needs
     dx = gb = d_a = d_b = d_in = d_out = None
+    # With a gate on dx the kernel has no registers left for the sum, and the gate's gradient wants this product alone.
+    alone = op.in_gate is not None
     if need_x or need_in:
-        own = onto if not need_in else None  # the gate's gradient wants this product's dx alone
-        dx, gb = matmul(op.transposed(grad), need_a, lasting=False, onto=own)
+        dx, gb = matmul(op.transposed(grad), need_a, lasting=False, onto=None if alone else onto)
     elif need_a:
         back = op.transposed(grad)
         gb = skinny(back, empty_u(back, lasting=False))
@@ -78,7 +79,7 @@ def operand_gradients(
         side = Small(op.out_gate, op.keep_out, op.b, _sum(op.b))
         q, t = u if need_b else None, y if need_out else None
         d_b, d_out = column_reduce(grad, q, t, op.compact_out, side, op.scaling, across=False)
-    if onto is not None and need_in:
+    if onto is not None and alone:
         dx = onto.add_(dx)
     return [dx if need_x else None, d_a, d_b, d_in, d_out]
 

@@ -105,7 +105,7 @@ def matmuls(dtype: torch.dtype, variant: str, rank: int) -> None:
         y, u = launch.empty_output(op), launch.empty_u(op, lasting=True)
         for capability in CARDS:
             for config in tuning.options(dtype, launch.scattered(op), capability):
-                for add in (False, True) if name == "dx" else (False,):
+                for add in (False, True) if name == "dx" and not VARIANTS[variant][0] else (False,):
                     call = launch.matmul_call(op, u, y, launch.fuses_u(op), config, add)
                     label = f"{name} {dtype} {variant} r{rank} {tuple(config)}{' onto' * add}"
                     report(label, capability, triton_kernels.matmul, *call)
