@@ -33,7 +33,7 @@ setup(
         "deepspeed>=0.19",
         "gguf>=0.10",
         "lm-eval[hf]>=0.4.10",
-        "matplotlib>=3.8",
+        "matplotlib>=3.9",
         "mpi4py>=4.0",
         "numpy>=2.0",
         "peft>=0.18",
