@@ -99,7 +99,7 @@ def _entries(path: Path) -> list[dict]:
 
 def text(status: dict) -> str:
     """The status for people."""
-    lines, width = [status["run_dir"]], max(map(len, status["stages"]))
+    lines, width = [status["run_dir"]], max(9, *map(len, status["stages"]))
     for stage, found in status["stages"].items():
         job = found["job"]
         words = [f"  {stage:<{width}} {found['state']:<11}"]

@@ -45,7 +45,8 @@ def test_tensor_cores_no_spills_fits_in_shared_memory(dtype, variants):
         assert line["shared"] <= SHARED_MEMORY[line["capability"]], line
         is_matmul = kind in ("y", "dx")
         assert line["wgmma"] or not is_matmul or line["capability"] != 90, line
-        if is_matmul and dtype != "float32":
+        # With a sum the tile of what is added is loaded too; how W is read is seen without one.
+        if is_matmul and dtype != "float32" and not line["label"].endswith(" onto"):
             check_lanes(line)
 
 
