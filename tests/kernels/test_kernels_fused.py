@@ -81,8 +81,11 @@ def test_layer_distances(dtype, gated, kind):
     student, teacher = (drawn(2, 5, 33, dtype=dtype, seed=n) for n in (0, 1))
     teacher[0, 0] *= 100
     gate = (drawn(33, seed=3) > 0) * torch.rand(33).to(DEVICE) if gated else None
-    ours = lambda s: layer_terms(s, teacher, gate, kind).mean()  # noqa: E731
-    compare(ours, lambda s: layer_loss(s, teacher.double(), gate, kind), [student])
+    compare(
+        lambda s: layer_terms(s, teacher, gate, kind).mean(),
+        lambda s: layer_loss(s, teacher.double(), gate, kind),
+        [student],
+    )
     assert layer_terms(student, teacher, gate, kind).shape == (10,)
 
 
