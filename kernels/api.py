@@ -2,15 +2,20 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nuteprune.kernels import torch_path
+
+if TYPE_CHECKING:
+    from nuteprune.kernels.product import Product
 
 BACKENDS = ("torch", "triton")
 ENV = "NUTEPRUNE_KERNELS"
@@ -71,49 +76,52 @@ def known_lists(x: Tensor, weight: Tensor, *operands, backend: str | None = None
     """
     if choose_backend(x, backend) == "torch":
         return torch_path.masked_lora_linear(x, weight, *operands)
-    from nuteprune.kernels import masked_lora
-
-    return masked_lora.masked_lora_linear(x, weight, *operands)
+    return _module("masked_lora").masked_lora_linear(x, weight, *operands)
 
 
-def known_lists_together(x: Tensor, projections: Sequence[tuple]) -> tuple[Tensor, ...] | None:
-    """`known_lists` of several projections of one x, in one autograd function; None where triton does not run.
+def product_of(*operands) -> "Product":
+    """What the kernels keep of a projection from call to call, see `fused_projections`.
 
     Args:
-        projections: for each its weight and the operands behind it.
+        operands: weight and the operands behind it, as for `known_lists`.
     """
-    if choose_backend(x) == "torch":
-        return None
-    from nuteprune.kernels import masked_lora
+    return _module("masked_lora").product_of(*operands)
 
-    return masked_lora.masked_lora_linears(x, projections)
+
+def fused_projections(x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
+    """`masked_lora.masked_lora_linears`, for products of one x, where its kernels run on x, else None."""
+    if choose_backend(x) == "torch" or _module("masked_lora").is_traced(x):
+        return None
+    return _module("masked_lora").masked_lora_linears
 
 
 def fused_kernels(*tensors: Tensor) -> ModuleType | None:
     """`kernels.fused` where its kernels run on these tensors, else None."""
     if choose_backend(tensors[0]) == "torch":
         return None
-    from nuteprune.kernels import fused
-
+    fused = _module("fused")
     return fused if fused.applies(*tensors) else None
 
 
 def fused_ffn(x: Tensor) -> Callable[..., Tensor] | None:
     """`kernels.ffn.gated_ffn` where its kernels run on x, else None."""
-    if fused_kernels(x) is None:
-        return None
-    from nuteprune.kernels import ffn
+    return None if fused_kernels(x) is None else _module("ffn").gated_ffn
 
-    return ffn.gated_ffn
+
+@cache
+def _module(name: str) -> ModuleType:
+    """A module that imports triton, when it is first needed."""
+    return importlib.import_module(f"nuteprune.kernels.{name}")
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def into_grad() -> AbstractContextManager[None]:
     """See `masked_lora.into_grad`; nothing where triton is not installed."""
-    if not importlib.util.find_spec("triton"):
-        return nullcontext()
-    from nuteprune.kernels import masked_lora
-
-    return masked_lora.into_grad()
+    return _module("masked_lora").into_grad() if _has_triton() else nullcontext()
 
 
 def choose_backend(x: Tensor, backend: str | None = None) -> str:
@@ -125,7 +133,7 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
     chosen = backend or os.environ.get(ENV) or None
     if chosen is None:
         on_gpu = x.is_cuda and x.dtype != torch.float64  # is_cuda holds for ROCm too
-        return "triton" if on_gpu and importlib.util.find_spec("triton") else "torch"
+        return "triton" if on_gpu and _has_triton() else "torch"
     if chosen not in BACKENDS:
         raise ValueError(f"kernel backend {chosen!r} is unknown: use one of {', '.join(BACKENDS)} (or unset {ENV})")
     return chosen

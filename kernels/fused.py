@@ -4,11 +4,13 @@ For a GPU, where eager torch's many small operations on them cost the host more 
 `reference.py`; `applies` says where they can run.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from nuteprune.kernels import pointwise
-from nuteprune.kernels.launch import guard, tokens
+from nuteprune.kernels.launch import start, tokens
 from nuteprune.kernels.masked_lora import is_traced
 from nuteprune.kernels.tuning import INTERPRETING
 
@@ -22,8 +24,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def applies(*tensors: Tensor) -> bool:
     """Whether the kernels can take these tensors: of one type that they know, with values, on a device of theirs."""
     first = tensors[0]
-    alike = all(t.dtype == first.dtype and t.device == first.device for t in tensors)
-    return alike and first.dtype in _DTYPES and (first.is_cuda or INTERPRETING) and not is_traced(first)
+    dtype, device = first.dtype, first.device
+    for other in tensors[1:]:
+        if other.dtype != dtype or other.device != device:
+            return False
+    return dtype in _DTYPES and (first.is_cuda or INTERPRETING) and not is_traced(first)
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
@@ -35,12 +40,13 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), x.shape[-1]
 
 
-def row_tiles(count: int, width: int) -> tuple[tuple[int], dict]:
+@lru_cache
+def row_tiles(count: int, width: int, **flags: bool) -> tuple[tuple[int], dict]:
     """(grid, keyword arguments) of a kernel over `count` rows of `width`."""
     block = 1 << max(width - 1, 0).bit_length()
     height = max(1, min(64, _TILE // block))
     warps = 4 if block * height <= _TILE else 8 if block <= 4 * _TILE else 16
-    return (-(-count // height),), {"ROWS": height, "BLOCK": block, "num_warps": warps}
+    return (-(-count // height),), {**flags, "ROWS": height, "BLOCK": block, "num_warps": warps}
 
 
 class RmsNorm(torch.autograd.Function):
@@ -52,12 +58,12 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float, rounds: bool) -> Tensor:
         source, stride = as_rows(x)
-        y = source.new_empty(x.shape)
-        count, width = y.numel() // max(1, x.shape[-1]), x.shape[-1]
-        if y.numel():
-            grid, tiles = row_tiles(count, width)
-            with guard(x):
-                pointwise.rms_norm[grid](source, weight, y, count, width, eps, offset, stride, ROUND=rounds, **tiles)
+        y = source.new_empty(*x.shape)
+        width, size = x.shape[-1], y.numel()
+        if size:
+            count = size // width
+            grid, tiles = row_tiles(count, width, ROUND=rounds)
+            start(pointwise.rms_norm, grid, x, (source, weight, y, count, width, eps, offset, stride), tiles)
         if ctx is not None and ctx.needs_input_grad[0]:
             ctx.save_for_backward(source, weight)
             ctx.options = (eps, offset)
@@ -67,13 +73,13 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         (x, stride), (grad, stride_g) = as_rows(x), as_rows(grad)
-        dx = x.new_empty(x.shape)
-        count, width = dx.numel() // max(1, x.shape[-1]), x.shape[-1]
-        if dx.numel():
+        dx = x.new_empty(*x.shape)
+        width, size = x.shape[-1], dx.numel()
+        if size:
+            count = size // width
             grid, tiles = row_tiles(count, width)
             call = (grad, x, weight, dx, count, width, *ctx.options, stride_g, stride)
-            with guard(x):
-                pointwise.rms_norm_backward[grid](*call, **tiles)
+            start(pointwise.rms_norm_backward, grid, x, call, tiles)
         return dx, None, None, None, None
 
 
@@ -117,18 +123,27 @@ def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> t
     q, k, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))
     if sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    turned = torch.empty_like(q), torch.empty_like(k)
-    (batch, heads, length, width), others = q.shape, k.shape[1]
-    if batch * length * (heads + others):
-        half = 1 << max(width // 2 - 1, 0).bit_length()
-        height = max(1, min(64, _TILE // half))
-        strides = [s for t in (q, k, *turned) for s in t.stride()[:3]]
-        angles = cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)
-        grid = (-(-length // height), heads + others, batch)
-        call = (q, k, cos, sin, *turned, length, heads, *strides, *angles)
-        with guard(q):
-            pointwise.rotary[grid](*call, P=width, HALF=half, TRANSPOSED=transposed, ROWS=height)
-    return turned
+    turned, turned_k = torch.empty_like(q), torch.empty_like(k)
+    layout = (t.stride()[:3] for t in (q, k, turned, turned_k))
+    grid, sizes, options = _turn_sizes(q.shape, k.shape[1], cos.shape[0], cos.stride(), transposed, *layout)
+    if grid[1] * sizes[0] * grid[2]:
+        start(pointwise.rotary, grid, q, (q, k, cos, sin, turned, turned_k, *sizes), options)
+    return turned, turned_k
+
+
+@lru_cache(1024)
+def _turn_sizes(
+    shape: tuple[int, ...], others: int, angles: int, angle_strides: tuple[int, ...], transposed: bool,
+    *strides: tuple[int, ...],
+) -> tuple[tuple[int, int, int], tuple, dict]:  # fmt: skip
+    """Grid, run-time arguments behind the pointers and compile-time arguments of `pointwise.rotary`."""
+    batch, heads, length, width = shape
+    half = 1 << max(width // 2 - 1, 0).bit_length()
+    height = max(1, min(64, _TILE // half))
+    sizes = (length, heads, *[s for three in strides for s in three])
+    sizes += (angle_strides[0] if angles > 1 else 0, angle_strides[1])
+    options = {"P": width, "HALF": half, "TRANSPOSED": transposed, "ROWS": height}
+    return (-(-length // height), heads + others, batch), sizes, options
 
 
 class LayerDistance(torch.autograd.Function):
@@ -142,10 +157,9 @@ class LayerDistance(torch.autograd.Function):
         (s, stride_s), (t, stride_t) = as_rows(student), as_rows(teacher)
         count, width = tokens(s) if s.dim() in (2, 3) else s.numel() // s.shape[-1], s.shape[-1]
         terms, scales = (s.new_empty(count, dtype=torch.float32) for _ in range(2))
-        grid, tiles = row_tiles(count, width)
+        grid, tiles = row_tiles(count, width, NORMALIZED=normalized)
         call = (s, t, gate, terms, scales, count, width, EPS, stride_s, stride_t)
-        with guard(s):
-            pointwise.distance[grid](*call, NORMALIZED=normalized, **tiles)
+        start(pointwise.distance, grid, s, call, tiles)
         ctx.save_for_backward(s, t, gate, scales)
         return terms
 
@@ -153,12 +167,11 @@ class LayerDistance(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         s, t, gate, scales = ctx.saved_tensors
         (s, stride_s), (t, stride_t) = as_rows(s), as_rows(t)
-        d_student = s.new_empty(s.shape)
+        d_student = s.new_empty(*s.shape)
         count, width = scales.shape[0], s.shape[-1]
         grid, tiles = row_tiles(count, width)
         call = (grad, scales, s, t, gate, d_student, count, width, grad.stride(0), stride_s, stride_t)
-        with guard(s):
-            pointwise.distance_backward[grid](*call, **tiles)
+        start(pointwise.distance_backward, grid, s, call, tiles)
         return d_student, None, None, None
 
 

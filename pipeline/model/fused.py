@@ -72,7 +72,7 @@ class _Ffn:
 
     def __call__(self, x: Tensor) -> Tensor:
         call = fused_ffn(x)
-        return self.inner(x) if call is None else call(x, *(part.operands for part in self.parts), self.gelu)
+        return self.inner(x) if call is None else call(x, tuple(part.product for part in self.parts), self.gelu)
 
 
 def _fuse_rotary(modelling: Any) -> None:

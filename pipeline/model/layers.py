@@ -10,16 +10,20 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nuteprune.arch import ATTENTION, FFN, ArchSpec, projections
 from nuteprune.config import LoraConfig
-from nuteprune.kernels.api import known_lists, known_lists_together
+from nuteprune.kernels.api import fused_projections, known_lists, product_of
 from nuteprune.masks import Gates
 from nuteprune.model import structure
 from nuteprune.model.wrappers import GatedNorm, GatedRouter, WidthNorm
+
+if TYPE_CHECKING:
+    from nuteprune.kernels.product import Product
 
 LoraWeights = Mapping[str, tuple[Tensor, Tensor]]
 """LoRA pairs (A [R, K], B [N, R]) by "layer.projection", e.g. "3.q_proj"."""
@@ -112,6 +116,15 @@ class MaskedLoRALinear(nn.Module):
         """The arguments of `kernels.api.known_lists` behind x."""
         return self.weight, self.bias, *self.state.operands
 
+    @property
+    def product(self) -> Product:
+        """The same for the kernels, made once for each state."""
+        own = vars(self.state)
+        made = own.get("_product")
+        if made is None or made[0] is not self:
+            made = own["_product"] = self, product_of(*self.operands)
+        return made[1]
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] (or its kept columns) to [..., N] (or the kept rows).
 
@@ -122,13 +135,15 @@ class MaskedLoRALinear(nn.Module):
             self._ready = None
             if ready[0] is x:
                 return ready[1]
-        if self.beside:
-            outputs = known_lists_together(x, [self.operands, *(module.operands for module in self.beside)])
-            if outputs is not None:
-                for module, y in zip(self.beside, outputs[1:], strict=True):
-                    module._ready = (x, y)
-                return outputs[0]
-        return known_lists(x, *self.operands)
+        call = fused_projections(x)
+        if call is None:
+            return known_lists(x, *self.operands)
+        if not self.beside:
+            return call(x, (self.product,))[0]
+        outputs = call(x, (self.product, *(module.product for module in self.beside)))
+        for module, y in zip(self.beside, outputs[1:], strict=True):
+            module._ready = (x, y)
+        return outputs[0]
 
 
 _WIDTH_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
@@ -154,8 +169,13 @@ def install(layers: nn.ModuleList, spec: ArchSpec) -> None:
 
 @dataclass(frozen=True)
 class _Seats:
-    """Where a decoder layer takes up a view: its projections by name, its router, and the norms that know of gates."""
+    """Where a decoder layer takes up a view: its projections by name, its router, and the norms that know of gates.
 
+    Attributes:
+        attention: attributes of the attention module.
+    """
+
+    attention: dict[str, Any]
     projections: dict[str, MaskedLoRALinear]
     router: GatedRouter | None
     width_norms: list[tuple[WidthNorm, str]]
@@ -166,6 +186,7 @@ def _seats(layer: nn.Module) -> _Seats:
     width_norms = [(getattr(layer.self_attn, norm, None), name) for norm, name in _WIDTH_NORMS.items()]
     router = getattr(layer.mlp, "gate", None)
     return _Seats(
+        vars(layer.self_attn),
         {name: getattr(owner, attribute) for name, (owner, attribute) in projections(layer).items()},
         router if isinstance(router, GatedRouter) else None,
         [(norm, name) for norm, name in width_norms if isinstance(norm, WidthNorm)],
@@ -190,12 +211,13 @@ def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.de
 def activate(layer: nn.Module, view: LayerView) -> None:
     """Make a decoder layer compute as `view` from now on: attribute swaps only."""
     seats: _Seats = layer.seats
+    states = view.states
     for name, module in seats.projections.items():
-        module.state = view.states[name]
+        vars(module)["state"] = states[name]  # past `nn.Module.__setattr__`, which takes 20 times as long
     if seats.router is not None:
         seats.router.keep = view.routes
-    attention = layer.self_attn
-    attention.num_key_value_groups, attention.kv_index = view.group_size, view.kv_index
+    attention = seats.attention
+    attention["num_key_value_groups"], attention["kv_index"] = view.group_size, view.kv_index
     for norm, name in seats.width_norms:
         norm.keep = view.states[name].keep_out
     for norm, gate in zip(seats.gated_norms, view.behind, strict=False):

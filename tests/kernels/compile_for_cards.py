@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from nuteprune.kernels import fused, launch, pointwise, triton_kernels, tuning
+from nuteprune.kernels.product import Product
 
 M, N, K = 2048, 4096, 11008
 CARDS = (80, 90)
@@ -84,8 +85,8 @@ def report(label: str, capability: int, kernel, positional: tuple, keywords: dic
     sys.stdout.flush()
 
 
-def operand(dtype: torch.dtype, variant: str, rank: int) -> launch.Operand:
-    """A product on the meta device."""
+def product_of_x(dtype: torch.dtype, variant: str, rank: int) -> tuple[Product, torch.Tensor]:
+    """A product and its x on the meta device."""
     gated, keep_in, keep_out, compact = VARIANTS[variant]
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -95,34 +96,38 @@ def operand(dtype: torch.dtype, variant: str, rank: int) -> launch.Operand:
     lists = [meta(size // 2, dtype=torch.int64) if kept else None for size, kept in ((K, keep_in), (N, keep_out))]
     x = meta(M, K // 2 if compact else K)
     lora = (meta(rank, K), meta(N, rank))
-    return launch.Operand(x, meta(N, K), gates[0], *lora, *gates[1:], *lists, 0.5, compact, False)
+    return Product(meta(N, K), gates[0], *lora, *gates[1:], *lists, 0.5, compact, False), x
 
 
 def matmuls(dtype: torch.dtype, variant: str, rank: int) -> None:
     """Forward and dx, in every tile size that could be chosen."""
-    forward = operand(dtype, variant, rank)
-    for name, op in (("y", forward), ("dx", forward.transposed(forward.x.new_empty(M, N)))):
-        y, u = launch.empty_output(op), launch.empty_u(op, lasting=True)
+    forward, x = product_of_x(dtype, variant, rank)
+    for name, product, source in (("y", forward, x), ("dx", forward.back, x.new_empty(M, N))):
+        y, u = launch.empty_output(product, source), launch.empty_u(product, source, lasting=True)
         for capability in CARDS:
-            for config in tuning.options(dtype, launch.scattered(op), capability):
+            for config in tuning.options(dtype, product.scattered, capability):
                 for add in (False, True) if name == "dx" and not VARIANTS[variant][0] else (False,):
-                    call = launch.matmul_call(op, u, y, launch.fuses_u(op), config, add)
+                    tiles = launch.Tiles(product, source, y, launch.fuses_u(product), config, add)
                     label = f"{name} {dtype} {variant} r{rank} {tuple(config)}{' onto' * add}"
-                    report(label, capability, triton_kernels.matmul, *call)
+                    arguments = tiles.arguments(product, source, u, y)
+                    report(label, capability, triton_kernels.matmul, arguments, tiles.options)
 
 
 def small_kernels(dtype: torch.dtype, variant: str) -> None:
     """The separate xAᵀ of a large rank, and the reductions of the small gradients."""
-    op = operand(dtype, variant, rank=64)
-    u = op.x.new_empty(M, 64)
+    product, x = product_of_x(dtype, variant, rank=64)
+    u = x.new_empty(M, 64)
     for capability in CARDS:
-        call = launch.matmul_call(op.skinny(), None, u, False, tuning.skinny(64, dtype))
-        report(f"skinny {dtype} {variant}", capability, triton_kernels.matmul, *call)
-        _, positional, keywords = launch.reduce_call(op.x, u, op.x, op.keep_in, op.compact_in)
+        alone = product.skinny
+        tiles = launch.Tiles(alone, x, u, False, tuning.skinny(64, dtype))
+        arguments = tiles.arguments(alone, x, None, u)
+        report(f"skinny {dtype} {variant}", capability, triton_kernels.matmul, arguments, tiles.options)
+        _, positional, keywords = launch.reduce_call(x, u, x, product.keep_in, product.compact_in)
         report(f"reduce {dtype} {variant}", capability, triton_kernels.column_reduce, positional, keywords)
         sums, n = positional[3:5], positional[7]
-        outputs = (torch.empty(64, K, device="meta"), None if op.in_gate is None else torch.empty(K, device="meta"))
-        call = (*sums, op.in_gate, op.keep_in, *outputs, n, 64, 4, 1.0, 1, K)
+        gate = product.in_gate
+        outputs = (torch.empty(64, K, device="meta"), None if gate is None else torch.empty(K, device="meta"))
+        call = (*sums, gate, product.keep_in, *outputs, n, 64, 4, 1.0, 1, K)
         options = {name: keywords[name] for name in ("RANK", "BC")} | {"ADD": True}
         report(f"finish {dtype} {variant}", capability, triton_kernels.finish_reduce, call, options)
 

@@ -7,7 +7,7 @@ import torch
 from kernels_cases import DEVICE, GRADS, TOLERANCE, Case, as_double, assert_near, build, value_and_grads
 
 from nuteprune.kernels import reference
-from nuteprune.kernels.api import fused_ffn, fused_kernels, into_grad, masked_lora_linear
+from nuteprune.kernels.api import fused_ffn, fused_kernels, into_grad, masked_lora_linear, product_of
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
@@ -117,7 +117,8 @@ def test_gated_ffn(gelu, kind, dtype):
     doubles = [as_double(part) for part in parts]
     wide = x.detach().double().requires_grad_()
     right_leaves = [wide, *(part[name] for part in doubles for name in GRADS if part.get(name) is not None)]
-    got = fused_ffn(x)(x, *(tuple(part[name] for name in order) for part in parts), gelu)
+    products = tuple(product_of(*(part[name] for name in order)) for part in parts)
+    got = fused_ffn(x)(x, products, gelu)
     want = reference.gated_ffn(wide, *doubles, gelu)
     upstream = drawn(*got.shape, dtype=dtype, seed=5)
     assert_near("y", got, want, TOLERANCE[dtype])
@@ -126,7 +127,7 @@ def test_gated_ffn(gelu, kind, dtype):
     for number, (value, right) in enumerate(pairs):
         assert_near(str(number), value, right, 2 * TOLERANCE[dtype])
     with torch.no_grad():
-        again = fused_ffn(x)(x, *(tuple(part[name] for name in order) for part in parts), gelu)
+        again = fused_ffn(x)(x, products, gelu)
     assert_near("without autograd", again, want, TOLERANCE[dtype])
 
 
@@ -141,7 +142,7 @@ def test_projections_of_one_input_together(kind):
     for case in cases:
         if kind:
             case["keep_in"] = case["in_gate"].detach().nonzero().flatten()
-    together = masked_lora_linears(x, [tuple(case[name] for name in order) for case in cases])
+    together = masked_lora_linears(x, tuple(product_of(*(case[name] for name in order)) for case in cases))
     apart = [masked_lora_linear(**{**case, "x": x}) for case in cases]
     leaves = [x, *(case[name] for case in cases for name in GRADS[1:] if case[name] is not None)]
     upstream = [drawn(*y.shape, seed=5) for y in together]
@@ -156,18 +157,18 @@ def test_measuring_tile_sizes_adds_nothing(monkeypatch):
     from nuteprune.kernels import launch, tuning
     from nuteprune.kernels.masked_lora import masked_lora_linears
 
-    def measure(op, run):
+    def measure(product, x, run):
         for _ in range(2):
             run(tuning.INTERPRETER)
         return tuning.INTERPRETER
 
     case = build(Case(lead=(2, 5)))
     x = case["x"]
-    part = (case["weight"], case["bias"], case["lora_a"], case["lora_b"], *[None] * 4, 1.0, False, False)
+    parts = [product_of(case["weight"], case["bias"], case["lora_a"], case["lora_b"]) for _ in range(2)]
     upstream = [drawn(2, 5, 17)] * 2
-    want = torch.autograd.grad(masked_lora_linears(x, [part, part]), x, upstream)
+    want = torch.autograd.grad(masked_lora_linears(x, tuple(parts)), x, upstream)
     monkeypatch.setattr(launch, "config_of", measure)
-    torch.testing.assert_close(torch.autograd.grad(masked_lora_linears(x, [part, part]), x, upstream), want)
+    torch.testing.assert_close(torch.autograd.grad(masked_lora_linears(x, tuple(parts)), x, upstream), want)
 
 
 @pytest.mark.parametrize("kind", ["half", "list"])

@@ -30,7 +30,7 @@ def positional(kwargs: dict) -> list:
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_custom_ops_keep_their_contract(compact):
-    from nuteprune.kernels.masked_lora import backward_op, forward_op
+    from nuteprune.kernels.traced import backward_op, forward_op
 
     args = positional(build(Case(in_kind="half", out_kind="half", compact_in=compact, compact_out=compact)))
     checks = ("test_schema", "test_faketensor")
@@ -107,13 +107,14 @@ def test_ranks_that_tune_at_once_keep_each_others_choices(tmp_path, monkeypatch)
 
 FAR = """
 import numpy, torch
-from nuteprune.kernels.launch import Small, column_reduce
+from nuteprune.kernels.launch import column_reduce
+from nuteprune.kernels.product import Side
 rows, columns, stride = 160, 4, 2**31 // 128
 memory = torch.from_numpy(numpy.zeros(159 * stride + columns, dtype=numpy.float16))  # unwritten pages take none
 p = memory.as_strided((rows, columns), (stride, 1))
 p.copy_(torch.arange(rows * columns).view(rows, columns) % 7)
 q = torch.ones(rows, 2, dtype=torch.float16)
-side = Small(torch.ones(columns), None, torch.zeros(columns, 2))
+side = Side(torch.ones(columns), None, torch.zeros(columns, 2))
 outer, dots = column_reduce(p, q, p, False, side, 1.0, across=False)
 assert torch.equal(outer, p.float().t() @ q.float()), outer
 assert torch.equal(dots, p.float().square().sum(0)), dots
