@@ -4,14 +4,12 @@ One autograd function for what would be six: the kernels are those of the projec
 host time is that of its functions.
 """
 
-from itertools import chain
-
 import torch
 from torch import Tensor
 
 from nuteprune.kernels import pointwise
 from nuteprune.kernels.launch import in_rows, matmul, start
-from nuteprune.kernels.masked_lora import LEAVES, gradients, shaped
+from nuteprune.kernels.masked_lora import LEAVES, Sums, apply_products, gradients, shaped
 from nuteprune.kernels.product import Product
 
 _BLOCK = 1024
@@ -37,31 +35,36 @@ class GatedFfn(torch.autograd.Function):
     With dh from P_down: d_gate = dh⊙up⊙act'(gate) and d_up = dh⊙act(gate) go on through P_gate and P_up; what they give
     to dx is added. Saved: x, gate, up, h, and for each projection what `MaskedLoraLinears` saves.
 
-    Arguments: the products gate, up and down, whether act is GELU (tanh) rather than SiLU, x, then the leaves of each.
+    Arguments: the products gate, up and down, their `Sums`, whether act is GELU (tanh) rather than SiLU, x, then the
+    leaves of each.
     """
 
     @staticmethod
-    def forward(ctx, products: tuple[Product, ...], gelu: bool, x: Tensor, *_leaves: Tensor | None) -> Tensor:
+    def forward(
+        ctx, products: tuple[Product, ...], sums: tuple[Sums, ...], gelu: bool, x: Tensor, *_leaves: Tensor | None
+    ) -> Tensor:
         needs, flat = ctx.needs_input_grad, in_rows(x)
-        needs_b, needs_out = needs[4::LEAVES], needs[6::LEAVES]
-        (gate, u_gate), (up, u_up) = (matmul(products[i], flat, needs_b[i], needs_b[i]) for i in (0, 1))
+        keep_u = [need or own is not None for need, own in zip(needs[5::LEAVES], sums, strict=True)]
+        needs_out = needs[7::LEAVES]
+        (gate, u_gate), (up, u_up) = (matmul(products[i], flat, keep_u[i], keep_u[i]) for i in (0, 1))
         opened = _opened(gate, up, gelu, torch.empty_like(gate))
-        y, u_down = matmul(products[2], opened, needs_b[2], needs_b[2])
+        y, u_down = matmul(products[2], opened, keep_u[2], keep_u[2])
+        us = [u if keep else None for u, keep in zip((u_gate, u_up, u_down), keep_u, strict=True)]
         outputs = [output if need else None for output, need in zip((gate, up, y), needs_out, strict=True)]
-        ctx.save_for_backward(x, gate, up, opened, u_gate, u_up, u_down, *outputs)
-        ctx.gelu, ctx.products = gelu, products
+        ctx.save_for_backward(x, gate, up, opened, *us, *outputs)
+        ctx.gelu, ctx.products, ctx.sums = gelu, products, sums
         return shaped(y, x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, gate, up, opened, *saved = ctx.saved_tensors
-        needs, products = ctx.needs_input_grad, ctx.products
+        needs, products, sums = ctx.needs_input_grad, ctx.products, ctx.sums
         flat, small = in_rows(x), {}
 
         def through(index: int, source: Tensor, g: Tensor, need_x: bool, onto: Tensor | None = None) -> Tensor:
-            u, y, first = saved[index], saved[3 + index], 3 + LEAVES * index
+            u, y, first = saved[index], saved[3 + index], 4 + LEAVES * index
             wanted = (need_x, *needs[first : first + LEAVES])
-            dx, *small[index] = gradients(g, u, y, products[index], source, wanted, onto)
+            dx, *small[index] = gradients(g, u, y, products[index], source, wanted, onto, sums[index])
             return dx
 
         d_opened = through(2, opened, in_rows(grad), True)
@@ -70,9 +73,9 @@ class GatedFfn(torch.autograd.Function):
         if size:
             call = (d_opened, gate, up, d_gate, d_up, size)
             start(pointwise.gated_backward, _blocks(size), gate, call, _OPTIONS[ctx.gelu])
-        dx = through(0, flat, d_gate, needs[2])
-        dx = through(1, flat, d_up, needs[2], dx)
-        return None, None, dx if dx is None else shaped(dx, x), *small[0], *small[1], *small[2]
+        dx = through(0, flat, d_gate, needs[3])
+        dx = through(1, flat, d_up, needs[3], dx)
+        return None, None, None, dx if dx is None else shaped(dx, x), *small[0], *small[1], *small[2]
 
 
 def gated_ffn(x: Tensor, products: tuple[Product, ...], gelu: bool) -> Tensor:
@@ -84,8 +87,7 @@ def gated_ffn(x: Tensor, products: tuple[Product, ...], gelu: bool) -> Tensor:
         gelu: GELU in its form with tanh instead of SiLU.
     """
     if torch.is_grad_enabled():
-        leaves = chain.from_iterable(product.leaves for product in products)
-        return GatedFfn.apply(products, gelu, x, *leaves)
+        return apply_products(GatedFfn, products, x, gelu)
     flat = in_rows(x)
     opened, other = (matmul(product, flat, keep_u=False, lasting=False)[0] for product in products[:2])
     y = matmul(products[2], _opened(opened, other, gelu, opened), keep_u=False, lasting=False)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nuteprune.kernels import pointwise
 from nuteprune.kernels.launch import start, tokens
-from nuteprune.kernels.masked_lora import is_traced
+from nuteprune.kernels.masked_lora import apply, is_traced
 from nuteprune.kernels.tuning import INTERPRETING
 
 EPS = 1e-8
@@ -41,11 +41,12 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 @lru_cache
-def row_tiles(count: int, width: int, **flags: bool) -> tuple[tuple[int], dict]:
-    """(grid, keyword arguments) of a kernel over `count` rows of `width`."""
+def row_tiles(count: int, width: int, flag: str = "", value: bool = False) -> tuple[tuple[int], dict]:
+    """(grid, keyword arguments) of a kernel over `count` rows of `width`, with a flag of its own."""
     block = 1 << max(width - 1, 0).bit_length()
     height = max(1, min(64, _TILE // block))
     warps = 4 if block * height <= _TILE else 8 if block <= 4 * _TILE else 16
+    flags = {flag: value} if flag else {}
     return (-(-count // height),), {**flags, "ROWS": height, "BLOCK": block, "num_warps": warps}
 
 
@@ -62,7 +63,7 @@ class RmsNorm(torch.autograd.Function):
         width, size = x.shape[-1], y.numel()
         if size:
             count = size // width
-            grid, tiles = row_tiles(count, width, ROUND=rounds)
+            grid, tiles = row_tiles(count, width, "ROUND", rounds)
             start(pointwise.rms_norm, grid, x, (source, weight, y, count, width, eps, offset, stride), tiles)
         if ctx is not None and ctx.needs_input_grad[0]:
             ctx.save_for_backward(source, weight)
@@ -86,13 +87,9 @@ class RmsNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds: bool = True) -> Tensor:
     """RMSNorm of x [..., D] with a frozen weight [D], see `RmsNorm`."""
     needs = torch.is_grad_enabled() and x.requires_grad
-    call = RmsNorm.apply if needs else _forward_of(RmsNorm)
-    return call(x, weight, eps, offset, rounds)
-
-
-def _forward_of(function):
-    """The forward of an autograd function alone: calling it through autograd takes as long as a small kernel."""
-    return lambda *args: function.forward(None, *args)
+    if needs:
+        return apply(RmsNorm, x, weight, eps, offset, rounds)
+    return RmsNorm.forward(None, x, weight, eps, offset, rounds)
 
 
 class Rotary(torch.autograd.Function):
@@ -116,16 +113,17 @@ class Rotary(torch.autograd.Function):
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q and k with rotary positions, see `Rotary`."""
     needs = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    return (Rotary.apply if needs else _forward_of(Rotary))(q, k, cos, sin)
+    return apply(Rotary, q, k, cos, sin) if needs else Rotary.forward(None, q, k, cos, sin)
 
 
 def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    q, k, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))
+    if not q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1:
+        q, k, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))
     if sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     turned, turned_k = torch.empty_like(q), torch.empty_like(k)
-    layout = (t.stride()[:3] for t in (q, k, turned, turned_k))
-    grid, sizes, options = _turn_sizes(q.shape, k.shape[1], cos.shape[0], cos.stride(), transposed, *layout)
+    layout = (q.stride(), k.stride(), turned.stride(), turned_k.stride())
+    grid, sizes, options = _turn_sizes(q.shape, k.shape[1], cos.shape[0], cos.stride(), transposed, layout)
     if grid[1] * sizes[0] * grid[2]:
         start(pointwise.rotary, grid, q, (q, k, cos, sin, turned, turned_k, *sizes), options)
     return turned, turned_k
@@ -134,13 +132,13 @@ def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> t
 @lru_cache(1024)
 def _turn_sizes(
     shape: tuple[int, ...], others: int, angles: int, angle_strides: tuple[int, ...], transposed: bool,
-    *strides: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
 ) -> tuple[tuple[int, int, int], tuple, dict]:  # fmt: skip
     """Grid, run-time arguments behind the pointers and compile-time arguments of `pointwise.rotary`."""
     batch, heads, length, width = shape
     half = 1 << max(width // 2 - 1, 0).bit_length()
     height = max(1, min(64, _TILE // half))
-    sizes = (length, heads, *[s for three in strides for s in three])
+    sizes = (length, heads, *[s for four in strides for s in four[:3]])
     sizes += (angle_strides[0] if angles > 1 else 0, angle_strides[1])
     options = {"P": width, "HALF": half, "TRANSPOSED": transposed, "ROWS": height}
     return (-(-length // height), heads + others, batch), sizes, options
@@ -157,7 +155,7 @@ class LayerDistance(torch.autograd.Function):
         (s, stride_s), (t, stride_t) = as_rows(student), as_rows(teacher)
         count, width = tokens(s) if s.dim() in (2, 3) else s.numel() // s.shape[-1], s.shape[-1]
         terms, scales = (s.new_empty(count, dtype=torch.float32) for _ in range(2))
-        grid, tiles = row_tiles(count, width, NORMALIZED=normalized)
+        grid, tiles = row_tiles(count, width, "NORMALIZED", normalized)
         call = (s, t, gate, terms, scales, count, width, EPS, stride_s, stride_t)
         start(pointwise.distance, grid, s, call, tiles)
         ctx.save_for_backward(s, t, gate, scales)
@@ -177,4 +175,4 @@ class LayerDistance(torch.autograd.Function):
 
 def layer_distances(student: Tensor, teacher: Tensor, gate: Tensor | None, normalized: bool) -> Tensor:
     """Terms [M] of the layer loss by token, see `LayerDistance`."""
-    return LayerDistance.apply(student, teacher.detach(), None if gate is None else gate.detach(), normalized)
+    return apply(LayerDistance, student, teacher.detach(), None if gate is None else gate.detach(), normalized)

@@ -70,9 +70,14 @@ def workspace(x: Tensor, name: str, numel: int, dtype: torch.dtype, shape: tuple
     return memory
 
 
+def skips(product: Product) -> bool:
+    """Whether y has columns that no program writes."""
+    return product.keep_out is not None and not product.compact_out
+
+
 def empty_output(product: Product, x: Tensor) -> Tensor:
     """y [M, N] or [B, M/B, N] for a launch, zeroed where units are skipped."""
-    if product.keep_out is not None and not product.compact_out:
+    if skips(product):
         return x.new_zeros(*x.shape[:-1], product.outputs)
     return x.new_empty(*x.shape[:-1], product.kept[0])
 
@@ -123,7 +128,7 @@ class Tiles:
         options: the compile-time arguments.
     """
 
-    __slots__ = ("grid", "options", "sizes")
+    __slots__ = ("grid", "options", "shape", "sizes", "zeroed")
 
     def __init__(self, product: Product, x: Tensor, y: Tensor, fuse_u: bool, config: Config, add: bool = False):
         count = tokens(x)
@@ -131,6 +136,11 @@ class Tiles:
         self.sizes = (*sizes, *x.stride()[-2:], *product.strides, y.stride(-2))
         self.grid = (-(-count // config.bm) * -(-product.kept[0] // config.bn),)
         self.options = options(product, x.dtype, fuse_u, config, add)
+        self.shape, self.zeroed = tuple(y.shape), skips(product)
+
+    def output(self, x: Tensor) -> Tensor:
+        """y, see `empty_output`."""
+        return x.new_zeros(*self.shape) if self.zeroed else x.new_empty(*self.shape)
 
     def arguments(self, product: Product, x: Tensor, u: Tensor | None, y: Tensor) -> tuple:
         """The run-time arguments: pointers (None for what is absent), sizes, strides."""
@@ -169,18 +179,18 @@ def matmul(
         lasting: u is read after the next call too.
         onto: y of another product, to which this one is added.
     """
-    fused = fuses_u(product)
-    y = empty_output(product, x) if onto is None else onto
+    fused, add = fuses_u(product), onto is not None
+    place = (x.shape, x.stride(), x.dtype, add)
+    tiles = product.plans.get(place)
+    y = onto if onto is not None else empty_output(product, x) if tiles is None else tiles.output(x)
     u = empty_u(product, x, lasting) if product.rank and (keep_u or not fused) else None
     if u is not None and not fused:
         skinny(product, x, u)
-    if product.kept[0] and tokens(x):
-        place = (x.shape, x.stride(), x.dtype, onto is None)
-        tiles = product.plans.get(place)
-        if tiles is None:
-            tiles = _tiles(product, x, u, y, fused, onto is not None)
-            if not capturing(x):  # then no sizes were measured
-                product.plans[place] = tiles
+    if tiles is None:
+        tiles = _tiles(product, x, u, y, fused, add)
+        if not capturing(x):  # then no sizes were measured
+            product.plans[place] = tiles
+    if tiles.grid[0]:
         tiles.start(product, x, u, y)
     return y, u
 
@@ -192,7 +202,8 @@ def _tiles(product: Product, x: Tensor, u: Tensor | None, y: Tensor, fused: bool
     def measured(config: Config) -> None:
         Tiles(product, x, scratch(), fused, config).start(product, x, u, scratch())
 
-    return Tiles(product, x, y, fused, config_of(product, x, measured), add)
+    runs = product.kept[0] and tokens(x)
+    return Tiles(product, x, y, fused, config_of(product, x, measured) if runs else INTERPRETER, add)
 
 
 def capturing(x: Tensor) -> bool:

@@ -5,7 +5,6 @@ Letters: M tokens, K inputs, N outputs, R rank.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,14 +16,16 @@ from nuteprune.kernels.tuning import INTERPRETING
 
 LEAVES = 4
 """Arguments of a product that may need a gradient beside x: `Product.leaves`."""
+Sums = tuple[Tensor, Tensor] | None
+"""Gradients of A and B so far, float32, to which a product's are added; None: they go through autograd."""
 _adding = False
 
 
 @contextmanager
 def into_grad() -> Iterator[None]:
-    """Inside, backward adds the gradients of LoRA to their `.grad`, where there is one in float32, past autograd.
+    """What is computed inside adds the gradients of LoRA to their `.grad`, where both have one in float32.
 
-    The sums are those of `Tensor.backward`, without a tensor and an addition for each; `autograd.grad` finds none.
+    The sums are those of `Tensor.backward`, past autograd: without a tensor, a node and an addition for each.
     """
     global _adding
     before, _adding = _adding, True
@@ -34,17 +35,33 @@ def into_grad() -> Iterator[None]:
         _adding = before
 
 
-def _sum(leaf: Tensor | None) -> Tensor | None:
-    """The gradient so far, where this one is to be added to it."""
-    if not _adding or leaf is None or not leaf.is_leaf:
+def apply(function: type[torch.autograd.Function], *args):
+    """`function.apply`, past its look for wrappers of torch.func in every argument."""
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+def apply_products(function: type[torch.autograd.Function], products: tuple[Product, ...], x: Tensor, *options):
+    """`function` of products, options, x and leaves: those that get their gradient through autograd."""
+    sums = tuple(_sums(product) for product in products) if _adding and x.requires_grad else (None,) * len(products)
+    leaves: list[Tensor | None] = []
+    for product, own in zip(products, sums, strict=True):
+        leaves += product.leaves if own is None else (None, None, *product.leaves[2:])
+    return apply(function, products, sums, *options, x, *leaves)
+
+
+def _sums(product: Product) -> Sums:
+    a, b = product.a, product.b
+    if a is None or b is None or not (a.requires_grad and a.is_leaf and b.requires_grad and b.is_leaf):
         return None
-    grad = leaf.grad
-    return grad if grad is not None and grad.dtype == torch.float32 else None
+    grad_a, grad_b = a.grad, b.grad
+    if grad_a is None or grad_b is None or not grad_a.dtype == grad_b.dtype == torch.float32:
+        return None
+    return grad_a, grad_b
 
 
 def gradients(
     grad: Tensor, u: Tensor | None, y: Tensor | None, product: Product, x: Tensor, needs: Sequence[bool],
-    onto: Tensor | None = None,
+    onto: Tensor | None = None, sums: Sums = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """[dx, dA, dB, dm_in, dm_out] of a product of x; None for what `needs` does not name.
 
@@ -52,8 +69,11 @@ def gradients(
         grad: of y, with rows at equal distances, as x has them.
         u: (x⊙m_in)Aᵀ, for dB; y is for dm_out.
         onto: dx is added to it.
+        sums: dA and dB are added to them.
     """
     need_x, need_a, need_b, need_in, need_out = needs
+    sum_a, sum_b = (None, None) if sums is None else sums
+    need_a, need_b = need_a or sums is not None, need_b or sums is not None
     dx = gb = d_a = d_b = d_in = d_out = None
     # With a gate on dx the kernel has no registers left for the sum, and the gate's gradient wants this product alone.
     alone = product.in_gate is not None
@@ -63,12 +83,10 @@ def gradients(
         gb = skinny(product.back, grad, empty_u(product.back, grad, lasting=False))
     if need_a or need_in:
         q, t = gb if need_a else None, dx if need_in else None
-        total = _sum(product.a)
-        d_a, d_in = column_reduce(x, q, t, product.compact_in, product.inner, product.scaling, True, total)
+        d_a, d_in = column_reduce(x, q, t, product.compact_in, product.inner, product.scaling, True, sum_a)
     if need_b or need_out:
         q, t = u if need_b else None, y if need_out else None
-        total = _sum(product.b)
-        d_b, d_out = column_reduce(grad, q, t, product.compact_out, product.outer, product.scaling, False, total)
+        d_b, d_out = column_reduce(grad, q, t, product.compact_out, product.outer, product.scaling, False, sum_b)
     if onto is not None and alone:
         dx = onto.add_(dx)
     return [dx if need_x else None, d_a, d_b, d_in, d_out]
@@ -92,20 +110,21 @@ class MaskedLoraLinears(torch.autograd.Function):
     needs a gradient (do not modify y in place then); W (ZeRO-3 partitions it in between), A, B, the gates and the index
     lists are read again from the products. Gates multiply in fp32; sums are fp32.
 
-    Arguments: the products, x in any number of dimensions, then the leaves of each product.
+    Arguments: the products, their `Sums`, x in any number of dimensions, then the leaves of each product.
     """
 
     @staticmethod
-    def forward(ctx, products: tuple[Product, ...], x: Tensor, *_leaves: Tensor | None):
+    def forward(ctx, products: tuple[Product, ...], sums: tuple[Sums, ...], x: Tensor, *_leaves: Tensor | None):
         needs, flat = ctx.needs_input_grad, in_rows(x)
         outputs, saved = [], [x]
         ctx.set_materialize_grads(False)
         for number, product in enumerate(products):
-            first = 2 + LEAVES * number
-            y, u = matmul(product, flat, needs[first + 1], needs[first + 1])
+            first = 3 + LEAVES * number
+            keep_u = sums[number] is not None or needs[first + 1]
+            y, u = matmul(product, flat, keep_u, keep_u)
             outputs.append(shaped(y, x))
-            saved += [u, outputs[-1] if needs[first + 3] else None]
-        ctx.products = products
+            saved += [u if keep_u else None, outputs[-1] if needs[first + 3] else None]
+        ctx.products, ctx.sums = products, sums
         ctx.save_for_backward(*saved)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -113,16 +132,17 @@ class MaskedLoraLinears(torch.autograd.Function):
     def backward(ctx, *grads):
         x, *saved = ctx.saved_tensors
         needs, flat, dx, found = ctx.needs_input_grad, in_rows(x), None, []
-        for number, (product, grad) in enumerate(zip(ctx.products, grads, strict=True)):
+        for number, grad in enumerate(grads):
             if grad is None:
                 found += [None] * LEAVES
                 continue
             u, y = saved[2 * number : 2 * number + 2]
-            first = 2 + LEAVES * number
-            wanted = (needs[1], *needs[first : first + LEAVES])
-            dx, *small = gradients(in_rows(grad), u, None if y is None else in_rows(y), product, flat, wanted, dx)
+            first = 3 + LEAVES * number
+            wanted = (needs[2], *needs[first : first + LEAVES])
+            y = None if y is None else in_rows(y)
+            dx, *small = gradients(in_rows(grad), u, y, ctx.products[number], flat, wanted, dx, ctx.sums[number])
             found += small
-        return None, dx if dx is None else shaped(dx, x), *found
+        return None, None, dx if dx is None else shaped(dx, x), *found
 
 
 def shaped(y: Tensor, x: Tensor) -> Tensor:
@@ -149,7 +169,7 @@ def masked_lora_linears(x: Tensor, products: tuple[Product, ...]) -> tuple[Tenso
     if not torch.is_grad_enabled():
         flat = in_rows(x)
         return tuple(shaped(matmul(product, flat, keep_u=False, lasting=False)[0], x) for product in products)
-    found = MaskedLoraLinears.apply(products, x, *chain.from_iterable(product.leaves for product in products))
+    found = apply_products(MaskedLoraLinears, products, x)
     return (found,) if isinstance(found, Tensor) else found
 
 

@@ -35,6 +35,7 @@ class Product:
         w_strides: of w along its outputs and its inputs.
         before, after: the pointers in front of and behind those of u and y in a launch.
         strides: of w, a and b, as a launch takes them.
+        leaves: what may need a gradient beside x: A, B, m_in, m_out.
         plans: how it was launched, by what `launch.matmul` was given.
     """
 
@@ -55,6 +56,7 @@ class Product:
         self.before, self.after = (w, bias, a, b), (in_gate, out_gate, keep_in, keep_out)
         lora = (0, 0, 0, 0) if a is None or b is None else (*self._strides(a), *self._strides(b))
         self.strides = (*self.w_strides, *lora)
+        self.leaves = (a, b, in_gate, out_gate)
         self.plans: dict[tuple, Any] = {}
 
     def _strides(self, matrix: Tensor) -> tuple[int, ...]:
@@ -84,11 +86,6 @@ class Product:
     def outer(self) -> Side:
         """The side of B and m_out."""
         return Side(self.out_gate, self.keep_out, self.b)
-
-    @property
-    def leaves(self) -> tuple[Tensor | None, ...]:
-        """What may need a gradient beside x: A, B, m_in, m_out."""
-        return self.a, self.b, self.in_gate, self.out_gate
 
     @property
     def scattered(self) -> bool:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from nuteprune.__main__ import quiet_libraries
 from nuteprune.bench.comm import partitioned_run
+from nuteprune.kernels.api import into_grad
 from nuteprune.masks import MaskSet
 from nuteprune.model.layers import build_view
 from nuteprune.model.loading import read_config
@@ -55,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         teacher = build_view(spec, None, {}, model.scaling, model.dtype)
         for step in range(args.steps):
             student = build_view(spec, None, model.lora(), model.scaling, model.dtype)
-            engine.backward(model(ids, student, teacher, config.loss).total)
+            with into_grad():
+                losses = model(ids, student, teacher, config.loss)
+            engine.backward(losses.total)
             engine.step(step)
         training = before.since()
         peaks = world.gather((loading, training))

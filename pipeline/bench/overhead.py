@@ -45,8 +45,9 @@ WAITING = (
     "bincount",
 )  # fmt: skip
 """Operations whose result, or its size, the host has to wait for."""
-PROJECTIONS = {"matmul": (5, 6), "column_reduce": (3, 4), "finish_reduce": (5,)}
-"""Kernels of `triton_kernels`, and which of their arguments they write (the LoRA gradients of the last are sums)."""
+PROJECTIONS = {"matmul": (6,), "column_reduce": (), "finish_reduce": (5,)}
+"""Kernels of `triton_kernels`, and which of their arguments they write that others than these kernels read (the LoRA
+gradients of the last are sums)."""
 POINTWISE = {
     "rms_norm": (2,), "rms_norm_backward": (3,), "rotary": (4, 5), "gated": (2,), "gated_backward": (3, 4),
     "distance": (3, 4), "distance_backward": (5,),
@@ -108,6 +109,9 @@ def counted_copies(counts: Counts) -> Iterator[None]:
             setattr(Tensor, name, method)
 
 
+_zero = ctypes.memset
+
+
 class _Stub:
     """A kernel that is counted and not launched: the outputs at these positions are zeros, past the dispatcher."""
 
@@ -124,7 +128,7 @@ class _Stub:
         for position in self.outputs:
             output = arguments[position]
             if output is not None:
-                ctypes.memset(output.data_ptr(), 0, output.nbytes)
+                _zero(output.data_ptr(), 0, output.nbytes)
 
 
 @contextmanager

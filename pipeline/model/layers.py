@@ -119,7 +119,7 @@ class MaskedLoRALinear(nn.Module):
     @property
     def product(self) -> Product:
         """The same for the kernels, made once for each state."""
-        own = vars(self.state)
+        own = self.state.__dict__
         made = own.get("_product")
         if made is None or made[0] is not self:
             made = own["_product"] = self, product_of(*self.operands)
@@ -130,9 +130,10 @@ class MaskedLoRALinear(nn.Module):
 
         With projections `beside` it, which are called next and with the same x, theirs is computed too.
         """
-        ready = self._ready
+        own = self.__dict__  # `nn.Module.__setattr__` takes 20 times as long
+        ready = own["_ready"]
         if ready is not None:
-            self._ready = None
+            own["_ready"] = None
             if ready[0] is x:
                 return ready[1]
         call = fused_projections(x)
@@ -142,7 +143,7 @@ class MaskedLoRALinear(nn.Module):
             return call(x, (self.product,))[0]
         outputs = call(x, (self.product, *(module.product for module in self.beside)))
         for module, y in zip(self.beside, outputs[1:], strict=True):
-            module._ready = (x, y)
+            module.__dict__["_ready"] = (x, y)
         return outputs[0]
 
 
@@ -194,6 +195,11 @@ def _seats(layer: nn.Module) -> _Seats:
     )
 
 
+def at_hand(module: nn.Module) -> None:
+    """Let a module find its submodules as plain attributes: `nn.Module.__getattr__` takes 20 times as long."""
+    vars(module).update(module._modules)
+
+
 def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.device) -> LoraParameters:
     """LoRA pairs to train, by "layer.projection": A random as in peft, B zero, both float32."""
     lora = {}
@@ -213,7 +219,7 @@ def activate(layer: nn.Module, view: LayerView) -> None:
     seats: _Seats = layer.seats
     states = view.states
     for name, module in seats.projections.items():
-        vars(module)["state"] = states[name]  # past `nn.Module.__setattr__`, which takes 20 times as long
+        module.__dict__["state"] = states[name]
     if seats.router is not None:
         seats.router.keep = view.routes
     attention = seats.attention

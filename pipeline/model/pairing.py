@@ -22,7 +22,7 @@ from nuteprune.config import LoraConfig, LossConfig
 from nuteprune.masks import Gates
 from nuteprune.model.distill import IGNORE, HeadLosses, head_loss, layer_terms
 from nuteprune.model.fused import install_fused
-from nuteprune.model.layers import LoraParameters, View, activate, build_view, fresh_lora, install
+from nuteprune.model.layers import LoraParameters, View, activate, at_hand, build_view, fresh_lora, install
 
 
 class Losses(NamedTuple):
@@ -162,6 +162,8 @@ class PairedModel(nn.Module):
         self._view: tuple[Gates | None, View] | None = None
         for layer in self.layers:
             layer.checkpointing = checkpointing
+            for module in (layer, layer.layer, layer.layer.self_attn):
+                at_hand(module)
         # Not a submodule of the layer: ZeRO-3 gathers a layer's own parameters, and norms are whole on every rank.
         object.__setattr__(self.layers[-1], "final_norm", model.model.norm)
         model.set_attn_implementation(_register_attention(model.config._attn_implementation))
@@ -254,13 +256,14 @@ class PairedModel(nn.Module):
 
     @contextmanager
     def _in_pass(self, p: _Pass):
-        for layer in self.layers:
-            layer.current = p
+        layers = [vars(layer) for layer in self.layers]
+        for layer in layers:
+            layer["current"] = p
         try:
             yield
         finally:
-            for layer in self.layers:
-                layer.current = None
+            for layer in layers:
+                layer["current"] = None
 
 
 def _masked(embedded: Tensor, hidden: Tensor | None) -> Tensor:

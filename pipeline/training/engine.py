@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.config import Config
-from nuteprune.kernels.api import into_grad
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import lora_lr_at, settle_step
 from nuteprune.model.pairing import PairedModel
@@ -110,19 +109,18 @@ class Engine:
             )
         self.scale = LossScale(model.dtype)
         self.gradients = _flat_gradients([p for o in self.optimizers.values() for p in _parameters(o)])
+        self.lora_gradients = self.gradients[: sum(p.numel() for p in self.lora)]  # its optimizer is the first
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""
-        with into_grad():
-            (loss * self.scale.value).backward()
+        (loss * self.scale.value).backward()
 
     def step(self, step: int) -> StepResult:
         """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
         self.world.mean(self.gradients).div_(self.scale.value)
         for group in self.optimizers["lora"].param_groups if self.lora else ():
             group["lr"] = group["rate"] * lora_lr_at(self.config, step, self.total)
-        limit = self.config.train.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.lora, limit)
+        norm = self._clip(self.config.train.grad_clip or math.inf)
         # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
         odd = (self.gradients * 0).sum()
         norm, odd = torch.stack([norm.to(odd), odd]).double().tolist()  # the norm of no LoRA at all is on the host
@@ -140,6 +138,15 @@ class Engine:
             self.masks.clamp()
         self.discard()
         return StepResult(norm, not finite)
+
+    @torch.no_grad()
+    def _clip(self, limit: float) -> Tensor:
+        """Norm of LoRA's gradients, which are scaled to `limit` at most: `clip_grad_norm_`, without a look at each."""
+        if not self.lora:
+            return torch.tensor(0.0)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in self.lora])))
+        self.lora_gradients.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def collect(self) -> None:
         """Bring the shards of the LoRA optimizer's state to rank 0, for a checkpoint; collective."""

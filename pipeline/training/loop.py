@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 
 from nuteprune.config import Config, ConfigError, flatten, to_dict
 from nuteprune.data.text import BatchStream
+from nuteprune.kernels.api import into_grad
 from nuteprune.model.pairing import Losses, PairedModel
 from nuteprune.parallel.distributed import World, connected, discover
 from nuteprune.runs.checkpoint import Checkpoints, atomic_directory, sha256
@@ -137,7 +138,8 @@ class Trainer(ABC):
         sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
         for number, ids in enumerate(parts):
             share = self.share(ids, batch)
-            losses = forward(ids, self.world.rank * len(parts) + number, share)
+            with into_grad():
+                losses = forward(ids, self.world.rank * len(parts) + number, share)
             # Not even a NaN may keep a rank from its backward pass: the others gather weights in theirs.
             self.engine.backward(losses.total * share)
             sums[:4] += torch.stack(losses).detach().double() * share
