@@ -115,20 +115,21 @@ def kept_parameters(spec: ArchSpec, open_: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         spec: the architecture.
-        open_: probability (or 0/1) of each kind in `KINDS`, shapes as in `unit_shape`.
+        open_: probability (or 0/1) of each kind in `KINDS`, shapes [..., *`unit_shape`] of which the fronts broadcast.
 
     Returns:
-        Scalar tensor, differentiable in the probabilities.
+        Tensor [...], differentiable in the probabilities.
     """
-    hidden = open_["hidden"].sum()
-    attn, ffn = ((open_["layers"] * open_[kind])[:, None] for kind in ("attn_sublayers", "ffn_sublayers"))
+    hidden = open_["hidden"].sum(-1)
+    attn, ffn = ((open_["layers"] * open_[kind])[..., None] for kind in ("attn_sublayers", "ffn_sublayers"))
     group = open_["kv_groups"]
-    heads = open_["heads"].unflatten(1, (spec.kv_heads, spec.group_size))
+    heads = open_["heads"].unflatten(-1, (spec.kv_heads, spec.group_size))
     any_head = 1 - (1 - heads).prod(-1)
-    kept_groups = (attn * group * any_head).sum()
-    kept_heads = ((attn * group)[..., None] * heads).sum()
-    in_experts = open_["ffn"].unflatten(1, (spec.experts, spec.ffn)).sum(-1)
-    kept_ffn = (ffn * open_["experts"] * in_experts).sum()
+    open_groups = attn * group
+    kept_groups = (open_groups * any_head).sum((-2, -1))
+    kept_heads = (open_groups[..., None] * heads).sum((-3, -2, -1))
+    in_experts = open_["ffn"].unflatten(-1, (spec.experts, spec.ffn)).sum(-1)
+    kept_ffn = (ffn * open_["experts"] * in_experts).sum((-2, -1))
     return (
         kept_heads * spec.head_cost(hidden) + kept_groups * spec.group_cost(hidden) + kept_ffn * spec.ffn_cost(hidden)
     )

@@ -105,6 +105,7 @@ class MaskSet(nn.Module):
         )
         self.fixed: Gates | None = None
         self._settled_sparsity: Tensor | None = None
+        self._ones: dict[tuple[str, torch.device], Tensor] = {}
         self.noise = config.noise
 
     def sample(self, generator: torch.Generator) -> Gates:
@@ -186,7 +187,7 @@ class MaskSet(nn.Module):
         """The shift of all log-alphas at which the (falling) expected sparsity equals the target, a scalar."""
         kinds = {kind: la.double() for kind, la in self.log_alpha.items()}
         reach = _MARGIN + torch.stack([la.abs().amax() for la in kinds.values()]).amax()
-        return _falling_root(torch.vmap(lambda shift: self._expected_at(kinds, shift, level)), target, reach)
+        return _falling_root(lambda shifts: self._expected_at(kinds, shifts, level), target, reach)
 
     @property
     def _alike(self) -> set[str]:
@@ -242,15 +243,24 @@ class MaskSet(nn.Module):
 
     def _kept(self, probabilities: dict[str, Tensor]) -> Tensor:
         like = next(iter(probabilities.values()))
-        ones = {k: like.new_ones(unit_shape(self.spec, k), dtype=torch.float64) for k in KINDS}
+        ones = {k: self._one(k, like.device) for k in KINDS if k not in probabilities}
         return kept_parameters(self.spec, {**ones, **{k: p.double() for k, p in probabilities.items()}})
 
-    def _expected_at(self, kinds: dict[str, Tensor], shift: Tensor, level: bool) -> Tensor:
-        """Expected sparsity after adding `shift` to every log-alpha; `level`: `_alike` with all layers alike."""
+    def _one(self, kind: str, device: torch.device) -> Tensor:
+        """Probabilities of a kind that is not gated, made once."""
+        ones = self._ones.get((kind, device))
+        if ones is None:
+            ones = torch.ones(unit_shape(self.spec, kind), dtype=torch.float64, device=device)
+            self._ones[kind, device] = ones
+        return ones
+
+    def _expected_at(self, kinds: dict[str, Tensor], shifts: Tensor, level: bool) -> Tensor:
+        """Expected sparsities after adding each of `shifts` [P] to all log-alphas; `level`: `_alike` ones alike."""
         probabilities = {}
         for kind, la in kinds.items():
-            p = self._open(la + shift)
-            probabilities[kind] = p.mean().expand_as(p) if level and kind in self._alike else p
+            p = self._open(la + shifts.view(-1, *[1] * la.dim()))
+            units = tuple(range(1, p.dim()))
+            probabilities[kind] = p.mean(units, keepdim=True).expand_as(p) if level and kind in self._alike else p
         return self._sparsity(probabilities)
 
 

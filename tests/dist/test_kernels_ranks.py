@@ -1,0 +1,55 @@
+"""Two ranks under ZeRO-3 whose layers run in the triton kernels, under its interpreter, follow one process alike."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+from safetensors.torch import load_file
+from tiny import tiny_model
+
+from nuteprune.stages import prune
+
+pytest.importorskip("triton", reason="triton has no build for this platform")
+
+
+def in_triton(rank: int) -> None:
+    """Choose the kernels before anything of them is imported; say at each step whether they were."""
+    os.environ |= {"TRITON_INTERPRET": "1", "NUTEPRUNE_KERNELS": "triton"}
+    original = prune.Pruning.train_step
+
+    def noting(trainer):
+        scalars = original(trainer)
+        ran = "nuteprune.kernels.triton_kernels" in sys.modules and "nuteprune.kernels.ffn" in sys.modules
+        Path(trainer.config.run_dir, f"rank-{rank}").write_text(str(ran))
+        return scalars
+
+    prune.Pruning.train_step = noting
+
+
+def test_two_ranks_under_zero3_follow_one_process_in_the_kernels(tokenizer, text_file, tmp_path):
+    model = tmp_path / "model"
+    tiny_model("llama", num_hidden_layers=2).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    settings = [
+        f"model.path={model}", f"data.source={text_file}", "data.seq_len=8", "train.steps=3", "train.batch_size=2",
+        "train.micro_batch=1", "gates.init=drop_rate", "gates.shape=per_layer", "gates.ffn_multiple=1",
+        "sparsity.target=0.3", "tracking.progress=false",
+    ]  # fmt: skip
+    worlds = {"one": (1, []), "two": (2, ["deepspeed=zero3"])}
+    for name, (size, own) in worlds.items():
+        arguments = ["prune", *settings, *own, f"run_dir={tmp_path / name}"]
+        ranks.run(arguments, size, tmp_path / "logs" / name, in_triton)
+        assert [(tmp_path / name / f"rank-{rank}").read_text() for rank in range(size)] == ["True"] * size
+    one, two = (
+        [json.loads(line)["prune/loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in worlds
+    )
+    assert len(one) == 3
+    assert two == pytest.approx(one, rel=1e-5)
+    adapters = (load_file(tmp_path / name / "pruned/adapter/adapter_model.safetensors") for name in worlds)
+    for key, tensors in zip(*(sorted(a.items()) for a in adapters), strict=True):
+        assert tensors[0] == key[0]
+        assert tensors[1].sub(key[1]).abs().max() < 1e-5, key[0]
