@@ -31,12 +31,12 @@ def in_triton(rank: int) -> None:
 
 def test_two_ranks_under_zero3_follow_one_process_in_the_kernels(tokenizer, text_file, tmp_path):
     model = tmp_path / "model"
-    tiny_model("llama", num_hidden_layers=2).save_pretrained(model)
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(model)
     tokenizer.save_pretrained(model)
     settings = [
-        f"model.path={model}", f"data.source={text_file}", "data.seq_len=8", "train.steps=3", "train.batch_size=2",
+        f"model.path={model}", f"data.source={text_file}", "data.seq_len=8", "train.steps=2", "train.batch_size=2",
         "train.micro_batch=1", "gates.init=drop_rate", "gates.shape=per_layer", "gates.ffn_multiple=1",
-        "sparsity.target=0.3", "tracking.progress=false",
+        "sparsity.target=0.3", "lora.targets=[q_proj,down_proj]", "tracking.progress=false",
     ]  # fmt: skip
     worlds = {"one": (1, []), "two": (2, ["deepspeed=zero3"])}
     for name, (size, own) in worlds.items():
@@ -47,7 +47,7 @@ def test_two_ranks_under_zero3_follow_one_process_in_the_kernels(tokenizer, text
         [json.loads(line)["prune/loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in worlds
     )
-    assert len(one) == 3
+    assert len(one) == 2
     assert two == pytest.approx(one, rel=1e-5)
     adapters = (load_file(tmp_path / name / "pruned/adapter/adapter_model.safetensors") for name in worlds)
     for key, tensors in zip(*(sorted(a.items()) for a in adapters), strict=True):
