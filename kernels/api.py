@@ -76,7 +76,9 @@ def known_lists(x: Tensor, weight: Tensor, *operands, backend: str | None = None
     """
     if choose_backend(x, backend) == "torch":
         return torch_path.masked_lora_linear(x, weight, *operands)
-    return _module("masked_lora").masked_lora_linear(x, weight, *operands)
+    from nuteprune.kernels import masked_lora  # torch.compile follows no other import
+
+    return masked_lora.masked_lora_linear(x, weight, *operands)
 
 
 def product_of(*operands) -> "Product":
