@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from nuteprune.arch import FFN, ArchSpec, projections
 from nuteprune.kernels.api import fused_ffn, fused_kernels
-from nuteprune.model.layers import MaskedLoRALinear
+from nuteprune.model.projection import MaskedLoRALinear
 from nuteprune.model.wrappers import GatedNorm, WidthNorm
 
 _ACTIVATIONS = {False: type(ACT2FN["silu"]), True: type(ACT2FN["gelu_pytorch_tanh"])}
