@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from kernels_cases import DEVICE, GRADS, TOLERANCE, Case, as_double, assert_near, build, value_and_grads
+from torch.utils.checkpoint import checkpoint
 
 from nuteprune.kernels import reference
 from nuteprune.kernels.api import fused_ffn, fused_kernels, into_grad, masked_lora_linear, product_of
@@ -171,16 +172,18 @@ def test_measuring_tile_sizes_adds_nothing(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(masked_lora_linears(x, tuple(parts)), x, upstream), want)
 
 
-@pytest.mark.parametrize("kind", ["half", "list"])
-def test_gradients_added_in_place_are_those_that_autograd_adds(kind):
+@pytest.mark.parametrize(("kind", "recomputed"), [("half", False), ("list", False), ("half", True)])
+def test_gradients_added_in_place_are_those_that_autograd_adds(kind, recomputed):
     kwargs = build(Case(lead=(2, 9), in_kind=kind, out_kind=kind))
     upstream = torch.randn(2, 9, 17)
     want = value_and_grads(masked_lora_linear, kwargs, upstream)
     for name in ("lora_a", "lora_b"):
         kwargs[name].grad = torch.ones_like(kwargs[name])
     before = {name: kwargs[name].grad for name in ("lora_a", "lora_b")}
+    call = partial(checkpoint, masked_lora_linear, use_reentrant=False) if recomputed else masked_lora_linear
     with into_grad():
-        masked_lora_linear(**kwargs).backward(upstream)
+        y = call(**kwargs)
+    y.backward(upstream)
     for name, grad in before.items():
         assert kwargs[name].grad is grad
         torch.testing.assert_close(grad, 1 + want[name])
