@@ -64,7 +64,7 @@ def base_model(family: str, tied: bool = False, seed: int = 0, **options) -> tra
 
 def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int = 37, empty: bool = True) -> Gates:
     """Gates with zeros of every kind the shape allows; `hidden` dimensions stay (an odd number by default)."""
-    if (spec.hidden_divides or spec.experts > 1) and shape == "uniform":
+    if (spec.hidden_divides or spec.experts > 1) and shape == "uniform" and hidden % 8:
         hidden = 40  # a multiple of the four heads that stay, and of 8
     g = torch.Generator().manual_seed(1)
     heads, groups = torch.ones(unit_shape(spec, "heads")), torch.ones(unit_shape(spec, "kv_groups"))

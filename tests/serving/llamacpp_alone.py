@@ -22,8 +22,8 @@ TOLERANCE = 1e-3
 
 
 class TableGelu(torch.nn.Module):
-    """GELU as llama.cpp has it on a CPU, in float32 models too: between -10 and 10 looked up by the value in float16 in a
-    table of float16 (`ggml_vec_geglu_f32` of ggml-cpu/vec.h)."""
+    """Gemma's GELU as llama.cpp has it on a CPU, in float32 models too: from -10 to 10 looked up by the value's float16
+    in a table of float16 (`ggml_vec_geglu_f32` of ggml-cpu/vec.h)."""
 
     def forward(self, x):
         looked_up = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()

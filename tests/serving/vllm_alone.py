@@ -19,8 +19,6 @@ import transformers
 
 PROMPT, NEW = 64, 12
 TOLERANCE = 1e-3
-LACKS: dict[str, str] = {}
-"""Families that this build of vLLM cannot serve, and why."""
 
 
 def wanted(directory, written):
@@ -62,10 +60,6 @@ def main():
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as reference:
         for directory in sys.argv[1:]:
             config = json.loads((Path(directory) / "config.json").read_text())
-            kind = config["model_type"].removeprefix("nuteprune_")
-            if kind in LACKS:
-                sys.stdout.write(f"{directory}: not compared, vLLM's CPU build has {LACKS[kind]}\n")
-                continue
             name, prompt, greedy = compare(directory, config, reference)
             sys.stdout.write(f"{directory} {name}: log-probabilities of {PROMPT - 1} tokens within {prompt:.1e}, "
                              f"{NEW} greedy tokens within {greedy:.1e} of the best\n")  # fmt: skip
