@@ -1,8 +1,7 @@
 """Stock models whose decoder layers differ in attention heads, KV groups and FFN width.
 
 Saved beside the weights of a model that NutePrune exported with shape `per_layer` or `per_layer_ffn`; loads with
-`trust_remote_code=True`.
-Everything is transformers' own but the projections' shapes; K and V are repeated by group where groups are unequal.
+`trust_remote_code=True`. All is transformers' own but the projections' shapes; K and V of unequal groups are repeated.
 """
 
 from collections.abc import Sequence
@@ -36,10 +35,10 @@ class Block(dict):
 class RaggedConfig(Config):
     """What the configurations below add: layers with sizes of their own, as `per_layer_config` gives them.
 
-    A layer may differ in `num_attention_heads`, `num_key_value_heads` and `intermediate_size`; where its KV groups are
-    unequal, `heads_per_group` lists their query heads; `skip` names what it lacks, "attention" or "mlp". Where FFNs are
-    experts it may differ in their number, `num_local_experts`, and their width. Older exports
-    say the same in `heads_per_group` ([]: no attention) and `ffn_sizes` (0: none), one entry for each layer.
+    A layer may differ in `num_attention_heads`, `num_key_value_heads`, `intermediate_size` and, with experts, in their
+    number and width; where its KV groups are unequal, `heads_per_group` lists their query heads; `skip` names what it
+    lacks, "attention" or "mlp". Older exports say the same in `heads_per_group` ([]: no attention) and `ffn_sizes` (0:
+    none), one entry for each layer.
     `block_configs`, where they are there, say it once more for DeciLM of vLLM, which serves such a model unmodified.
     """
 
@@ -105,10 +104,7 @@ class RaggedForCausalLM(Model):
         for index, layer in enumerate(self.model.layers):
             groups, ffn = config.layer_sizes(index)
             _resize_attention(layer.self_attn, groups)
-            if hasattr(layer.mlp, "experts"):
-                _resize_experts(layer.mlp, config.per_layer_config[index].num_local_experts, ffn)
-            else:
-                _resize_ffn(layer.mlp, ffn)
+            _resize_ffn(layer.mlp, ffn, getattr(config.per_layer_config[index], "num_local_experts", 0))
             if hasattr(layer, "post_feedforward_layernorm"):  # norms behind the sublayers stay
                 continue
             if not groups:
@@ -143,14 +139,16 @@ def _resize_attention(attention: nn.Module, groups: list[int]) -> None:
     attention.o_proj = Absent(attention.o_proj.out_features, attention.o_proj.bias)
 
 
-def _resize_ffn(mlp: nn.Module, size: int) -> None:
-    if size:
+def _resize_ffn(mlp: nn.Module, size: int, experts: int) -> None:
+    if experts:
+        _resize_experts(mlp, experts, size)
+    elif size:
         for linear in (mlp.gate_proj, mlp.up_proj):
             _cut(linear, size, linear.in_features)
         _cut(mlp.down_proj, mlp.down_proj.out_features, size)
-        return
-    mlp.gate_proj = mlp.up_proj = Absent(0, None)
-    mlp.down_proj = Absent(mlp.down_proj.out_features, mlp.down_proj.bias)
+    else:
+        mlp.gate_proj = mlp.up_proj = Absent(0, None)
+        mlp.down_proj = Absent(mlp.down_proj.out_features, mlp.down_proj.bias)
 
 
 def _resize_experts(mlp: nn.Module, count: int, size: int) -> None:
@@ -215,8 +213,7 @@ def _define(name: str, causal: str) -> None:
     globals().update({config.__name__: config, model.__name__: model})
 
 
-for _name in (
-    "Llama", "Mistral", "Qwen2", "Qwen3", "Granite", "SmolLM3", "Olmo2", "Olmo3", "Gemma3Text", "Qwen3Moe", "Mixtral",
-):  # fmt: skip
+FAMILIES = "Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe Granite SmolLM3 Olmo2 Olmo3 Gemma3Text"
+for _name in FAMILIES.split():
     if hasattr(transformers, f"{_name}Config"):  # an older transformers lacks the newest
         _define(_name, _name.removesuffix("Text"))
