@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import logging
@@ -70,6 +71,7 @@ PLAN_FLAGS = {
 DRY_RUN_FLAGS = ("--world-size", "--gpus-per-node", "--gpu-memory")
 
 
+OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 OUT_OF_MEMORY = {
     "prune": "lower train.micro_batch or data.seq_len, set train.activation_checkpointing=true, or share the weights "
     "out with deepspeed=zero3 (`nuteprune plan` says what fits)",
@@ -181,6 +183,12 @@ def run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         if is_main:
             sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
+        return 2
+    except OSError as error:
+        if error.errno not in OF_THE_DISK or not error.filename:
+            raise
+        sys.stderr.write(f"nuteprune: {plain(str(error.filename))}: {error.strerror}; mend that or free space, and start "
+                         "the same command again\n")  # fmt: skip
         return 2
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):

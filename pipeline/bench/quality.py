@@ -10,7 +10,8 @@ domain alone is worth. Documents held out of the training file are a text of its
 
 `--finetune records.json` adds each student after fine-tuning, `--ladder 0.1 0.2` the rungs below each of our runs, and
 `--recover` each rung after its recovery.
-Several `--steps` draw what each row makes of a budget. A run that is already finished is not pruned again.
+Several `--steps` draw what each row makes of a budget. The same command goes on after an interruption, and takes more
+seeds, steps, sparsities or variants into the table it has.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -83,19 +84,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Fill the table row by row; what is measured is on disk after each row."""
+    """Fill the table row by row; what is measured is on disk after each run, and not measured again."""
     for path in (args.train, *args.test, args.finetune):
         if path and not path.is_file():
             raise ConfigError(f"{path} does not exist: give a text file (make bench-quality TRAIN=… TEST=…)")
     args.out.mkdir(parents=True, exist_ok=True)
+    args.source = args.train.name
     args.train, held_out = split(args.train, args.held_out, args.out)
     scorer = Scorer(args.model, [*args.test, *held_out], args.blocks)
-    runs = [{"variant": "intact", "sparsity": 0.0, "steps": 0, "seed": 0, **scorer.score(args.model)}]
+    runs = known(args) or [{"variant": "intact", "sparsity": 0.0, "steps": 0, "seed": 0, **scorer.score(args.model)}]
+    measured = {(run["run"], run["seed"]) for run in runs if "run" in run}
     for steps, sparsity, variant, seed in product(args.steps, args.sparsities, args.variants, range(args.seeds)):
         if variant == "control" and sparsity != args.sparsities[0]:
             continue  # removes nothing: one row for all of them
-        for run in measure(args, scorer, variant, sparsity, steps, seed):
-            runs.append(run)
+        name = f"{variant}-{sparsity:g}-{steps}"
+        if (name, seed) not in measured:
+            found = measure(args, scorer, variant, sparsity, steps, seed)
+            runs += [{"run": name, **run} for run in found]
             save(args, runs)
             sys.stderr.write(table(runs) + "\n")
     if len(args.steps) > 1:
@@ -186,21 +191,37 @@ def run_config(args: argparse.Namespace, variant: str, sparsity: float, steps: i
     ])  # fmt: skip
 
 
+def conditions(args: argparse.Namespace) -> dict:
+    """What all runs of a table share."""
+    return {"model": args.model, "train": args.source, "held_out": args.held_out,
+            "test": [path.name for path in args.test], "blocks": args.blocks, "ladder": args.ladder,
+            "recover": args.recover, "finetune": str(args.finetune or ""), "settings": args.set}  # fmt: skip
+
+
 def save(args: argparse.Namespace, runs: list[dict]) -> None:
     """Write the runs so far and what they were measured on."""
-    result = {"model": args.model, "train": args.train.name, "test": [p.name for p in args.test], "blocks": args.blocks,
-              "settings": args.set, "environment": environment(discover().device), "runs": runs}  # fmt: skip
+    result = {**conditions(args), "environment": environment(discover().device), "runs": runs}
     (args.out / "quality.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def key(run: dict) -> tuple:
-    """What the runs of one row have in common."""
-    return run["steps"], run["sparsity"], run["variant"]
+def known(args: argparse.Namespace) -> list[dict]:
+    """The runs that `--out` holds already; raises `ConfigError` if they were made under other conditions."""
+    file = args.out / "quality.json"
+    if not file.exists():
+        return []
+    found = json.loads(file.read_text(encoding="utf-8"))
+    other = [name for name, value in conditions(args).items() if found.get(name) != value]
+    if other:
+        raise ConfigError(f"{file} was measured with another {', '.join(other)}: give another --out, or remove it")
+    return found["runs"]
 
 
 def rows(runs: list[dict]) -> dict[tuple, list[dict]]:
-    """The runs by row, in the order in which they were made."""
-    return {k: list(group) for k, group in groupby(runs, key)}
+    """The runs of each row, which have steps, sparsity and variant in common."""
+    found: dict[tuple, list[dict]] = {}
+    for run in runs:
+        found.setdefault((run["steps"], run["sparsity"], run["variant"]), []).append(run)
+    return found
 
 
 def mean(values: list[float]) -> tuple[float, float]:

@@ -208,6 +208,21 @@ def test_full_disk_while_a_tokenizer_is_saved_is_one_line(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a read-only directory is made with a tmpfs, which only root may mount")
+def test_a_directory_that_turns_read_only_under_evaluate_is_one_line(model_dir, text_file, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", disk], check=True)
+    try:
+        (disk / "manifest.json").write_text("{}")  # of an earlier report, which the first new result unlinks
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        told = refused(capsys, "evaluate", f"evaluate.models=[{model_dir}]", f"evaluate.text={text_file}",
+                       "evaluate.window=32", "evaluate.speed=false", f"evaluate.output={disk}")  # fmt: skip
+        assert f"{disk}/manifest.json: Read-only file system" in told
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_evaluate_of_a_missing_model(tmp_path, capsys):
     assert "nowhere" in refused(capsys, "evaluate", f"run_dir={tmp_path}", "evaluate.models=[/nowhere]")
     assert not list(Path(tmp_path).glob("evaluate*"))

@@ -20,7 +20,8 @@ def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, tmp_path,
                  "ours", "--steps", "30", "--seeds", "2", "--blocks", "1",
                  "--out", tmp_path / "out", "--finetune", records, "--recover", "--ladder",
                  "0.2", "0.6"]  # fmt: skip
-    assert quality.main([*map(str, arguments), *(f"--set={s}" for s in settings)]) == 0
+    command = [*map(str, arguments), *(f"--set={s}" for s in settings)]
+    assert quality.main(command) == 0
     runs = json.loads((tmp_path / "out" / "quality.json").read_text())["runs"]
     one = [("ours", 0.4), ("ours, tuned", 0.4), ("ours, rung", 0.2), ("ours, rung, recovered", 0.2),
            ("ours, rung, tuned", 0.2)]  # fmt: skip
@@ -28,7 +29,13 @@ def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, tmp_path,
     assert len({r["perplexity"]["train"] for r in runs}) == 11
     assert runs[0]["kl"]["train"] == pytest.approx(0, abs=1e-6)
     assert all(r["kl"]["train"] > 0.01 for r in runs[1:])
+    assert [len(row) for row in quality.rows(runs).values()] == [1, 2, 2, 2, 2, 2]  # both seeds of each row
     assert "ours, rung, tuned" in capsys.readouterr().out
+    # What is measured is taken as it is, and never mixed with what was measured otherwise.
+    assert quality.main(command) == 0
+    assert json.loads((tmp_path / "out" / "quality.json").read_text())["runs"] == runs
+    assert quality.main([*command, "--blocks", "2"]) == 2
+    assert "another blocks" in capsys.readouterr().err
 
 
 def test_documents_held_out_are_not_trained_on(tmp_path):
