@@ -37,6 +37,7 @@ setup(
         "mpi4py>=4.0",
         "numpy>=2.0",
         "peft>=0.18",
+        "psutil>=5.9",
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "tensorboard>=2.16",

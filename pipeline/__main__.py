@@ -187,8 +187,8 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         if error.errno not in OF_THE_DISK or not error.filename:
             raise
-        sys.stderr.write(f"nuteprune: {plain(str(error.filename))}: {error.strerror}; mend that or free space, and start "
-                         "the same command again\n")  # fmt: skip
+        told = f"{error.filename}: {error.strerror}; mend that or free space, and start the same command again"
+        sys.stderr.write(f"nuteprune: {plain(told)}\n")
         return 2
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):

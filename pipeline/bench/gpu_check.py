@@ -8,6 +8,7 @@ in a small form, and the report says what was skipped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -29,7 +31,7 @@ from nuteprune.kernels.bench import NOT_MEASURED, machine
 MET, MISSED, SKIPPED, TOLD = "met", "**missed**", "skipped", "-"
 BARS = {0.0: 1.15, 0.5: 0.65}
 """Time of the fused projection over the bare GEMM's, forward, by sparsity: at most."""
-STEPS, EVERY = 8, 3
+STEPS, EVERY = 24, 4
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,13 @@ def two_ranks(out: Path, cuda: bool, model: str, text: str) -> Iterator[Line]:
     for stage in ("zero2", "zero3"):
         whole, cut = (tiny_run(out, f"{stage}-{n}", model, text, f"deepspeed={stage}") for n in ("whole", "cut"))
         log = out / f"{stage}.log"
-        code = run([*launcher, "prune", *whole], log)
+        code, killed = run([*launcher, "prune", *whole], log), True
         if not code:
-            _kill_after_checkpoint([*launcher, "prune", *cut], out / f"{stage}-cut", out / f"{stage}-cut.log")
+            killed = _kill_after_checkpoint([*launcher, "prune", *cut], out / f"{stage}-cut", out / f"{stage}-cut.log")
             code = run([*launcher, "prune", *cut], log)
-        if code:
-            yield Line(f"{stage}, two ranks over {links}, killed and resumed", "same losses", tail(log), MISSED)
+        if code or not killed:
+            found = tail(log) if code else "ended before it could be killed"
+            yield Line(f"{stage}, two ranks over {links}, killed and resumed", "same losses", found, MISSED)
             continue
         pairs = list(zip(losses(out / f"{stage}-whole"), losses(out / f"{stage}-cut"), strict=True))
         apart = max(abs(a - b) / abs(a) for a, b in pairs)
@@ -167,15 +170,25 @@ def two_ranks(out: Path, cuda: bool, model: str, text: str) -> Iterator[Line]:
         )
 
 
-def _kill_after_checkpoint(command: list[str], run_dir: Path, log: Path) -> None:
-    """Start a run, and kill all its ranks once it has written a checkpoint."""
+def _kill_after_checkpoint(command: list[str], run_dir: Path, log: Path) -> bool:
+    """Start a run, and kill its launcher and all its ranks, which are sessions of their own, after a checkpoint.
+
+    Returns whether they were still running.
+    """
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     while process.poll() is None and not list(run_dir.glob("checkpoints/step-*/manifest.json")):
         time.sleep(0.1)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    killed = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        killed = [launcher, *launcher.children(recursive=True)]
+    for one in killed:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    code = process.wait()
+    psutil.wait_procs(killed[1:])
+    return code == -signal.SIGKILL and len(killed) > 2
 
 
 def flash_attention(out: Path, cuda: bool, model: str, text: str) -> Iterator[Line]:
