@@ -24,7 +24,7 @@ NAMES = {
 FAMILIES = tuple(NAMES)
 SHAPES = ("uniform", "per_layer_ffn", "per_layer")
 EXPERTS = ("qwen3_moe", "mixtral")
-FAMILY_SHAPES = [(f, s) for f in FAMILIES for s in SHAPES if s == "uniform" or f not in EXPERTS]
+FAMILY_SHAPES = [(f, s) for f in FAMILIES for s in SHAPES]
 VOCAB, LAYERS = 61, 4
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": LAYERS,
@@ -64,7 +64,7 @@ def base_model(family: str, tied: bool = False, seed: int = 0, **options) -> tra
 
 def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int = 37, empty: bool = True) -> Gates:
     """Gates with zeros of every kind the shape allows; `hidden` dimensions stay (an odd number by default)."""
-    if (spec.hidden_divides or spec.experts > 1) and shape == "uniform":
+    if (spec.experts > 1 or (spec.hidden_divides and shape == "uniform")) and hidden % 8:
         hidden = 40  # a multiple of the four heads that stay, and of 8
     g = torch.Generator().manual_seed(1)
     heads, groups = torch.ones(unit_shape(spec, "heads")), torch.ones(unit_shape(spec, "kv_groups"))
@@ -84,7 +84,12 @@ def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int 
             groups[layer, layer % spec.kv_heads] = 0
         else:
             heads[layer] = (torch.rand(spec.heads, generator=g) > 0.4).float()
-        ffn[layer] = (torch.rand(spec.ffn, generator=g) > 0.3).float()
+        if spec.experts == 1:
+            ffn[layer] = (torch.rand(spec.ffn, generator=g) > 0.3).float()
+            continue
+        experts[layer, torch.randperm(spec.experts, generator=g)[: layer % 4]] = 0
+        for expert in ffn[layer].view(spec.experts, spec.ffn):
+            expert[torch.randperm(spec.ffn, generator=g)[: 8 * (layer % 3)]] = 0
     if shape == "per_layer":
         heads[1] = torch.tensor([1.0, 0, 1, 1, 0, 0])
     if shape != "uniform":
@@ -92,6 +97,8 @@ def some_gates(spec: ArchSpec, shape: str, fractional: bool = True, hidden: int 
         if empty:  # the first layer without attention, a layer without FFN, one with neither
             sublayers["attn_sublayers"][[0, 3]] = 0
             sublayers["ffn_sublayers"][[2, 3]] = 0
+        if spec.experts > 1:
+            del sublayers["ffn_sublayers"]
     gates = {"heads": heads, "kv_groups": groups, "ffn": ffn, "hidden": residual, **sublayers}
     if spec.experts > 1:
         gates["experts"] = experts

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION + FFN
-SHAPES_OF_STOCK = "its experts are alike in all layers of the stock class; use uniform"
 EXPERTS_REFUSE = (
-    *((kind, SHAPES_OF_STOCK) for kind in ("attn_sublayers", "ffn_sublayers", "per_layer_ffn", "per_layer")),
+    ("ffn_sublayers", "a layer keeps as many experts as its router chooses; gate experts or layers"),
     *((name, "experts are pruned without LoRA, which attention takes") for name in FFN),
 )
 """`ArchSpec.refuses` of a mixture of experts."""
@@ -87,7 +86,7 @@ class ArchSpec:
 
     @property
     def aligned(self) -> int:
-        """Hidden sizes and FFN widths of the uniform shape are multiples of this, however far a target is.
+        """Hidden sizes and FFN widths are multiples of this, however far a target is.
 
         transformers multiplies the stacked experts by `torch._grouped_mm`, which wants rows of whole 16 bytes.
         """

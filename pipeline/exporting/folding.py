@@ -136,7 +136,11 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
         name = family.ragged_class or type(base).__name__
         values = _of_class(values, base, getattr(transformers, name))
         stem = name.removesuffix("Config")
-        values["per_layer_config"] = {i: _overrides(*sizes) for i, sizes in enumerate(zip(groups, ffn, strict=True))}
+        layers = [_overrides(*sizes, family.ffn_size) for sizes in zip(groups, ffn, strict=True)]
+        if fold.spec.experts > 1:
+            for layer, index in zip(layers, kept, strict=True):
+                layer["num_local_experts"] = len(fold.kept.experts[index])
+        values["per_layer_config"] = dict(enumerate(layers))
         if shape == "per_layer_ffn":
             values |= _alike(fold.spec, groups, ffn)
         values["auto_map"] = {
@@ -166,14 +170,14 @@ def _of_class(values: dict, base: PreTrainedConfig, cls: type[PreTrainedConfig])
     return {"sliding_window": None} | known  # the one thing Mistral adds to LLaMA
 
 
-def _overrides(groups: list[int], ffn: int) -> dict:
+def _overrides(groups: list[int], ffn: int, ffn_size: str) -> dict:
     """A layer's entry in transformers' `per_layer_config`, which drops what is as in the whole model."""
     sizes: dict = {"skip": [name for name, there in (("attention", groups), ("mlp", ffn)) if not there]}
     if groups:
         sizes |= {"num_attention_heads": sum(groups), "num_key_value_heads": len(groups)}
     if len(set(groups)) > 1:
         sizes["heads_per_group"] = groups
-    return sizes | ({"intermediate_size": ffn} if ffn else {})
+    return sizes | ({ffn_size: ffn} if ffn else {})
 
 
 def _alike(spec: ArchSpec, groups: list[list[int]], ffn: list[int]) -> dict:

@@ -1,8 +1,7 @@
 """Stock models whose decoder layers differ in attention heads, KV groups and FFN width.
 
 Saved beside the weights of a model that NutePrune exported with shape `per_layer` or `per_layer_ffn`; loads with
-`trust_remote_code=True`.
-Everything is transformers' own but the projections' shapes; K and V are repeated by group where groups are unequal.
+`trust_remote_code=True`. All is transformers' own but the projections' shapes; K and V of unequal groups are repeated.
 """
 
 from collections.abc import Sequence
@@ -36,9 +35,10 @@ class Block(dict):
 class RaggedConfig(Config):
     """What the configurations below add: layers with sizes of their own, as `per_layer_config` gives them.
 
-    A layer may differ in `num_attention_heads`, `num_key_value_heads` and `intermediate_size`; where its KV groups are
-    unequal, `heads_per_group` lists their query heads; `skip` names what it lacks, "attention" or "mlp". Older exports
-    say the same in `heads_per_group` ([]: no attention) and `ffn_sizes` (0: none), one entry for each layer.
+    A layer may differ in `num_attention_heads`, `num_key_value_heads`, `intermediate_size` and, with experts, in their
+    number and width; where its KV groups are unequal, `heads_per_group` lists their query heads; `skip` names what it
+    lacks, "attention" or "mlp". Older exports say the same in `heads_per_group` ([]: no attention) and `ffn_sizes` (0:
+    none), one entry for each layer.
     `block_configs`, where they are there, say it once more for DeciLM of vLLM, which serves such a model unmodified.
     """
 
@@ -48,7 +48,9 @@ class RaggedConfig(Config):
     base_model_tp_plan = None  # unequal groups cannot be split evenly over devices
     # Stock code may read the whole model's sizes, which are the largest ones, and without a warning at each look.
     allow_global_per_layer_attribute_access = True
-    __getattribute__ = object.__getattribute__
+
+    def __getattribute__(self, name):
+        return object.__getattribute__(self, type(self).attribute_map.get(name, name))
 
     def __setattr__(self, name, value):
         if name == "block_configs" and value:
@@ -67,7 +69,8 @@ class RaggedConfig(Config):
         layer = self.per_layer_config[index]
         skip, heads, count = getattr(layer, "skip", ()), layer.num_attention_heads, layer.num_key_value_heads
         groups = [] if "attention" in skip else layer.heads_per_group or [heads // count] * count
-        return groups, 0 if "mlp" in skip else layer.intermediate_size
+        width = getattr(layer, "moe_intermediate_size", layer.intermediate_size)
+        return groups, 0 if "mlp" in skip else width
 
     def validate_architecture(self):
         """The layers' own widths must fit; LLaMA's hidden % heads == 0 does not apply with an explicit head_dim."""
@@ -101,7 +104,7 @@ class RaggedForCausalLM(Model):
         for index, layer in enumerate(self.model.layers):
             groups, ffn = config.layer_sizes(index)
             _resize_attention(layer.self_attn, groups)
-            _resize_ffn(layer.mlp, ffn)
+            _resize_ffn(layer.mlp, ffn, getattr(config.per_layer_config[index], "num_local_experts", 0))
             if hasattr(layer, "post_feedforward_layernorm"):  # norms behind the sublayers stay
                 continue
             if not groups:
@@ -136,14 +139,26 @@ def _resize_attention(attention: nn.Module, groups: list[int]) -> None:
     attention.o_proj = Absent(attention.o_proj.out_features, attention.o_proj.bias)
 
 
-def _resize_ffn(mlp: nn.Module, size: int) -> None:
-    if size:
+def _resize_ffn(mlp: nn.Module, size: int, experts: int) -> None:
+    if experts:
+        _resize_experts(mlp, experts, size)
+    elif size:
         for linear in (mlp.gate_proj, mlp.up_proj):
             _cut(linear, size, linear.in_features)
         _cut(mlp.down_proj, mlp.down_proj.out_features, size)
-        return
-    mlp.gate_proj = mlp.up_proj = Absent(0, None)
-    mlp.down_proj = Absent(mlp.down_proj.out_features, mlp.down_proj.bias)
+    else:
+        mlp.gate_proj = mlp.up_proj = Absent(0, None)
+        mlp.down_proj = Absent(mlp.down_proj.out_features, mlp.down_proj.bias)
+
+
+def _resize_experts(mlp: nn.Module, count: int, size: int) -> None:
+    """Keep the first experts, of this width each, and their rows of the router."""
+    experts, router = mlp.experts, mlp.gate
+    experts.num_experts = router.num_experts = count
+    experts.intermediate_dim = size
+    experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach()[:count, : 2 * size].clone())
+    experts.down_proj = nn.Parameter(experts.down_proj.detach()[:count, :, :size].clone())
+    router.weight = nn.Parameter(router.weight.detach()[:count].clone())
 
 
 def _cut(linear: nn.Linear, rows: int, columns: int) -> None:
@@ -198,6 +213,7 @@ def _define(name: str, causal: str) -> None:
     globals().update({config.__name__: config, model.__name__: model})
 
 
-for _name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Granite", "SmolLM3", "Olmo2", "Olmo3", "Gemma3Text"):
+FAMILIES = "Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe Granite SmolLM3 Olmo2 Olmo3 Gemma3Text"
+for _name in FAMILIES.split():
     if hasattr(transformers, f"{_name}Config"):  # an older transformers lacks the newest
         _define(_name, _name.removesuffix("Text"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from nuteprune.arch import ArchSpec, read_spec
+from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError
 from nuteprune.data.prepared import load_blocks
 from nuteprune.data.text import packed_blocks
@@ -194,8 +194,12 @@ def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tens
 
 def _read(plan: Plan, model: PreTrainedModel) -> tuple[int, int]:
     """Parameters that are read for a token, of the small model and of the base; zeros where that is all of them."""
-    spec = plan.fold.spec
-    return (read_parameters(read_spec(model.config)), read_parameters(spec)) if spec.experts > 1 else (0, 0)
+    spec, kept = plan.fold.spec, plan.fold.kept
+    if spec.experts == 1:
+        return 0, 0
+    every_width = kept.ffn_widths(spec)
+    unread = sum(sum(every_width[i][spec.top_k :]) for i in kept.layers)
+    return model.num_parameters() - unread * spec.ffn_cost(len(kept.hidden)), read_parameters(spec)
 
 
 @torch.no_grad()

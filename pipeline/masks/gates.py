@@ -104,7 +104,7 @@ class Gates:
         """The same gates with ones for every kind that is not gated."""
         present = self.as_dict()
         like = next(iter(present.values()), torch.ones(()))
-        return Gates(**{k: present.get(k, like.new_ones(unit_shape(spec, k))) for k in KINDS})
+        return Gates(**{k: present[k] if k in present else like.new_ones(unit_shape(spec, k)) for k in KINDS})
 
 
 def kept_parameters(spec: ArchSpec, open_: Mapping[str, Tensor]) -> Tensor:

@@ -47,9 +47,18 @@ class Kept:
         every_width = self.ffn_widths(spec)
         widths = {width for i in self.layers for width in every_width[i]}
         alike = self.attention_is_alike(spec) and len(heads) == len(widths) == len(experts) == 1
-        sizes = ((len(self.hidden), spec.hidden), *((width, spec.ffn) for width in widths))
-        aligned = all(size % spec.aligned == 0 or size == whole for size, whole in sizes)
-        return alike and aligned and 0 not in heads | widths and min(experts) >= spec.top_k
+        return alike and 0 not in heads | widths and self.experts_are_alike(spec)
+
+    def experts_are_alike(self, spec: ArchSpec) -> bool:
+        """Each layer that stays has as many experts as its router chooses, of one width; sizes are aligned."""
+        if spec.experts == 1:
+            return True
+        every_width = self.ffn_widths(spec)
+        widths = [set(every_width[i]) for i in self.layers]
+        sizes = ((len(self.hidden), spec.hidden), *((width, spec.ffn) for layer in widths for width in layer))
+        aligned = all(size and (size % spec.aligned == 0 or size == whole) for size, whole in sizes)
+        enough = all(len(self.experts[i]) >= spec.top_k for i in self.layers)
+        return aligned and enough and all(len(layer) == 1 for layer in widths)
 
     def attention_is_alike(self, spec: ArchSpec) -> bool:
         """The layers that keep attention keep the same number of groups, each with the same number of query heads."""

@@ -110,9 +110,9 @@ def cheapest_units(
     own = select_units(spec, scores, target, shape, *rounding)
     near, within = whole_counts(spec, own), Rounding(*rounding)
     kinds = set(scores)
-    if shape != "uniform":  # where FFN widths are free, scores say which layers go
-        kinds.discard("layers")
-        near = replace(near, layers=spec.layers)
+    if shape != "uniform":  # where FFN widths are free, scores say which layers and experts go
+        kinds -= {"layers", "experts"}
+        near = replace(near, layers=spec.layers, experts=spec.experts)
     possible = {near} | {c for c in grid(spec, kinds, near, target, within) if c.reach(spec, target, kinds)}
     if shape == "per_layer" or len(possible) == 1:
         return own
@@ -146,8 +146,8 @@ def describe(spec: ArchSpec, gates: Gates) -> str:
 def most_removed(spec: ArchSpec, units: list[str], shape: Shape) -> float:
     """The largest sparsity that removing `units` can reach.
 
-    Uniform layers keep one group and one FFN unit (of each expert) each; where attention is alike, its layers keep one
-    group each. One layer always stays, and as many experts as the router chooses.
+    Uniform layers keep one group and one FFN unit each; where attention is alike, its layers keep one group each. Every
+    expert keeps a unit. One layer always stays, and as many experts as the router chooses.
     """
     open_ = {}
     alike = shape != "per_layer" and "attn_sublayers" not in units
@@ -157,7 +157,7 @@ def most_removed(spec: ArchSpec, units: list[str], shape: Shape) -> float:
             kept[0] = 1
         elif alike and kind == "kv_groups":
             kept[:, 0] = 1
-        elif shape == "uniform" and kind == "ffn":
+        elif kind == "ffn" and (shape == "uniform" or spec.experts > 1):
             kept[:, :: spec.ffn] = 1
         elif kind == "experts":
             kept[:, : spec.top_k] = 1
@@ -200,14 +200,19 @@ def _threshold(spec: ArchSpec, scores: Mapping, target: float, fixed: dict[str, 
 def _per_layer(
     spec: ArchSpec, scores: Mapping[str, Tensor], target: float, near: Counts, rounding: Rounding
 ) -> dict[str, Tensor]:
-    """All units above one common score."""
+    """All units above one common score; experts of a layer have one width."""
     fixed = {}
     if "hidden" in scores:
-        fixed["hidden"] = top(scores["hidden"], round_to(near.hidden, rounding.hidden, spec.hidden))
+        multiple = math.lcm(rounding.hidden, spec.aligned)
+        fixed["hidden"] = top(scores["hidden"], round_to(near.hidden, multiple, spec.hidden))
     kept = _threshold(spec, scores, target, fixed)
     # A head or a group at the threshold is a large step; the small FFN units make up for it.
+    if "ffn" not in scores:
+        return kept
     coarse = {k: v for k, v in kept.items() if k != "ffn"}
-    return _threshold(spec, scores, target, coarse) if "ffn" in scores else kept
+    if spec.experts > 1:
+        return _ffn_blocks(spec, scores["ffn"], target, coarse, Rounding())
+    return _threshold(spec, scores, target, coarse)
 
 
 def _uniform(
@@ -237,7 +242,7 @@ def _free_ffn(
 ) -> dict[str, Tensor]:
     """Attention alike in every layer, as near to some counts as the target allows; FFN widths free."""
     found: list[tuple[float, int, dict[str, Tensor]]] = []
-    possible = every(spec, set(scores) - {"layers"}, near, rounding)
+    possible = every(spec, set(scores) - {"layers", "experts"}, near, rounding)
     for counts in sorted(possible, key=lambda c: c.distance(near, spec)):
         kept = _free_ffn_at(spec, scores, target, counts, rounding)
         miss = abs(_sparsity(spec, kept) - target)
@@ -250,8 +255,9 @@ def _free_ffn(
 def _free_ffn_at(
     spec: ArchSpec, scores: Mapping[str, Tensor], target: float, counts: Counts, rounding: Rounding
 ) -> dict[str, Tensor]:
-    """The structure with this attention and hidden size; FFN widths, sublayers and layers by score."""
-    alike = fill(spec, {kind: s for kind, s in scores.items() if kind not in ("ffn", "layers")}, counts)
+    """The structure with this attention and hidden size; FFN widths, experts, sublayers and layers by score."""
+    free = ("ffn", "layers", "experts")
+    alike = fill(spec, {kind: s for kind, s in scores.items() if kind not in free}, counts)
     kept = _threshold(spec, scores, target, alike)
     if "ffn" not in scores:
         return kept
@@ -267,41 +273,53 @@ def _ffn_blocks(
     """FFN units beside what is `fixed`, in whole blocks of the multiple: those with the highest sum of scores.
 
     A layer's units are cut into blocks from its best unit down, so that any number of blocks is a width. As many blocks
-    stay as bring the sparsity nearest to the target, whichever layers they are in; a layer may keep none.
+    stay as bring the sparsity nearest to the target, whichever layers they are in; a layer may keep none. Experts of a
+    layer have one width: a block is as many units of each of them, and one always stays.
     """
     per_unit = float(spec.ffn_cost(fixed["hidden"].sum() if "hidden" in fixed else spec.hidden))
     none_left = {**fixed, "ffn": torch.zeros_like(scores)}
     wanted = (_sparsity(spec, none_left) - target) * spec.prunable / per_unit
     alive = fixed.get("ffn_sublayers", torch.ones(spec.layers)) * fixed.get("layers", torch.ones(spec.layers))
+    experts = fixed.get("experts", torch.ones(spec.layers, spec.experts)).to(scores.dtype)
     multiple, parallel = rounding.ffn, rounding.parallel
     while True:
-        kept = {**fixed, "ffn": _best_blocks(scores, alive, wanted, math.lcm(multiple, parallel), parallel)}
+        size = math.lcm(multiple, parallel, spec.aligned)
+        kept = {**fixed, "ffn": _best_blocks(scores, alive, experts, wanted, size, parallel)}
         if multiple == 1 or abs(_sparsity(spec, kept) - target) <= TOLERANCE:
             return kept
         multiple //= 2
 
 
-def _best_blocks(scores: Tensor, alive: Tensor, wanted: float, size: int, parallel: int) -> Tensor:
-    """[L, F] ones at the best blocks of `size` units, with about `wanted` units in all of them.
+def _best_blocks(
+    scores: Tensor, alive: Tensor, experts: Tensor, wanted: float, size: int, parallel: int
+) -> Tensor:  # fmt: skip
+    """[L, E·F] ones at the best blocks of `size` units, with about `wanted` units in all of them.
 
     What is left of a width that is no multiple is a block of its own, the layer's last, if GPUs can share it.
+    A block is ranked by the mean score of its units in the experts [L, E] that stay.
     """
-    layers, width = scores.shape
+    each = scores.unflatten(1, (experts.shape[1], -1))
+    layers, count, width = each.shape
     sizes = [size] * (width // size) + ([width % size] if width % size and width % parallel == 0 else [])
     if not sizes:
         return torch.zeros_like(scores)
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    means = torch.stack([part.mean(1) for part in scores.gather(1, order)[:, : sum(sizes)].split(sizes, 1)], 1)
+    order = each.argsort(dim=-1, descending=True, stable=True)
+    in_order = (each.gather(-1, order) * experts[..., None]).sum(1) / experts.sum(1, keepdim=True)
+    means = torch.stack([part.mean(1) for part in in_order[:, : sum(sizes)].split(sizes, 1)], 1)
+    if count > 1:
+        means[:, 0] = math.inf
     means = means.masked_fill(alive[:, None] == 0, -math.inf)
     # A stable sort keeps a layer's blocks in order where they are alike, so that its best ones are taken first.
     ranked = means.flatten().argsort(descending=True, stable=True)
     ranked = ranked[means.flatten()[ranked] > -math.inf]
-    totals = torch.tensor([0.0, *sizes], dtype=torch.float64)[1 + ranked % len(sizes)].cumsum(0)
-    count = int((torch.cat([totals.new_zeros(1), totals]) - wanted).abs().argmin())
+    units = torch.tensor(sizes, dtype=torch.float64) * experts.double().sum(1, keepdim=True)
+    totals = units.flatten()[ranked].cumsum(0)
+    nearest = int((torch.cat([totals.new_zeros(1), totals]) - wanted).abs().argmin())
     blocks = torch.zeros(means.numel(), dtype=torch.long)
-    blocks[ranked[:count]] = 1
+    blocks[ranked[: max(nearest, int(means.isposinf().sum()))]] = 1
     widths = (blocks.view(layers, -1) * torch.tensor(sizes)).sum(1)
-    return torch.zeros_like(scores).scatter_(1, order, (torch.arange(width) < widths[:, None]).to(scores.dtype))
+    chosen = (torch.arange(width) < widths[:, None, None]).to(scores.dtype)
+    return torch.zeros_like(each).scatter_(-1, order, chosen.expand(-1, count, -1)).flatten(1)
 
 
 def _sparsity(spec: ArchSpec, kept: Mapping[str, Tensor]) -> float:

@@ -1,25 +1,28 @@
-"""A run's first step without its weights, its ranks or a GPU: the real model, partitioned by DeepSpeed for N ranks.
+"""A run's first step without its weights, its ranks or a GPU: the real layers, partitioned by DeepSpeed for N ranks.
 
 Tensors are fake (shape, type and device, no memory) and so is the process group, so a 70B model on hundreds of ranks is
-built on a laptop in seconds. What is run is the code of the prune stage: a wrong shape, an option that DeepSpeed
-refuses or a target that the gates cannot reach is found here and not after hours in a queue.
+tried on a laptop in seconds. The layers of a model have the same shapes, and so have the experts of a layer: a few are
+built, and counted for all. What is run is the code of the prune stage: a wrong shape, an option that DeepSpeed refuses
+or a target that the gates cannot reach is found here and not after hours in a queue.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from nuteprune.arch import split_fused
+from nuteprune.arch import ArchSpec, read_spec, split_fused
 from nuteprune.config import Config, ConfigError
 from nuteprune.masks import Gates, MaskSet, check_target, unit_shape
 from nuteprune.model.layers import build_view
@@ -29,7 +32,7 @@ from nuteprune.parallel.zero import attach, quiet, zero_settings
 from nuteprune.planning.planner import read_model
 
 STEP_LAYERS = 2
-"""Decoder layers that the step runs through: all layers of a model have the same shapes."""
+"""Decoder layers that are built and run, each with as many experts as its router chooses."""
 GB = 1e9
 
 
@@ -43,6 +46,7 @@ class DryRun:
         gathered: bytes of the weights that are partitioned and gathered for use; 0 where every rank holds all.
         gates: shape of the gates by kind.
         lora: number of LoRA parameters.
+        layers: what the step ran through, in words.
         seconds: what it took.
     """
 
@@ -52,6 +56,7 @@ class DryRun:
     gathered: int
     gates: dict[str, tuple[int, ...]]
     lora: int
+    layers: str
     seconds: float
 
 
@@ -70,12 +75,13 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
         raise ConfigError(f"train.batch_size {config.train.batch_size} cannot be split over {ranks} ranks")
     hf_config, spec = read_model(config.model.path)
     check_target(spec, config.gates, config.sparsity.target, config.lora.targets)
-    masks = MaskSet(spec, config.gates)
+    few_config, few = _few(hf_config, spec)
+    masks = MaskSet(few, config.gates)
     world = World(0, ranks, 0, min(ranks, ranks_per_node))
     with _fake_world(world), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         settings = zero_settings(config, spec, world)
         hf_model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=getattr(torch, config.model.dtype), attn_implementation=config.model.attention
+            few_config, dtype=getattr(torch, config.model.dtype), attn_implementation=config.model.attention
         )
         for layer in hf_model.model.layers:
             split_fused(layer)
@@ -84,15 +90,15 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
             if "offload_param" in partitioned["zero_optimization"]:  # no disk is needed for tensors without memory
                 partitioned["zero_optimization"]["offload_param"] |= {"device": "cpu"}
             deepspeed.zero.Init(module=hf_model, config_dict_or_path=partitioned)
-        model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
+        model = PairedModel(hf_model, few, config.lora, config.train.activation_checkpointing)
         if partitioned is not None:
             attach(model, partitioned)
-        total, share, gathered = _bytes(hf_model)
-        lora = sum(p.numel() for pair in model.lora().values() for p in pair)
-        _cut(model)
+        total, share, gathered = _bytes(hf_model, spec, few)
+        lora = sum(p.numel() for pair in model.lora().values() for p in pair) * spec.layers // few.layers
         _step(model, config, masks, fake, ranks)
     gates = {kind: unit_shape(spec, kind) for kind in masks.kinds}
-    return DryRun(ranks, total, share, gathered, gates, lora, time.perf_counter() - began)
+    layers = f"{few.layers} layers" + (f" of {few.experts} experts" if few.experts > 1 else "")
+    return DryRun(ranks, total, share, gathered, gates, lora, layers, time.perf_counter() - began)
 
 
 def _on_cpu() -> None:
@@ -121,31 +127,36 @@ def _fake_world(world: World) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _bytes(model: nn.Module) -> tuple[int, int, int]:
-    """Bytes of all parameters, of rank 0's share, and of those that are partitioned."""
-    total = share = gathered = 0
-    for parameter in model.parameters():
+def _few(config: PreTrainedConfig, spec: ArchSpec) -> tuple[PreTrainedConfig, ArchSpec]:
+    """The model with the layers and experts that are built."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = min(STEP_LAYERS, spec.layers)
+    if spec.experts > 1:
+        config.num_local_experts = min(max(2, spec.top_k), spec.experts)
+    return config, read_spec(config)
+
+
+def _bytes(model: nn.Module, spec: ArchSpec, few: ArchSpec) -> tuple[int, int, int]:
+    """Bytes of all parameters, of rank 0's share, and of those that are partitioned; of `few`, counted for `spec`."""
+    layers, experts = Fraction(spec.layers, few.layers), Fraction(spec.experts, few.experts)
+    total = share = gathered = Fraction(0)
+    for name, parameter in model.named_parameters():
         whole, own = getattr(parameter, "ds_numel", parameter.numel()), parameter.numel()
+        size = parameter.element_size() * (layers if ".layers." in name else 1)
+        size *= experts if ".mlp.experts." in name or ".mlp.gate." in name else 1
         if hasattr(parameter, "ds_numel"):
             own = whole if parameter.ds_persist else parameter.ds_tensor.numel()
-            gathered += 0 if parameter.ds_persist else whole * parameter.element_size()
-        total += whole * parameter.element_size()
-        share += own * parameter.element_size()
-    return total, share, gathered
-
-
-def _cut(model: PairedModel) -> None:
-    """Leave the model its first layers only."""
-    model.spec = replace(model.spec, layers=STEP_LAYERS)
-    model.model.config.num_hidden_layers = STEP_LAYERS
-    model.model.model.layers = model.layers[:STEP_LAYERS]
+            gathered += 0 if parameter.ds_persist else whole * size
+        total += whole * size
+        share += own * size
+    return int(total), int(share), int(gathered)
 
 
 def _step(model: PairedModel, config: Config, masks: MaskSet, fake: FakeTensorMode, ranks: int) -> None:
     """A paired forward and backward of one micro-batch; every gate and LoRA matrix in it must get a gradient."""
     local = config.train.batch_size // ranks
     size = min(config.train.micro_batch or local, local)
-    gates = Gates(**{kind: fake.from_tensor(_rows(z.detach(), kind)).requires_grad_()
+    gates = Gates(**{kind: fake.from_tensor(z.detach()).requires_grad_()
                      for kind, z in masks.sample(torch.Generator().manual_seed(0)).as_dict().items()})  # fmt: skip
     # Which units are removed is not known without values: gates multiply, and no unit is left out.
     student = build_view(model.spec, gates, model.lora(), model.scaling, model.dtype, skip_removed=False)
@@ -153,19 +164,13 @@ def _step(model: PairedModel, config: Config, masks: MaskSet, fake: FakeTensorMo
     ids = torch.zeros(size, config.data.seq_len, dtype=torch.long)
     model(ids, student, teacher, config.loss).total.backward()
     assert all(z.grad is not None for z in gates.as_dict().values())
-    used = [pair for key, pair in model.lora().items() if int(key.split(".")[0]) < STEP_LAYERS]
-    assert all(p.grad is not None for pair in used for p in pair)
-
-
-def _rows(gate: torch.Tensor, kind: str) -> torch.Tensor:
-    """The gates of the first layers; the hidden dimensions are shared by all."""
-    return gate if kind == "hidden" else gate[:STEP_LAYERS]
+    assert all(p.grad is not None for pair in model.lora().values() for p in pair)
 
 
 def text(found: DryRun, config: Config) -> str:
     """What the command prints."""
     lines = [f"dry run of {config.model.path} on {found.ranks} ranks: {found.seconds:.0f} s, a step through "
-             f"{STEP_LAYERS} layers included"]  # fmt: skip
+             f"{found.layers} included"]  # fmt: skip
     how = "partitioned by ZeRO-3" if found.gathered else "whole on every rank"
     lines.append(f"  frozen weights  {found.total / GB:9.3f} GB, {how}: {found.share / GB:.3f} GB a rank")
     if found.gathered:

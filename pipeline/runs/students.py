@@ -225,15 +225,16 @@ def structure(
 
 def _fits(spec: ArchSpec, gates: Gates, shape: str, rounding: tuple[int, ...]) -> bool:
     """Whether a shape can hold what the gates keep."""
-    if shape == "per_layer":
-        return True
     kept, (ffn_multiple, _, parallel) = kept_units(spec, gates), rounding
-    counts = [len(units) for units in kept.kv_groups] + [width for layer in kept.ffn_widths(spec) for width in layer]
+    if shape == "per_layer" or not kept.experts_are_alike(spec):
+        return kept.experts_are_alike(spec)
+    every_width = [width for layer in kept.ffn_widths(spec) for width in layer]
+    counts = [len(units) for units in kept.kv_groups] + every_width
     if any(count % parallel for count in counts):
         return False
     if shape == "uniform":
         return kept.is_uniform(spec)
-    widths = all(len(units) % ffn_multiple == 0 or len(units) == spec.ffn for units in kept.ffn)
+    widths = all(width % ffn_multiple == 0 or width == spec.ffn for width in every_width)
     return kept.attention_is_alike(spec) and widths
 
 

@@ -25,10 +25,13 @@ SIZES = {
     "phi3": {"sliding_window": None},
     "olmo2": {"attention_bias": False, "hidden_size": 192},
     "olmo3": {"hidden_size": 192},
-    "mixtral": {"sliding_window": None},
+    "qwen3_moe": {"hidden_size": 96},
+    "mixtral": {"sliding_window": None, "hidden_size": 96},
 }
 HEAD_DIM = 32
 """The smallest that vLLM's attention takes."""
+FREE = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+"""Families of which engines take the per-layer shapes too; Phi-3's are Mistral there."""
 
 
 def gates(spec, shape):
@@ -37,7 +40,8 @@ def gates(spec, shape):
     Of OLMo only FFN units: llama.cpp wants its heads as wide as the hidden size.
     """
     # Of a uniform Qwen2 vLLM takes hidden size / heads, four here, for the head size.
-    hidden = 4 * HEAD_DIM if (spec.family, shape) == ("qwen2", "uniform") else 40
+    # With experts its CPU build wants a multiple of 32.
+    hidden = 4 * HEAD_DIM if (spec.family, shape) == ("qwen2", "uniform") else 64 if spec.experts > 1 else 40
     chosen = some_gates(spec, shape, hidden=hidden, empty=False)
     if spec.qk_norm == "width":
         return Gates(ffn=chosen.ffn)
@@ -51,7 +55,7 @@ def main():
     folder, *settings = sys.argv[1:]
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for family in FAMILIES:
-        for shape in SHAPES if family in ("llama", "mistral", "qwen2", "qwen3") else ("uniform",):
+        for shape in SHAPES if family in FREE else ("uniform",):
             place = Path(folder) / f"{family}-{shape}"
             place.mkdir(parents=True)
             base = base_model(family, head_dim=HEAD_DIM, rms_norm_eps=1e-3, **SIZES.get(family, {}))

@@ -1,6 +1,7 @@
 """Dry runs of the big models' recipes, and what they find, without any download."""
 
 import pytest
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nuteprune.__main__ import main
 from nuteprune.config import ConfigError, load_config
@@ -9,7 +10,8 @@ from nuteprune.planning.footprint import total_parameters
 from nuteprune.planning.planner import HUB, named_spec
 
 RECIPES = {"llama2-13b": 8, "llama3.1-8b": 8, "llama3.1-70b": 16, "mistral-7b": 8, "qwen3-14b": 8, "granite3.3-8b": 8,
-           "smollm3-3b": 8, "phi4": 8, "olmo2-7b": 8, "olmo3-7b": 8, "gemma3-1b": 8, "mixtral-8x7b": 8}  # fmt: skip
+           "smollm3-3b": 8, "phi4": 8, "olmo2-7b": 8, "olmo3-7b": 8, "gemma3-1b": 8, "mixtral-8x7b": 8,
+           "qwen3-30b-a3b": 8}  # fmt: skip
 """Recipe and the number of ranks that it is made for."""
 
 
@@ -25,6 +27,18 @@ def test_recipe_on_its_ranks(recipe):
     else:
         assert found.share == pytest.approx(found.total / ranks, rel=1e-3)
         assert 0.99 * found.total < found.gathered < found.total
+
+
+@pytest.mark.parametrize("recipe", ["qwen3-14b", "qwen3-30b-a3b"])
+def test_work_does_not_grow_with_layers_and_experts(recipe):
+    """48 layers of 128 experts have 18,432 matrices; what is built is what two layers of chosen experts have."""
+    built = []
+    hook = register_module_parameter_registration_hook(lambda module, name, parameter: built.append(name))
+    try:
+        dry_run(load_config(None, [f"recipe={recipe}"]), 8, 8)
+    finally:
+        hook.remove()
+    assert 0 < len(built) < 300
 
 
 @pytest.mark.parametrize("recipe", ["phi4", "olmo2-7b", "gemma3-1b"])

@@ -1,5 +1,7 @@
 """Mixtures of experts: what the router may choose, which structures selection gives, what is read for a token."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import VOCAB, tiny_config, tiny_model
@@ -11,6 +13,7 @@ from nuteprune.model.layers import GatedRouter, build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters, total_parameters
 from nuteprune.planning.planner import named_spec
+from nuteprune.runs.students import structure
 
 NAMES = ("qwen3_moe", "mixtral")
 IDS = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3))
@@ -81,6 +84,34 @@ def test_uniform_structures_are_those_of_a_stock_class(name, units, target):
     assert {len(experts) for experts in kept.experts} == {len(kept.experts[0])}
     assert len(kept.experts[0]) >= spec.top_k
     assert abs(sparsity_of(spec, gates) - target) <= 0.01
+
+
+@names
+@pytest.mark.parametrize("target", [0.1, 0.4])
+@pytest.mark.parametrize("shape", ["per_layer_ffn", "per_layer"])
+@pytest.mark.parametrize("units", [["experts", "ffn"], ["kv_groups", "experts", "ffn", "hidden", "layers"], ["ffn"]])
+def test_free_structures_have_experts_of_one_width_in_a_layer(name, units, shape, target):
+    spec = read_spec(tiny_config(name, hidden_size=128, intermediate_size=256, moe_intermediate_size=256,
+                                 num_experts=32, num_local_experts=32))  # fmt: skip
+    config = GateConfig(shape=shape, units=units)
+    check_target(spec, config, target)
+    generator = torch.Generator().manual_seed(0)
+    scores = {kind: torch.randn(unit_shape(spec, kind), generator=generator) for kind in units}
+    scores["ffn"] -= torch.arange(spec.layers)[:, None]  # the first layers deserve more
+    gates = select_units(spec, scores, target, shape, *multiples(config))
+    kept = kept_units(spec, gates)
+    assert kept.experts_are_alike(spec)
+    widths = [set(kept.ffn_widths(spec)[i]) for i in kept.layers]
+    assert max(widths[0]) > max(widths[-1])
+    assert all(width % 8 == 0 for layer in widths for width in layer)
+    assert all(len(kept.experts[i]) >= spec.top_k for i in kept.layers)
+    assert shape == "per_layer" or kept.attention_is_alike(spec)
+    assert abs(sparsity_of(spec, gates) - target) <= 0.01
+    assert structure(spec, gates, scores, target, shape, (1, 1, 1)) is gates
+    ragged = gates.ffn.clone()
+    ragged[0, ragged[0].nonzero()[0]] = 0  # as in a snapshot
+    settled = structure(spec, replace(gates, ffn=ragged), scores, target, shape, multiples(config))
+    assert kept_units(spec, settled).experts_are_alike(spec)
 
 
 @names

@@ -22,7 +22,7 @@ LONG = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_f
     ("name", "changes", "units", "shape", "line"),
     [
         ("llama", {}, ["experts"], "uniform", "gates.units: llama cannot have experts, leave it out"),
-        ("mixtral", {}, ["ffn"], "per_layer_ffn", "gates.shape: mixtral cannot have per_layer_ffn, leave it out"),
+        ("mixtral", {}, ["ffn", "ffn_sublayers"], "per_layer_ffn", "gates.units: mixtral cannot have ffn_sublayers"),
         ("qwen3_moe", {}, ["ffn_sublayers"], "uniform", "gates.units: qwen3_moe cannot have ffn_sublayers"),
         ("phi3", LONG, ["kv_groups"], "uniform", "gates.units: phi3 cannot have kv_groups"),
         ("phi3", LONG, ["ffn"], "per_layer_ffn", "gates.shape: phi3 cannot have per_layer_ffn"),
