@@ -97,7 +97,7 @@ def waits(out: Path, cuda: bool) -> Iterator[Line]:
 def demo(out: Path, cuda: bool) -> Iterator[Line]:
     """SmolLM2-135M pruned by a fifth, exported and compared."""
     if not cuda:
-        yield Line("the demo", "runs", "takes 12 minutes on two cores: `make demo`", SKIPPED)
+        yield Line("the demo", "runs", "takes 11 minutes on two cores: `make demo`", SKIPPED)
         return
     for stage in ("prune", "export", "evaluate"):
         log, began = out / f"demo-{stage}.log", time.perf_counter()
