@@ -11,7 +11,8 @@ domain alone is worth. Documents held out of the training file are a text of its
 `--finetune records.json` adds each student after fine-tuning, `--ladder 0.1 0.2` the rungs below each of our runs, and
 `--recover` each rung after its recovery.
 Several `--steps` draw what each row makes of a budget. The same command goes on after an interruption, and takes more
-seeds, steps, sparsities or variants into the table it has.
+seeds, steps, sparsities or variants into the table it has. Several such commands, of different variants or sparsities,
+may fill one table at a time.
 """
 
 from __future__ import annotations
@@ -93,14 +94,13 @@ def bench(args: argparse.Namespace) -> int:
     args.train, held_out = split(args.train, args.held_out, args.out)
     scorer = Scorer(args.model, [*args.test, *held_out], args.blocks)
     runs = known(args) or [{"variant": "intact", "sparsity": 0.0, "steps": 0, "seed": 0, **scorer.score(args.model)}]
-    measured = {(run["run"], run["seed"]) for run in runs if "run" in run}
     for steps, sparsity, variant, seed in product(args.steps, args.sparsities, args.variants, range(args.seeds)):
         if variant == "control" and sparsity != args.sparsities[0]:
             continue  # removes nothing: one row for all of them
         name = f"{variant}-{sparsity:g}-{steps}"
-        if (name, seed) not in measured:
-            found = measure(args, scorer, variant, sparsity, steps, seed)
-            runs += [{"run": name, **run} for run in found]
+        if (name, seed) not in {(run.get("run"), run["seed"]) for run in runs}:
+            found = [{"run": name, **run} for run in measure(args, scorer, variant, sparsity, steps, seed)]
+            runs = (known(args) or runs) + found  # others may have filled in theirs meanwhile
             save(args, runs)
             sys.stderr.write(table(runs) + "\n")
     if len(args.steps) > 1:

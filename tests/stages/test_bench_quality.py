@@ -38,6 +38,24 @@ def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, tmp_path,
     assert "another blocks" in capsys.readouterr().err
 
 
+def test_two_commands_fill_one_table(model_dir, text_file, tmp_path, monkeypatch):
+    command = ["--model", model_dir, "--train", text_file, "--test", text_file, "--sparsities", "0.4", "--steps", "2",
+               "--blocks", "1", "--out", tmp_path / "out", "--set", "gates.importance_batches=1",
+               "--set", "tracking.progress=false", "--set", "data.seq_len=32"]  # fmt: skip
+    command = list(map(str, command))
+    measure = quality.measure
+
+    def beside(*arguments):
+        monkeypatch.undo()
+        assert quality.main([*command, "--variants", "no-teacher"]) == 0
+        return measure(*arguments)
+
+    monkeypatch.setattr(quality, "measure", beside)
+    assert quality.main([*command, "--variants", "ours"]) == 0
+    runs = json.loads((tmp_path / "out" / "quality.json").read_text())["runs"]
+    assert [run["variant"] for run in runs] == ["intact", "no-teacher", "ours"]
+
+
 def test_documents_held_out_are_not_trained_on(tmp_path):
     file = tmp_path / "c4.jsonl"
     file.write_text("".join(json.dumps({"text": str(n)}) + "\n" for n in range(9)))
