@@ -230,12 +230,18 @@ def mean(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
-def verdict(own: list[float], ours: list[float]) -> str:
-    """How a row's perplexities stand to ours: a ratio, or `equal` where two standard errors cannot tell them apart."""
-    (a, a_error), (b, b_error) = mean(own), mean(ours)
-    if math.isnan(a_error) or math.isnan(b_error):
-        return f"{b / a:.3f}, one seed"
-    return "equal" if abs(a - b) < 2 * math.hypot(a_error, b_error) else f"{b / a:.3f}"
+def verdict(own: dict[int, float], ours: dict[int, float]) -> str:
+    """Ours over a row, by the perplexity of each seed: a ratio, or `equal` if it is within two standard errors of 1.
+
+    Runs of one seed are compared with each other: they read the same text in the same order, which moves both alike.
+    """
+    pairs = [math.log(ours[seed] / own[seed]) for seed in own.keys() & ours.keys()]
+    if not pairs:
+        return ""
+    ratio, error = mean(pairs)
+    if math.isnan(error):
+        return f"{math.exp(ratio):.3f}, one seed"
+    return "equal" if abs(ratio) < 2 * error else f"{math.exp(ratio):.3f}"
 
 
 def table(runs: list[dict]) -> str:
@@ -247,8 +253,8 @@ def table(runs: list[dict]) -> str:
     grouped = rows(runs)
     for (steps, sparsity, variant), group in grouped.items():
         cells = [_cell([run[what][text] for run in group]) for text in texts for what in ("perplexity", "kl")]
-        ours = grouped.get((steps, sparsity, "ours"))
-        told = verdict(*([run["perplexity"][texts[0]] for run in part] for part in (group, ours))) if ours else ""
+        ours = grouped.get((steps, sparsity, "ours"), [])
+        told = verdict(*({run["seed"]: run["perplexity"][texts[0]] for run in part} for part in (group, ours)))
         reached = statistics.fmean(run.get("reached", 0.0) for run in group)
         seconds = statistics.fmean(run.get("seconds", 0) for run in group)
         line = f"{steps:>5} {sparsity:>6.0%} {reached:>7.2%} {variant:<17} {len(group):>5}"

@@ -65,9 +65,11 @@ def test_documents_held_out_are_not_trained_on(tmp_path):
 
 
 def test_rows_within_two_standard_errors_are_equal():
-    assert quality.verdict([10.0, 11.0, 12.0], [11.5, 10.5, 12.5]) == "equal"
-    assert quality.verdict([20.0, 20.1, 19.9], [10.0, 10.1, 9.9]) == "0.500"
-    assert quality.verdict([20.0], [10.0]) == "0.500, one seed"
+    assert quality.verdict({0: 10.0, 1: 11.0, 2: 12.0}, {0: 10.5, 1: 10.5, 2: 12.5}) == "equal"
+    # Seeds that move both rows alike do not hide what lies between them.
+    assert quality.verdict({0: 10.0, 1: 20.0, 2: 40.0}, {0: 9.0, 1: 18.1, 2: 36.0, 3: 1.0}) == "0.902"
+    assert quality.verdict({0: 20.0}, {0: 10.0, 1: 3.0}) == "0.500, one seed"
+    assert quality.verdict({0: 20.0}, {1: 3.0}) == ""
     assert math.isnan(quality.mean([1.0])[1])
 
 
