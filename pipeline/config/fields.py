@@ -83,8 +83,8 @@ class GateConfig:
     init_spread: float = opt(2.0, "Standard deviation of the initial log-alpha (init: importance).", gt=0)
     importance_batches: int = opt(16, "Batches over which the Taylor importance is summed.", ge=1)
     optimizer: Literal["adam", "sgd"] = opt(
-        "sgd", "`sgd`: momentum on gradients divided by their root mean square over a kind's units, so that units move "
-        "in proportion to what they matter; `adam`: AdamW as in the paper."
+        "sgd", "`sgd`: momentum on gradients per parameter of a unit, divided by their root mean square, so that units "
+        "move in proportion to what they matter; `adam`: AdamW as in the paper."
     )  # fmt: skip
     lr: float = opt(
         2.5, "Learning rate of log-alpha; for `sgd` divided by the steps until the gates settle, so that a unit moves "

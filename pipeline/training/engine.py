@@ -21,6 +21,7 @@ from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import lora_lr_at, settle_step
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
+from nuteprune.training.importance import unit_costs
 from nuteprune.training.preconditioning import B_RATE, Preconditioner
 
 _GATE_MOMENTUM = 0.9
@@ -89,6 +90,7 @@ class Engine:
         train, gates = config.train, config.gates
         self.lora = [p for pair in model.lora().values() for p in pair]  # A, B, A, B, …
         self.alphas = list(masks.log_alpha.values())
+        self.costs = unit_costs(masks.spec)
         scaled = train.lora_optimizer == "scaled"
         self.precondition = Preconditioner(model.lora().values()) if scaled else None
         adamw = {"lr": train.lora_lr, "betas": (0.9, train.beta2), "weight_decay": train.weight_decay, "fused": True}
@@ -129,11 +131,11 @@ class Engine:
         if finite:
             if self.precondition:
                 self.precondition()
-            if self.config.gates.optimizer == "sgd":
-                _normalize([a.grad for a in self.alphas if a.grad is not None])
+            moving = self.masks.fixed is None  # settled gates no longer move, not even by momentum
+            if moving and self.config.gates.optimizer == "sgd":
+                self._normalize()
             for name, optimizer in self.optimizers.items():
-                # Settled gates no longer move, not even by momentum.
-                if name != "gates" or self.masks.fixed is None:
+                if moving or name != "gates":
                     optimizer.step()
             self.masks.clamp()
         self.discard()
@@ -147,6 +149,19 @@ class Engine:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in self.lora])))
         self.lora_gradients.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    @torch.no_grad()
+    def _normalize(self) -> None:
+        """Gradients of log-alpha per parameter of a unit, divided by their root mean square over the units in play.
+
+        One log-alpha ranks the units of all kinds, by what a parameter of theirs is worth, as their start does. Units
+        in play are those with a nonzero gradient.
+        """
+        gradients = [alpha.grad.div_(self.costs[kind]) for kind, alpha in self.masks.log_alpha.items()]
+        squares = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+        count = torch.stack([gradient.count_nonzero() for gradient in gradients]).sum()
+        scale = (squares / count.clamp(min=1)).sqrt()
+        torch._foreach_div_(gradients, scale + (scale == 0))
 
     def collect(self) -> None:
         """Bring the shards of the LoRA optimizer's state to rank 0, for a checkpoint; collective."""
@@ -181,12 +196,3 @@ def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
     return flat
-
-
-@torch.no_grad()
-def _normalize(gradients: list[Tensor]) -> None:
-    """Divide each kind's gradient by its root mean square over the units in play (those with a nonzero gradient)."""
-    for gradient in gradients:
-        count = gradient.count_nonzero().clamp(min=1)
-        scale = (gradient.square().sum() / count).sqrt()
-        gradient.div_(scale + (scale == 0))

@@ -14,12 +14,13 @@ from nuteprune.masks import MaskSet
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.training.engine import Engine, LossScale
+from nuteprune.training.importance import unit_costs
 from nuteprune.training.resume import _restore_optimizer
 
 
-def engine(dtype=torch.float32) -> Engine:
+def engine(dtype=torch.float32, *settings) -> Engine:
     hf = tiny_model("llama").to(dtype)
-    config = load_config(None, ["gates.ffn_multiple=1"])
+    config = load_config(None, ["gates.ffn_multiple=1", *settings])
     spec = read_spec(hf.config)
     return Engine(PairedModel(hf, spec, config.lora), MaskSet(spec, config.gates), None, config, 10, World())
 
@@ -66,6 +67,26 @@ def test_a_gradient_that_overflows_changes_nothing_and_halves_the_scale():
     assert e.step(0).skipped
     assert torch.equal(e.lora[0], before)
     assert e.scale.value == scale / 2
+
+
+def test_gates_of_all_kinds_move_by_what_a_parameter_of_theirs_is_worth():
+    e = engine(torch.float32, "gates.units=[ffn,attn_sublayers]")
+    alphas, costs = e.masks.log_alpha, unit_costs(e.masks.spec)
+    before = {kind: alpha.detach().clone() for kind, alpha in alphas.items()}
+    with torch.no_grad():
+        alphas["ffn"].grad[0, 0] = 1e-6 * costs["ffn"]
+        alphas["ffn"].grad[1, 3] = -2e-6 * costs["ffn"]
+        alphas["attn_sublayers"].grad[1] = 1e-6 * costs["attn_sublayers"]
+    e.step(0)
+    moved = {kind: (before[kind] - alpha).detach() for kind, alpha in alphas.items()}
+    step = moved["ffn"][0, 0]
+    assert step > 0
+    torch.testing.assert_close(moved["attn_sublayers"][1], step)
+    torch.testing.assert_close(moved["ffn"][1, 3], -2 * step)
+    assert sum(int(m.count_nonzero()) for m in moved.values()) == 3
+    # Whatever the loss's scale: the root mean square of 1, 2 and 1 is that of 2.
+    rate = e.optimizers["gates"].param_groups[0]["lr"]
+    torch.testing.assert_close(step, torch.tensor(rate / 2**0.5))
 
 
 @pytest.fixture
