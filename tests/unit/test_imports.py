@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,12 @@ def test_every_room_exists_and_says_what_it_is_for():
     assert set(ROOMS) == {room(p) for p in FILES if p != ROOT / "pipeline/__init__.py"}
     for path in ROOT.glob("pipeline/*/__init__.py"):
         assert len(ast.get_docstring(ast.parse(path.read_text())).splitlines()) > 2, path
+
+
+def test_every_test_is_collected(pytestconfig):
+    """No folder has a name that pytest passes over, and no two files one name, of which it takes one."""
+    files = sorted((ROOT / "tests").glob("**/test_*.py"))
+    folders = {folder.name for file in files for folder in file.relative_to(ROOT).parents if folder.name}
+    passed_over = pytestconfig.getini("norecursedirs")
+    assert not [name for name in folders for pattern in passed_over if fnmatch(name, pattern)]
+    assert len({file.name for file in files}) == len(files)
