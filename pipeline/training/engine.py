@@ -90,9 +90,10 @@ class Engine:
         train, gates = config.train, config.gates
         self.lora = [p for pair in model.lora().values() for p in pair]  # A, B, A, B, …
         self.alphas = list(masks.log_alpha.values())
-        costs = {kind: unit_costs(masks.spec)[kind] for kind in masks.log_alpha}
+        costs = unit_costs(masks.spec)
+        least = min((costs[kind] for kind in masks.log_alpha), default=1.0)
         # As multiples of the least, so that no square of a gradient underflows.
-        self.costs = {kind: cost / min(costs.values()) for kind, cost in costs.items()}
+        self.costs = {kind: costs[kind] / least for kind in masks.log_alpha}
         scaled = train.lora_optimizer == "scaled"
         self.precondition = Preconditioner(model.lora().values()) if scaled else None
         adamw = {"lr": train.lora_lr, "betas": (0.9, train.beta2), "weight_decay": train.weight_decay, "fused": True}
