@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers", "experts"]
 Shape = Literal["uniform", "per_layer_ffn", "per_layer"]
-DEFAULT_UNITS: dict[str, list[Unit]] = {"per_layer": ["kv_groups", "ffn"]}
-"""What is gated by default in a shape, as measured (docs/results.md); in the others KV groups and FFN units."""
+DEFAULT_UNITS: dict[Shape, list[Unit]] = {
+    "uniform": ["ffn"], "per_layer_ffn": ["attn_sublayers", "ffn"], "per_layer": ["kv_groups", "ffn"],
+}  # fmt: skip
+"""What is gated by default in a shape, as measured (docs/results.md)."""
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ExportShape = Literal[Shape, "as_trained"]
@@ -71,7 +73,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class GateConfig:
     units: list[Unit] = opt([], "What may be removed: heads, kv_groups, ffn, hidden, attn_sublayers, ffn_sublayers, "
-                            "layers, experts; empty: ffn, and in the shape `per_layer` kv_groups too.")  # fmt: skip
+                            "layers, experts; empty: ffn, and in the shape `per_layer_ffn` attn_sublayers too, in "
+                            "`per_layer` kv_groups.")  # fmt: skip
     shape: Shape = opt(
         "per_layer_ffn", "`per_layer_ffn`: the same attention in each layer that has one, an FFN width of its own; "
         "`uniform`: the same counts in every layer, a stock architecture; `per_layer`: free counts."
@@ -107,7 +110,7 @@ class GateConfig:
 
     def __post_init__(self):
         if not self.units:
-            object.__setattr__(self, "units", list(DEFAULT_UNITS.get(self.shape, ["ffn"])))
+            object.__setattr__(self, "units", list(DEFAULT_UNITS[self.shape]))
 
 
 @dataclass(frozen=True)

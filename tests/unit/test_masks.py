@@ -219,8 +219,7 @@ def random_scores(spec, units, seed=0):
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_free_ffn_widths_are_multiples_and_attention_is_whole(name, target):
     spec = wide_spec(name)
-    config = GateConfig(shape="per_layer_ffn")
-    assert config.units == ["ffn"]
+    config = GateConfig(units=["ffn"], shape="per_layer_ffn")
     check_target(spec, config, target)
     scores = random_scores(spec, ["ffn"])
     gates = select_units(spec, scores, target, "per_layer_ffn", *multiples(config))

@@ -136,8 +136,8 @@ def test_memory_by_hand():
     )
     assert need.head_phase["gathered head"] == 2 * 32000 * 4096
     assert need.head_phase["logits of one KL chunk"] == logits_chunk(plan, 512) == 4 * 4 * 256 * 32000
-    assert need.resident["gates and their optimizer"] == 12 * 32 * 11008  # FFN units: the default shape's
-    assert need.host == {"teachers (20 snapshots)": 20 * (2 * 19_988_480 + 8 * 32 * 11008)}
+    assert need.resident["gates and their optimizer"] == 12 * 32 * (11008 + 1)  # FFN units and attention
+    assert need.host == {"teachers (20 snapshots)": 20 * (2 * 19_988_480 + 8 * 32 * (11008 + 1))}
 
 
 def test_zero2_keeps_weights_whole_and_offload_and_hpz_move_them():
@@ -398,7 +398,7 @@ MISTAKES = [
     (["--nodes", "3"], "train.batch_size 16 cannot be split over 24 ranks (3 x 8): set train.batch_size=24"),
     (["--model", "./nowhere/config.json"], "--model ./nowhere/config.json: there is no such file"),
     (["--model", ""], "--model is missing"),
-    (["sparsity.target=0.999"], "sparsity.target 0.999 is out of reach"),
+    (["sparsity.target=0.999", "gates.units=[ffn]"], "sparsity.target 0.999 is out of reach"),
     (["data.documents=0"], "set train.steps"),
 ]
 
