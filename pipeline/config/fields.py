@@ -50,7 +50,7 @@ class TrainConfig:
     epochs: float = opt(7.0, "Passes over the data when `steps` is 0.", gt=0)
     batch_size: int = opt(16, "Sequences per optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(0, "Sequences per forward pass on one rank; 0 takes the whole batch at once.", ge=0)
-    lora_lr: float = opt(3e-3, "Peak learning rate of the LoRA weights.", gt=0)
+    lora_lr: float = opt(2e-3, "Peak learning rate of the LoRA weights.", gt=0)
     lora_optimizer: Literal["scaled", "adamw"] = opt(
         "scaled", "`scaled`: AdamW on gradients of each LoRA factor that are scaled by the other factor, so that all "
         "directions of their product are learned alike, and B at four times the rate of A; `adamw`: as in the paper."
@@ -130,8 +130,8 @@ class LoraConfig:
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "Projections that get LoRA; none: gates are learned alone.",
     )
-    rank: int = opt(8, "LoRA rank.", ge=1)
-    alpha: float = opt(8.0, "LoRA alpha; the update is scaled by alpha / rank.", gt=0)
+    rank: int = opt(16, "LoRA rank.", ge=1)
+    alpha: float = opt(16.0, "LoRA alpha; the update is scaled by alpha / rank.", gt=0)
 
 
 @dataclass(frozen=True)
