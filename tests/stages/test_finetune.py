@@ -113,7 +113,7 @@ def test_a_signal_saves_and_the_next_start_ends_bit_identical(tuning, run_dir, t
     assert metrics(run_dir / "finetune") == metrics(whole / "finetune")
     left, right = (load_file(d / "finetune/tuned/adapter/adapter_model.safetensors") for d in (run_dir, whole))
     assert all(torch.equal(left[k], right[k]) for k in left)
-    with pytest.raises(ConfigError, match=r"belongs to a run with .*lora_lr=0.002, not 0.01"):
+    with pytest.raises(ConfigError, match=r"belongs to a run with .*lora_lr=0.003, not 0.01"):
         finetune.run(changed(tuning, lr=0.01))
 
 
