@@ -44,13 +44,15 @@ def dump_ranks(rank: int) -> None:
 def overrides(model_dir, text_file):
     """A run whose micro-batches are those of four ranks, so that all worlds draw the same gates.
 
-    At a third of the default's rate: B moves at four times that of A, and what rounding differs in grows with it.
+    At half the default's rate and rank: what rounding differs in over 50 steps grows with both, and B moves at four times
+    the rate of A.
     """
     return [
         f"model.path={model_dir}", f"data.source={text_file}", "data.seq_len=32", f"train.steps={STEPS}",
         "train.batch_size=4", "train.micro_batch=1", "gates.importance_batches=2", "tracking.progress=false",
         "gates.ffn_multiple=1", "gates.hidden_multiple=1", "checkpoint.every=20", "checkpoint.keep=9",
         "gates.shape=uniform", "gates.units=[kv_groups,ffn,layers]", "train.lora_lr=1e-3",
+        "lora.rank=8", "lora.alpha=8",
     ]  # fmt: skip
 
 
