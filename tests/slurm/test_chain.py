@@ -110,7 +110,7 @@ def test_restarts_without_progress_have_an_end(tiny_run):
 
 def test_failing_stage_stops_the_chain_and_status_says_why(tiny_run):
     run = tiny_run()
-    jobs = run.submit("--from", "prune", "sparsity.target=0.99", LAUNCHER="torchrun")
+    jobs = run.submit("--from", "prune", "sparsity.target=0.99", "gates.units=[ffn]", LAUNCHER="torchrun")
     failed = run.cluster.wait_job(jobs["prune"])
     assert (failed["JobState"], failed["Restarts"]) == ("FAILED", "0")
     assert run.cluster.wait_job(jobs["evaluate"])["JobState"] == "CANCELLED"
