@@ -180,7 +180,8 @@ def trainer(layers: int, phase: str, batch: int = 1, dtype: str = "bfloat16") ->
     engine = Engine(model, masks, None, config, STEPS, world)
     stream = BatchStream(torch.randint(0, spec.vocab, (64, 16), dtype=torch.int32), batch, 0)
     bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
-    made = Pruning(config, world, model, engine, stream, STEPS, masks=masks, multipliers=None, bank=bank)
+    made = Pruning(config, world, model, engine, stream, STEPS, masks=masks, multipliers=None, bank=bank,
+                   refit=None)  # fmt: skip
     masks.restart({kind: torch.randn_like(la) for kind, la in masks.log_alpha.items()})
     for sparsity in (0.05, 0.1):
         masks.project(sparsity)

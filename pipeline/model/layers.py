@@ -115,15 +115,16 @@ def at_hand(module: nn.Module) -> None:
 
 
 def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.device) -> LoraParameters:
-    """LoRA pairs to train, by "layer.projection": A random as in peft, B zero, both float32."""
+    """LoRA pairs by "layer.projection", float32: A random as in peft, B zero; ranks of `lora.refit` are all zero."""
     lora = {}
     for index, layer in enumerate(layers):
         for name, (owner, attribute) in projections(layer).items():
             if name in config.targets:
                 module = getattr(owner, attribute)
-                a = torch.empty(config.rank, module.in_features, dtype=torch.float32, device=device)
-                b = torch.zeros(module.out_features, config.rank, dtype=torch.float32, device=device)
-                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+                rank = config.rank_of(name)
+                a = torch.zeros(rank, module.in_features, dtype=torch.float32, device=device)
+                b = torch.zeros(module.out_features, rank, dtype=torch.float32, device=device)
+                nn.init.kaiming_uniform_(a[rank - config.rank :], a=math.sqrt(5))
                 lora[f"{index}.{name}"] = (nn.Parameter(a), nn.Parameter(b))
     return lora
 

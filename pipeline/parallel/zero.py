@@ -11,6 +11,8 @@ import logging
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -198,6 +200,18 @@ def attach(model: PairedModel, settings: dict) -> None:
     model.partitioning = (engine,)
     if torch.distributed.get_backend() == "gloo":
         deepspeed.comm.comm.cdb.all_gather_into_tensor = _gather_in_place
+
+
+@contextmanager
+def gathered(weight: Tensor) -> Iterator[Tensor]:
+    """A frozen weight in full, which ZeRO-3 may have partitioned; collective then."""
+    if not hasattr(weight, "ds_id"):
+        yield weight
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        yield weight
 
 
 class _Handles(list):

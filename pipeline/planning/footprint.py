@@ -7,6 +7,7 @@ hidden, F ffn, H heads, R rank, s bytes of an element, n ranks, G GPUs of a node
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +104,7 @@ class Job:
 def lora_sizes(job: Job) -> list[int]:
     """Elements of each LoRA matrix of one layer."""
     shapes, lora = projection_shapes(job.spec), job.config.lora
-    return [lora.rank * side for name in lora.targets for side in shapes[name]]
+    return [lora.rank_of(name) * side for name in lora.targets for side in shapes[name]]
 
 
 def lora_parameters(job: Job) -> int:
@@ -179,6 +180,9 @@ def memory(job: Job, layout: Layout, total: int) -> Memory:
     }
     count = snapshots(job.config, total)
     host = {f"teachers ({count} snapshots)": float(count * snapshot_bytes(job))}
+    if job.config.lora.refit and spec.experts == 1:
+        # Each rank has the matrices of its layers; while they are measured they lie on its device.
+        host["refit of removed units"] = FP32 * spec.ffn**2 * math.ceil(spec.layers / job.cluster.ranks)
     if "host" in weights:
         host["offloaded weights"] = weights["host"]
     return Memory(resident, layer_phase, head_phase, host)
@@ -234,7 +238,7 @@ def saved_per_token(job: Job) -> float:
     )
     if spec.experts > 1:
         size += (s * spec.hidden + 24) * spec.top_k
-    size += s * config.lora.rank * len(config.lora.targets)
+    size += s * sum(map(config.lora.rank_of, config.lora.targets))
     if spec.qk_norm:
         size += FP32 * (queries + values)
     if {"hidden", "layers"} & set(config.gates.units):

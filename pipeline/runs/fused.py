@@ -60,13 +60,10 @@ def unfuse(lora: Mapping[str, Pair], found: Mapping[str, Mapping[str, int]]) -> 
     return single
 
 
-def patterns(found: Mapping[str, Mapping[str, int]], rank: int, alpha: float) -> dict:
-    """`rank_pattern` and `alpha_pattern` of peft's LoraConfig: the scaling alpha / rank stays."""
-    times = {name: sum(rows > 0 for rows in parts.values()) for name, parts in found.items()}
-    return {
-        "rank_pattern": {name: rank * count for name, count in times.items()},
-        "alpha_pattern": {name: alpha * count for name, count in times.items()},
-    }
+def patterns(lora: Mapping[str, Pair], rank: int, alpha: float) -> dict:
+    """`rank_pattern` and `alpha_pattern` of peft's LoraConfig for pairs of another rank: alpha / rank stays."""
+    ranks = {key.partition(".")[2]: len(a) for key, (a, _) in lora.items() if len(a) != rank}
+    return {"rank_pattern": ranks, "alpha_pattern": {name: alpha * own / rank for name, own in ranks.items()}}
 
 
 def to_metadata(found: Mapping) -> dict[str, str]:

@@ -70,7 +70,7 @@ def save_adapter(directory: Path, lora: Mapping[str, tuple[Tensor, Tensor]], con
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt", **to_metadata(found)})
     LoraConfig(
         r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets, bias="none",
-        **patterns(found, config.lora.rank, config.lora.alpha),
+        **patterns(lora, config.lora.rank, config.lora.alpha),
         task_type=TaskType.CAUSAL_LM, base_model_name_or_path=config.model.path, inference_mode=True,
     ).save_pretrained(directory)  # fmt: skip
     # peft keeps the targets as a set, whose order is another in each process.

@@ -26,6 +26,7 @@ from nuteprune.runs.rundir import save_run
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
 from nuteprune.training.loop import Trainer, save_checkpoint, train
+from nuteprune.training.refit import TIMES, Refit
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Preempted
 from nuteprune.training.teachers import TeacherBank
@@ -51,9 +52,11 @@ class Pruning(Trainer):
     outputs = ("checkpoints", "pruned")
     free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
 
-    def __init__(self, *parts, masks: MaskSet, multipliers: Multipliers | None, bank: TeacherBank):
+    def __init__(
+        self, *parts, masks: MaskSet, multipliers: Multipliers | None, bank: TeacherBank, refit: Refit | None
+    ):  # fmt: skip
         super().__init__(*parts)
-        self.masks, self.multipliers, self.bank = masks, multipliers, bank
+        self.masks, self.multipliers, self.bank, self.refit = masks, multipliers, bank, refit
 
     @classmethod
     def build(cls, config: Config, world: World) -> Pruning:
@@ -71,9 +74,12 @@ class Pruning(Trainer):
         multipliers = Multipliers().to(world.device) if config.sparsity.constraint == "lagrangian" else None
         engine = Engine(model, masks, multipliers, config, total, world)
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
+        whole = BatchStream(blocks, config.train.batch_size, config.seed)
+        refit = Refit(model, config.lora.refit, world, whole, config.train.micro_batch) if config.lora.refit else None
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
                  total)  # fmt: skip
-        return cls(config, world, model, engine, stream, total, masks=masks, multipliers=multipliers, bank=bank)
+        return cls(config, world, model, engine, stream, total, masks=masks, multipliers=multipliers, bank=bank,
+                   refit=refit)  # fmt: skip
 
     def start(self) -> None:
         """Give log-alpha its start: from importance on the first batches, or one drop rate for all (already there)."""
@@ -104,6 +110,8 @@ class Pruning(Trainer):
         if config.sparsity.constraint == "projection":
             self.masks.project(target)
         reached = float(self.masks.expected_sparsity().detach())
+        if self.refit and self.masks.fixed is None and self.step % self.refit_every == 0:
+            self.refit.apply(self.masks.deterministic())
         if config.teacher.from_snapshots and self.masks.fixed is None and self.bank.is_due(reached):
             self.bank.record(self.step, reached, self.masks.deterministic(), self.masks.scores(), self.model.lora())
         if self.multipliers is not None:
@@ -134,7 +142,14 @@ class Pruning(Trainer):
                 save_checkpoint(self)
                 raise
             log.info("step %d: gates settled at sparsity %.4f", self.step, sparsity_of(self.model.spec, gates))
+            if self.refit:
+                self.refit.apply(gates)
         return target
+
+    @property
+    def refit_every(self) -> int:
+        """Steps between two refits while units leave: a function of the configuration, so the same after a resume."""
+        return max(1, min(settle_step(self.config, self.total), self.total) // TIMES)
 
     @torch.no_grad()
     def measure(self, structures: list[Gates]) -> list[float]:

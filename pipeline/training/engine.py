@@ -95,7 +95,6 @@ class Engine:
         # As multiples of the least, so that no square of a gradient underflows.
         self.costs = {kind: costs[kind] / least for kind in masks.log_alpha}
         scaled = train.lora_optimizer == "scaled"
-        self.precondition = Preconditioner(model.lora().values()) if scaled else None
         adamw = {"lr": train.lora_lr, "betas": (0.9, train.beta2), "weight_decay": train.weight_decay, "fused": True}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if self.lora:
@@ -115,6 +114,11 @@ class Engine:
         self.scale = LossScale(model.dtype)
         self.gradients = _flat_gradients([p for o in self.optimizers.values() for p in _parameters(o)])
         self.lora_gradients = self.gradients[: sum(p.numel() for p in self.lora)]  # its optimizer is the first
+        held = {key: config.lora.rank_of(key.partition(".")[2]) - config.lora.rank for key in model.lora()}
+        pairs = [(*model.lora()[key], ranks) for key, ranks in held.items()]
+        self.held = [g for a, b, ranks in pairs if ranks for g in (a.grad[:ranks], b.grad[:, :ranks])]
+        trained = [(_part(a, slice(ranks, None)), _part(b, (slice(None), slice(ranks, None)))) for a, b, ranks in pairs]
+        self.precondition = Preconditioner(trained) if scaled else None
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""
@@ -125,6 +129,8 @@ class Engine:
         self.world.mean(self.gradients).div_(self.scale.value)
         for group in self.optimizers["lora"].param_groups if self.lora else ():
             group["lr"] = group["rate"] * lora_lr_at(self.config, step, self.total)
+        if self.held:
+            torch._foreach_zero_(self.held)
         norm = self._clip(self.config.train.grad_clip or math.inf)
         # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
         odd = (self.gradients * 0).sum()
@@ -187,6 +193,13 @@ def _sharded_adamw(parameters: list[dict], **options) -> torch.optim.Optimizer:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _part(parameter: nn.Parameter, where: slice | tuple[slice, slice]) -> Tensor:
+    """A part of a parameter with its part of the gradient, both in the parameter's memory."""
+    part = parameter.detach()[where]
+    part.grad = parameter.grad[where]
+    return part
 
 
 def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:

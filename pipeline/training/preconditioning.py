@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 DAMPING = 1e-4
 """δ. Entries of A start with variance 1/(3K), so AAᵀ is near I/3; B starts at 0 and BᵀB has passed δ after a step."""
@@ -22,7 +22,7 @@ DAMPING = 1e-4
 B_RATE = 4.0
 """Learning rate of B as a multiple of that of A (Hayou et al. 2024, LoRA+, arXiv 2402.12354)."""
 
-Pair = tuple[nn.Parameter, nn.Parameter]
+Pair = tuple[Tensor, Tensor]
 
 
 class Preconditioner:

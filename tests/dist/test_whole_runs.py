@@ -23,14 +23,18 @@ SIZES = {
 
 @pytest.mark.parametrize(
     ("family", "shape"),
-    [*((family, "uniform") for family in FAMILIES), ("qwen3_moe", "per_layer"), ("mixtral", "per_layer_ffn")],
-)
+    [
+        *((family, "uniform") for family in FAMILIES), ("qwen3_moe", "per_layer"), ("mixtral", "per_layer_ffn"),
+        ("granite", "per_layer_ffn"),
+    ],
+)  # fmt: skip
 def test_two_ranks_resume_and_export(family, shape, tokenizer, text_file, tmp_path):
     base = tmp_path / "base"
     model = tiny_model(family, **SIZES.get(family, {}))
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     spec = read_spec(model.config)
+    refit = 4 * (family == "granite" and shape == "per_layer_ffn")
     units = "[kv_groups,ffn,experts]" if spec.experts > 1 else "[heads,kv_groups,ffn]"
     overrides = [
         f"model.path={base}", f"data.source={text_file}", "data.seq_len=32", "train.steps=50", "train.batch_size=4",
@@ -39,7 +43,7 @@ def test_two_ranks_resume_and_export(family, shape, tokenizer, text_file, tmp_pa
         # A target between two teachers (0.39, 0.40), so that rounding records no other one.
         # With the steps and the rank of a real run rounding alone grows beyond what is compared here.
         "gates.lr=0.25", "train.lora_lr=3e-4", "lora.rank=8", "lora.alpha=8", "checkpoint.every=20",
-        "checkpoint.keep=9", "export.check_tokens=128",
+        f"lora.refit={refit}", "checkpoint.keep=9", "export.check_tokens=128",
     ]  # fmt: skip
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
     prune.run(load_config(None, [*overrides, f"run_dir={one}"]))

@@ -1,0 +1,168 @@
+"""Units that stay make up for those that leave: against plain least squares, and in whole runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import VOCAB, tiny_model
+from transformers import AutoModelForCausalLM
+
+from nuteprune.arch import read_spec
+from nuteprune.config import LoraConfig, load_config
+from nuteprune.data.text import BatchStream
+from nuteprune.masks import Gates
+from nuteprune.model.layers import build_view
+from nuteprune.model.pairing import PairedModel
+from nuteprune.parallel.distributed import World
+from nuteprune.runs.rundir import load_adapter, load_run
+from nuteprune.stages import export, finetune, prune, recover
+from nuteprune.training import refit
+from nuteprune.training.refit import RIDGE, Refit, low_rank
+from nuteprune.training.signals import Preempted
+
+TEXT = torch.randint(0, VOCAB, (64, 32), generator=torch.Generator().manual_seed(0))
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def paired(name, ranks, **lora):
+    hf = tiny_model(name)
+    return PairedModel(hf, read_spec(hf.config), LoraConfig(refit=ranks, **lora))
+
+
+def some_leave(spec):
+    gate = torch.ones(spec.layers, spec.ffn)
+    gate[:, random(spec.ffn).argsort()[: spec.ffn // 2]] = 0
+    return gate
+
+
+def test_all_ranks_are_the_least_squares_fit_and_fewer_its_best_part():
+    activations, weight = random(500, 12) @ random(12, 24, seed=1), random(10, 24, seed=2)
+    gram, gate = activations.T @ activations, torch.ones(24)
+    gate[[1, 4, 5, 6, 13, 17, 20, 23]] = 0
+    stays, leaves = gate.bool(), ~gate.bool()
+    # The ridge, as rows of data: each unit that stays is asked to be 0 where it alone fires.
+    rows = torch.cat([activations[:, stays], (RIDGE * gram.diagonal()[stays]).sqrt().diag()])
+    wanted = torch.cat([activations[:, leaves] @ weight[:, leaves].T, torch.zeros(int(stays.sum()), 10)])
+    fit = torch.linalg.lstsq(rows.double(), wanted.double()).solution.T.float()
+    errors = []
+    for ranks in (1, 3, 10, 14):
+        a, b = low_rank(weight, gram, gate, ranks)
+        assert a.shape == (ranks, 24)
+        assert b.shape == (10, ranks)
+        assert not a[:, leaves].any()
+        errors.append(float(((b @ a)[:, stays] @ rows.T - wanted.T).square().sum()))
+        if ranks >= 10:
+            torch.testing.assert_close((b @ a)[:, stays], fit, rtol=1e-3, atol=1e-4)
+    assert errors[0] > errors[1] > errors[2]
+    best = torch.linalg.svdvals(fit.double() @ rows.T.double()).square()
+    assert errors[1] - errors[2] == pytest.approx(float(best[3:].sum()), rel=1e-2)
+
+
+@pytest.mark.parametrize("gate", [torch.ones(6), torch.zeros(6)])
+def test_nothing_is_fitted_where_all_or_no_units_stay(gate):
+    a, b = low_rank(random(4, 6), torch.eye(6), gate, 2)
+    assert not a.any()
+    assert not b.any()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "olmo2", "phi3", "granite", "llama-bias"])
+def test_the_student_is_nearer_to_the_intact_model(name):
+    model = paired(name, ranks=16, rank=8, alpha=4.0)
+    gates, own = Gates(ffn=some_leave(model.spec)), model.lora()
+    Refit(model, 16, World(), BatchStream(TEXT, 8, 0)).apply(gates)
+    ids, distances = TEXT[:8], []
+    with torch.no_grad():
+        wanted = model.hidden(ids, build_view(model.spec, None, {}, model.scaling, torch.float32))
+        for lora in ({}, own):
+            found = model.hidden(ids, build_view(model.spec, gates, lora, model.scaling, torch.float32))
+            distances.append(float((found - wanted).square().mean()))
+    assert distances[1] < 0.95 * distances[0]
+    assert len(own["0.down_proj"][0]) == 24
+    assert len(own["0.up_proj"][0]) == 8
+
+
+def test_layers_are_spread_over_ranks_and_give_the_same_pairs():
+    whole = paired("llama", ranks=4)
+    gates = Gates(ffn=some_leave(whole.spec))
+    Refit(whole, 4, World(), BatchStream(TEXT, 8, 0)).apply(gates)
+    sums = []
+
+    class Spread(World):
+        def sum(self, values):
+            sums.append(values.clone())
+            return values
+
+    for rank in range(2):
+        Refit(paired("llama", ranks=4), 4, Spread(rank=rank, size=2), BatchStream(TEXT, 8, 0)).apply(gates)
+    pairs = [t for i in range(whole.spec.layers) for t in whole.lora()[f"{i}.down_proj"]]
+    wanted = [part.flatten() for a, b in zip(pairs[::2], pairs[1::2], strict=True) for part in (a[:4], b[:, :4])]
+    torch.testing.assert_close(sums[0] + sums[1], torch.cat(wanted).detach())
+
+
+@pytest.mark.parametrize("optimizer", ["scaled", "adamw"])
+def test_a_run_holds_its_refit_resumes_and_exports_it(settings, optimizer, tmp_path, monkeypatch):
+    # Twice as many steps between two refits than one: a start in between must not refit.
+    monkeypatch.setattr(refit, "TIMES", 5)
+    monkeypatch.setattr(prune, "TIMES", 5)
+    more = ["train.steps=40", "sparsity.target=0.4", "lora.refit=5", "lora.rank=4", "lora.alpha=2.0",
+            f"train.lora_optimizer={optimizer}", "teacher.lag=5"]  # fmt: skip
+    config = load_config(None, [*settings, *more])
+    prune.run(config)
+    run = load_run(config.run_dir)
+    a, b = run.lora["0.down_proj"]
+    assert a.shape[0] == 9
+    assert a[:5].any()
+    # Not trained since the gates have settled: the same as fitted to them now.
+    trainer = prune.Pruning.build(load_config(None, [*settings, *more, f"run_dir={tmp_path / 'again'}"]), World())
+    trainer.refit.apply(run.gates)
+    for key, (a, b) in trainer.model.lora().items():
+        if key.endswith("down_proj"):
+            torch.testing.assert_close(run.lora[key][0][:5], a[:5].detach(), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(run.lora[key][1][:, :5], b[:, :5].detach(), rtol=1e-3, atol=1e-5)
+    assert json.loads((export.run(config) / "nuteprune.json").read_text())["sparsity"] == pytest.approx(0.4, abs=0.02)
+
+    second = load_config(None, [*settings, *more, f"run_dir={tmp_path / 'resumed'}"])
+    step = prune.Pruning.train_step
+
+    def stopped(self):
+        if self.step == 7:
+            self.stop.received = 15
+        return step(self)
+
+    monkeypatch.setattr(prune.Pruning, "train_step", stopped)
+    with pytest.raises(Preempted):
+        prune.run(second)
+    monkeypatch.setattr(prune.Pruning, "train_step", step)
+    prune.run(second)
+    for file in sorted(Path(config.run_dir, "pruned").rglob("*.safetensors")):
+        left = load_file(file)
+        right = load_file(Path(second.run_dir) / file.relative_to(config.run_dir))
+        assert all(torch.equal(left[k], right[k]) for k in left), file
+
+
+def test_peft_opens_the_adapter_and_later_stages_go_on_from_it(settings, model_dir, tmp_path):
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([{"prompt": f"The river of {n}", "completion": " is deep."} for n in range(20)]))
+    config = load_config(None, [*settings, "train.steps=40", "sparsity.target=0.4", "lora.refit=5", "lora.rank=4",
+                                "lora.alpha=2.0"])  # fmt: skip
+    prune.run(config)
+    directory = Path(config.run_dir, "pruned", "adapter")
+    lora = load_adapter(directory)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with_adapter = PeftModel.from_pretrained(base, directory).merge_and_unload()
+    plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    for name in ("down_proj", "up_proj"):
+        a, b = lora[f"0.{name}"]
+        merged = getattr(with_adapter.model.layers[0].mlp, name).weight
+        torch.testing.assert_close(merged, getattr(plain.model.layers[0].mlp, name).weight + 0.5 * b @ a)
+    recover.run(load_config(f"{config.run_dir}/config.yaml", ["recover.ladder=[0.2]", "recover.steps=3"]))
+    finetune.run(load_config(f"{config.run_dir}/config.yaml", [f"finetune.data={records}", "finetune.steps=2"]))
+    tuned = load_adapter(Path(config.run_dir, "finetune", "tuned", "adapter"))
+    torch.testing.assert_close(tuned["0.down_proj"][0][:5], lora["0.down_proj"][0][:5])
+    assert not torch.equal(tuned["0.down_proj"][0][5:], lora["0.down_proj"][0][5:])
