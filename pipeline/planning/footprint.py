@@ -180,7 +180,7 @@ def memory(job: Job, layout: Layout, total: int) -> Memory:
     }
     count = snapshots(job.config, total)
     host = {f"teachers ({count} snapshots)": float(count * snapshot_bytes(job))}
-    if job.config.lora.refit and spec.experts == 1:
+    if job.config.lora.refit:
         # Each rank has the matrices of its layers; while they are measured they lie on its device.
         host["refit of removed units"] = FP32 * spec.ffn**2 * math.ceil(spec.layers / job.cluster.ranks)
     if "host" in weights:

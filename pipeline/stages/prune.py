@@ -26,7 +26,7 @@ from nuteprune.runs.rundir import save_run
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
 from nuteprune.training.loop import Trainer, save_checkpoint, train
-from nuteprune.training.refit import TIMES, Refit
+from nuteprune.training.refit import Refit
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Preempted
 from nuteprune.training.teachers import TeacherBank
@@ -74,8 +74,7 @@ class Pruning(Trainer):
         multipliers = Multipliers().to(world.device) if config.sparsity.constraint == "lagrangian" else None
         engine = Engine(model, masks, multipliers, config, total, world)
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
-        whole = BatchStream(blocks, config.train.batch_size, config.seed)
-        refit = Refit(model, config.lora.refit, world, whole, config.train.micro_batch) if config.lora.refit else None
+        refit = Refit(model, config, world, blocks, total) if config.lora.refit else None
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
                  total)  # fmt: skip
         return cls(config, world, model, engine, stream, total, masks=masks, multipliers=multipliers, bank=bank,
@@ -110,7 +109,7 @@ class Pruning(Trainer):
         if config.sparsity.constraint == "projection":
             self.masks.project(target)
         reached = float(self.masks.expected_sparsity().detach())
-        if self.refit and self.masks.fixed is None and self.step % self.refit_every == 0:
+        if self.refit and self.masks.fixed is None and self.step % self.refit.every == 0:
             self.refit.apply(self.masks.deterministic())
         if config.teacher.from_snapshots and self.masks.fixed is None and self.bank.is_due(reached):
             self.bank.record(self.step, reached, self.masks.deterministic(), self.masks.scores(), self.model.lora())
@@ -145,11 +144,6 @@ class Pruning(Trainer):
             if self.refit:
                 self.refit.apply(gates)
         return target
-
-    @property
-    def refit_every(self) -> int:
-        """Steps between two refits while units leave: a function of the configuration, so the same after a resume."""
-        return max(1, min(settle_step(self.config, self.total), self.total) // TIMES)
 
     @torch.no_grad()
     def measure(self, structures: list[Gates]) -> list[float]:

@@ -114,11 +114,11 @@ class Engine:
         self.scale = LossScale(model.dtype)
         self.gradients = _flat_gradients([p for o in self.optimizers.values() for p in _parameters(o)])
         self.lora_gradients = self.gradients[: sum(p.numel() for p in self.lora)]  # its optimizer is the first
-        held = {key: config.lora.rank_of(key.partition(".")[2]) - config.lora.rank for key in model.lora()}
-        pairs = [(*model.lora()[key], ranks) for key, ranks in held.items()]
-        self.held = [g for a, b, ranks in pairs if ranks for g in (a.grad[:ranks], b.grad[:, :ranks])]
-        trained = [(_part(a, slice(ranks, None)), _part(b, (slice(None), slice(ranks, None)))) for a, b, ranks in pairs]
-        self.precondition = Preconditioner(trained) if scaled else None
+        pairs, trained = model.lora().values(), slice(-config.lora.rank, None)  # those before are held (refit.py)
+        held = [g for a, b in pairs for g in (a.grad[: -config.lora.rank], b.grad[:, : -config.lora.rank])]
+        self.held = [gradient for gradient in held if gradient.numel()]
+        parts = [(_part(a, trained), _part(b, (slice(None), trained))) for a, b in pairs]
+        self.precondition = Preconditioner(parts) if scaled else None
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""

@@ -17,11 +17,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 
 from nuteprune.arch import projections
+from nuteprune.config import Config
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import Gates
+from nuteprune.masks.schedule import settle_step
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedDecoderLayer, PairedModel
 from nuteprune.parallel.distributed import World
@@ -43,15 +45,20 @@ class Refit:
 
     Args:
         model: the paired model; layers without LoRA on down_proj (experts, say) are left alone.
-        ranks: Q.
+        config: Q (`lora.refit`), batches, when the gates settle.
         world: the ranks of the run.
-        stream: the text; all ranks read the same.
-        micro_batch: sequences per forward pass; 0: the whole batch.
+        blocks: token ids [N, T] of the text, of which all ranks read the same.
+        total: steps of the run.
+
+    Attributes:
+        every: steps between two refits while units leave; the same after a resume.
     """
 
-    def __init__(self, model: PairedModel, ranks: int, world: World, stream: BatchStream, micro_batch: int = 0):
-        self.model, self.ranks, self.world = model, ranks, world
-        self.stream, self.micro_batch = stream, micro_batch
+    def __init__(self, model: PairedModel, config: Config, world: World, blocks: LongTensor, total: int):
+        self.model, self.ranks, self.world = model, config.lora.refit, world
+        self.stream = BatchStream(blocks, config.train.batch_size, config.seed)
+        self.micro_batch = config.train.micro_batch
+        self.every = max(1, min(settle_step(config, total), total) // TIMES)
         self._grams: dict[int, Tensor] | None = None
 
     @torch.no_grad()

@@ -11,8 +11,7 @@ from tiny import VOCAB, tiny_model
 from transformers import AutoModelForCausalLM
 
 from nuteprune.arch import read_spec
-from nuteprune.config import LoraConfig, load_config
-from nuteprune.data.text import BatchStream
+from nuteprune.config import ConfigError, LoraConfig, load_config
 from nuteprune.masks import Gates
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
@@ -33,6 +32,10 @@ def random(*shape, seed=0):
 def paired(name, ranks, **lora):
     hf = tiny_model(name)
     return PairedModel(hf, read_spec(hf.config), LoraConfig(refit=ranks, **lora))
+
+
+def refitting(model, ranks, world=None):
+    return Refit(model, load_config(None, [f"lora.refit={ranks}", "train.batch_size=8"]), world or World(), TEXT, 100)
 
 
 def some_leave(spec):
@@ -71,11 +74,24 @@ def test_nothing_is_fitted_where_all_or_no_units_stay(gate):
     assert not b.any()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["lora.targets=[q_proj]"], "add down_proj to lora.targets"),
+        (["gates.units=[heads]"], "ffn to gates.units"),
+        (["train.weight_decay=0.1"], r"train\.weight_decay would shrink it"),
+    ],
+)
+def test_settings_with_which_it_would_do_nothing_or_shrink_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, ["lora.refit=4", *settings])
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "olmo2", "phi3", "granite", "llama-bias"])
 def test_the_student_is_nearer_to_the_intact_model(name):
     model = paired(name, ranks=16, rank=8, alpha=4.0)
     gates, own = Gates(ffn=some_leave(model.spec)), model.lora()
-    Refit(model, 16, World(), BatchStream(TEXT, 8, 0)).apply(gates)
+    refitting(model, 16).apply(gates)
     ids, distances = TEXT[:8], []
     with torch.no_grad():
         wanted = model.hidden(ids, build_view(model.spec, None, {}, model.scaling, torch.float32))
@@ -90,7 +106,7 @@ def test_the_student_is_nearer_to_the_intact_model(name):
 def test_layers_are_spread_over_ranks_and_give_the_same_pairs():
     whole = paired("llama", ranks=4)
     gates = Gates(ffn=some_leave(whole.spec))
-    Refit(whole, 4, World(), BatchStream(TEXT, 8, 0)).apply(gates)
+    refitting(whole, 4).apply(gates)
     sums = []
 
     class Spread(World):
@@ -99,7 +115,7 @@ def test_layers_are_spread_over_ranks_and_give_the_same_pairs():
             return values
 
     for rank in range(2):
-        Refit(paired("llama", ranks=4), 4, Spread(rank=rank, size=2), BatchStream(TEXT, 8, 0)).apply(gates)
+        refitting(paired("llama", ranks=4), 4, Spread(rank=rank, size=2)).apply(gates)
     pairs = [t for i in range(whole.spec.layers) for t in whole.lora()[f"{i}.down_proj"]]
     wanted = [part.flatten() for a, b in zip(pairs[::2], pairs[1::2], strict=True) for part in (a[:4], b[:, :4])]
     torch.testing.assert_close(sums[0] + sums[1], torch.cat(wanted).detach())
@@ -107,9 +123,7 @@ def test_layers_are_spread_over_ranks_and_give_the_same_pairs():
 
 @pytest.mark.parametrize("optimizer", ["scaled", "adamw"])
 def test_a_run_holds_its_refit_resumes_and_exports_it(settings, optimizer, tmp_path, monkeypatch):
-    # Twice as many steps between two refits than one: a start in between must not refit.
-    monkeypatch.setattr(refit, "TIMES", 5)
-    monkeypatch.setattr(prune, "TIMES", 5)
+    monkeypatch.setattr(refit, "TIMES", 5)  # every third step: the start below falls between two refits
     more = ["train.steps=40", "sparsity.target=0.4", "lora.refit=5", "lora.rank=4", "lora.alpha=2.0",
             f"train.lora_optimizer={optimizer}", "teacher.lag=5"]  # fmt: skip
     config = load_config(None, [*settings, *more])
