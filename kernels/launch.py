@@ -17,6 +17,7 @@ from nuteprune.kernels.tuning import INTERPRETER, INTERPRETING, Config, bucket, 
 
 FUSED_RANK = 16  # up to here u = xAᵀ rides along in the matmul (1/8 of a 128-wide tile), else it is a launch before it
 REDUCE_PROGRAMS = 512  # about four a multiprocessor on the cards aimed at; a constant keeps sums equal across cards
+REDUCED_RANKS = 64  # of one program: with more, their sums spill registers
 
 
 def tokens(x: Tensor) -> int:
@@ -234,21 +235,22 @@ def config_of(product: Product, x: Tensor, run: Callable[[Config], None]) -> Con
 def _reduce_sizes(
     shape: tuple[int, ...], strides: tuple[int, ...], strides_t: tuple[int, ...], dtype: torch.dtype, n: int, rank: int,
     compact: bool, kind: str,
-) -> tuple[tuple[int, int], tuple, dict]:  # fmt: skip
+) -> tuple[tuple[int, int, int], tuple, dict]:  # fmt: skip
     """Grid, sizes and compile-time arguments of `triton_kernels.column_reduce`; `kind`: tl.dot's precision."""
     m = shape[0] if len(shape) == 2 else shape[0] * shape[1]
     bm, bn, _, stages, warps = tuning.reduction(dtype)
     columns = max(1, -(-n // bn))
     splits = max(1, min(-(-m // (4 * bm)), REDUCE_PROGRAMS // columns))
     chunk = -(-m // (splits * bm)) * bm
-    keywords: dict[str, Any] = {"COMPACT": compact, "RANK": padded(rank), "BM": bm, "BC": bn}
+    ranks = min(padded(rank), REDUCED_RANKS)
+    keywords: dict[str, Any] = {"COMPACT": compact, "RANK": ranks, "BM": bm, "BC": bn}
     keywords |= {"PRECISION": kind, "INTERPRET": INTERPRETING, "num_warps": warps, "num_stages": stages}
-    return (columns, splits), (m, n, rank, chunk, *strides[-2:], *strides_t), keywords
+    return (columns, splits, max(1, -(-rank // ranks))), (m, n, rank, chunk, *strides[-2:], *strides_t), keywords
 
 
 def reduce_call(
     p: Tensor, q: Tensor | None, t: Tensor | None, keep: Tensor | None, compact: bool
-) -> tuple[tuple[int, int], tuple, dict]:
+) -> tuple[tuple[int, int, int], tuple, dict]:
     """(grid, positional, keyword arguments) of `triton_kernels.column_reduce`; positions 3 and 4 are its outputs."""
     rank = 0 if q is None else q.shape[1]
     n = p.shape[-1] if keep is None or compact else keep.shape[0]
@@ -292,5 +294,5 @@ def column_reduce(
         call = (outer, dots, side.gate, side.keep, target, d_gate, n, rank, grid[1], scaling, *strides)
         start(triton_kernels.column_reduce, grid, p, positional, keywords)
         last = _finish_options(add, keywords["RANK"], keywords["BC"])
-        start(triton_kernels.finish_reduce, grid[:1], p, call, last)
+        start(triton_kernels.finish_reduce, grid[::2], p, call, last)
     return None if add else target, d_gate

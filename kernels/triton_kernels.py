@@ -207,7 +207,8 @@ def column_reduce(
 ):
     """Over `chunk` rows: outer[split, c, r] = Σ_m p[m, c]·q[m, r] and dots[split, c] = Σ_m p[m, c]·t[m, c].
 
-    dB and dm_out with (p, q, t) = (g, u, y); dA and dm_in with (x, gB, dx). q or t may be None.
+    dB and dm_out with (p, q, t) = (g, u, y); dA and dm_in with (x, gB, dx). q or t may be None. The grid's last axis is
+    over RANK ranks each; the first of those programs writes the dots.
     """
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     col_ok = cols < kept
@@ -215,7 +216,8 @@ def column_reduce(
     units = cols
     if index is not None and not COMPACT:
         units = tl.load(index + cols, mask=col_ok, other=0).to(tl.int32)
-    ranks = tl.arange(0, RANK)
+    ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
+    first_ranks = tl.program_id(2) == 0
     outer_acc = tl.full([BC, RANK], 0.0, tl.float32)
     dots_acc = tl.full([BM, BC], 0.0, tl.float32)
     # Rows of a wide layer can pass 2³¹ elements: the base pointers walk, and offsets inside a tile stay 32 bits wide.
@@ -238,14 +240,15 @@ def column_reduce(
             q += BM * rank
             outer_acc = _dot(tl.trans(p_tile), q_tile, outer_acc, PRECISION, INTERPRET)
         if t is not None:
-            t_tile = tl.load(t + (rows[:, None] * stride_tm + units[None, :] * stride_tc), mask=ok, other=0.0)
+            t_ptr = t + (rows[:, None] * stride_tm + units[None, :] * stride_tc)
+            t_tile = tl.load(t_ptr, mask=ok & first_ranks, other=0.0)
             t += BM * stride_tm
             dots_acc += p_tile.to(tl.float32) * t_tile.to(tl.float32)
     if q is not None:
         outer_ptr = outer + (split * kept + cols[:, None]) * rank + ranks[None, :]
         tl.store(outer_ptr, outer_acc, mask=col_ok[:, None] & (ranks < rank)[None, :])
     if t is not None:
-        tl.store(dots + split * kept + cols, tl.reduce(dots_acc, 0, _add), mask=col_ok)
+        tl.store(dots + split * kept + cols, tl.reduce(dots_acc, 0, _add), mask=col_ok & first_ranks)
 
 
 @triton.jit
@@ -268,7 +271,7 @@ def finish_reduce(
 ):
     """The gradients from the sums of `column_reduce`, each unit's at its place: s·gate⊙Σ outer and Σ dots / gate.
 
-    Strides of d_outer: dB is [N, R], dA is [R, K]; ADD: to what it holds. A gate of exactly 0 gets 0. d_outer or d_gate
+    The grid is over units and over RANK ranks each. Strides of d_outer: dB is [N, R], dA is [R, K]; ADD: to what it holds. A gate of exactly 0 gets 0. d_outer or d_gate
     may be None.
     """
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -279,7 +282,7 @@ def finish_reduce(
     if gate is not None:
         factor = tl.load(gate + units, mask=col_ok, other=0.0).to(tl.float32)
     if d_outer is not None:
-        ranks = tl.arange(0, RANK)
+        ranks = tl.program_id(1) * RANK + tl.arange(0, RANK)
         ok = col_ok[:, None] & (ranks < rank)[None, :]
         total = tl.full([BC, RANK], 0.0, tl.float32)
         for split in range(0, splits):
@@ -298,4 +301,4 @@ def finish_reduce(
             dot += tl.load(dots + split * kept + cols, mask=col_ok, other=0.0)
         open_ = factor != 0.0
         dot = tl.where(open_, dot / tl.where(open_, factor, 1.0), 0.0)
-        tl.store(d_gate + units, dot.to(d_gate.dtype.element_ty), mask=col_ok)
+        tl.store(d_gate + units, dot.to(d_gate.dtype.element_ty), mask=col_ok & (tl.program_id(1) == 0))

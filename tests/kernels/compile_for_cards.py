@@ -115,19 +115,19 @@ def matmuls(dtype: torch.dtype, variant: str, rank: int) -> None:
 
 def small_kernels(dtype: torch.dtype, variant: str) -> None:
     """The separate xAᵀ of a large rank, and the reductions of the small gradients."""
-    product, x = product_of_x(dtype, variant, rank=64)
-    u = x.new_empty(M, 64)
+    product, x = product_of_x(dtype, variant, rank=128)
+    u = x.new_empty(M, 128)
     for capability in CARDS:
         alone = product.skinny
-        tiles = launch.Tiles(alone, x, u, False, tuning.skinny(64, dtype))
+        tiles = launch.Tiles(alone, x, u, False, tuning.skinny(128, dtype))
         arguments = tiles.arguments(alone, x, None, u)
         report(f"skinny {dtype} {variant}", capability, triton_kernels.matmul, arguments, tiles.options)
         _, positional, keywords = launch.reduce_call(x, u, x, product.keep_in, product.compact_in)
         report(f"reduce {dtype} {variant}", capability, triton_kernels.column_reduce, positional, keywords)
         sums, n = positional[3:5], positional[7]
         gate = product.in_gate
-        outputs = (torch.empty(64, K, device="meta"), None if gate is None else torch.empty(K, device="meta"))
-        call = (*sums, gate, product.keep_in, *outputs, n, 64, 4, 1.0, 1, K)
+        outputs = (torch.empty(128, K, device="meta"), None if gate is None else torch.empty(K, device="meta"))
+        call = (*sums, gate, product.keep_in, *outputs, n, 128, 4, 1.0, 1, K)
         options = {name: keywords[name] for name in ("RANK", "BC")} | {"ADD": True}
         report(f"finish {dtype} {variant}", capability, triton_kernels.finish_reduce, call, options)
 

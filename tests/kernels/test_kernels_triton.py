@@ -57,7 +57,7 @@ def test_compact(kind, compact_in, compact_out):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rank", [0, 1, 16, 17, 64])
+@pytest.mark.parametrize("rank", [0, 1, 16, 17, 64, 128, 150])
 def test_ranks(rank, dtype):
     check(triton_linear, Case(lead=(40,), rank=rank, dtype=dtype, in_kind="half", out_kind="soft"))
 
