@@ -14,10 +14,12 @@ Shape letters: D hidden, F units, K units that stay, R units that leave, Q ranks
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
 from torch import LongTensor, Tensor, nn
+from tqdm import tqdm
 
 from nuteprune.arch import projections
 from nuteprune.config import Config
@@ -29,12 +31,16 @@ from nuteprune.model.pairing import PairedDecoderLayer, PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import gathered
 
+log = logging.getLogger(__name__)
+
 RIDGE = 0.1
 """Of a unit's own mean square: a unit that fires on few tokens is not fitted to them."""
 TOKENS = 32
 """Tokens of text that are looked at, for each unit of a layer."""
 TIMES = 25
 """How often the pairs are computed anew while units leave."""
+DEVICE_BYTES = 4 * 2**30
+"""For the G of the layers that are measured at a time."""
 _EPS, _ITERATIONS = 1e-8, 3
 
 
@@ -58,6 +64,7 @@ class Refit:
         self.model, self.ranks, self.world = model, config.lora.refit, world
         self.stream = BatchStream(blocks, config.train.batch_size, config.seed)
         self.micro_batch = config.train.micro_batch
+        self.shown = config.tracking.progress and world.is_main
         self.every = max(1, min(settle_step(config, total), total) // TIMES)
         self._grams: dict[int, Tensor] | None = None
 
@@ -90,12 +97,26 @@ class Refit:
                 part.copy_(values.view_as(part))
 
     def _measure(self) -> dict[int, Tensor]:
-        """G [F, F] of this rank's layers, float32, in host memory."""
-        model, spec, activations = self.model, self.model.spec, {}
-        own = [i for i in range(spec.layers) if i % self.world.size == self.world.rank]
-        own = [i for i in own if f"{i}.down_proj" in model.lora()]
-        device = self.world.device
-        grams = {i: torch.zeros(spec.ffn, spec.ffn, device=device) for i in own}
+        """G [F, F] of this rank's layers, float32, in host memory.
+
+        As many layers at a time as `DEVICE_BYTES` hold; each time all of the model reads the text.
+        """
+        spec, world, lora = self.model.spec, self.world, self.model.lora()
+        at_once = max(1, DEVICE_BYTES // (4 * spec.ffn**2))
+        count = math.ceil(math.ceil(spec.layers / world.size) / at_once)  # the same on every rank, as ZeRO-3 needs it
+        own = [i for i in range(world.rank, spec.layers, world.size) if f"{i}.down_proj" in lora]
+        tokens = self.stream.batch(0).numel()
+        batches = math.ceil(TOKENS * spec.ffn / tokens)
+        log.info("measuring the FFN units on %d tokens", batches * tokens)
+        grams: dict[int, Tensor] = {}
+        with tqdm(total=count * batches, desc="FFN units", unit="batch", leave=False, disable=not self.shown) as bar:
+            for number in range(count):
+                grams |= self._measure_layers(own[number * at_once : (number + 1) * at_once], batches, bar)
+        return grams
+
+    def _measure_layers(self, layers: list[int], batches: int, bar: tqdm) -> dict[int, Tensor]:
+        model, spec, device, activations = self.model, self.model.spec, self.world.device, {}
+        grams = {i: torch.zeros(spec.ffn, spec.ffn, device=device) for i in layers}
 
         def before_ffn(index: int):
             gate, up = (_projection(model.layers[index], name) for name in ("gate_proj", "up_proj"))
@@ -117,17 +138,17 @@ class Refit:
             return hook
 
         hooks = []
-        for index in own:
+        for index in layers:
             layer = model.layers[index].layer
             hooks.append(layer.mlp.register_forward_pre_hook(before_ffn(index)))
             hooks.append(layer.register_forward_hook(behind_layer(index)))
         view = build_view(spec, None, {}, model.scaling, model.dtype)
-        first = self.stream.batch(0)
         try:
-            for number in range(math.ceil(TOKENS * spec.ffn / first.numel())):
+            for number in range(batches):
                 batch = self.stream.batch(number).to(device)
                 for ids in batch.split(self.micro_batch or len(batch)):
                     model.hidden(ids, view)
+                bar.update()
         finally:
             for hook in hooks:
                 hook.remove()
