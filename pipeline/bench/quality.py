@@ -49,6 +49,7 @@ VARIANTS = {
     "ours": [],
     "intact-teacher": ["teacher.mode=intact"],
     "no-teacher": ["teacher.mode=none"],
+    "no-refit": ["lora.refit=0"],
     "taylor": ["recipe=taylor"],
     "paper": ["recipe=paper", "gates.units=[heads,kv_groups,ffn]"],
     "control": ["teacher.mode=none", f"sparsity.target={NOTHING}"],

@@ -133,8 +133,9 @@ class LoraConfig:
     rank: int = opt(16, "LoRA rank.", ge=1)
     alpha: float = opt(16.0, "LoRA alpha; the update is scaled by alpha / rank.", gt=0)
     refit: int = opt(
-        0, "Further ranks of down_proj's LoRA, which are not trained: by least squares on the text, the FFN units that "
-        "stay make up for those that leave (not where a layer has experts); 0: none.", ge=0
+        112, "Further ranks of down_proj's LoRA, which are not trained: by least squares on the text, the FFN units "
+        "that stay make up for those that leave. 0 where no FFN units leave or down_proj has no LoRA; not where a "
+        "layer has experts.", ge=0
     )  # fmt: skip
 
     def rank_of(self, projection: str) -> int:

@@ -70,11 +70,8 @@ def _consistent(config: Config) -> Config:
     """Checks over several fields."""
     if not config.loss.layer_weight and not config.loss.kl_weight:
         raise ConfigError("loss.layer_weight and loss.kl_weight are both 0: nothing would be learned; set one of them")
-    if config.lora.refit and not ("down_proj" in config.lora.targets and "ffn" in config.gates.units):
-        raise ConfigError(
-            "lora.refit makes up for FFN units in down_proj: add down_proj to lora.targets and ffn to gates.units, or "
-            "set lora.refit=0"
-        )
+    if not ("down_proj" in config.lora.targets and "ffn" in config.gates.units):
+        config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, refit=0))
     if config.lora.refit and config.train.weight_decay:
         raise ConfigError("lora.refit is not trained, and train.weight_decay would shrink it: set one of them to 0")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", config.export.shard_size):

@@ -74,17 +74,15 @@ def test_nothing_is_fitted_where_all_or_no_units_stay(gate):
     assert not b.any()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["lora.targets=[q_proj]"], "add down_proj to lora.targets"),
-        (["gates.units=[heads]"], "ffn to gates.units"),
-        (["train.weight_decay=0.1"], r"train\.weight_decay would shrink it"),
-    ],
-)
-def test_settings_with_which_it_would_do_nothing_or_shrink_are_refused(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        load_config(None, ["lora.refit=4", *settings])
+@pytest.mark.parametrize("setting", ["lora.targets=[q_proj]", "gates.units=[heads]", "recipe=paper"])
+def test_no_ranks_are_kept_for_it_where_it_has_nothing_to_do(setting):
+    assert load_config(None, []).lora.rank_of("down_proj") == 128
+    assert load_config(None, [setting]).lora.refit == 0
+
+
+def test_weight_decay_would_shrink_it_and_is_refused():
+    with pytest.raises(ConfigError, match=r"train\.weight_decay would shrink it: set one of them to 0"):
+        load_config(None, ["train.weight_decay=0.1"])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "olmo2", "phi3", "granite", "llama-bias"])
