@@ -7,7 +7,7 @@ With h the FFN's activations, K the units that stay and R those that leave, W_R 
 with the intact model's own activations, each token weighted by w = 1 / the mean square of the stream, as in the layer
 term of the loss, so that a few tokens with massive activations do not rule it. (Frantar et al. 2022, arXiv 2208.11580,
 fit a layer's weights so; SlimLLM, ICML 2025, those of output matrices.) Kept is what adds most to the output: with U
-the leading eigenvectors of S = ΔW G_KK ΔWᵀ the pair is A = Uᵀ ΔW, B = U.
+the leading eigenvectors of S = ΔW G_KK ΔWᵀ the pair is A = `PART` Uᵀ ΔW, B = U.
 
 Shape letters: D hidden, F units, K units that stay, R units that leave, Q ranks.
 """
@@ -33,8 +33,9 @@ from nuteprune.parallel.zero import gathered
 
 log = logging.getLogger(__name__)
 
-RIDGE = 0.1
-"""Of a unit's own mean square: a unit that fires on few tokens is not fitted to them."""
+RIDGE, PART = 0.3, 0.7
+"""Of a unit's own mean square: a unit that fires on few tokens is not fitted to them. And the part of ΔW that is taken:
+on text of other kinds than the one it is fitted on all of it is too much (docs/experiments.md)."""
 TOKENS = 32
 """Tokens of text that are looked at, for each unit of a layer."""
 TIMES = 25
@@ -156,7 +157,7 @@ class Refit:
 
 
 def low_rank(weight_DF: Tensor, gram_FF: Tensor, gate_F: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
-    """A [Q, F] and B [D, Q], float32, whose product is the best update of those ranks; zero where there is none.
+    """A [Q, F] and B [D, Q], float32: `PART` of the best update of those ranks; zero where there is none.
 
     Args:
         weight_DF: down_proj.
@@ -177,7 +178,7 @@ def low_rank(weight_DF: Tensor, gram_FF: Tensor, gate_F: Tensor, ranks: int) -> 
     directions_DQ = _leading(adds_DD, min(ranks, hidden))
     found = directions_DQ.shape[1]
     b[:, :found] = directions_DQ
-    a[:found, stays] = directions_DQ.T @ update_KD.T
+    a[:found, stays] = PART * directions_DQ.T @ update_KD.T
     return a, b
 
 

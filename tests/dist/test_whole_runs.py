@@ -42,7 +42,7 @@ def test_two_ranks_resume_and_export(family, shape, tokenizer, text_file, tmp_pa
         f"gates.shape={shape}", "gates.ffn_multiple=1", "sparsity.target=0.395", "tracking.progress=false",
         # A target between two teachers (0.39, 0.40), so that rounding records no other one.
         # With the steps and the rank of a real run rounding alone grows beyond what is compared here.
-        "gates.lr=0.25", "train.lora_lr=3e-4", "lora.rank=8", "lora.alpha=8", "checkpoint.every=20",
+        "gates.lr=0.1", "train.lora_lr=3e-4", "lora.rank=8", "lora.alpha=8", "checkpoint.every=20",
         f"lora.refit={refit}", "checkpoint.keep=9", "export.check_tokens=128",
     ]  # fmt: skip
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
