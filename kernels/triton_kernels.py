@@ -271,8 +271,8 @@ def finish_reduce(
 ):
     """The gradients from the sums of `column_reduce`, each unit's at its place: s·gate⊙Σ outer and Σ dots / gate.
 
-    The grid is over units and over RANK ranks each. Strides of d_outer: dB is [N, R], dA is [R, K]; ADD: to what it holds. A gate of exactly 0 gets 0. d_outer or d_gate
-    may be None.
+    The grid is over units and over RANK ranks each. Strides of d_outer: dB is [N, R], dA is [R, K]; ADD: to what it
+    holds. A gate of exactly 0 gets 0. d_outer or d_gate may be None.
     """
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     col_ok = cols < kept

@@ -89,8 +89,7 @@ class Pruning(Trainer):
         def batches() -> Iterator[Tensor]:
             with self.progress_bar("importance", "batch", count) as bar:
                 for number in range(count):
-                    if self.world.any(bool(self.stop.received)):
-                        raise Preempted(self.stop.nothing)
+                    self.halt()
                     yield self.stream.batch(number)
                     bar.update()
 
@@ -99,9 +98,16 @@ class Pruning(Trainer):
         importance = {kind: self.world.sum(value) for kind, value in importance.items()}
         self.masks.restart(initial_log_alpha(self.model.spec, importance, self.config.gates.init_spread))
 
+    def halt(self) -> None:
+        """End here, where nothing has been done that is not saved, if a signal came to any rank."""
+        if self.world.any(bool(self.stop.received)):
+            raise Preempted(self.stop.nothing)
+
     def train_step(self) -> dict[str, float]:
         """One optimizer step: constraint, teacher, paired forward and backward, update, snapshot."""
         config = self.config
+        if self.refit and self.masks.fixed is None:
+            self.refit.measure(self.halt)
         target = self.constrain()
         index, teacher = self.choose_teacher()
         metrics = self.accumulate(lambda ids, number, share: self.forward(ids, number, teacher, target))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 from torch import LongTensor, Tensor, nn
@@ -75,8 +76,7 @@ class Refit:
         model, gate_LF = self.model, gates.ffn_gate(self.model.spec)
         if gate_LF is None:
             return
-        if self._grams is None:
-            self._grams = self._measure()
+        self.measure()
         parts = []
         for index, layer in enumerate(model.layers):
             pair = model.lora().get(f"{index}.down_proj")
@@ -97,11 +97,17 @@ class Refit:
             for part, values in zip(parts, whole.split([part.numel() for part in parts]), strict=True):
                 part.copy_(values.view_as(part))
 
-    def _measure(self) -> dict[int, Tensor]:
-        """G [F, F] of this rank's layers, float32, in host memory.
+    @torch.no_grad()
+    def measure(self, halt: Callable[[], None] = lambda: None) -> None:
+        """Find G [F, F] of this rank's layers, once; collective. float32, in host memory.
 
         As many layers at a time as `DEVICE_BYTES` hold; each time all of the model reads the text.
+
+        Args:
+            halt: called before each batch, to end it by an exception.
         """
+        if self._grams is not None:
+            return
         spec, world, lora = self.model.spec, self.world, self.model.lora()
         at_once = max(1, DEVICE_BYTES // (4 * spec.ffn**2))
         count = math.ceil(math.ceil(spec.layers / world.size) / at_once)  # the same on every rank, as ZeRO-3 needs it
@@ -111,11 +117,17 @@ class Refit:
         log.info("measuring the FFN units on %d tokens", batches * tokens)
         grams: dict[int, Tensor] = {}
         with tqdm(total=count * batches, desc="FFN units", unit="batch", leave=False, disable=not self.shown) as bar:
-            for number in range(count):
-                grams |= self._measure_layers(own[number * at_once : (number + 1) * at_once], batches, bar)
-        return grams
 
-    def _measure_layers(self, layers: list[int], batches: int, bar: tqdm) -> dict[int, Tensor]:
+            def before_batch() -> None:
+                halt()
+                bar.update()
+
+            for number in range(count):
+                layers = own[number * at_once : (number + 1) * at_once]
+                grams |= self._measure_layers(layers, batches, before_batch)
+        self._grams = grams
+
+    def _measure_layers(self, layers: list[int], batches: int, before_batch: Callable[[], None]) -> dict[int, Tensor]:
         model, spec, device, activations = self.model, self.model.spec, self.world.device, {}
         grams = {i: torch.zeros(spec.ffn, spec.ffn, device=device) for i in layers}
 
@@ -146,10 +158,10 @@ class Refit:
         view = build_view(spec, None, {}, model.scaling, model.dtype)
         try:
             for number in range(batches):
+                before_batch()
                 batch = self.stream.batch(number).to(device)
                 for ids in batch.split(self.micro_batch or len(batch)):
                     model.hidden(ids, view)
-                bar.update()
         finally:
             for hook in hooks:
                 hook.remove()

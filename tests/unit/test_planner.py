@@ -121,7 +121,7 @@ def test_snapshots():
 
 
 def test_memory_by_hand():
-    """LLaMA-7B in bf16 on 8 ranks: 1/8 of the matrices, norms whole, LoRA of 16·(4·(D+D) + 3·(D+F)) + 112·(D+F) a layer."""
+    """LLaMA-7B, bf16, 8 ranks: 1/8 of the matrices, norms whole; LoRA of 16·(4·(D+D) + 3·(D+F)), and of 112·(D+F)."""
     plan = job()
     need = memory(plan, Layout(3, 1), 1000)
     norms = 65 * 4096

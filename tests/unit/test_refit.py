@@ -159,6 +159,15 @@ def test_a_run_holds_its_refit_resumes_and_exports_it(settings, optimizer, tmp_p
         assert all(torch.equal(left[k], right[k]) for k in left), file
 
 
+def test_a_signal_while_units_are_measured_ends_the_run_before_its_step(settings):
+    trainer = prune.Pruning.build(load_config(None, settings), World())
+    trainer.stop.received = "SIGTERM"
+    with pytest.raises(Preempted, match="SIGTERM before the first step"):
+        trainer.train_step()
+    trainer.stop.received = ""
+    assert trainer.train_step()["loss"] > 0
+
+
 def test_peft_opens_the_adapter_and_later_stages_go_on_from_it(settings, model_dir, tmp_path):
     records = tmp_path / "records.json"
     records.write_text(json.dumps([{"prompt": f"The river of {n}", "completion": " is deep."} for n in range(20)]))
