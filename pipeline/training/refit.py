@@ -76,8 +76,7 @@ class Refit:
         model, gate_LF = self.model, gates.ffn_gate(self.model.spec)
         if gate_LF is None:
             return
-        self.measure()
-        parts = []
+        grams, parts = self.measure(), []
         for index, layer in enumerate(model.layers):
             pair = model.lora().get(f"{index}.down_proj")
             if pair is None:
@@ -85,8 +84,8 @@ class Refit:
             a_QF, b_DQ = pair[0][: self.ranks], pair[1][:, : self.ranks]
             parts += [a_QF, b_DQ]
             with gathered(_projection(layer, "down_proj").weight) as weight_DF:
-                if index in self._grams:
-                    a, b = low_rank(weight_DF, self._grams[index].to(weight_DF.device), gate_LF[index], self.ranks)
+                if index in grams:
+                    a, b = low_rank(weight_DF, grams[index].to(weight_DF.device), gate_LF[index], self.ranks)
                     a_QF.copy_(a)
                     b_DQ.copy_(b / model.scaling)
                 else:
@@ -98,8 +97,8 @@ class Refit:
                 part.copy_(values.view_as(part))
 
     @torch.no_grad()
-    def measure(self, halt: Callable[[], None] = lambda: None) -> None:
-        """Find G [F, F] of this rank's layers, once; collective. float32, in host memory.
+    def measure(self, halt: Callable[[], None] = lambda: None) -> dict[int, Tensor]:
+        """G [F, F] of this rank's layers, float32, in host memory; read off the text once. Collective.
 
         As many layers at a time as `DEVICE_BYTES` hold; each time all of the model reads the text.
 
@@ -107,7 +106,7 @@ class Refit:
             halt: called before each batch, to end it by an exception.
         """
         if self._grams is not None:
-            return
+            return self._grams
         spec, world, lora = self.model.spec, self.world, self.model.lora()
         at_once = max(1, DEVICE_BYTES // (4 * spec.ffn**2))
         count = math.ceil(math.ceil(spec.layers / world.size) / at_once)  # the same on every rank, as ZeRO-3 needs it
@@ -126,6 +125,7 @@ class Refit:
                 layers = own[number * at_once : (number + 1) * at_once]
                 grams |= self._measure_layers(layers, batches, before_batch)
         self._grams = grams
+        return grams
 
     def _measure_layers(self, layers: list[int], batches: int, before_batch: Callable[[], None]) -> dict[int, Tensor]:
         model, spec, device, activations = self.model, self.model.spec, self.world.device, {}
