@@ -1,7 +1,7 @@
 """Quality of pruned models at a small token budget, fairly compared: `make bench-quality`.
 
-Prunes one model with our recipe, with one intact teacher, with none, with the baseline a user would build in an
-afternoon, and by the paper's recipe, at each sparsity and for each seed, in the shape that is exported by default, from
+Prunes one model with our recipe, with one intact teacher, with none, without `lora.refit`, with a ranking taken once
+(`recipe: taylor`), and by the paper's recipe, at each sparsity and for each seed, in the shape that is exported by default, from
 the same data. All rows but the paper's have the same optimizer, schedule of the learning rate and LoRA. Each exported
 model is scored on every text: perplexity, and the KL divergence per token of its predictions from the intact model's.
 
@@ -54,7 +54,7 @@ VARIANTS = {
     "paper": ["recipe=paper", "gates.units=[heads,kv_groups,ffn]"],
     "control": ["teacher.mode=none", f"sparsity.target={NOTHING}"],
 }
-"""Overrides of each row. `taylor` is the baseline: scores taken once, one ranking, a hard schedule (its recipe)."""
+"""Overrides of each row. `taylor`: scores taken once, one ranking, a hard schedule (its recipe), the rest as ours."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -67,7 +67,7 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
 
 
 def _consistent(config: Config) -> Config:
-    """Checks over several fields."""
+    """Checks over several fields; no ranks of `lora.refit` where no FFN unit leaves or down_proj has no LoRA."""
     if not config.loss.layer_weight and not config.loss.kl_weight:
         raise ConfigError("loss.layer_weight and loss.kl_weight are both 0: nothing would be learned; set one of them")
     if not ("down_proj" in config.lora.targets and "ffn" in config.gates.units):
