@@ -1,9 +1,10 @@
 """Quality of pruned models at a small token budget, fairly compared: `make bench-quality`.
 
 Prunes one model with our recipe, with one intact teacher, with none, without `lora.refit`, with a ranking taken once
-(`recipe: taylor`), and by the paper's recipe, at each sparsity and for each seed, in the shape that is exported by default, from
-the same data. All rows but the paper's have the same optimizer, schedule of the learning rate and LoRA. Each exported
-model is scored on every text: perplexity, and the KL divergence per token of its predictions from the intact model's.
+(`recipe: taylor`), and by the paper's recipe, at each sparsity and for each seed, in the shape that is exported by
+default, from the same data. All rows but the paper's have the same optimizer, schedule of the learning rate and LoRA.
+Each exported model is scored on every text: perplexity, and the KL divergence per token of its predictions from the
+intact model's.
 
 The row `control` is the intact model with the same LoRA trained by cross entropy on the same text: what the text's
 domain alone is worth. Documents held out of the training file are a text of its own kind.
@@ -52,7 +53,7 @@ VARIANTS = {
     "no-refit": ["lora.refit=0"],
     "taylor": ["recipe=taylor"],
     "paper": ["recipe=paper", "gates.units=[heads,kv_groups,ffn]"],
-    "control": ["teacher.mode=none", f"sparsity.target={NOTHING}"],
+    "control": ["teacher.mode=none", "lora.refit=0", f"sparsity.target={NOTHING}"],
 }
 """Overrides of each row. `taylor`: scores taken once, one ranking, a hard schedule (its recipe), the rest as ours."""
 

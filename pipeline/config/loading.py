@@ -40,8 +40,9 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
         file = Path(settings) / "config.yaml"
         if not file.is_file():
             raise ConfigError(f"{settings} is not the directory of a run: it has no config.yaml")
-        # The directory may have been moved since.
-        layers += [(str(file), read_yaml(file)), ("the run's directory", {"run_dir": str(settings)})]
+        # A run from before `lora.refit` does not name it, and has no such ranks.
+        layers += [("earlier runs", {"lora": {"refit": 0}}), (str(file), read_yaml(file))]
+        layers.append(("the run's directory", {"run_dir": str(settings)}))  # it may have been moved since
     elif settings is not None:
         layers.append((str(settings), read_yaml(Path(settings))))
     for item in overrides:
