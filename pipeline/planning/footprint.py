@@ -180,7 +180,7 @@ def memory(job: Job, layout: Layout, total: int) -> Memory:
     }
     count = snapshots(job.config, total)
     host = {f"teachers ({count} snapshots)": float(count * snapshot_bytes(job))}
-    if job.config.lora.refit:
+    if job.config.lora.refit and "down_proj" in spec.lora_targets:
         # Each rank has the matrices of its layers. Some of them lie on its device while they are measured, between two
         # steps, in the place of activations.
         host["refit of removed units"] = FP32 * spec.ffn**2 * math.ceil(spec.layers / job.cluster.ranks)

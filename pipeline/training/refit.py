@@ -38,7 +38,7 @@ RIDGE, PART = 0.3, 0.7
 """Of a unit's own mean square: a unit that fires on few tokens is not fitted to them. And the part of ΔW that is taken:
 on text of other kinds than the one it is fitted on all of it is too much (docs/experiments.md)."""
 TOKENS = 32
-"""Tokens of text that are looked at, for each unit of a layer."""
+"""Tokens of text that are looked at, for each unit of a layer; all of a text that has fewer."""
 TIMES = 25
 """How often the pairs are computed anew while units leave."""
 DEVICE_BYTES = 4 * 2**30
@@ -112,7 +112,7 @@ class Refit:
         count = math.ceil(math.ceil(spec.layers / world.size) / at_once)  # the same on every rank, as ZeRO-3 needs it
         own = [i for i in range(world.rank, spec.layers, world.size) if f"{i}.down_proj" in lora]
         tokens = self.stream.batch(0).numel()
-        batches = math.ceil(TOKENS * spec.ffn / tokens)
+        batches = math.ceil(min(TOKENS * spec.ffn / tokens, self.stream.steps_per_epoch))  # no text twice
         log.info("measuring the FFN units on %d tokens", batches * tokens)
         grams: dict[int, Tensor] = {}
         with tqdm(total=count * batches, desc="FFN units", unit="batch", leave=False, disable=not self.shown) as bar:
