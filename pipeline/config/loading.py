@@ -40,9 +40,8 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
         file = Path(settings) / "config.yaml"
         if not file.is_file():
             raise ConfigError(f"{settings} is not the directory of a run: it has no config.yaml")
-        # A run from before `lora.refit` does not name it, and has no such ranks.
-        layers += [("earlier runs", {"lora": {"refit": 0}}), (str(file), read_yaml(file))]
-        layers.append(("the run's directory", {"run_dir": str(settings)}))  # it may have been moved since
+        # The directory may have been moved since.
+        layers += [(str(file), read_yaml(file)), ("the run's directory", {"run_dir": str(settings)})]
     elif settings is not None:
         layers.append((str(settings), read_yaml(Path(settings))))
     for item in overrides:
@@ -81,12 +80,18 @@ def _consistent(config: Config) -> Config:
 
 
 def _renamed(layer: dict) -> dict:
-    """A layer in today's names: `tracking.tensorboard` of earlier runs turned the one place to report to on or off."""
-    tracking = layer.get("tracking")
-    if not isinstance(tracking, dict) or not isinstance(tracking.get("tensorboard"), bool):
-        return layer
-    rest = {key: value for key, value in tracking.items() if key != "tensorboard"}
-    return layer | {"tracking": {"report_to": ["tensorboard"] if tracking["tensorboard"] else []} | rest}
+    """A layer in today's names, where it is the file of an earlier run.
+
+    `tracking.tensorboard` turned the one place to report to on or off. LoRA's settings, which a run saves whole, had no
+    `refit`, and the run no such ranks.
+    """
+    tracking, lora = layer.get("tracking"), layer.get("lora")
+    if isinstance(tracking, dict) and isinstance(tracking.get("tensorboard"), bool):
+        rest = {key: value for key, value in tracking.items() if key != "tensorboard"}
+        layer = layer | {"tracking": {"report_to": ["tensorboard"] if tracking["tensorboard"] else []} | rest}
+    if isinstance(lora, dict) and lora.keys() == {"targets", "rank", "alpha"}:
+        layer = layer | {"lora": lora | {"refit": 0}}
+    return layer
 
 
 def _recipe_layers(name: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict]]:

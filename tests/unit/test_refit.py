@@ -81,8 +81,9 @@ def test_no_ranks_are_kept_for_it_where_it_has_nothing_to_do(setting):
 
 
 def test_a_run_from_before_it_has_no_such_ranks(tmp_path):
-    (tmp_path / "config.yaml").write_text("lora: {rank: 4}\n")
+    (tmp_path / "config.yaml").write_text("lora: {rank: 4, alpha: 8, targets: [down_proj]}\n")
     assert load_config(tmp_path).lora.rank_of("down_proj") == 4
+    assert load_config(tmp_path / "config.yaml").lora.rank_of("down_proj") == 4
 
 
 def test_weight_decay_would_shrink_it_and_is_refused():
