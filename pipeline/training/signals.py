@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -64,7 +65,14 @@ def stop_signals() -> Iterator[Stop]:
         yield outer
         return
     stop = Stop()
-    before = {s: signal.signal(s, stop) for s in SIGNALS}
+    before, unraisable = {s: signal.signal(s, stop) for s in SIGNALS}, sys.unraisablehook
+
+    def quietly(found: sys.UnraisableHookArgs) -> None:
+        """Say nothing of a `Preempted` that a finalizer swallowed: the loop finds the signal in `received`."""
+        if not isinstance(found.exc_value, Preempted):
+            unraisable(found)
+
+    sys.unraisablehook = quietly
     try:
         yield stop
     except Exception as error:
@@ -72,5 +80,6 @@ def stop_signals() -> Iterator[Stop]:
             raise Preempted(stop.nothing) from error
         raise
     finally:
+        sys.unraisablehook = unraisable
         for s, handler in before.items():
             signal.signal(s, handler)

@@ -1,6 +1,7 @@
 """Runs of a tiny model on a real cluster: the chain, what interrupts it, what breaks it, and sweeps."""
 
 import os
+import re
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -58,7 +59,9 @@ def leave_before_time_limit(run, job: str) -> None:
     wait_for(lambda: "the ranks save and leave" in run.log(f"prune-{job}"), 90, run.everything)
     for pid in ranks:
         os.kill(pid, signal.SIGCONT)
-    wait_for(lambda: "requeued after exit code 75" in run.log(f"prune-{job}"), 90, run.everything)
+    # 143 where srun ended the rank that was last to leave.
+    requeued = r"requeued after exit code (75|143 \(signal from SLURM)"
+    wait_for(lambda: re.search(requeued, run.log(f"prune-{job}")), 90, run.everything)
     run.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60")
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nuteprune.training.signals import stop_signals
+
 ROOT = Path(__file__).parents[2]
 HANG = 240
 SLOW = (
@@ -92,3 +94,17 @@ def test_ctrl_c_saves_after_the_step_and_a_second_one_ends_at_once(start, settin
     assert errors.splitlines()[-1].startswith(f"nuteprune: SIGINT at step {len(steps)} of 60: saved; start again")
     assert (run_dir / f"checkpoints/step-{len(steps):08d}/manifest.json").exists()
     assert steps == list(range(len(steps)))
+
+
+def test_a_signal_that_a_finalizer_swallows_is_kept_and_not_shown(monkeypatch):
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(signal.SIGUSR1)
+
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    with stop_signals() as stop:
+        Interrupted()
+        assert stop.received == "SIGUSR1"
+    assert not shown
+    assert sys.unraisablehook == shown.append
