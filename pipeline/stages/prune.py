@@ -81,9 +81,14 @@ class Pruning(Trainer):
                    refit=refit)  # fmt: skip
 
     def start(self) -> None:
-        """Give log-alpha its start: from importance on the first batches, or one drop rate for all (already there)."""
-        if self.config.gates.init != "importance":
-            return
+        """Rank the units in a new run, if not all start alike, and look at the FFN units until gates settle."""
+        if self.step == 0 and self.config.gates.init == "importance":
+            self.rank_units()
+        if self.refit and self.masks.fixed is None:
+            self.refit.measure(self.halt)
+
+    def rank_units(self) -> None:
+        """Give log-alpha its start: from importance on the first batches."""
         count = self.config.gates.importance_batches
 
         def batches() -> Iterator[Tensor]:
@@ -106,8 +111,6 @@ class Pruning(Trainer):
     def train_step(self) -> dict[str, float]:
         """One optimizer step: constraint, teacher, paired forward and backward, update, snapshot."""
         config = self.config
-        if self.refit and self.masks.fixed is None:
-            self.refit.measure(self.halt)
         target = self.constrain()
         index, teacher = self.choose_teacher()
         metrics = self.accumulate(lambda ids, number, share: self.forward(ids, number, teacher, target))

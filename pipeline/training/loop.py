@@ -83,7 +83,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """What a new run does before its first step."""
+        """What is done before the steps: in a new run, and what no checkpoint holds in one that goes on."""
 
     @abstractmethod
     def train_step(self) -> dict[str, float]:
@@ -211,8 +211,7 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
     with world.together():
         tracker = Tracker(config, trainer.stage, trainer.total, trainer.step, world.is_main)
     with tracker:
-        if trainer.step == 0:
-            trainer.start()
+        trainer.start()
         run_steps(trainer, tracker)
     with world.together():
         if world.is_main:

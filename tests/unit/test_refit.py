@@ -169,8 +169,9 @@ def test_a_signal_while_units_are_measured_ends_the_run_before_its_step(settings
     trainer = prune.Pruning.build(load_config(None, settings), World())
     trainer.stop.received = "SIGTERM"
     with pytest.raises(Preempted, match="SIGTERM before the first step"):
-        trainer.train_step()
+        trainer.start()
     trainer.stop.received = ""
+    trainer.start()
     assert trainer.train_step()["loss"] > 0
 
 
