@@ -65,6 +65,6 @@ def settings(model_dir, text_file, tmp_path):
 def _short_run(run, model_dir, text_file):
     return [
         f"run_dir={run}", f"model.path={model_dir}", f"data.source={text_file}", "data.seq_len=32",
-        "train.steps=60", "train.batch_size=4", "gates.importance_batches=2", "tracking.progress=false",
+        "train.steps=60", "train.batch_size=4", "gates.importance_tokens=256", "tracking.progress=false",
         "gates.ffn_multiple=1", "gates.hidden_multiple=1", "gates.shape=uniform",
     ]  # fmt: skip

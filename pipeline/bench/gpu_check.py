@@ -124,7 +124,7 @@ def tiny_run(out: Path, name: str, tokenizer: str, text: str, *settings: str) ->
         tokens.save_pretrained(path)
     return [
         f"run_dir={out / name}", f"model.path={path}", f"data.source={text}", "data.documents=0", "data.seq_len=64",
-        f"train.steps={STEPS}", "train.batch_size=4", "gates.importance_batches=1", "gates.ffn_multiple=8",
+        f"train.steps={STEPS}", "train.batch_size=4", "gates.importance_tokens=1", "gates.ffn_multiple=8",
         f"checkpoint.every={EVERY}", "tracking.progress=false", "tracking.tensorboard=false", "seed=1", *settings,
     ]  # fmt: skip
 

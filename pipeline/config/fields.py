@@ -84,7 +84,10 @@ class GateConfig:
     )
     init_drop_rate: float = opt(0.01, "Initial probability that a unit is dropped (init: drop_rate).", gt=0, lt=1)
     init_spread: float = opt(2.0, "Standard deviation of the initial log-alpha (init: importance).", gt=0)
-    importance_batches: int = opt(16, "Batches over which the Taylor importance is summed.", ge=1)
+    importance_tokens: int = opt(
+        65536, "Tokens over which the Taylor importance is summed (init: importance); never more than the text has.",
+        ge=1,
+    )  # fmt: skip
     optimizer: Literal["adam", "sgd"] = opt(
         "sgd", "`sgd`: momentum on gradients per parameter of a unit, divided by their root mean square, so that units "
         "move in proportion to what they matter; `adam`: AdamW as in the paper."

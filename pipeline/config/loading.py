@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,14 +84,19 @@ def _renamed(layer: dict) -> dict:
     """A layer in today's names, where it is the file of an earlier run.
 
     `tracking.tensorboard` turned the one place to report to on or off. LoRA's settings, which a run saves whole, had no
-    `refit`, and the run no such ranks.
+    `refit`, and the run no such ranks. Importance was measured on a number of batches.
     """
-    tracking, lora = layer.get("tracking"), layer.get("lora")
+    tracking, lora, gates = layer.get("tracking"), layer.get("lora"), layer.get("gates")
     if isinstance(tracking, dict) and isinstance(tracking.get("tensorboard"), bool):
         rest = {key: value for key, value in tracking.items() if key != "tensorboard"}
         layer = layer | {"tracking": {"report_to": ["tensorboard"] if tracking["tensorboard"] else []} | rest}
     if isinstance(lora, dict) and lora.keys() == {"targets", "rank", "alpha"}:
         layer = layer | {"lora": lora | {"refit": 0}}
+    if isinstance(gates, dict) and "importance_batches" in gates:
+        rest = {key: value for key, value in gates.items() if key != "importance_batches"}
+        with suppress(KeyError, TypeError):  # a setting by hand: today's name is asked for
+            tokens = gates["importance_batches"] * layer["train"]["batch_size"] * layer["data"]["seq_len"]
+            layer = layer | {"gates": {"importance_tokens": tokens} | rest}
     return layer
 
 

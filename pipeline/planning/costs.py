@@ -6,6 +6,7 @@ Units are bytes, bytes/s, FLOP and seconds. Letters as in footprint.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -232,5 +233,6 @@ def extra_steps(config: Config) -> int:
     Importance is a forward and backward pass, counted as one step; structures are measured by the student's forward
     alone, four to a step.
     """
-    importance = config.gates.importance_batches if config.gates.init == "importance" else 0
+    tokens = config.train.batch_size * config.data.seq_len
+    importance = math.ceil(config.gates.importance_tokens / tokens) if config.gates.init == "importance" else 0
     return importance + (MEASURED * BATCHES // 4 if is_measured(config.gates) else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ class Pruning(Trainer):
 
     def rank_units(self) -> None:
         """Give log-alpha its start: from importance on the first batches."""
-        count = self.config.gates.importance_batches
+        tokens = self.config.train.batch_size * self.config.data.seq_len
+        count = math.ceil(min(self.config.gates.importance_tokens / tokens, self.stream.steps_per_epoch))
 
         def batches() -> Iterator[Tensor]:
             with self.progress_bar("importance", "batch", count) as bar:
@@ -98,7 +100,7 @@ class Pruning(Trainer):
                     yield self.stream.batch(number)
                     bar.update()
 
-        log.info("measuring the importance of %s on %d batches", ", ".join(self.masks.kinds), count)
+        log.info("measuring the importance of %s on %d tokens", ", ".join(self.masks.kinds), count * tokens)
         importance = taylor_importance(self.model, self.masks.kinds, batches())
         importance = {kind: self.world.sum(value) for kind, value in importance.items()}
         self.masks.restart(initial_log_alpha(self.model.spec, importance, self.config.gates.init_spread))

@@ -85,7 +85,7 @@ class Course:
         shared = ("tracking.progress=false", "tracking.report_to=[]", "train.rank_timeout=60", "checkpoint.every=3")
         prune = (
             "prune", f"run_dir={run}", f"model.path={live}/model", f"data.source={live}/text.txt", "data.seq_len=32",
-            "train.steps=12", "train.batch_size=4", "gates.importance_batches=1", "sparsity.target=0.3",
+            "train.steps=12", "train.batch_size=4", "gates.importance_tokens=1", "sparsity.target=0.3",
             "gates.ffn_multiple=1", "gates.hidden_multiple=1", *shared,
         )  # fmt: skip
         tune = (

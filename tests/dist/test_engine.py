@@ -49,7 +49,7 @@ def overrides(model_dir, text_file):
     """
     return [
         f"model.path={model_dir}", f"data.source={text_file}", "data.seq_len=32", f"train.steps={STEPS}",
-        "train.batch_size=4", "train.micro_batch=1", "gates.importance_batches=2", "tracking.progress=false",
+        "train.batch_size=4", "train.micro_batch=1", "gates.importance_tokens=256", "tracking.progress=false",
         "gates.ffn_multiple=1", "gates.hidden_multiple=1", "checkpoint.every=20", "checkpoint.keep=9",
         "gates.shape=uniform", "gates.units=[kv_groups,ffn,layers]", "train.lora_lr=1e-3",
         "lora.rank=8", "lora.alpha=8",

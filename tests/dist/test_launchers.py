@@ -37,7 +37,7 @@ def environment(monkeypatch):
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_ranks_of_every_launcher_prune_together(launcher, settings, tmp_path, environment):
-    overrides = [*settings, "train.steps=2", "gates.importance_batches=1", "deepspeed=zero3"]
+    overrides = [*settings, "train.steps=2", "gates.importance_tokens=1", "deepspeed=zero3"]
     command = [*map(str, LAUNCHERS[launcher]()), "nuteprune", "prune", *overrides]
     variables = os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",

@@ -38,7 +38,7 @@ def test_two_ranks_resume_and_export(family, shape, tokenizer, text_file, tmp_pa
     units = "[kv_groups,ffn,experts]" if spec.experts > 1 else "[heads,kv_groups,ffn]"
     overrides = [
         f"model.path={base}", f"data.source={text_file}", "data.seq_len=32", "train.steps=50", "train.batch_size=4",
-        "train.micro_batch=1", "gates.importance_batches=2", f"gates.units={units}", f"lora.targets=[{','.join(spec.lora_targets)}]",
+        "train.micro_batch=1", "gates.importance_tokens=256", f"gates.units={units}", f"lora.targets=[{','.join(spec.lora_targets)}]",
         f"gates.shape={shape}", "gates.ffn_multiple=1", "sparsity.target=0.395", "tracking.progress=false",
         # A target between two teachers (0.39, 0.40), so that rounding records no other one.
         # With the steps and the rank of a real run rounding alone grows beyond what is compared here.

@@ -12,7 +12,7 @@ from nuteprune.stages import prune
 
 def losses(settings, run_dir, backend, monkeypatch):
     monkeypatch.setenv("NUTEPRUNE_KERNELS", backend)
-    short = ["train.steps=10", "data.seq_len=16", "train.batch_size=2", "gates.importance_batches=1"]
+    short = ["train.steps=10", "data.seq_len=16", "train.batch_size=2", "gates.importance_tokens=1"]
     config = load_config(None, [*settings, *short, f"run_dir={run_dir}", "sparsity.target=0.4"])
     prune.run(config)
     lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]

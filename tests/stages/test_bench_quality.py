@@ -14,7 +14,7 @@ from nuteprune.evaluation.measure import compare, last_states, perplexity
 def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, tmp_path, capsys):
     records = tmp_path / "records.json"
     records.write_text(json.dumps([{"prompt": f"The {n}", "completion": " river"} for n in range(8)]))
-    settings = ["gates.importance_batches=1", "tracking.progress=false", "train.micro_batch=4", "finetune.steps=1",
+    settings = ["gates.importance_tokens=1", "tracking.progress=false", "train.micro_batch=4", "finetune.steps=1",
                 "finetune.seq_len=32", "finetune.batch_size=1", "data.seq_len=32"]  # fmt: skip
     arguments = ["--model", model_dir, "--train", text_file, "--test", text_file, "--sparsities", "0.4", "--variants",
                  "ours", "--steps", "30", "--seeds", "2", "--blocks", "1",
@@ -40,7 +40,7 @@ def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, tmp_path,
 
 def test_two_commands_fill_one_table(model_dir, text_file, tmp_path, monkeypatch):
     command = ["--model", model_dir, "--train", text_file, "--test", text_file, "--sparsities", "0.4", "--steps", "2",
-               "--blocks", "1", "--out", tmp_path / "out", "--set", "gates.importance_batches=1",
+               "--blocks", "1", "--out", tmp_path / "out", "--set", "gates.importance_tokens=1",
                "--set", "tracking.progress=false", "--set", "data.seq_len=32"]  # fmt: skip
     command = list(map(str, command))
     measure = quality.measure

@@ -34,6 +34,18 @@ def test_every_recipe_is_valid_and_the_saved_config_reads_back(recipe, tmp_path)
     assert load_config(tmp_path / "config.yaml") == replace(config, recipe="default")
 
 
+def test_the_file_of_a_run_from_before_counts_importance_in_tokens_and_has_no_refit(tmp_path):
+    path = tmp_path / "config.yaml"
+    save_config(path, load_config(None, ["train.batch_size=4", "data.seq_len=256"]))
+    text = path.read_text()
+    text = text.replace("importance_tokens: 65536", "importance_batches: 6").replace("  refit: 112\n", "")
+    path.write_text(text)
+    assert load_config(path).gates.importance_tokens == 6 * 4 * 256
+    assert load_config(path).lora.refit == 0
+    with pytest.raises(ConfigError, match="importance_tokens"):
+        load_config(None, ["gates.importance_batches=6"])
+
+
 def test_the_papers_recipe_is_the_papers():
     config = load_config(None, ["recipe=paper"])
     assert (config.data.source, config.data.documents, config.data.seq_len) == ("c4", 20_000, 512)

@@ -102,12 +102,14 @@ def test_lora_gates_and_teachers_are_those_of_a_run(units):
 
 def test_passes_outside_the_steps():
     """Importance on 16 batches; 12 structures on 4 batches at a quarter of a step, where there are several."""
+    tokens = "gates.importance_tokens=131072"
     for overrides, steps in (
         (["gates.shape=per_layer_ffn"], 16), (["gates.shape=uniform", "gates.units=[kv_groups,ffn]"], 28),
         (["gates.shape=uniform", "gates.units=[ffn]"], 16), (["gates.shape=uniform", "gates.units=[ffn,layers]"], 28),
         (["gates.shape=per_layer_ffn", "gates.units=[ffn,layers]"], 16), (["gates.shape=per_layer"], 16),
+        (["gates.init=drop_rate", "gates.settle=1", "gates.shape=per_layer"], 0),
     ):  # fmt: skip
-        assert extra_steps(load_config(None, overrides)) == steps
+        assert extra_steps(load_config(None, [tokens, *overrides])) == steps
 
 
 def test_snapshots():
