@@ -105,6 +105,11 @@ class Pruning(Trainer):
         importance = {kind: self.world.sum(value) for kind, value in importance.items()}
         self.masks.restart(initial_log_alpha(self.model.spec, importance, self.config.gates.init_spread))
 
+    def halt(self) -> None:
+        """End here, where nothing has been done that is not saved, if a signal came to any rank."""
+        if self.world.any(bool(self.stop.received)):
+            raise Preempted(self.stop.nothing)
+
     def train_step(self) -> dict[str, float]:
         """One optimizer step: constraint, teacher, paired forward and backward, update, snapshot."""
         config = self.config

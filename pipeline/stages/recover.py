@@ -31,7 +31,6 @@ from nuteprune.runs.students import (
 from nuteprune.training.engine import Engine
 from nuteprune.training.fixed import FixedGates
 from nuteprune.training.loop import train
-from nuteprune.training.refit import Refit
 from nuteprune.training.teachers import TeacherBank
 
 log = logging.getLogger(__name__)
@@ -91,10 +90,6 @@ class Recovering(FixedGates):
     stage = "recover"
     free = ("checkpoint", "tracking", "export", "evaluate", "finetune")
 
-    def __init__(self, *parts, refit: Refit | None, **rest):
-        super().__init__(*parts, **rest)
-        self.refit = refit
-
     @classmethod
     def build(cls, config: Config, world: World) -> Recovering:
         """Load the model, the rung and the text, at step 0."""
@@ -118,15 +113,7 @@ class Recovering(FixedGates):
         engine = Engine(model, masks, None, config, config.train.steps, world)
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
         log.info("recovering at sparsity %.4f: %d steps", sparsity_of(spec, student.gates), config.train.steps)
-        refit = Refit(model, config, world, blocks, config.train.steps) if config.lora.refit else None
-        return cls(config, world, model, engine, stream, config.train.steps, trained=trained, masks=masks, bank=bank,
-                   refit=refit)  # fmt: skip
-
-    def start(self) -> None:
-        """Make up for the units that the rung's own gates leave out: its snapshot did so for gates before rounding."""
-        if self.refit and self.step == 0:
-            self.refit.measure(self.halt)
-            self.refit.apply(self.masks.fixed)
+        return cls(config, world, model, engine, stream, config.train.steps, trained=trained, masks=masks, bank=bank)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step."""

@@ -109,11 +109,6 @@ class Trainer(ABC):
         sizes = sha256(Path(cached_file(base, "config.json")))
         return {"model.path": fingerprint(base), "config.json of model.path": sizes, "data.source": data}
 
-    def halt(self) -> None:
-        """End here, where nothing has been done that is not saved, if a signal came to any rank."""
-        if self.world.any(bool(self.stop.received)):
-            raise Preempted(self.stop.nothing)
-
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
         """What stands behind the progress bar."""
         return {"loss": f"{metrics['loss']:.3f}"}
