@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import importlib
 import json
@@ -276,13 +277,22 @@ def run_stage(name: str, config: Config) -> str:
 
 
 def cli() -> NoReturn:
-    """`main` as a process; a failed rank of several ends at once, for its destructors could wait for other ranks."""
+    """`main` as a process.
+
+    One rank of several ends without the interpreter's finalization. After a failure destructors could wait for ranks
+    that are gone. After success DeepSpeed still refers to the process groups, so their threads are not joined, and one
+    that lets go of a tensor during finalization aborts the process ("terminate called without an active exception").
+    """
     try:
         code = main()
     except Exception:  # whatever it is: printed here, since os._exit below would swallow it
         traceback.print_exc()
         code = 1
-    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        if not code:
+            atexit._run_exitfuncs()
+            if "mpi4py.MPI" in sys.modules:  # its own hook comes later, and mpirun takes a rank without it for failed
+                sys.modules["mpi4py.MPI"].Finalize()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -38,26 +38,51 @@ def environment(monkeypatch):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_ranks_of_every_launcher_prune_together(launcher, settings, tmp_path, environment):
     overrides = [*settings, "train.steps=2", "gates.importance_tokens=1", "deepspeed=zero3"]
-    command = [*map(str, LAUNCHERS[launcher]()), "nuteprune", "prune", *overrides]
+    code, out, err = _launch(launcher, ["nuteprune", "prune", *overrides], tmp_path)
+    assert code == 0, err
+    assert out.count("pruned student: ") == 1
+    assert err.count(" blocks of text, ") == 1
+    assert "Traceback" not in err
+    assert load_file(tmp_path / "run/pruned/gates.safetensors")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_rank_that_is_done_runs_its_exit_functions_but_not_finalization(launcher, tmp_path, environment):
+    """The groups' threads outlive the group, and one of them that needs the interpreter then aborts the process."""
+    (tmp_path / "program.py").write_text(
+        "import atexit\n"
+        "import nuteprune.__main__ as program\n"
+        "from nuteprune.parallel.distributed import discover\n"
+        "class Kept:\n"
+        "    def __del__(self): print('finalized', flush=True)\n"
+        "kept = Kept()\n"
+        "atexit.register(print, 'exit function')\n"
+        "program.main = lambda: discover().size - 2\n"
+        "program.cli()\n"
+    )
+    code, out, err = _launch(launcher, ["program"], tmp_path)
+    assert code == 0, err
+    assert out.count("exit function") == 2
+    assert "finalized" not in out
+
+
+def _launch(launcher, module, folder):
+    """Run a module on two ranks: exit code of the launcher, output, messages."""
     variables = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        [*map(str, LAUNCHERS[launcher]()), *module], cwd=folder, env=variables, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
         out, err = process.communicate(timeout=ranks.HANG)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, err
-    assert out.count("pruned student: ") == 1
-    assert err.count(" blocks of text, ") == 1
-    assert "Traceback" not in err
-    assert load_file(tmp_path / "run/pruned/gates.safetensors")
+    return process.returncode, out, err
 
 
 def test_a_step_of_srun(environment):
