@@ -28,6 +28,7 @@ from nuteprune.runs.rundir import (
     save_config,
     save_gates,
 )
+from nuteprune.runs.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class Student:
     """A pruned model over the base weights.
 
     Attributes:
-        gates, scores, lora: gates, log-alpha and LoRA of the final student or of a snapshot.
+        gates, scores: gates and log-alpha of the final student or of a snapshot.
+        lora: its LoRA; of a snapshot as from `rung_lora`.
         scaling: LoRA alpha / rank.
         target: sparsity wanted.
         facts: of its fine-tuning (`steps`, `tokens`, `records`, …); empty where there was none.
@@ -173,14 +175,33 @@ def choose_student(trained: Run, sparsity: float) -> Student:
     final = Student(trained.gates, trained.scores, trained.lora, scaling, trained.config.sparsity.target, {})
     if sparsity in (0, final.target):
         return final
-    rungs = [(trained.sparsity, replace(final, target=sparsity))]
-    rungs += [(s.sparsity, Student(s.gates, s.scores, s.lora, scaling, sparsity, {})) for s in trained.snapshots]
-    if sparsity > max(reached for reached, _ in rungs) + POINT:
-        known = ", ".join(f"{r:.3f}" for r in sorted(r for r, _ in rungs))
+    rungs: dict[float, Snapshot | None] = {s.sparsity: s for s in trained.snapshots} | {trained.sparsity: None}
+    if sparsity > max(rungs) + POINT:
+        known = ", ".join(f"{reached:.3f}" for reached in sorted(rungs))
         raise ConfigError(f"sparsity {sparsity:g}: the run never got there; it has {known}")
-    reached, nearest = min(rungs, key=lambda rung: abs(rung[0] - sparsity))
+    reached = min(rungs, key=lambda reached: abs(reached - sparsity))
     log.info("from the run's snapshot at sparsity %.3f", reached)
-    return nearest
+    if (nearest := rungs[reached]) is None:
+        return replace(final, target=sparsity)
+    return Student(nearest.gates, nearest.scores, rung_lora(trained, nearest), scaling, sparsity, {})
+
+
+def rung_lora(trained: Run, snapshot: Snapshot) -> dict[str, tuple[Tensor, Tensor]]:
+    """LoRA of the student that a snapshot of a run is exported and recovered as.
+
+    Refit's ranks are the snapshot's, which were fitted to its units. The trained ranks are those of the run's end, which
+    have learned in all of its steps, the snapshot's only in those before it. They are scaled by the root of the share
+    that the snapshot has of the sparsity that they make up for.
+    """
+    rank, share = trained.config.lora.rank, min(1.0, (snapshot.sparsity / trained.sparsity) ** 0.5)
+    merged = {}
+    for key, (a_RK, b_NR) in snapshot.lora.items():
+        last_a_RK, last_b_NR = trained.lora[key]
+        merged[key] = (
+            torch.cat([a_RK[:-rank].float(), last_a_RK[-rank:]]),
+            torch.cat([b_NR[:, :-rank].float(), share * last_b_NR[:, -rank:]], 1),
+        )
+    return merged
 
 
 def structure(

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from nuteprune import load_masked
 from nuteprune.__main__ import main
 from nuteprune.config import ConfigError, load_config
 from nuteprune.model.loading import read_config
@@ -48,6 +50,35 @@ def test_a_rung_learns_and_keeps_its_units(config, run_dir):
         history = losses(run_dir / f"recover-{rung:g}")
         assert len(history) == 20
         assert sum(history[-5:]) < sum(history[:5])
+
+
+@pytest.mark.parametrize("rung", [0.1, 0.2, 0.3])
+def test_a_rung_has_what_the_run_learned_to_its_end(rung, config, run_dir, text_file, monkeypatch):
+    trained = open_run(config)
+    snapshot = min(trained.snapshots, key=lambda s: abs(s.sparsity - rung))
+    (before, _), _ = students(config, rung)
+    share, rank = (snapshot.sparsity / trained.sparsity) ** 0.5, trained.config.lora.rank
+    for key, (a, b) in before.lora.items():
+        torch.testing.assert_close(product((a, b), rank), share * product(trained.lora[key], rank))
+        fitted = len(a) - rank
+        assert fitted == (trained.config.lora.refit if key.endswith("down_proj") else 0)
+        assert torch.equal(a[:fitted], snapshot.lora[key][0][:fitted].float())
+        assert torch.equal(b[:, :fitted], snapshot.lora[key][1][:, :fitted].float())
+    merged = cross_entropy(config, rung, text_file)
+    monkeypatch.setattr("nuteprune.runs.students.rung_lora", lambda _, snapshot: snapshot.lora)
+    assert merged < cross_entropy(config, rung, text_file)
+
+
+def product(pair, rank):
+    a, b = pair
+    return b[:, -rank:] @ a[-rank:]
+
+
+def cross_entropy(config, rung, text_file) -> float:
+    """Of a rung as pruning left it, on some of the training text."""
+    masked = load_masked(config, [f"export.sparsity={rung}"])
+    ids = masked.tokenizer(text_file.read_text()[:4000], return_tensors="pt").input_ids[:, :1024].view(-1, 32)
+    return float(F.cross_entropy(masked.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
 
 
 def test_the_same_command_again_does_nothing_and_a_signal_loses_nothing(config, run_dir, monkeypatch):
