@@ -189,7 +189,7 @@ def choose_student(trained: Run, sparsity: float) -> Student:
 def rung_lora(trained: Run, snapshot: Snapshot) -> dict[str, tuple[Tensor, Tensor]]:
     """LoRA of the student that a snapshot of a run is exported and recovered as.
 
-    Refit's ranks are the snapshot's, which were fitted to its units. The trained ranks are those of the run's end, which
+    Refit's ranks are the snapshot's, which were fitted to its units. The trained ranks are those of the run's end: they
     have learned in all of its steps, the snapshot's only in those before it. They are scaled by the root of the share
     that the snapshot has of the sparsity that they make up for.
     """
