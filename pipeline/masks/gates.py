@@ -58,6 +58,15 @@ class Gates:
         """The same values without their graph."""
         return Gates(**{kind: z.detach() for kind, z in self.as_dict().items()})
 
+    def opened(self) -> Gates:
+        """Every gate that is not 0 at 1."""
+        return Gates(**{kind: _open(z) for kind, z in self.as_dict().items()})
+
+    @property
+    def settled(self) -> bool:
+        """Whether every gate is 0 or 1."""
+        return all(torch.equal(z, _open(z)) for z in self.as_dict().values())
+
     def head_gate(self, spec: ArchSpec) -> Tensor | None:
         """[L, H]: product of a query head's own gate, its group's and its sublayer's, 0 in a removed layer.
 
@@ -137,7 +146,7 @@ def kept_parameters(spec: ArchSpec, open_: Mapping[str, Tensor]) -> Tensor:
 
 def sparsity_of(spec: ArchSpec, gates: Gates) -> float:
     """Removed share of the prunable parameters when every unit with a nonzero gate is kept."""
-    open_ = {k: (z != 0).double() for k, z in gates.detach().full(spec).as_dict().items()}
+    open_ = gates.detach().full(spec).opened().to(torch.float64).as_dict()
     return 1.0 - float(kept_parameters(spec, open_)) / spec.prunable
 
 

@@ -183,7 +183,9 @@ def choose_student(trained: Run, sparsity: float) -> Student:
     log.info("from the run's snapshot at sparsity %.3f", reached)
     if (nearest := rungs[reached]) is None:
         return replace(final, target=sparsity)
-    return Student(nearest.gates, nearest.scores, rung_lora(trained, nearest), scaling, sparsity, {})
+    # Units that were on their way out had gates below 1. Those that a rung keeps stay, as the final student's do.
+    gates = nearest.gates.opened() if trained.gates.settled else nearest.gates
+    return Student(gates, nearest.scores, rung_lora(trained, nearest), scaling, sparsity, {})
 
 
 def rung_lora(trained: Run, snapshot: Snapshot) -> dict[str, tuple[Tensor, Tensor]]:

@@ -57,6 +57,8 @@ def test_a_rung_has_what_the_run_learned_to_its_end(rung, config, run_dir, text_
     trained = open_run(config)
     snapshot = min(trained.snapshots, key=lambda s: abs(s.sparsity - rung))
     (before, _), _ = students(config, rung)
+    assert before.gates.settled
+    assert not snapshot.gates.settled
     share, rank = (snapshot.sparsity / trained.sparsity) ** 0.5, trained.config.lora.rank
     for key, (a, b) in before.lora.items():
         torch.testing.assert_close(product((a, b), rank), share * product(trained.lora[key], rank))
