@@ -286,6 +286,7 @@ def picture(runs: list[dict]) -> bytes:
     axis.set(xscale="log", xlabel="optimizer steps", ylabel=f"perplexity of {text}")
     axis.set_xticks(sorted({steps for points in lines.values() for steps in points}))
     axis.get_xaxis().set_major_formatter("{x:.0f}")
+    axis.minorticks_off()
     axis.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
