@@ -229,7 +229,9 @@ def structure(
         raise ConfigError(
             "the run removed whole sublayers, which no stock model lacks: use export.shape=per_layer_ffn or per_layer"
         )
-    if _fits(spec, gates, shape, rounding) and abs(sparsity_of(spec, gates) - target) <= POINT:
+    before = sparsity_of(spec, gates)
+    near = abs(before - target) <= POINT
+    if near and _fits(spec, gates, shape, rounding):
         return gates
     if shape == "uniform":
         scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
@@ -237,7 +239,9 @@ def structure(
     values = {k: torch.where(z == 0, torch.ones_like(z), z) for k, z in gates.as_dict().items()}
     settled = Gates(**{k: v * chosen[k] if k in chosen else v for k, v in values.items()})
     reached = sparsity_of(spec, settled)
-    log.info("%d units change to fit the %s shape at %.2f%%", changed_units(spec, gates, settled), shape, 100 * reached)
+    log.log(logging.INFO if near else logging.WARNING,
+            "%d units change to fit the %s shape at %.2f%% (%.2f%% before)",
+            changed_units(spec, gates, settled), shape, 100 * reached, 100 * before)  # fmt: skip
     if abs(reached - target) > POINT:
         raise ConfigError(
             f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: lower export.ffn_multiple and "

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nuteprune.config import Config, LossConfig
 from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
-from nuteprune.masks import Gates, MaskSet, check_target, describe, sparsity_of
+from nuteprune.masks import POINT, Gates, MaskSet, check_target, describe, sparsity_of
 from nuteprune.masks.schedule import noise_at, settle_step, target_at
 from nuteprune.masks.selection import BATCHES
 from nuteprune.model.layers import LoraParameters, View, build_view
@@ -251,4 +251,10 @@ class Pruning(Trainer):
         target = save_run(Path(config.run_dir), config, spec, gates, masks.scores(), lora, self.bank.snapshots, facts)
         log.info("pruned to %.2f%%, %d teachers (%.1f MB): %s", 100 * facts["sparsity"], len(self.bank.snapshots),
                  self.bank.nbytes / 1e6, target)  # fmt: skip
+        if abs(facts["sparsity"] - config.sparsity.target) > POINT:
+            log.warning(
+                "that is not the %.2f%% asked for: export makes up the difference by score, with units that the student "
+                "has not learned to do without. Give it more train.steps, or sparsity.constraint=projection",
+                100 * config.sparsity.target,
+            )
         return target

@@ -154,9 +154,13 @@ def test_micro_batches_give_the_step_of_the_whole_batch(settings, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_the_papers_recipe_runs_with_its_lagrangian(settings):
+def test_the_papers_recipe_runs_with_its_lagrangian(settings, caplog):
     config = load_config(None, [*settings, "recipe=paper", "train.steps=30", "gates.units=[heads,ffn,hidden]"])
     prune.run(config)
+    assert "not the 20.00% asked for" in caplog.text  # 30 steps are too few for λ to grow
+    caplog.clear()
+    export.run(config)
+    assert any("units change" in r.message and r.levelname == "WARNING" for r in caplog.records)
     lines = metrics(config.run_dir)
     assert lines[-1]["prune/lambda_1"] != 0
     assert all(math.isfinite(m["prune/loss"]) for m in lines)
