@@ -173,7 +173,10 @@ class LossConfig:
         "normalized", "Layer term: squared error over the teacher's mean square, per token; or the paper's raw MSE."
     )
     layer_reduction: Literal["sum", "mean"] = opt("mean", "Sum (the paper) or mean of the layer terms over layers.")
-    kl_weight: float = opt(1.0, "Weight of the KL term per token (the paper's 0.1 at 512 tokens is 51.2).", ge=0)
+    kl_weight: float = opt(
+        1.0, "Weight of the KL term per token (the paper's 0.1 at 512 tokens is 51.2): a higher one keeps the student "
+        "nearer to the model, a lower one nearer to the text.", ge=0
+    )  # fmt: skip
     label_weight: float = opt(
         1.0, "Weight of the cross entropy of the text's next token beside a teacher (the paper: 0).", ge=0
     )
