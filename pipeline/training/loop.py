@@ -244,12 +244,13 @@ def check_alike(config: Config, world: World) -> None:
 
     A rank that differs would compute something else, or wait in another collective for ever.
     """
+    versions = {f"version of {name}": metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
+    # First: rank 0 keeps the store that others may still be connecting through, and must not end before they have.
+    first, *others = world.gather(flatten(to_dict(config)) | versions)
     if config.train.ranks not in (0, world.size):
         raise ConfigError(
             f"train.ranks is {config.train.ranks}, but {world.size} started: look at the launcher's arguments and hosts"
         )
-    versions = {f"version of {name}": metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
-    first, *others = world.gather(flatten(to_dict(config)) | versions)
     for rank, other in enumerate(others, 1):
         for key in sorted(first.keys() | other.keys()):
             if first.get(key) != other.get(key):

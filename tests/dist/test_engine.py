@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from nuteprune.config import ConfigError, load_config
@@ -206,6 +207,26 @@ def test_a_mistake_is_one_line_of_rank_0_and_ends_all(overrides, tmp_path, each,
     assert message in first.text
     assert second.text == ""
     assert not list(run_dir.glob("*"))
+
+
+def connect_slowly(rank: int) -> None:
+    """Let rank 1 need rank 0's store for a while longer, as a loaded machine does."""
+    connect = dist.init_process_group
+
+    def slow(*args, **kwargs):
+        connect(*args, **kwargs)
+        time.sleep(2)
+        dist.distributed_c10d._get_default_store().add("connected", 1)
+
+    if rank == 1:
+        dist.init_process_group = slow
+
+
+def test_rank_0_does_not_end_before_the_others_have_connected(overrides, tmp_path):
+    arguments = ["prune", *overrides, f"run_dir={tmp_path / 'run'}", "train.ranks=4"]
+    first, second = ranks.Group(arguments, 2, tmp_path / "logs", connect_slowly).wait()
+    assert (first.code, second.code) == (2, 2), first.text + second.text
+    assert "train.ranks is 4" in first.text
 
 
 def hide_data(rank: int) -> None:
