@@ -253,8 +253,8 @@ class Pruning(Trainer):
                  self.bank.nbytes / 1e6, target)  # fmt: skip
         if abs(facts["sparsity"] - config.sparsity.target) > POINT:
             log.warning(
-                "that is not the %.2f%% asked for: export makes up the difference by score, with units that it has "
-                "not learned to do without. Give it more train.steps, or sparsity.constraint=projection",
+                "that is not the %.2f%% asked for: export makes up the difference by score, with units that the "
+                "student has not learned to do without. Give it more train.steps, or sparsity.constraint=projection",
                 100 * config.sparsity.target,
             )
         return target
