@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import ConfigError, FinetuneConfig
+from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import read_rows
 from nuteprune.model.distill import IGNORE
 
@@ -163,8 +164,7 @@ def _plain(prompt: str, answer: str, end: str) -> list[Part]:
 
 def _plain_ends(tokenizer) -> tuple[str, str]:
     """What stands before a prompt (where the tokenizer itself puts it) and behind an answer."""
-    first = tokenizer("a")["input_ids"][:1]
-    return tokenizer.bos_token if first == [tokenizer.bos_token_id] else "", tokenizer.eos_token or ""
+    return tokenizer.decode(first_tokens(tokenizer)), tokenizer.eos_token or ""
 
 
 def _text(row: dict, key: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import ConfigError, DataConfig
+from nuteprune.data.sequences import sequence_form
 
 C4 = "allenai/c4"
 FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
@@ -51,11 +52,13 @@ def load_text(source: str, documents: int, text_field: str) -> datasets.Dataset:
 
 
 def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.LongTensor:
-    """All documents as one stream, end-of-sequence tokens between them, cut into blocks; the remainder is dropped.
+    """All documents as one stream, cut into blocks; the remainder is dropped.
+
+    Each block begins as the tokenizer begins a sequence, and documents are separated as it ends them (`sequence_form`).
 
     Args:
         config: source, number of documents, text column and block length.
-        tokenizer: its `eos_token_id`, where it has one, separates documents; no other special token is added.
+        tokenizer: the model's.
         vocab_size: rows of the model's embedding.
 
     Returns:
@@ -64,14 +67,14 @@ def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_
     Raises:
         ConfigError: see `load_text`; fewer tokens than one block; a token id the model has no embedding for.
     """
-    documents = load_text(config.source, config.documents, config.text_field)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    documents, form = load_text(config.source, config.documents, config.text_field), sequence_form(tokenizer)
     pieces: list[np.ndarray] = []
     for ids in _token_ids(documents["text"], tokenizer):
         # int32 while collecting: half the memory of the result.
-        pieces.append(np.asarray((eos if pieces else []) + ids, dtype=np.int32))
+        pieces.append(np.asarray([*(form.end if pieces else ()), *ids], dtype=np.int32))
     stream = np.concatenate(pieces)
-    count = len(stream) // config.seq_len
+    length = config.seq_len - len(form.first)
+    count = len(stream) // length
     if count == 0:
         raise ConfigError(
             f"data source '{config.source}' has {len(stream)} tokens, less than one block of {config.seq_len}: "
@@ -82,7 +85,8 @@ def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_
             f"the tokenizer gives id {stream.max()} but the model has {vocab_size} embeddings: "
             "the tokenizer belongs to another model; use the model's own"
         )
-    return torch.from_numpy(stream[: count * config.seq_len].astype(np.int64)).view(count, config.seq_len)
+    text = torch.from_numpy(stream[: count * length].astype(np.int64)).view(count, length)
+    return torch.cat([torch.tensor(form.first, dtype=torch.int64).expand(count, -1), text], dim=1)
 
 
 def text_tokens(
@@ -90,7 +94,8 @@ def text_tokens(
 ) -> torch.LongTensor:
     """The tokens `[n]` of a text source as one long stream without special tokens, as perplexity wants them.
 
-    Documents (a .txt file is one) are joined by an empty line and tokenised as one string.
+    Documents (a .txt file is one) are joined by an empty line and tokenised as one string. Each window over them begins
+    with the tokenizer's first tokens, which the windows add.
 
     Args:
         path: a source as in `load_text`.

@@ -150,9 +150,9 @@ def load_base(config: Config, dtype: str) -> tuple[PreTrainedModel, ArchSpec, to
 def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
     """About `count` tokens [N, T] of the run's own training text, in blocks no longer than those of training."""
     length = min(config.data.seq_len, count)
-    blocks = load_blocks(config)
+    blocks = load_blocks(config, tokenizer)
     if blocks is not None:
-        return blocks.flatten()[: -(-count // length) * length].view(-1, length)
+        return blocks[: -(-count // length), :length]
     documents = min(config.data.documents or count, count)  # a document has at least one token
     blocks = packed_blocks(replace(config.data, documents=documents, seq_len=length), tokenizer, vocab)
     return blocks[: -(-count // length)]

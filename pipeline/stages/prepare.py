@@ -38,10 +38,10 @@ def run(config: Config) -> Path:
         windows = packed_windows(config.finetune, tokenizer)
         log.info("%d windows of instruction records", len(windows))
     log.info("%s: %d weight files are whole", config.model.path, files)
-    if load_blocks(config) is None:
+    if load_blocks(config, tokenizer) is None:
         blocks = packed_blocks(config.data, tokenizer, spec.vocab)
         log.info("%d blocks of %d tokens", *blocks.shape)
-        return save_blocks(config, blocks)
+        return save_blocks(config, blocks, tokenizer)
     log.info("the text is prepared already")
     return Path(config.run_dir) / "prepared"
 

@@ -112,8 +112,8 @@ def check_fits(checkpoint: Path, config: Config, free: tuple[str, ...], inputs: 
     for name, value in inputs.items():
         if known.get(name, value) != value:
             raise ConfigError(
-                f"{name} is not what {checkpoint} was trained on: put that back, or start anew with "
-                "checkpoint.resume=never"
+                f"{name} is not what {checkpoint} was trained on, or is packed otherwise by this version: put that "
+                "back, or start anew with checkpoint.resume=never"
             )
 
 
