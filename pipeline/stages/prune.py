@@ -75,7 +75,7 @@ class Pruning(Trainer):
         multipliers = Multipliers().to(world.device) if config.sparsity.constraint == "lagrangian" else None
         engine = Engine(model, masks, multipliers, config, total, world)
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
-        refit = Refit(model, config, world, blocks, total) if config.lora.refit else None
+        refit = Refit(model, config, world, stream, total) if config.lora.refit else None
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
                  total)  # fmt: skip
         return cls(config, world, model, engine, stream, total, masks=masks, multipliers=multipliers, bank=bank,
