@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
 from nuteprune.runs.words import plain
+from nuteprune.training.memory import is_out_of_memory
 from nuteprune.training.signals import Preempted, stop_signals
 
 STAGES = {
@@ -203,15 +204,6 @@ def run(args: argparse.Namespace) -> int:
             sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return getattr(error, "exit_code", 1)
     return 0
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a GPU (torch's own type), or on the host (a message of its allocator)."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 def dry_run(config: Config, args: argparse.Namespace) -> str:

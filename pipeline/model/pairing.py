@@ -151,6 +151,9 @@ class PairedModel(nn.Module):
         checkpointing: recompute each student layer in the backward pass (non-reentrant).
     """
 
+    partitioning: tuple = ()
+    """What shares the weights out over ranks, and lives as long as they do; empty where each rank has them whole."""
+
     def __init__(self, model: nn.Module, spec: ArchSpec, lora: LoraConfig, checkpointing: bool = False):
         super().__init__()
         model.requires_grad_(False)
