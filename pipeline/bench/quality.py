@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.__main__ import quiet_libraries
 from nuteprune.config import Config, ConfigError, load_config
+from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import text_tokens
 from nuteprune.evaluation.measure import compare, environment, last_states
 from nuteprune.exporting.card import RECORD
@@ -149,6 +150,7 @@ class Scorer:
     def __init__(self, intact: str, texts: list[Path], blocks: int):
         self.blocks = blocks
         self.intact, tokenizer = self.load(intact)
+        self.path, self.first = intact, first_tokens(tokenizer)
         self.texts: dict[str, LongTensor] = {text.stem: text_tokens(text, "text", tokenizer) for text in texts}
         self.wanted = {name: self.states(self.intact, name) for name in self.texts}
 
@@ -159,15 +161,17 @@ class Scorer:
 
     def states(self, model: PreTrainedModel, text: str) -> Tensor:
         """Last hidden states [blocks, T, D] of a text's first blocks."""
-        return last_states(model, self.texts[text], WINDOW, self.blocks)
+        return last_states(model, self.texts[text], WINDOW, self.blocks, self.first)
 
     def score(self, path: str) -> dict:
         """`perplexity` and `kl` (nats per token, from the intact model) by text."""
-        model, _ = self.load(path)
+        model = self.intact if path == self.path else self.load(path)[0]
         result: dict[str, dict[str, float]] = {"perplexity": {}, "kl": {}}
         for name, tokens in self.texts.items():
-            own = self.states(model, name)
-            result["perplexity"][name], result["kl"][name] = compare(self.intact, self.wanted[name], model, own, tokens)
+            wanted = self.wanted[name]
+            own = wanted if model is self.intact else self.states(model, name)
+            found = compare(self.intact, wanted, model, own, tokens, self.first)
+            result["perplexity"][name], result["kl"][name] = found
         return result
 
 

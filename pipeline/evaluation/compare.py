@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.config import Config, ConfigError
+from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import text_tokens
 from nuteprune.evaluation import report
 from nuteprune.evaluation.measure import SIZES, environment, perplexity, sample, sizes
@@ -48,7 +49,7 @@ def evaluate_models(config: Config) -> dict:
     tasks = load_tasks(settings.tasks, settings.trust_remote_code)
     too_big = too_big_together([weight_bytes(path, config.model) for path in paths], device) if settings.speed else ""
     entries: list[dict[str, Any]] = []
-    models, streams = [], []
+    models, streams, firsts = [], [], []
     draft = {"models": entries, "dtype": config.model.dtype, "environment": environment(device)}
 
     def keep(entry: dict, part: dict) -> None:
@@ -59,14 +60,16 @@ def evaluate_models(config: Config) -> dict:
         model, tokenizer, folder = load_any(path, config.model, settings.trust_remote_code, device)
         texts = _texts(config, tokenizer)
         streams.append(torch.cat(list(texts.values())))
-        entries.append({"name": name, "path": path, **sizes(model, folder), "perplexity": {}})
+        firsts.append(first_tokens(tokenizer))
+        entries.append({"name": name, "path": path, **sizes(model, folder), "perplexity": {},
+                        "first_tokens": tokenizer.convert_ids_to_tokens(list(firsts[-1]))})  # fmt: skip
         for part in _quality(model, tokenizer, texts, tasks, config, name):
             keep(entries[-1], part)
         if settings.speed and not too_big:
             models.append(model.to("cpu"))
         del model
     if models:
-        too_big = _speeds(models, device, config, entries, keep)
+        too_big = _speeds(models, firsts, device, config, entries, keep)
     for entry in entries if entries[0].get("accuracy") else ():
         entry["retained"] = entry["accuracy"] / entries[0]["accuracy"]
     result = {
@@ -101,9 +104,10 @@ def _quality(
     settings = config.evaluate
     log.info("evaluating %s", name)
     scores: dict[str, dict] = {}
+    first = first_tokens(tokenizer)
     for text, tokens in texts.items():
         label = f"{text} by {name}" if config.tracking.progress else None
-        scores[text] = perplexity(model, tokens, settings.window, settings.stride, settings.blocks, label)
+        scores[text] = perplexity(model, tokens, settings.window, settings.stride, settings.blocks, label, first)
         yield {"perplexity": scores}
     if tasks:
         measured = lm_eval_tasks(model, tokenizer, tasks, settings.task_limit, settings.fewshot)
@@ -113,8 +117,8 @@ def _quality(
 
 
 def _speeds(
-    models: list[PreTrainedModel], device: torch.device, config: Config, entries: list[dict],
-    keep: Callable[[dict, dict], None],
+    models: list[PreTrainedModel], firsts: list[tuple[int, ...]], device: torch.device, config: Config,
+    entries: list[dict], keep: Callable[[dict, dict], None],
 ) -> str:  # fmt: skip
     """Measure each model by number of sequences; returns why some were not measured, empty where all were."""
     settings, done = config.evaluate, ""
@@ -122,7 +126,7 @@ def _speeds(
         on_device = [model.to(device) for model in models]
         for batch in settings.batch_sizes:
             log.info("measuring speed in turns, %d at once", batch)
-            measured = speed(on_device, settings.prompt_tokens, settings.new_tokens, batch)
+            measured = speed(on_device, settings.prompt_tokens, settings.new_tokens, batch, firsts=firsts)
             for entry, result in zip(entries, measured, strict=True):
                 keep(entry, {"speed": entry.get("speed", {}) | {str(batch): result}})
             done = f"for more than {batch} sequences "
