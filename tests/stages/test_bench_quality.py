@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -54,6 +55,12 @@ def test_two_commands_fill_one_table(model_dir, text_file, tmp_path, monkeypatch
     assert quality.main([*command, "--variants", "ours"]) == 0
     runs = json.loads((tmp_path / "out" / "quality.json").read_text())["runs"]
     assert [run["variant"] for run in runs] == ["intact", "no-teacher", "ours"]
+    # Another model is a row of its own, against its own intact one.
+    other = shutil.copytree(model_dir, tmp_path / "other")
+    assert quality.main([*command, "--model", str(model_dir), str(other), "--variants", "ours"]) == 0
+    runs = json.loads((tmp_path / "out" / "quality.json").read_text())["runs"]
+    assert [(run["model"], run["variant"]) for run in runs[3:]] == [("other", "intact"), ("other", "ours")]
+    assert quality.lost(runs, runs[4:], "train") == quality.lost(runs, runs[2:3], "train")
 
 
 def test_documents_held_out_are_not_trained_on(tmp_path):
