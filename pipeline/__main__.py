@@ -30,7 +30,14 @@ STAGES = {
     "export": "write the student (or a snapshot of the run, or a ladder of them) as a small Hugging Face model",
     "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
 }
+RUN = "all stages one after the other on this machine, with settings chosen for it; goes on where it stopped"
 SHORTCUTS = {
+    "run": {
+        "--sparsity": "sparsity.target",
+        "--data": "data.source",
+        "--out": "run_dir",
+        "--gguf": "export.gguf",
+    },
     "recover": {"--ladder": "recover.ladder", "--sparsity": "recover.ladder"},
     "finetune": {"--data": "finetune.data", "--sparsity": "finetune.sparsity"},
     "export": {
@@ -98,6 +105,12 @@ def parser() -> argparse.ArgumentParser:
     # The deepspeed launcher adds it; the variable LOCAL_RANK says the same.
     top.add_argument("--local_rank", help=argparse.SUPPRESS)
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    whole = stages.add_parser("run", help=RUN, description=RUN.capitalize() + ".")
+    whole.add_argument("--config", help="YAML file with the run's settings, such as the run.yaml of an earlier start")
+    for flag, key in SHORTCUTS["run"].items():
+        whole.add_argument(flag, metavar="X", help=f"same as {key}=X")
+    whole.add_argument("overrides", nargs="*", metavar="MODEL | key.sub=value",
+                       help="directory or hub id of the model (for model.path=MODEL), and settings")  # fmt: skip
     for name, meaning in STAGES.items():
         sub = stages.add_parser(
             name, help=meaning, description=meaning.capitalize() + ".",
@@ -156,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         return show_status(args)
     try:
         # Before anything that takes time: a job may be told to leave while it loads.
-        with stop_signals() if args.stage in DISTRIBUTED else nullcontext():
+        with stop_signals() if args.stage in (*DISTRIBUTED, "run") else nullcontext():
             return run(args)
     except Preempted as stop:
         if os.environ.get("RANK", "0") == "0":
@@ -188,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
             outcome = plan.run(config, args, typed)
             sys.stdout.write(outcome.text + "\n")
             return 0 if outcome.fits else 1
-        text = run_stage(args.stage, config)
+        text = run_chain(config) if args.stage == "run" else run_stage(args.stage, config)
         if is_main:
             sys.stdout.write(plain(text) + "\n")
     except ConfigError as error:
@@ -257,6 +270,8 @@ def show_status(args: argparse.Namespace) -> int:
 
 def read_settings(args: argparse.Namespace) -> Config:
     """The configuration of a parsed command line."""
+    if args.stage == "run":
+        args.overrides = [word if "=" in word else f"model.path={word}" for word in args.overrides]
     runs = [word for word in args.overrides if "=" not in word and os.path.isdir(word)]
     if len(runs) + (args.config is not None) > 1:
         raise ConfigError("give one run directory or one --config")
@@ -266,6 +281,13 @@ def read_settings(args: argparse.Namespace) -> Config:
         if value is not None:
             overrides.append(f"{key}=[{value}]" if key.endswith("ladder") else f"{key}={value}")
     return load_config(runs[0] if runs else args.config, overrides)
+
+
+def run_chain(config: Config) -> str:
+    """Run all stages; returns what the command line prints at the end."""
+    from nuteprune import chain
+
+    return chain.run(config)
 
 
 def run_stage(name: str, config: Config) -> str:

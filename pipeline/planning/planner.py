@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nuteprune.config import Config, load_config, to_dict
+from nuteprune.config import Config, beyond_recipe
 from nuteprune.masks import check_target
 from nuteprune.planning.bill import Bill, bill
 from nuteprune.planning.costs import Timing, Traffic, mean_kept, timing, traffic
@@ -128,20 +128,7 @@ def run_settings(plan: Plan, deepspeed: str = "") -> dict:
     """
     layout, config = plan.chosen.layout, plan.job.config
     train = replace(config.train, micro_batch=layout.micro_batch, activation_checkpointing=layout.checkpointing)
-    tree = to_dict(replace(config, train=train)) | {"deepspeed": deepspeed if layout.stage else ""}
-    return {"recipe": config.recipe} | _difference(tree, to_dict(load_config(None, [f"recipe={config.recipe}"])))
-
-
-def _difference(tree: dict, base: dict) -> dict:
-    changed = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            inner = _difference(value, base[key])
-            if inner:
-                changed[key] = inner
-        elif value != base[key]:
-            changed[key] = value
-    return changed
+    return beyond_recipe(replace(config, train=train, deepspeed=deepspeed if layout.stage else ""))
 
 
 def deepspeed_settings(plan: Plan) -> dict:
