@@ -27,7 +27,7 @@ SIZES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_goes_all_the_way(family, text_file, tmp_path):
     base, records, one, two = (tmp_path / name for name in ("base", "records.json", "one", "two"))
-    model = tiny_model(family, **SIZES.get(family, {}))
+    model = tiny_model(family, vocab_size=304, **SIZES.get(family, {}))  # more rows than the tokenizer has tokens
     model.save_pretrained(base)
     tiny_tokenizer(bos=True).save_pretrained(base)
     records.write_text(json.dumps([{"prompt": f"The {n}", "completion": " river"} for n in range(8)]))
