@@ -36,7 +36,7 @@ def svg(figure: Figure, name: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     drawn = buffer.getvalue()
-    drawn = re.sub(r' id="[a-z_.]*\d*"', "", drawn[drawn.index("<svg") :])
+    drawn = re.sub(r' id="[\w.]+_\d+"', "", drawn[drawn.index("<svg") :])
     for ours, pages in PAGE_COLOURS.items():
         drawn = drawn.replace(ours, pages)
     return drawn
