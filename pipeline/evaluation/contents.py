@@ -5,7 +5,7 @@ Cells are plain text. Sentences are plain text too, but for names between backti
 
 from __future__ import annotations
 
-from nuteprune.evaluation.generation import CYCLES, LONGEST_CYCLE, LOOP_TOKENS, NEW_TOKENS, PROMPT_TOKENS
+from nuteprune.evaluation.generation import CYCLES, LOOP_TOKENS, NEW_TOKENS, PROMPT_TOKENS
 from nuteprune.runs.words import code, one_line
 
 ROWS = {
@@ -44,7 +44,7 @@ def headline(report: dict) -> str:
     parts = [
         f"{ratio['parameters']:.1%} of the parameters are left",
         f"perplexity of {code(text)} goes from {perplexity} to {number(after['perplexity'])} "
-        f"(ΔNLL {_nats(after['delta_nll'])})",
+        f"(ΔNLL {nats(after['delta_nll'])})",
     ]
     if "speed" in ratio:
         batch, faster = next(iter(ratio["speed"].items()))
@@ -72,7 +72,7 @@ def rows(report: dict) -> list[list[str]]:
         values = [number(score["perplexity"]) for score in scores]
         add(f"perplexity of {one_line(text)}", values, ratio.get("perplexity", {}).get(text))
         if ratio:
-            add("  its ΔNLL, nats a token", ["", *(_nats(score["delta_nll"]) for score in scores[1:])], of_ratio="")
+            add("  its ΔNLL, nats a token", ["", *(nats(score["delta_nll"]) for score in scores[1:])], of_ratio="")
     for label, key in GENERATION_ROWS.items():
         shares = [model.get("generation", {}).get(key) for model in models]
         if any(share is not None for share in shares):
@@ -93,7 +93,8 @@ def number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4f}"
 
 
-def _nats(value: float | None) -> str:
+def nats(value: float | None) -> str:
+    """A difference of losses; None stands for one that is not finite."""
     return "infinite" if value is None else f"{value:+.3f}"
 
 
@@ -170,9 +171,9 @@ def _generation(report: dict) -> list[str]:
     return [
         f"{measured['prompts']} prompts of {PROMPT_TOKENS} tokens, spread over the first text, are continued greedily "
         f"by at most {NEW_TOKENS}.",
-        f"A loop: at the end an n-gram of at most {LONGEST_CYCLE} tokens, at least {CYCLES} times in a row and over at "
-        f"least {LOOP_TOKENS} tokens. Distinct 3-grams: the mean share of different ones in a continuation. Agreement: "
-        "the share of the first model's tokens that a model ranks first too, after the same tokens.",
+        f"A loop: at the end an n-gram at least {CYCLES} times in a row, over at least {LOOP_TOKENS} tokens.",
+        "Distinct 3-grams: the mean share of different ones in a continuation.",
+        "Agreement: the share of the first model's tokens that a model ranks first too, after the same tokens.",
     ]
 
 

@@ -50,7 +50,8 @@ svg text { font-family: system-ui, sans-serif !important }
 .sample .cards > div { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem }
 .text { white-space: pre-wrap; margin: 0 } .loop { color: var(--warn) }
 ul { padding-left: 1.1rem }
-@media (max-width: 34rem) { th, td { padding: .3rem .4rem } table { font-size: .85rem } }
+@media (max-width: 34rem) { table { font-size: .78rem } th, td { padding: .3rem .25rem; font-size: inherit }
+  th:first-child, td:first-child { min-width: 6rem } .headline { font-size: 1.15rem } }
 """
 
 
@@ -63,21 +64,21 @@ def html(report: dict, pictures: dict[str, str]) -> str:
     """
     name = one_line(report["models"][0]["name"])
     parts = [
-        f"<h1>{escape(name)} by NutePrune</h1>",
+        f"<h1>NutePrune: {escape(name)}</h1>",
         f'<p class="headline">{_sentence(headline(report))}</p>',
         _table(rows(report)),
-        *(f'<p class="small">{_sentence(line)}</p>' for line in conditions(report)),
         *_tasks(report),
         *_pictures(pictures),
         *_samples(report),
-        "<h2>Models</h2>", _list(model_lines(report)),
-        "<h2>Measured with</h2>", _list(environment_lines(report)),
+        "<h2>How it was measured</h2>",
+        *(f'<p class="small">{_sentence(line)}</p>' for line in conditions(report)),
+        _list([*model_lines(report), *environment_lines(report)]),
     ]  # fmt: skip
     head = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<title>{escape(name)} by NutePrune</title>\n'
+        f'<link rel="icon" href="data:,">\n<title>NutePrune: {escape(name)}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n"
     )
     return head + "<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
@@ -99,7 +100,9 @@ def _table(rows: list[list[str]]) -> str:
 
 def _tasks(report: dict) -> list[str]:
     found = task_rows(report)
-    return [_table(found), f'<p class="small">{_sentence(task_conditions(report))}</p>'] if found else []
+    return (
+        ["<h2>Tasks</h2>", _table(found), f'<p class="small">{_sentence(task_conditions(report))}</p>'] if found else []
+    )
 
 
 def _pictures(pictures: dict[str, str]) -> list[str]:
@@ -112,11 +115,11 @@ def _samples(report: dict) -> list[str]:
     """The same prompts, and beside each other what the models wrote behind them."""
     parts = []
     for index, sample in enumerate(report["models"][0].get("samples", [])):
-        parts.append(f'<div class="sample"><p>{escape(plain(sample["prompt"]))} …</p><div class="cards">')
+        parts.append(f'<div class="sample"><p>{escape(plain(sample["prompt"].strip()))} …</p><div class="cards">')
         for title, model in zip(titles(report), report["models"], strict=True):
             own = model["samples"][index]
             mark = ' <span class="loop">a loop</span>' * own["loops"]
-            text = escape(plain(own["continuation"].strip("\n")))
+            text = escape(plain(own["continuation"].strip()))
             parts.append(f'<div><h3>{escape(title)}{mark}</h3><p class="text">{text}</p></div>')
         parts.append("</div></div>")
     return ["<h2>Samples</h2>", *parts] if parts else []

@@ -109,7 +109,7 @@ def training(file: Path, width: float = WIDTH) -> Figure | None:
     if min(loss[1]) > 0 and max(loss[1]) > 20 * min(loss[1]):
         above.set_yscale("log")
     expected, target = (_series(steps, f"prune/{name}_sparsity") for name in ("expected", "target"))
-    below.plot(*_percent(expected), color="#c05621", linewidth=1.6, label="expected")
+    below.plot(*_percent(expected), color="#c05621", linewidth=3.0, alpha=0.8, label="expected")
     below.plot(*_percent(target), color="black", linewidth=1.0, linestyle="--", label="target")
     below.set_ylabel("sparsity (%)")
     below.set_xlabel("step")

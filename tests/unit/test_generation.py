@@ -36,7 +36,8 @@ LOOPS = {
     "three words, but then prose": ([*[1, 2, 3] * 9, *PROSE], False),
     "a sentence of sixteen, three times": ([*PROSE, *list(range(16)) * 3], True),
     "a sentence of sixteen, twice": ([*PROSE, *list(range(16)) * 2], False),
-    "a sentence of seventeen": ([*list(range(17)) * 3], False),
+    "all of it, three times": ([*list(range(21)) * 3], True),
+    "all of it, but for a word": ([*list(range(21)) * 3][:-1], False),
     "nothing": ([], False),
 }
 
