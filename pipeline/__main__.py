@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
 from nuteprune.runs.words import plain
+from nuteprune.training.memory import is_out_of_memory
 from nuteprune.training.signals import Preempted, stop_signals
 
 STAGES = {
@@ -29,7 +30,14 @@ STAGES = {
     "export": "write the student (or a snapshot of the run, or a ladder of them) as a small Hugging Face model",
     "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
 }
+RUN = "all stages one after the other on this machine, with settings chosen for it; goes on where it stopped"
 SHORTCUTS = {
+    "run": {
+        "--sparsity": "sparsity.target",
+        "--data": "data.source",
+        "--out": "run_dir",
+        "--gguf": "export.gguf",
+    },
     "recover": {"--ladder": "recover.ladder", "--sparsity": "recover.ladder"},
     "finetune": {"--data": "finetune.data", "--sparsity": "finetune.sparsity"},
     "export": {
@@ -59,17 +67,23 @@ PLAN_FLAGS = {
     "--model": ("", "directory, config.json, hub id, or a name such as llama-3.1-70b (default: model.path)"),
     "--nodes": (1, "nodes"),
     "--gpus-per-node": (8, "GPUs of a node"),
-    "--gpu-memory": ("80GB", "memory of a GPU"),
-    "--intra-bandwidth": ("450GB/s", "one way per GPU inside a node"),
-    "--inter-bandwidth": ("50GB/s", "one way per GPU between nodes: its NIC's"),
-    "--host-bandwidth": ("50GB/s", "one way per GPU to host memory, for offload"),
-    "--flops": ("990TFLOP/s", "peak of a GPU in the model's type"),
+    "--gpu": (
+        "",
+        "a card by its name: h100, a100, 4090, …; an unknown name is answered with all (default h100, or, "
+        "given --gpu-memory alone, the slowest known card with that memory)",
+    ),
+    "--gpu-memory": ("", "memory of a GPU, such as 24GB; it and the following win over the card's own"),
+    "--intra-bandwidth": ("", "one way per GPU inside a node, such as 450GB/s"),
+    "--inter-bandwidth": ("", "one way per GPU between nodes: its NIC's"),
+    "--host-bandwidth": ("", "one way per GPU to host memory"),
+    "--flops": ("", "dense peak of a GPU in the model's type, such as 989TFLOP/s"),
     "--mfu": (0.4, "share of that peak which is reached"),
+    "--disk-bandwidth": ("1GB/s", "of the file system that model and checkpoints lie in"),
     "--tokens-per-document": (427.0, "assumed length, to count the steps of an epoch (427: mean of C4)"),
     "--out": ("", "directory for plan.yaml and deepspeed.json"),
 }
 """Flags of `plan`: default and meaning."""
-DRY_RUN_FLAGS = ("--world-size", "--gpus-per-node", "--gpu-memory")
+DRY_RUN_FLAGS = ("--world-size", "--gpus-per-node", "--gpu", "--gpu-memory")
 
 
 OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
@@ -91,6 +105,12 @@ def parser() -> argparse.ArgumentParser:
     # The deepspeed launcher adds it; the variable LOCAL_RANK says the same.
     top.add_argument("--local_rank", help=argparse.SUPPRESS)
     stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    whole = stages.add_parser("run", help=RUN, description=RUN.capitalize() + ".")
+    whole.add_argument("--config", help="YAML file with the run's settings, such as the run.yaml of an earlier start")
+    for flag, key in SHORTCUTS["run"].items():
+        whole.add_argument(flag, metavar="X", help=f"same as {key}=X")
+    whole.add_argument("overrides", nargs="*", metavar="MODEL | key.sub=value",
+                       help="directory or hub id of the model (for model.path=MODEL), and settings")  # fmt: skip
     for name, meaning in STAGES.items():
         sub = stages.add_parser(
             name, help=meaning, description=meaning.capitalize() + ".",
@@ -104,8 +124,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--dry-run", action="store_true", help="build the run without weights and print its plan")
             for flag in DRY_RUN_FLAGS:
                 default, meaning = PLAN_FLAGS.get(flag, (1, "ranks"))
+                meaning += f" (default {default})" if default else ""
                 sub.add_argument(flag, type=type(default), default=default, metavar="X",
-                                 help=f"of a dry run: {meaning} (default {default})")  # fmt: skip
+                                 help=f"of a dry run: {meaning}")  # fmt: skip
         sub.add_argument("overrides", nargs="*", metavar="RUN | key.sub=value", help=OVERRIDES)
     submission = stages.add_parser("submit", help=SUBMIT, description=SUBMIT.capitalize() + ".")
     for flag, meaning in SUBMIT_FLAGS.items():
@@ -122,8 +143,10 @@ def parser() -> argparse.ArgumentParser:
     for flag, (default, meaning) in PLAN_FLAGS.items():
         meaning += f" (default {default})" if default else ""
         plan.add_argument(flag, type=type(default), default=default, metavar="X", help=meaning)
-    plan.add_argument("--zero", choices=("auto", "2", "3"), default="auto", help="ZeRO stage (auto: 2 where it fits)")
-    plan.add_argument("--table", action="store_true", help="a table of well-known models instead of one plan")
+    plan.add_argument("--zero", choices=("auto", "2", "3"), default="auto", help="ZeRO stage (auto: the faster)")
+    plan.add_argument(
+        "--table", action="store_true", help="well-known models on one card, a node and two, at 20%% and 50%%"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument("--config", help="YAML file with the run's settings")
     plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
@@ -146,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         return show_status(args)
     try:
         # Before anything that takes time: a job may be told to leave while it loads.
-        with stop_signals() if args.stage in DISTRIBUTED else nullcontext():
+        with stop_signals() if args.stage in (*DISTRIBUTED, "run") else nullcontext():
             return run(args)
     except Preempted as stop:
         if os.environ.get("RANK", "0") == "0":
@@ -178,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
             outcome = plan.run(config, args, typed)
             sys.stdout.write(outcome.text + "\n")
             return 0 if outcome.fits else 1
-        text = run_stage(args.stage, config)
+        text = run_chain(config) if args.stage == "run" else run_stage(args.stage, config)
         if is_main:
             sys.stdout.write(plain(text) + "\n")
     except ConfigError as error:
@@ -205,15 +228,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a GPU (torch's own type), or on the host (a message of its allocator)."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
-
-
 def dry_run(config: Config, args: argparse.Namespace) -> str:
     """What a dry run of the prune stage found, and the planner's figures for it."""
     from nuteprune.planning import dryrun
@@ -223,7 +237,7 @@ def dry_run(config: Config, args: argparse.Namespace) -> str:
     if ranks < 1 or per_node < 1 or ranks % per_node:
         raise ConfigError(f"--world-size {ranks} is not made of whole nodes of {args.gpus_per_node} GPUs")
     flags = {flag.strip("-").replace("-", "_"): default for flag, (default, _) in PLAN_FLAGS.items()}
-    flags |= {"nodes": ranks // per_node, "gpus_per_node": per_node, "gpu_memory": args.gpu_memory}
+    flags |= {"nodes": ranks // per_node, "gpus_per_node": per_node, "gpu": args.gpu, "gpu_memory": args.gpu_memory}
     found = dryrun.text(dryrun.dry_run(config, ranks, per_node), config)
     return f"{found}\n\n{plan.figures(config, argparse.Namespace(**flags))}"
 
@@ -256,6 +270,8 @@ def show_status(args: argparse.Namespace) -> int:
 
 def read_settings(args: argparse.Namespace) -> Config:
     """The configuration of a parsed command line."""
+    if args.stage == "run":
+        args.overrides = [word if "=" in word else f"model.path={word}" for word in args.overrides]
     runs = [word for word in args.overrides if "=" not in word and os.path.isdir(word)]
     if len(runs) + (args.config is not None) > 1:
         raise ConfigError("give one run directory or one --config")
@@ -265,6 +281,13 @@ def read_settings(args: argparse.Namespace) -> Config:
         if value is not None:
             overrides.append(f"{key}=[{value}]" if key.endswith("ladder") else f"{key}={value}")
     return load_config(runs[0] if runs else args.config, overrides)
+
+
+def run_chain(config: Config) -> str:
+    """Run all stages; returns what the command line prints at the end."""
+    from nuteprune import chain
+
+    return chain.run(config)
 
 
 def run_stage(name: str, config: Config) -> str:

@@ -44,33 +44,39 @@ setting() {
     echo "${!name:-$3}"
 }
 
-# The planner lays the run out for the fewest nodes that it may get; sets $planned (hours) and $settings.
+# The planner lays the run out for the fewest nodes that it may get; sets $planned (hours, GB of a node) and $settings.
 plan() {
-    local nodes figures out=()
+    local nodes figures out=() card=(${GPU_NAME:+--gpu "$GPU_NAME"} ${GPU_MEMORY:+--gpu-memory "$GPU_MEMORY"})
     nodes=$(setting prune NODES 1)
     [[ $dry ]] || out=(--out "$run_dir/plan")
     figures=$("$PYTHON" -m nuteprune plan "${settings[@]}" --nodes "${nodes%%-*}" --gpus-per-node "$PRUNE_GPUS" \
-        --gpu-memory "${GPU_MEMORY:-80GB}" --json "${out[@]}" "${overrides[@]}") ||
-        die "no plan for $nodes x $PRUNE_GPUS GPUs of ${GPU_MEMORY:-80GB}: \`nuteprune plan\` shows what was tried"
-    planned=$("$PYTHON" -c 'import json, math, sys; print(math.ceil(1.5 * json.load(sys.stdin)["hours"]))' <<<"$figures")
+        "${card[@]}" --json "${out[@]}" "${overrides[@]}") ||
+        die "no plan for $nodes x $PRUNE_GPUS GPUs (${card[*]}): \`nuteprune plan\` shows what was tried"
+    figures=$("$PYTHON" -c 'import json, sys; print(*json.load(sys.stdin)["limits"].values())' <<<"$figures")
+    read -ra planned <<<"$figures"
     settings=(--config "$run_dir/plan/plan.yaml")
     overrides=()
 }
 
 # resources STAGE: sbatch's flags for it, in $flags. Training stages have all ranks; recover has what prune has.
 resources() {
-    local stage=$1 gpus tasks=1 time extra
+    local stage=$1 gpus tasks=1 time mem extra own
     [[ $stage == recover ]] && stage=prune
     extra="${stage^^}_FLAGS[@]"
     gpus=$(setting "$stage" GPUS 0)
     time=$(setting "$stage" TIME "")
-    if [[ ! $time && $stage == prune && $planned ]]; then time=$planned:00:00; fi
+    mem=$(setting "$stage" MEM "")
+    own=(${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} ${!extra+"${!extra}"})
+    if [[ $stage == prune && ${planned[*]} ]]; then
+        time=${time:-${planned[0]}:00:00}
+        if [[ " ${own[*]}" != *" --mem"* ]]; then mem=${mem:-${planned[1]}G}; fi
+    fi
     [[ $time ]] || die "$cluster sets no ${stage^^}_TIME, and only pruning on GPUs has a figure of the planner's"
     if [[ $stage =~ ^(prune|finetune)$ && ${LAUNCHER:-srun} == srun ]] && ((gpus)); then tasks=$gpus; fi
     flags=(--nodes="$(setting "$stage" NODES 1)" --ntasks-per-node="$tasks"
         --cpus-per-task="$(setting "$stage" CPUS 1)" --time="$time" --signal="B:USR1@${SIGNAL_SECONDS:-300}")
     if ((gpus)); then flags+=(--gpus-per-node="$gpus"); fi
-    flags+=(${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} ${!extra+"${!extra}"})
+    flags+=(${mem:+--mem="$mem"} ${own[@]+"${own[@]}"})
 }
 
 # submit NAME FLAG… SCRIPT ARGUMENT…: prints the command, or runs it; the job's number is in $job.
@@ -90,7 +96,7 @@ submit() {
     fi
 }
 
-planned=
+planned=()
 if ((${PRUNE_GPUS:-0})); then plan; fi
 
 if [[ $sweep ]]; then

@@ -22,9 +22,10 @@ from nuteprune.model.layers import View, build_view
 from nuteprune.model.loading import read_config
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World, connected, discover
+from nuteprune.parallel.sizes import total_parameters
 from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.planning.costs import traffic
-from nuteprune.planning.footprint import Cluster, Job, Layout, total_parameters
+from nuteprune.planning.job import Cluster, Job, Layout
 
 
 class GatheredBytes:
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         model = load_paired(config, world, zero_settings(config, spec, world))
         generator = torch.Generator().manual_seed(world.rank)
         ids = torch.randint(0, spec.vocab, (1, args.tokens), generator=generator).to(world.device)
-        job = Job(spec, config, Cluster(1, world.size, 1, 1, 1, 1, 1, 1))
+        job = Job(spec, config, Cluster(1, world.size))
         base = total_parameters(spec) * job.itemsize
         for mode, step in (("paired", paired), ("separate", separate)):
             gathered = count(partial(step, model, ids, config.loss), args.steps)

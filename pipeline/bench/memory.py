@@ -23,8 +23,10 @@ from nuteprune.model.layers import build_view
 from nuteprune.model.loading import read_config
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import connected, discover
+from nuteprune.parallel.sizes import layer_tensors, total_parameters
 from nuteprune.parallel.zero import load_paired, zero_settings
-from nuteprune.planning.footprint import Cluster, Job, Layout, layer_tensors, lora_memory, memory, total_parameters
+from nuteprune.planning.footprint import lora_memory, memory
+from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.training.engine import Engine
 
 MB = 1e6
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     world = discover()
     config, spec = partitioned_run(args.model, args.tokens, world)
     settings = zero_settings(config, spec, world)
-    job = Job(spec, config, Cluster(1, world.size, 1, 1, 1, 1, 1, 1))
+    job = Job(spec, config, Cluster(1, world.size))
     with connected(world, config.train.rank_timeout):
         import deepspeed  # noqa: F401  its import is the interpreter's own memory, not the model's
 
@@ -87,13 +89,15 @@ class Peak:
 def lines(job: Job, model: PairedModel, engine: Engine, peaks: list[tuple[int, int]]) -> list[str]:
     """The report, in MB of 1e6 bytes."""
     spec, ranks = job.spec, job.cluster.ranks
-    plan = memory(job, Layout(3, 1), 1)
+    layout = Layout(3, 1)
+    plan = memory(job, layout)
     weights = sum(plan.resident[name] for name in (f"frozen weights (1/{ranks})", "small tensors kept whole"))
-    sizes = lora_memory(job)
+    sizes = lora_memory(job, layout)
     planned = sum(sizes[name] for name in ("LoRA weights", "LoRA gradient", "LoRA moments"))
     whole, layer = total_parameters(spec) * job.itemsize, sum(layer_tensors(spec)) * job.itemsize
     embedding = spec.vocab * spec.hidden * job.itemsize
-    activations = plan.resident["activations of the student"] + plan.head_phase["logits of one KL chunk"]
+    head = plan.phases["the output loss runs"]
+    activations = head["activations of the student"] + head["logits of one KL chunk"]
     bound = whole / ranks + layer + embedding
     loading, training = (max(values) for values in zip(*peaks, strict=True))
     return [

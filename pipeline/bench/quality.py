@@ -1,10 +1,11 @@
 """Quality of pruned models at a small token budget, fairly compared: `make bench-quality`.
 
-Prunes one model with our recipe, with one intact teacher, with none, without `lora.refit`, with a ranking taken once
+Prunes each model with our recipe, with one intact teacher, with none, without `lora.refit`, with a ranking taken once
 (`recipe: taylor`), and by the paper's recipe, at each sparsity and for each seed, in the shape that is exported by
 default, from the same data. All rows but the paper's have the same optimizer, schedule of the learning rate and LoRA.
-Each exported model is scored on every text: perplexity, and the KL divergence per token of its predictions from the
-intact model's.
+Each exported model is scored on every text: perplexity; ΔNLL, the nats per token that it lost against the intact model,
+which compares models of different tokenizers; and the KL divergence per token of its predictions from the intact
+model's.
 
 The row `control` is the intact model with the same LoRA trained by cross entropy on the same text: what the text's
 domain alone is worth. Documents held out of the training file are a text of its own kind.
@@ -12,8 +13,8 @@ domain alone is worth. Documents held out of the training file are a text of its
 `--finetune records.json` adds each student after fine-tuning, `--ladder 0.1 0.2` the rungs below each of our runs, and
 `--recover` each rung after its recovery.
 Several `--steps` draw what each row makes of a budget. The same command goes on after an interruption, and takes more
-seeds, steps, sparsities or variants into the table it has. Several such commands, of different variants or sparsities,
-may fill one table at a time.
+models, seeds, steps, sparsities or variants into the table it has. Several such commands, of different rows, may fill
+one table at a time.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.__main__ import quiet_libraries
 from nuteprune.config import Config, ConfigError, load_config
+from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import text_tokens
 from nuteprune.evaluation.measure import compare, environment, last_states
 from nuteprune.exporting.card import RECORD
@@ -61,7 +63,7 @@ VARIANTS = {
 def main(argv: list[str] | None = None) -> int:
     """Prune, export, score and print; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/smollm2-135m")
+    parser.add_argument("--model", nargs="+", default=["models/smollm2-135m"], help="directories of intact models")
     parser.add_argument("--train", type=Path, required=True, help="training text: documents of C4 as JSONL, say")
     parser.add_argument("--held-out", type=int, default=0, help="last documents of it that are scored, not trained on")
     parser.add_argument(
@@ -94,21 +96,33 @@ def bench(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     args.source = args.train.name
     args.train, held_out = split(args.train, args.held_out, args.out)
-    scorer = Scorer(args.model, [*args.test, *held_out], args.blocks)
-    runs = known(args) or [{"variant": "intact", "sparsity": 0.0, "steps": 0, "seed": 0, **scorer.score(args.model)}]
-    for steps, sparsity, variant, seed in product(args.steps, args.sparsities, args.variants, range(args.seeds)):
-        if variant == "control" and sparsity != args.sparsities[0]:
-            continue  # removes nothing: one row for all of them
-        name = f"{variant}-{sparsity:g}-{steps}"
-        if (name, seed) not in {(run.get("run"), run["seed"]) for run in runs}:
-            found = [{"run": name, **run} for run in measure(args, scorer, variant, sparsity, steps, seed)]
-            runs = (known(args) or runs) + found  # others may have filled in theirs meanwhile
-            save(args, runs)
-            sys.stderr.write(table(runs) + "\n")
+    args.test = [*args.test, *held_out]
+    for model in args.model:
+        fill(args, model)
+    runs = known(args)
     if len(args.steps) > 1:
         (args.out / "budget.png").write_bytes(picture(runs))
     sys.stdout.write(table(runs) + "\n")
     return 0
+
+
+def fill(args: argparse.Namespace, model: str) -> None:
+    """The rows of one model that the table has not yet."""
+    scorer = None
+    for steps, sparsity, variant, seed in product(args.steps, args.sparsities, args.variants, range(args.seeds)):
+        if variant == "control" and sparsity != args.sparsities[0]:
+            continue  # removes nothing: one row for all of them
+        row = {"model": Path(model).name, "run": f"{variant}-{sparsity:g}-{steps}", "seed": seed}
+        if any(row.items() <= run.items() for run in known(args)):
+            continue
+        scorer = scorer or Scorer(model, args.test, args.blocks)
+        found = [row | run for run in measure(args, scorer, model, variant, sparsity, steps, seed)]
+        runs = known(args)  # others may have filled in theirs meanwhile
+        if not any(run["variant"] == "intact" and run["model"] == row["model"] for run in runs):
+            runs.append({**row, "run": "intact", "variant": "intact", "sparsity": 0.0, "steps": 0, "seed": 0,
+                         **scorer.score(model)})  # fmt: skip
+        save(args, runs + found)
+        sys.stderr.write(table(runs + found) + "\n")
 
 
 def split(train: Path, held_out: int, out: Path) -> tuple[Path, list[Path]]:
@@ -136,6 +150,7 @@ class Scorer:
     def __init__(self, intact: str, texts: list[Path], blocks: int):
         self.blocks = blocks
         self.intact, tokenizer = self.load(intact)
+        self.path, self.first = intact, first_tokens(tokenizer)
         self.texts: dict[str, LongTensor] = {text.stem: text_tokens(text, "text", tokenizer) for text in texts}
         self.wanted = {name: self.states(self.intact, name) for name in self.texts}
 
@@ -146,21 +161,23 @@ class Scorer:
 
     def states(self, model: PreTrainedModel, text: str) -> Tensor:
         """Last hidden states [blocks, T, D] of a text's first blocks."""
-        return last_states(model, self.texts[text], WINDOW, self.blocks)
+        return last_states(model, self.texts[text], WINDOW, self.blocks, self.first)
 
     def score(self, path: str) -> dict:
         """`perplexity` and `kl` (nats per token, from the intact model) by text."""
-        model, _ = self.load(path)
+        model = self.intact if path == self.path else self.load(path)[0]
         result: dict[str, dict[str, float]] = {"perplexity": {}, "kl": {}}
         for name, tokens in self.texts.items():
-            own = self.states(model, name)
-            result["perplexity"][name], result["kl"][name] = compare(self.intact, self.wanted[name], model, own, tokens)
+            wanted = self.wanted[name]
+            own = wanted if model is self.intact else self.states(model, name)
+            found = compare(self.intact, wanted, model, own, tokens, self.first)
+            result["perplexity"][name], result["kl"][name] = found
         return result
 
 
-def measure(args, scorer: Scorer, variant: str, sparsity: float, steps: int, seed: int) -> Iterator[dict]:
+def measure(args, scorer: Scorer, model: str, variant: str, sparsity: float, steps: int, seed: int) -> Iterator[dict]:
     """What one run gives: the pruned student and the rungs below it, and each of them recovered and fine-tuned."""
-    config = run_config(args, variant, sparsity, steps, seed)
+    config = run_config(args, model, variant, sparsity, steps, seed)
     began = time.perf_counter()
     prune.run(config)
     rungs = [rung for rung in args.ladder if rung < sparsity] if variant == "ours" else []
@@ -183,10 +200,12 @@ def measure(args, scorer: Scorer, variant: str, sparsity: float, steps: int, see
             began = time.perf_counter()
 
 
-def run_config(args: argparse.Namespace, variant: str, sparsity: float, steps: int, seed: int) -> Config:
+def run_config(
+    args: argparse.Namespace, model: str, variant: str, sparsity: float, steps: int, seed: int
+) -> Config:  # fmt: skip
     """The configuration of one run."""
     return load_config(None, [
-        f"run_dir={args.out}/{variant}-{sparsity:g}-{steps}-{seed}", f"model.path={args.model}",
+        f"run_dir={args.out}/{Path(model).name}/{variant}-{sparsity:g}-{steps}-{seed}", f"model.path={model}",
         f"data.source={args.train}", "data.documents=0", "data.seq_len=256", "train.batch_size=4",
         f"train.steps={steps}", f"sparsity.target={sparsity}", f"seed={seed}",
         f"finetune.data={args.finetune or ''}", *args.set, *VARIANTS[variant],
@@ -195,7 +214,7 @@ def run_config(args: argparse.Namespace, variant: str, sparsity: float, steps: i
 
 def conditions(args: argparse.Namespace) -> dict:
     """What all runs of a table share."""
-    return {"model": args.model, "train": args.source, "held_out": args.held_out,
+    return {"train": args.source, "held_out": args.held_out,
             "test": [path.name for path in args.test], "blocks": args.blocks, "ladder": args.ladder,
             "recover": args.recover, "finetune": str(args.finetune or ""), "settings": args.set}  # fmt: skip
 
@@ -219,10 +238,10 @@ def known(args: argparse.Namespace) -> list[dict]:
 
 
 def rows(runs: list[dict]) -> dict[tuple, list[dict]]:
-    """The runs of each row, which have steps, sparsity and variant in common."""
+    """The runs of each row, which have model, steps, sparsity and variant in common."""
     found: dict[tuple, list[dict]] = {}
     for run in runs:
-        found.setdefault((run["steps"], run["sparsity"], run["variant"]), []).append(run)
+        found.setdefault((run["model"], run["steps"], run["sparsity"], run["variant"]), []).append(run)
     return found
 
 
@@ -246,21 +265,30 @@ def verdict(own: dict[int, float], ours: dict[int, float]) -> str:
     return "equal" if abs(ratio) < 2 * error else f"{math.exp(ratio):.3f}"
 
 
+def lost(runs: list[dict], group: list[dict], text: str) -> list[float]:
+    """ΔNLL of each run of a row on a text: the nats per token that it lost against its intact model."""
+    (intact,) = (run for run in runs if run["model"] == group[0]["model"] and run["variant"] == "intact")
+    return [math.log(run["perplexity"][text] / intact["perplexity"][text]) for run in group]
+
+
 def table(runs: list[dict]) -> str:
-    """A line a row: mean ± standard error of perplexity and KL on each text, and ours over it on the first text."""
+    """A line a row: mean ± standard error of perplexity, ΔNLL and KL on each text, and ours over it on the first."""
     texts = list(runs[0]["perplexity"])
-    titles = [f"{text[:18]} {what}" for text in texts for what in ("ppl", "KL")]
-    head = f"{'steps':>5} {'target':>6} {'reached':>7} {'variant':<17} {'seeds':>5}"
-    lines = [head + "".join(f" {title:>22}" for title in titles) + f" {'ours / it':>16} {'s a run':>8}"]
+    titles = [f"{text[:14]} {what}" for text in texts for what in ("ppl", "ΔNLL", "KL")]
+    head = f"{'model':<18} {'steps':>5} {'target':>6} {'reached':>7} {'variant':<17} {'seeds':>5}"
+    lines = [head + "".join(f" {title:>19}" for title in titles) + f" {'ours / it':>16} {'s a run':>8}"]
     grouped = rows(runs)
-    for (steps, sparsity, variant), group in grouped.items():
-        cells = [_cell([run[what][text] for run in group]) for text in texts for what in ("perplexity", "kl")]
-        ours = grouped.get((steps, sparsity, "ours"), [])
+    for (model, steps, sparsity, variant), group in grouped.items():
+        cells = []
+        for text in texts:
+            perplexity, kl = ([run[what][text] for run in group] for what in ("perplexity", "kl"))
+            cells += [_cell(values) for values in (perplexity, lost(runs, group, text), kl)]
+        ours = grouped.get((model, steps, sparsity, "ours"), [])
         told = verdict(*({run["seed"]: run["perplexity"][texts[0]] for run in part} for part in (group, ours)))
         reached = statistics.fmean(run.get("reached", 0.0) for run in group)
         seconds = statistics.fmean(run.get("seconds", 0) for run in group)
-        line = f"{steps:>5} {sparsity:>6.0%} {reached:>7.2%} {variant:<17} {len(group):>5}"
-        lines.append(line + "".join(f" {cell:>22}" for cell in cells) + f" {told:>16} {seconds:>8.0f}")
+        line = f"{model[:18]:<18} {steps:>5} {sparsity:>6.0%} {reached:>7.2%} {variant:<17} {len(group):>5}"
+        lines.append(line + "".join(f" {cell:>19}" for cell in cells) + f" {told:>16} {seconds:>8.0f}")
     return "\n".join(lines)
 
 
@@ -270,20 +298,19 @@ def _cell(values: list[float]) -> str:
 
 
 def picture(runs: list[dict]) -> bytes:
-    """Perplexity on the first text over the steps of a run, a line a row and sparsity, as PNG."""
+    """ΔNLL on the first text over the steps of a run, a line a row and sparsity, as PNG."""
     figure = Figure(figsize=(9.0, 5.0), layout="constrained")
     axis = figure.subplots()
     text = next(iter(runs[0]["perplexity"]))
-    lines: dict[tuple[str, float], dict[int, tuple[float, float]]] = {}
-    for (steps, sparsity, variant), group in rows(runs).items():
+    lines: dict[tuple[str, str, float], dict[int, tuple[float, float]]] = {}
+    for (model, steps, sparsity, variant), group in rows(runs).items():
         if steps:
-            values = mean([run["perplexity"][text] for run in group])
-            lines.setdefault((variant, sparsity), {})[steps] = values
-    for (variant, sparsity), points in lines.items():
+            lines.setdefault((model, variant, sparsity), {})[steps] = mean(lost(runs, group, text))
+    for (model, variant, sparsity), points in lines.items():
         errors = [0.0 if math.isnan(error) else error for _, error in points.values()]
         axis.errorbar(list(points), [value for value, _ in points.values()], errors, marker="o",
-                      label=f"{variant}, {sparsity:.0%}")  # fmt: skip
-    axis.set(xscale="log", xlabel="optimizer steps", ylabel=f"perplexity of {text}")
+                      label=f"{model}, {variant}, {sparsity:.0%}")  # fmt: skip
+    axis.set(xscale="log", xlabel="optimizer steps", ylabel=f"nats a token lost on {text}")
     axis.set_xticks(sorted({steps for points in lines.values() for steps in points}))
     axis.get_xaxis().set_major_formatter("{x:.0f}")
     axis.minorticks_off()

@@ -27,7 +27,7 @@ from nuteprune.config.fields import (
     TrackingConfig,
     TrainConfig,
 )
-from nuteprune.config.loading import describe, flatten, load_config, read_yaml, recipe_path, to_dict
+from nuteprune.config.loading import beyond_recipe, describe, flatten, load_config, read_yaml, recipe_path, to_dict
 
 __all__ = [
     "ASKED_EACH_TIME",
@@ -51,6 +51,7 @@ __all__ = [
     "TeacherConfig",
     "TrackingConfig",
     "TrainConfig",
+    "beyond_recipe",
     "describe",
     "flatten",
     "load_config",

@@ -49,7 +49,10 @@ class TrainConfig:
     steps: int = opt(0, "Optimizer steps; 0 takes `epochs` passes over the data.", ge=0)
     epochs: float = opt(7.0, "Passes over the data when `steps` is 0.", gt=0)
     batch_size: int = opt(16, "Sequences per optimizer step over all ranks.", ge=1)
-    micro_batch: int = opt(0, "Sequences per forward pass on one rank; 0 takes the whole batch at once.", ge=0)
+    micro_batch: int = opt(
+        0, "Sequences per forward pass on one rank; halved where the device runs out of memory, with the same losses "
+        "(not under ZeRO-3). 0 begins with the whole batch.", ge=0
+    )  # fmt: skip
     lora_lr: float = opt(2e-3, "Peak learning rate of the LoRA weights.", gt=0)
     lora_optimizer: Literal["scaled", "adamw"] = opt(
         "scaled", "`scaled`: AdamW on gradients of each LoRA factor that are scaled by the other factor, so that all "
@@ -198,7 +201,7 @@ class FinetuneConfig:
     steps: int = opt(0, "Optimizer steps; 0 takes `epochs` passes over the windows.", ge=0)
     epochs: float = opt(2.0, "Passes over the windows when `steps` is 0.", gt=0)
     batch_size: int = opt(16, "Windows per optimizer step over all ranks.", ge=1)
-    micro_batch: int = opt(1, "Windows per forward pass on one rank; 0 takes the whole batch at once.", ge=0)
+    micro_batch: int = opt(1, "Windows per forward pass on one rank, as train.micro_batch.", ge=0)
     lr: float = opt(1e-4, "Peak learning rate.", gt=0)
     lora_rank: int = opt(0, "LoRA rank, at least the pruned student's, whose update is trained on; 0: the same.", ge=0)
     distill: float = opt(

@@ -67,6 +67,25 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
     return _consistent(build(Config, tree, ""))
 
 
+def beyond_recipe(config: Config) -> dict:
+    """The settings that differ from those of the recipe, as a nested dict that a YAML file can hold."""
+    return {"recipe": config.recipe} | _difference(
+        to_dict(config), to_dict(load_config(None, [f"recipe={config.recipe}"]))
+    )
+
+
+def _difference(tree: dict, base: dict) -> dict:
+    changed = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            inner = _difference(value, base[key])
+            if inner:
+                changed[key] = inner
+        elif value != base[key]:
+            changed[key] = value
+    return changed
+
+
 def _consistent(config: Config) -> Config:
     """Checks over several fields; no ranks of `lora.refit` where no FFN unit leaves or down_proj has no LoRA."""
     if not config.loss.layer_weight and not config.loss.kl_weight:

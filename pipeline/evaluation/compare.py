@@ -50,7 +50,7 @@ def evaluate_models(config: Config) -> dict:
     tasks = load_tasks(settings.tasks, settings.trust_remote_code)
     too_big = too_big_together([weight_bytes(path, config.model) for path in paths], device) if settings.speed else ""
     entries: list[dict[str, Any]] = []
-    models, streams, written = [], [], []
+    models, streams, firsts, written = [], [], [], []
     draft = {"models": entries, "dtype": config.model.dtype, "environment": environment(device)}
 
     def keep(entry: dict, part: dict) -> None:
@@ -61,15 +61,16 @@ def evaluate_models(config: Config) -> dict:
         model, tokenizer, folder = load_any(path, config.model, settings.trust_remote_code, device)
         texts = scored_texts(config, tokenizer)
         streams.append(torch.cat([text.tokens for text in texts]))
-        first = [tokenizer.decode([token]) for token in first_tokens(tokenizer)]
-        entries.append({"name": name, "path": path, **sizes(model, folder), "first_tokens": first, "perplexity": {}})
+        firsts.append(first_tokens(tokenizer))
+        entries.append({"name": name, "path": path, **sizes(model, folder), "perplexity": {},
+                        "first_tokens": tokenizer.convert_ids_to_tokens(list(firsts[-1]))})  # fmt: skip
         for part in _quality(model, tokenizer, texts, tasks, written, config, name):
             keep(entries[-1], part)
         if settings.speed and not too_big:
             models.append(model.to("cpu"))
         del model
     if models:
-        too_big = _speeds(models, device, config, entries, keep)
+        too_big = _speeds(models, firsts, device, config, entries, keep)
     for entry in entries if entries[0].get("accuracy") else ():
         entry["retained"] = entry["accuracy"] / entries[0]["accuracy"]
     for entry in entries:
@@ -110,7 +111,8 @@ def _quality(
     log.info("evaluating %s", name)
     for text in texts:
         label = f"{text.name} by {name}" if config.tracking.progress else None
-        scores[text.name] = perplexity(model, text.tokens, text.window, text.stride, text.blocks, label)
+        how = (text.window, text.stride, text.blocks, label, text.first)
+        scores[text.name] = perplexity(model, text.tokens, *how)
         yield {"perplexity": scores}
     if tasks:
         limit, shots = (0, 0) if settings.protocol == "published" else (settings.task_limit, settings.fewshot)
@@ -126,8 +128,8 @@ def _quality(
 
 
 def _speeds(
-    models: list[PreTrainedModel], device: torch.device, config: Config, entries: list[dict],
-    keep: Callable[[dict, dict], None],
+    models: list[PreTrainedModel], firsts: list[tuple[int, ...]], device: torch.device, config: Config,
+    entries: list[dict], keep: Callable[[dict, dict], None],
 ) -> str:  # fmt: skip
     """Measure each model by number of sequences; returns why some were not measured, empty where all were."""
     settings, done = config.evaluate, ""
@@ -135,7 +137,7 @@ def _speeds(
         on_device = [model.to(device) for model in models]
         for batch in settings.batch_sizes:
             log.info("measuring speed in turns, %d at once", batch)
-            measured = speed(on_device, settings.prompt_tokens, settings.new_tokens, batch)
+            measured = speed(on_device, settings.prompt_tokens, settings.new_tokens, batch, firsts=firsts)
             for entry, result in zip(entries, measured, strict=True):
                 keep(entry, {"speed": entry.get("speed", {}) | {str(batch): result}})
             done = f"for more than {batch} sequences "

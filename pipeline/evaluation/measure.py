@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import math
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,45 +19,54 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from nuteprune.config import ConfigError
+from nuteprune.evaluation.head import Head
 from nuteprune.exporting.folding import exported_parameters
+from nuteprune.model.distill import IGNORE
 
-LOGIT_CHUNK = 256
-"""Tokens whose full-vocabulary logits exist at once: 160 MB in fp32 for a vocabulary of 152k."""
+PASS_BYTES = 8 * 2**20
+"""Of logits that are compared in one go: what is made of them stays in a CPU's cache."""
 SIZES = ("parameters", "parameters_non_embedding", "bytes")
 
 
 @torch.inference_mode()
 def perplexity(
-    model: PreTrainedModel, tokens: torch.LongTensor, window: int, stride: int, blocks: int, progress: str | None = None
+    model: PreTrainedModel,
+    tokens: torch.LongTensor,
+    window: int,
+    stride: int,
+    blocks: int,
+    progress: str | None = None,
+    first: Sequence[int] = (),
 ) -> dict:
     """Perplexity of a text: exp of the mean negative log-likelihood over the predicted tokens.
 
     Args:
         model: causal language model.
         tokens: token ids `[n]` of the text.
-        window: tokens a forward pass sees.
-        stride: tokens between the starts of two windows. Equal to `window` (or 0): blocks side by side, each predicting
-            its last `window` - 1 tokens; a shorter rest is left out. Smaller: each token but the first is scored once,
-            in the first window that holds it, which gives it at least `window` - `stride` tokens of context.
+        window: tokens a forward pass sees, `first` among them.
+        stride: tokens between the starts of two windows. Equal to `window` (or 0): blocks side by side; a shorter rest
+            is left out. Smaller: each token is scored once, in the first window that holds it, which gives it at least
+            `window` - `stride` tokens of context.
         blocks: windows to score from the start of the text; 0 takes all.
         progress: label of a progress bar on stderr; None shows none.
+        first: token ids that each window begins with (`sequences.first_tokens`): read, never scored. Without any, the
+            first token of a block has nothing before it and is not scored.
 
     Returns:
         `perplexity`, `nll` (nats per token), `tokens` (predicted), `window`, `stride`, `blocks` (scored).
 
     Raises:
         ConfigError: a stride beyond the window, a text shorter than one window, token ids without an embedding, or a
-            model whose logits are not its output matrix times the last hidden state.
+            model whose head is not known.
     """
     stride = stride or window
-    spans = _spans(len(tokens), window, stride, blocks)
+    spans = _spans(len(tokens), window, stride, blocks, len(first))
     rows = model.get_input_embeddings().num_embeddings
     if tokens.max() >= rows:
         raise ConfigError(f"the text has token id {tokens.max()} but the model {rows} embeddings: wrong tokenizer")
-    _check_head(model, tokens[:16].to(model.device))
-    total, count = 0.0, 0
+    head, total, count = Head(model), 0.0, 0
     for begin, end, scored in tqdm(spans, desc=progress, unit="block", disable=progress is None):
-        total += _nll_sum(model, tokens[begin:end].to(model.device), scored)
+        total += _nll_sum(head, _window(first, tokens[begin:end], model.device), scored)
         count += scored
     nll = total / count
     # exp overflows beyond 709: a model that bad has no perplexity worth a number.
@@ -64,86 +74,106 @@ def perplexity(
     return {"perplexity": value, "nll": nll, "tokens": count, "window": window, "stride": stride, "blocks": len(spans)}
 
 
-def _spans(n: int, window: int, stride: int, blocks: int) -> list[tuple[int, int, int]]:
-    """Windows over n tokens as (begin, end, scored): the last `scored` tokens of each are predicted."""
+def _spans(n: int, window: int, stride: int, blocks: int, first: int = 0) -> list[tuple[int, int, int]]:
+    """Windows over n tokens as (begin, end, scored), behind `first` others: the last `scored` of each are predicted."""
     if stride > window:
         raise ConfigError(f"evaluate.stride {stride} leaves out tokens: give at most evaluate.window ({window}), or 0")
-    if n < window:
+    length = window - first
+    if n < length or length < 2:
         raise ConfigError(
             f"the evaluation text has {n} tokens, less than one window of {window}: give more text or lower "
             "evaluate.window"
         )
-    if stride == window:
-        spans = [(begin, begin + window, window - 1) for begin in range(0, n - window + 1, window)]
+    # What has nothing before it cannot be predicted.
+    unseen = 0 if first else 1
+    if stride >= length:
+        spans = [(begin, begin + length, length - unseen) for begin in range(0, n - length + 1, length)]
     else:
-        begins = range(0, n - window + stride, stride)
-        ends = [min(begin + window, n) for begin in begins]
-        # Token 0 has no context: the first window scores one token less than it holds.
-        spans = [(b, end, end - done) for b, end, done in zip(begins, ends, [1, *ends], strict=False)]
+        begins = range(0, n - length + stride, stride)
+        ends = [min(begin + length, n) for begin in begins]
+        spans = [(b, end, end - done) for b, end, done in zip(begins, ends, [unseen, *ends], strict=False)]
     return spans[: blocks or None]
 
 
-def _nll_sum(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> float:
+def _window(first: Sequence[int], text: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Token ids [T] of a window on a device."""
+    return torch.cat([torch.tensor(first, dtype=text.dtype), text]).to(device)
+
+
+def _nll_sum(head: Head, ids: torch.Tensor, scored: int) -> float:
     """Summed negative log-likelihood of the last `scored` of the token ids `[T]`, log-softmax in fp32."""
-    hidden_TD = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-    head, total = model.get_output_embeddings(), 0.0
-    pairs = zip(hidden_TD[-scored - 1 : -1].split(LOGIT_CHUNK), ids[-scored:].split(LOGIT_CHUNK), strict=True)
+    hidden_TD = head.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+    pairs = zip(hidden_TD[-scored - 1 : -1].split(head.rows), ids[-scored:].split(head.rows), strict=True)
+    total = 0.0
     for hidden, target in pairs:
-        logits = head(hidden)  # of a model that is spread over devices: on the last one
-        total += F.cross_entropy(logits.float(), target.to(logits.device), reduction="sum").item()
+        logits = head(hidden)
+        total += F.cross_entropy(logits, target.to(logits.device), reduction="sum").item()
     return total
 
 
 @torch.inference_mode()
-def last_states(model: PreTrainedModel, tokens: torch.LongTensor, window: int, blocks: int) -> torch.Tensor:
+def last_states(
+    model: PreTrainedModel, tokens: torch.LongTensor, window: int, blocks: int, first: Sequence[int] = ()
+) -> torch.Tensor:
     """Last hidden states [blocks, T, D] of the first blocks of a text, on the CPU: all that its logits come from.
 
     Args:
-        model: causal language model whose logits are its output matrix times these.
+        model: causal language model.
         tokens: token ids `[n]` of the text.
-        window: tokens T of a block; blocks stand side by side from the start of the text.
+        window: tokens T of a block, `first` among them; blocks stand side by side from the start of the text.
         blocks: how many; 0 takes all.
+        first: token ids that each block begins with, as in `perplexity`.
     """
-    spans = _spans(len(tokens), window, window, blocks)
-    _check_head(model, tokens[:16].to(model.device))
-    ids = (tokens[None, begin:end].to(model.device) for begin, end, _ in spans)
+    spans = _spans(len(tokens), window, window, blocks, len(first))
+    ids = (_window(first, tokens[begin:end], model.device)[None] for begin, end, _ in spans)
     return torch.cat([model.base_model(input_ids=i, use_cache=False).last_hidden_state.cpu() for i in ids])
 
 
 @torch.inference_mode()
 def compare(
-    intact: PreTrainedModel, wanted: torch.Tensor, model: PreTrainedModel, own: torch.Tensor, tokens: torch.LongTensor
-) -> tuple[float, float]:
+    intact: PreTrainedModel, wanted: torch.Tensor, model: PreTrainedModel, own: torch.Tensor, tokens: torch.LongTensor,
+    first: Sequence[int] = (),
+) -> tuple[float, float]:  # fmt: skip
     """Perplexity of a model, and KL(intact ‖ model) of the next-token predictions in nats per token, in fp32.
+
+    The KL of the intact model with itself is 0 and is not computed.
 
     Args:
         intact, model: causal language models over the same vocabulary.
         wanted, own: the `last_states` [blocks, T, D] of each.
         tokens: token ids `[n]` of the text.
+        first: token ids that each block begins with, as in `perplexity`.
     """
     blocks, window, _ = own.shape
-    targets = tokens[: blocks * window].view(blocks, window)
+    length, unread = window - len(first), max(0, len(first) - 1)  # before the last of `first` nothing is predicted
+    targets = tokens[: blocks * length].view(blocks, length)[:, 0 if first else 1 :]
+    heads = [Head(model)] if model is intact else [Head(model), Head(intact)]
+    rows = min(head.rows for head in heads)
+    nll = kl = predicted = 0.0
+    for ours, theirs, following in zip(own[:, unread:], wanted[:, unread:], targets, strict=True):
+        # The last position predicts what is in no block.
+        chunks = zip(
+            ours.split(rows), theirs.split(rows), F.pad(following, (0, 1), value=IGNORE).split(rows), strict=True
+        )
+        for mine, its, target in chunks:
+            pair = [head(states.to(model.device)) for head, states in zip(heads, (mine, its), strict=False)]
+            parts = _nll_and_kl(target, *pair)
+            nll, kl, predicted = nll + parts[0], kl + parts[1], predicted + len(target)
+    return math.exp(nll / targets.numel()), kl / predicted
+
+
+def _nll_and_kl(target: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor | None = None) -> tuple[float, float]:
+    """Summed negative log-likelihood of tokens [n] by logits [n, V], and KL of theirs from ours."""
     nll = kl = 0.0
-    for theirs, ours, ids in zip(wanted, own, targets, strict=True):
-        for i in range(0, window, LOGIT_CHUNK):
-            p, q = (
-                m.get_output_embeddings()(h[i : i + LOGIT_CHUNK].to(m.device)).float().log_softmax(-1)
-                for m, h in ((intact, theirs), (model, ours))
-            )
-            kl += float(F.kl_div(q, p.to(q.device), reduction="sum", log_target=True))
-            following = ids[i + 1 : i + 1 + LOGIT_CHUNK].to(q.device)
-            nll += float(F.nll_loss(q[: len(following)], following, reduction="sum"))
-    return math.exp(nll / (blocks * (window - 1))), kl / (blocks * window)
-
-
-def _check_head(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Hold that the output matrix alone turns hidden states into logits (no scale, no soft cap), on ids `[T]`."""
-    hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
-    plain, logits = model.get_output_embeddings()(hidden), model(input_ids=ids[None], use_cache=False).logits
-    if not torch.allclose(
-        plain.to(logits.device).float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())
-    ):
-        raise ConfigError(f"{type(model).__name__} scales or caps its logits, which perplexity does not support")
+    rows = max(1, PASS_BYTES // (4 * ours.shape[1]))
+    for begin in range(0, len(target), rows):
+        cut = slice(begin, begin + rows)
+        log_q = ours[cut].log_softmax(-1)
+        nll += float(F.nll_loss(log_q, target[cut].to(log_q.device), ignore_index=IGNORE, reduction="sum"))
+        if theirs is not None:
+            log_p = theirs[cut].to(log_q.device).log_softmax(-1)
+            kl += float(torch.linalg.vecdot(log_p.exp(), log_p - log_q).sum())
+    return nll, kl
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, most: int, least: int = 0) -> torch.Tensor:

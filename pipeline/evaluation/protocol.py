@@ -33,6 +33,7 @@ class ScoredText:
     window: int
     stride: int = 0
     blocks: int = 0
+    first: tuple[int, ...] = ()
 
 
 def scored_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[ScoredText]:
@@ -55,7 +56,7 @@ def scored_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Sco
         log.warning("evaluate.text is empty: perplexity is of the training text (%s), not held out", source)
         tokens = text_tokens(source, config.data.text_field, tokenizer, config.data.documents)
         found = {Path(source).name: tokens}
-    how = (settings.window, settings.stride, settings.blocks)
+    how = (settings.window, settings.stride, settings.blocks, first_tokens(tokenizer))
     return [ScoredText(name, tokens, *how) for name, tokens in found.items()]
 
 

@@ -7,7 +7,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @torch.inference_mode()
 def speed(
-    models: list[PreTrainedModel], prompt_tokens: int, new_tokens: int, batch: int = 1, repeats: int = 5
-) -> list[dict]:
+    models: list[PreTrainedModel], prompt_tokens: int, new_tokens: int, batch: int = 1, repeats: int = 5,
+    firsts: Sequence[Sequence[int]] = (),
+) -> list[dict]:  # fmt: skip
     """Speed of greedy generation, as the median of several repetitions after a warm-up that measures memory.
 
     The models take turns (A B, B A, A B, …), first in a prefill and then in decoding, so that a machine that slows down
@@ -35,6 +36,7 @@ def speed(
         new_tokens: steps with the cache that follow; decode is the time from the prefill's end to theirs.
         batch: sequences at once; rates are tokens of all of them.
         repeats: measured rounds.
+        firsts: by model, token ids that its prompt begins with.
 
     Returns:
         Per model `prefill_tokens_per_s`, `decode_tokens_per_s`, their `…_rounds` (the rate of each round),
@@ -43,15 +45,16 @@ def speed(
     """
     vocabulary = min(model.get_input_embeddings().num_embeddings for model in models)
     prompt = torch.randint(vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
-    peaks = [_peak_memory(model, prompt, new_tokens) for model in models]
+    prompts = [_begun(prompt, first) for first in firsts or [()] * len(models)]
+    peaks = [_peak_memory(*pair, new_tokens) for pair in zip(models, prompts, strict=True)]
     rates: list[dict[str, list[float]]] = [{key: [] for key in SPEEDS} for _ in models]
     for turn in range(repeats):
         order = range(len(models)) if turn % 2 == 0 else range(len(models) - 1, -1, -1)
         for index in order:
-            seconds, _ = _time_generation(models[index], prompt, 0)
+            seconds, _ = _time_generation(models[index], prompts[index], 0)
             rates[index]["prefill_tokens_per_s"].append(prompt.numel() / seconds)
         for index in order:
-            _, seconds = _time_generation(models[index], prompt, new_tokens)
+            _, seconds = _time_generation(models[index], prompts[index], new_tokens)
             rates[index]["decode_tokens_per_s"].append(batch * new_tokens / seconds)
     return [
         {
@@ -67,6 +70,13 @@ def speed(
         }
         for model, measured, peak in zip(models, rates, peaks, strict=True)
     ]
+
+
+def _begun(prompt: torch.Tensor, first: Sequence[int]) -> torch.Tensor:
+    """A prompt `[B, T]` that begins with some token ids in place of its own."""
+    prompt, size = prompt.clone(), min(len(first), prompt.shape[1])
+    prompt[:, :size] = torch.tensor(first[:size], dtype=prompt.dtype)
+    return prompt
 
 
 def speed_ratio(before: dict, after: dict) -> dict:

@@ -55,6 +55,8 @@ class _Pass:
     teacher: View | None = None
     loss: LossConfig | None = None
     teacher_stream: Tensor | None = None
+    arguments: list[dict] | None = None
+    """Where it is a list: what each layer is called with, instead of a computation."""
     layer_terms: list[Tensor] = field(default_factory=list)
     """Of each layer a scalar, or one by token of which the mean counts."""
 
@@ -74,6 +76,9 @@ class PairedDecoderLayer(nn.Module):
         """hidden_states [B, T, D] of the student to its output; the teacher's stream is read and replaced in place."""
         p = self.current
         assert p is not None  # `PairedModel._in_pass` sets it
+        if p.arguments is not None:
+            p.arguments.append(kwargs)
+            return hidden_states
         if p.teacher is None or p.loss is None or p.loss.layer_weight == 0:
             if p.teacher is not None:
                 p.teacher_stream = self._teacher(p, kwargs)
@@ -145,6 +150,9 @@ class PairedModel(nn.Module):
         lora: rank and targets of the student's LoRA.
         checkpointing: recompute each student layer in the backward pass (non-reentrant).
     """
+
+    partitioning: tuple = ()
+    """What shares the weights out over ranks, and lives as long as they do; empty where each rank has them whole."""
 
     def __init__(self, model: nn.Module, spec: ArchSpec, lora: LoraConfig, checkpointing: bool = False):
         super().__init__()
@@ -248,6 +256,20 @@ class PairedModel(nn.Module):
         """Final hidden states [B, T, D] of one view, after the last norm."""
         embedded = self.model.get_input_embeddings()(input_ids)
         return self._stream(_masked(embedded, view.hidden), _Pass(view))
+
+    def embedded(self, input_ids: Tensor) -> Tensor:
+        """The first layer's input [B, T, D]."""
+        return self.model.get_input_embeddings()(input_ids) * self.spec.embedding_multiplier
+
+    def layer_arguments(self, embedded: Tensor) -> list[dict]:
+        """What transformers calls each decoder layer with beside the stream: positions and mask of plain text.
+
+        They depend on the shape of the stream [B, T, D] alone.
+        """
+        p = _Pass(View([]), arguments=[])
+        self._stream(embedded, p)
+        assert p.arguments is not None
+        return p.arguments
 
     def _stream(self, embedded: Tensor, p: _Pass, positions: Tensor | None = None) -> Tensor:
         with self._in_pass(p):

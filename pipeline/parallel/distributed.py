@@ -62,6 +62,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def sum_at(self, values: Tensor, rank: int) -> bool:
+        """Sum a tensor on `device` over the ranks, in place at one of them; returns whether this is that one."""
+        if self.size > 1:
+            dist.reduce(values, rank)
+        return self.rank == rank
+
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))

@@ -203,15 +203,18 @@ def attach(model: PairedModel, settings: dict) -> None:
 
 
 @contextmanager
-def gathered(weight: Tensor) -> Iterator[Tensor]:
-    """A frozen weight in full, which ZeRO-3 may have partitioned; collective then."""
-    if not hasattr(weight, "ds_id"):
-        yield weight
+def gathered(*weights: Tensor) -> Iterator[None]:
+    """A block in which frozen weights are whole, which ZeRO-3 may have partitioned; collective then."""
+    if not any(hasattr(weight, "ds_id") for weight in weights):
+        yield
         return
     import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    with deepspeed.zero.GatheredParameters([weight]):
-        yield weight
+    # Those that are whole, as small ones stay, would be partitioned behind the block.
+    parted = [weight for weight in weights if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    with deepspeed.zero.GatheredParameters(parted):
+        yield
 
 
 class _Handles(list):

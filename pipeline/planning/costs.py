@@ -6,35 +6,29 @@ Units are bytes, bytes/s, FLOP and seconds. Letters as in footprint.py.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from nuteprune.arch import ATTENTION, FFN, PROJECTIONS, ArchSpec
-from nuteprune.config import Config, ConfigError
 from nuteprune.masks import Gates
 from nuteprune.masks.schedule import target_at
-from nuteprune.masks.selection import BATCHES, MEASURED, is_measured
-from nuteprune.planning.footprint import (
+from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
+from nuteprune.planning.footprint import USABLE
+from nuteprune.planning.job import (
     FP32,
-    USABLE,
     Cluster,
     Job,
     Layout,
     gate_units,
-    layer_tensors,
     lora_parameters,
-    partitioned,
-    persistence_threshold,
+    refit_parameters,
     snapshots,
-    total_parameters,
+    teaching,
 )
 from nuteprune.runs.snapshot import Snapshot
 from nuteprune.training.teachers import TeacherBank
 
-TOKENS_PER_DOCUMENT = 427
-"""C4.EN: 156e9 tokens in 365e6 documents (Dodge et al. 2021, arXiv 2104.08758, table 1)."""
 GATHERS = {
     "paired": {"layers": 2, "embedding": 1, "head": 1},
     "separate": {"layers": 3, "embedding": 2, "head": 2},
@@ -50,17 +44,17 @@ costs beside its kernels"."""
 LAUNCH_SECONDS = (DISPATCHES + LAUNCHES) * HOST_SECONDS + LAUNCHES * TRITON_SECONDS
 """CPU time of one layer and micro-batch. With checkpointing the student's forward comes a second time: a third more."""
 ASSUMPTIONS = (
-    f"tensors may fill {USABLE:.0%} of --gpu-memory; GB = 1e9 bytes, GiB = 2^30",
+    f"tensors may fill {USABLE:.0%} of a card; GB = 1e9 bytes, GiB = 2^30",
     "activations are those of the dense student (step 0), the largest of the run",
     "gathered weights: the layer at work, the next one (prefetch) and the buffer it is copied out of; with the head: "
     "the head and one layer",
     "ring all-gather: each rank receives (n-1)/n of the weights; NCCL uses all of a node's NICs: 1/G of it each",
-    "bandwidths are per GPU and one way; --inter-bandwidth is one GPU's NIC (a node has G of them)",
+    "bandwidths are per GPU and one way, as in data sheets; --inter-bandwidth is one GPU's NIC (a node has G of them)",
     "hpZ: frozen weights never change, so both gathers stay inside the node (counted with DeepSpeed 0.19.8)",
-    f"step time: weight gathers hide behind compute, and both behind one CPU thread's {1e3 * LAUNCH_SECONDS:.1f} ms a "
-    "layer and micro-batch (the longest counts; of experts, which were not measured, 3/7 for each); reading offloaded "
-    "weights and the LoRA reduction do not; "
-    "the bracket is without any overlap",
+    f"hours are those of a run in which no gather of weights hides behind compute; one CPU thread's "
+    f"{1e3 * LAUNCH_SECONDS:.1f} ms a layer and micro-batch do hide, or are waited for (of experts, which were not "
+    "measured, 3/7 for each); in brackets the hours where every gather hides; how much does is not known before a run",
+    "products reach --mfu of the card's peak, or what its memory delivers of the weights, if that takes longer",
     "backward of a frozen weight is dx only (1x its forward); removed units cost nothing (mean kept share)",
 )
 
@@ -132,7 +126,7 @@ def over_links(size: float, cluster: Cluster, inside: bool = False) -> tuple[flo
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one step: its parts, with the weight gathers hidden behind compute, and without any overlap.
+    """Seconds of one step: its parts, and how they add up.
 
     Attributes:
         compute, gather: matrix products on the GPU, and the weights that arrive beside them.
@@ -149,23 +143,38 @@ class Timing:
 
     @property
     def step(self) -> float:
-        return max(self.compute, self.gather, self.launch) + self.offload + self.reduce
+        """Where no gather hides behind compute."""
+        return max(self.compute + self.gather, self.launch) + self.offload + self.reduce
 
     @property
-    def serial(self) -> float:
-        return max(self.compute + self.gather, self.launch) + self.offload + self.reduce
+    def best(self) -> float:
+        """Where every gather does."""
+        return max(self.compute, self.gather, self.launch) + self.offload + self.reduce
 
 
 def timing(job: Job, layout: Layout, kept: tuple[float, float]) -> Timing:
-    """Step time from bandwidths and FLOP/s; `kept` as from `mean_kept`. The slowest link sets the gathers' time."""
+    """Step time from bandwidths and FLOP/s; `kept` as from `mean_kept`."""
     t, c = traffic(job, layout), job.cluster
     return Timing(
-        compute=step_flops(job, layout.checkpointing, kept) / c.ranks / (c.flops * c.mfu),
-        gather=max(t.intra / c.intra, t.inter / c.inter),
+        compute=max(step_flops(job, layout.checkpointing, kept) / c.ranks / job.flops, read_seconds(job, layout, kept)),
+        gather=gather_seconds(t.intra, t.inter, c),
         launch=passes(job, layout) * launch_seconds(job.spec) * (4 / 3 if layout.checkpointing else 1),
-        offload=t.host / c.host,
-        reduce=max(t.reduce_intra / c.intra, t.reduce_inter / c.inter),
+        offload=t.host / c.card.host,
+        reduce=gather_seconds(t.reduce_intra, t.reduce_inter, c),
     )
+
+
+def gather_seconds(intra: float, inter: float, cluster: Cluster) -> float:
+    """Time of bytes that one GPU receives over each kind of link, as from `over_links`: the slower link's."""
+    return max(intra / cluster.card.link, inter / cluster.card.nic)
+
+
+def read_seconds(job: Job, layout: Layout, kept: tuple[float, float]) -> float:
+    """Time in which a card's memory delivers the weights of a step: for teacher, student and its backward each, and
+    once more with checkpointing, in each micro-batch."""
+    student, teacher = kept
+    times = student * (3 if layout.checkpointing else 2) + (teacher if job.config.teacher.mode != "none" else 0)
+    return passes(job, layout) * times * job.itemsize * job.spec.prunable / job.cluster.card.bandwidth
 
 
 def launch_seconds(spec: ArchSpec) -> float:
@@ -178,7 +187,8 @@ def step_flops(job: Job, checkpointing: bool, kept: tuple[float, float]) -> floa
 
     Per token: 2 per weight of the projections for the teacher's forward, the student's forward and its backward (dx
     only), scaled by the kept shares; causal attention 2·T·H·P forward and 2.5x that backward (FlashAttention); LoRA 2
-    per weight forward and 4 backward; the head three times (both logits, the gradient). Checkpointing adds one forward.
+    per weight forward and 4 backward, 2 of them in the frozen pair; the head three times (both logits, the gradient).
+    Checkpointing adds one forward.
     Of experts only those count that the router chooses for a token; as it always chooses as many, nothing is taken off
     for removed units where whole experts are among them.
     """
@@ -186,25 +196,26 @@ def step_flops(job: Job, checkpointing: bool, kept: tuple[float, float]) -> floa
     student, teacher = (1.0, 1.0) if "experts" in config.gates.units else kept
     layer = 2 * spec.prunable_read
     attention = spec.layers * 2 * config.data.seq_len * spec.heads * spec.head_dim
-    lora = 2 * lora_parameters(job)
+    trained = 2 * lora_parameters(job)
+    lora = trained + 2 * refit_parameters(job)
     head = 2 * spec.vocab * spec.hidden
     taught = config.teacher.mode != "none"
     forward = student * (layer + attention + lora)
-    backward = student * (layer + 2.5 * attention + 2 * lora)
-    tutor = teacher * (layer + attention + (lora if config.teacher.from_snapshots else 0)) if taught else 0.0
+    backward = student * (layer + 2.5 * attention + lora + trained)
+    tutor = teacher * (layer + attention + (lora if teaching(job) else 0)) if taught else 0.0
     per_token = tutor + forward * (2 if checkpointing else 1) + backward + head * (3 if taught else 2)
-    return per_token * config.train.batch_size * config.data.seq_len
+    return per_token * job.tokens
 
 
-def mean_kept(job: Job, total: int) -> tuple[float, float]:
+def mean_kept(job: Job) -> tuple[float, float]:
     """(student's, teacher's) kept share of the prunable parameters, averaged over the steps.
 
     The student follows the schedule; the teacher is whom `TeacherBank.choose` names with one snapshot per interval.
     """
-    config = job.config
+    config, total = job.config, job.steps
     bank = TeacherBank(job.spec, config.teacher, 1.0, torch.device("cpu"), torch.float32)
     student = teacher = 0.0
-    wanted = snapshots(config, total)
+    wanted = snapshots(job)
     for step in range(total):
         target = target_at(config, step, total)
         bank.observe(step, target, config.sparsity.target)
@@ -215,24 +226,3 @@ def mean_kept(job: Job, total: int) -> tuple[float, float]:
         if len(bank.snapshots) < wanted and target >= grid * (1 - 1e-9):
             bank.snapshots.append(Snapshot(step, target, Gates(), {}, {}))
     return student / total, teacher / total
-
-
-def total_steps(config: Config, tokens_per_document: float) -> int:
-    """Steps of the run: `train.steps`, or `train.epochs` over `data.documents` documents of an assumed length."""
-    if config.train.steps:
-        return config.train.steps
-    if not config.data.documents:
-        raise ConfigError("data.documents is 0 (all), so the planner cannot count them: set train.steps")
-    blocks = config.data.documents * tokens_per_document // config.data.seq_len
-    return max(1, round(config.train.epochs * blocks / config.train.batch_size))
-
-
-def extra_steps(config: Config) -> int:
-    """Passes over a batch outside the steps, in steps.
-
-    Importance is a forward and backward pass, counted as one step; structures are measured by the student's forward
-    alone, four to a step.
-    """
-    tokens = config.train.batch_size * config.data.seq_len
-    importance = math.ceil(config.gates.importance_tokens / tokens) if config.gates.init == "importance" else 0
-    return importance + (MEASURED * BATCHES // 4 if is_measured(config.gates) else 0)

@@ -29,7 +29,7 @@ from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import attach, quiet, zero_settings
-from nuteprune.planning.planner import read_model
+from nuteprune.planning.models import read_model
 
 STEP_LAYERS = 2
 """Decoder layers that are built and run, each with as many experts as its router chooses."""

@@ -10,124 +10,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError
-from nuteprune.masks import gated_kinds, unit_shape
-from nuteprune.masks.schedule import warmup_steps
-from nuteprune.parallel.sizes import (
-    layer_tensors,
-    partitioned,
-    persistence_threshold,
-    projection_shapes,
-    total_parameters,
+from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
+from nuteprune.planning.job import (
+    FP32,
+    Job,
+    Layout,
+    gate_units,
+    lora_parameters,
+    refit_parameters,
+    refit_sizes,
+    refit_tokens,
+    snapshot_tensors,
+    teaching,
 )
+from nuteprune.training.refit import TIMES
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-FP32 = 4
+PROCESS_BYTES = 3e9
+"""Host memory of a rank before it holds anything: 0.6 GB of imports (measured without a card), the rest, for CUDA and
+NCCL, is assumed."""
 USABLE = 0.9
 """Share of the GPU's memory that tensors may fill; the rest is for CUDA, NCCL and fragmentation."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The machines, as the flags give them.
-
-    Args:
-        nodes, gpus_per_node: counts.
-        gpu_memory: bytes of one GPU.
-        intra, inter, host: bytes/s one way per GPU: to its neighbours in the node, through its NIC, to host memory.
-        flops: peak FLOP/s of one GPU in the model's type.
-        mfu: share of the peak that the matrix products reach.
-    """
-
-    nodes: int
-    gpus_per_node: int
-    gpu_memory: float
-    intra: float
-    inter: float
-    host: float
-    flops: float
-    mfu: float
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.gpus_per_node
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What can be turned on to make a run fit.
-
-    Args:
-        stage: ZeRO stage: 2 keeps the frozen weights whole on each rank, 3 partitions them.
-        micro_batch: sequences of one forward pass on a rank.
-        checkpointing: recompute each student layer in the backward pass.
-        offload: the rank's shard of the frozen weights lives in host memory (stage 3).
-        hpz: a second copy of the frozen weights is partitioned inside each node (stage 3).
-    """
-
-    stage: int
-    micro_batch: int
-    checkpointing: bool = False
-    offload: bool = False
-    hpz: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run to be planned: its architecture, configuration and cluster."""
-
-    spec: ArchSpec
-    config: Config
-    cluster: Cluster
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element of the frozen weights and activations."""
-        return ITEMSIZE[self.config.model.dtype]
-
-    @property
-    def local_batch(self) -> int:
-        """Sequences of one rank and step; raises `ConfigError` if the ranks do not divide the batch."""
-        batch, ranks = self.config.train.batch_size, self.cluster.ranks
-        if batch % ranks:
-            above = -(-batch // ranks) * ranks
-            raise ConfigError(
-                f"train.batch_size {batch} cannot be split over {ranks} ranks "
-                f"({self.cluster.nodes} x {self.cluster.gpus_per_node}): set train.batch_size={above}"
-            )
-        return batch // ranks
-
-
-def lora_sizes(job: Job) -> list[int]:
-    """Elements of each LoRA matrix of one layer."""
-    shapes, lora = projection_shapes(job.spec), job.config.lora
-    return [lora.rank_of(name) * side for name in lora.targets for side in shapes[name]]
-
-
-def lora_parameters(job: Job) -> int:
-    """Elements of all LoRA matrices."""
-    return job.spec.layers * sum(lora_sizes(job))
-
-
-def gate_units(job: Job) -> int:
-    """Gates (log-alphas) of the run."""
-    kinds = gated_kinds(job.spec, job.config.gates.units)
-    return sum(torch.Size(unit_shape(job.spec, kind)).numel() for kind in kinds)
-
-
-def snapshots(config: Config, total: int) -> int:
-    """Teachers recorded over a run: one per interval up to the target, at most one a step of the warm-up."""
-    if not config.teacher.from_snapshots:
-        return 0
-    return min(int(config.sparsity.target / config.teacher.interval + 1e-6), warmup_steps(config, total))
-
-
-def snapshot_bytes(job: Job) -> int:
-    """Host memory of one teacher: LoRA in bfloat16, gates and scores in float32 (teachers.py)."""
-    return 2 * lora_parameters(job) + 2 * FP32 * gate_units(job)
 
 
 @dataclass(frozen=True)
@@ -135,87 +38,123 @@ class Memory:
     """Bytes of one rank by part.
 
     Attributes:
-        resident: held through the whole step.
-        layer_phase, head_phase: on top of it while a layer runs, and while the output loss is computed.
-        host: in host memory.
+        resident: held all the time.
+        phases: on top of it, by what is at work: a layer, the output loss, refit between two steps.
+        host: in host memory, at most.
     """
 
     resident: dict[str, float]
-    layer_phase: dict[str, float]
-    head_phase: dict[str, float]
+    phases: dict[str, dict[str, float]]
     host: dict[str, float]
 
     @property
+    def fullest(self) -> str:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
     def peak(self) -> float:
-        """Bytes on the GPU at the fuller of the two moments."""
-        return sum(self.resident.values()) + max(sum(self.layer_phase.values()), sum(self.head_phase.values()))
+        """Bytes on the GPU at the fullest moment."""
+        return sum(self.resident.values()) + sum(self.phases[self.fullest].values())
 
 
-def memory(job: Job, layout: Layout, total: int) -> Memory:
-    """Memory of one rank; `total` is the number of steps, which limits the number of teachers."""
+def memory(job: Job, layout: Layout) -> Memory:
+    """Memory of one rank."""
     spec, s = job.spec, job.itemsize
     tokens = layout.micro_batch * job.config.data.seq_len
     weights = frozen_weights(job, layout)
     layer = s * sum(layer_tensors(spec)) if layout.stage == 3 else 0
     vocabulary = s * spec.vocab * spec.hidden if layout.stage == 3 else 0
-    saved = activations(job, layout.checkpointing) * tokens
     per_layer = saved_per_token(job) if layout.checkpointing else 0
-    resident = {
-        **{name: size for name, size in weights.items() if not name.startswith("host")},
-        **lora_memory(job),
-        "gates and their optimizer": gate_units(job) * FP32 * (4 if job.config.gates.optimizer == "adam" else 3),
-        "activations of the student": saved,
+    resident = weights | lora_memory(job, layout)
+    resident["gates and their optimizer"] = gate_units(job) * FP32 * (4 if job.config.gates.optimizer == "adam" else 3)
+    step = {
+        "activations of the student": activations(job, layout.checkpointing) * tokens,
         "teacher's stream": 2 * s * spec.hidden * tokens,
     }
-    layer_phase = {
-        # DeepSpeed gathers a layer's tensors into one buffer and copies each out of it.
-        "gathered layers (3: at work, prefetched, its buffer)": 3 * layer,
-        "one layer at work": (per_layer + working_per_token(job)) * tokens,
-    }
-    head_phase = {
-        "gathered head": vocabulary,
-        "gathered layer (prefetched)": layer,
-        "logits of one KL chunk": logits_chunk(job, tokens),
-        "final hidden states and their gradient": (FP32 + 2 * s) * spec.hidden * tokens,
-    }
-    count = snapshots(job.config, total)
-    host = {f"teachers ({count} snapshots)": float(count * snapshot_bytes(job))}
-    if job.config.lora.refit and "down_proj" in spec.lora_targets:
-        # Each rank has the matrices of its layers. Some of them lie on its device while they are measured, between two
-        # steps, in the place of activations.
-        host["refit of removed units"] = FP32 * spec.ffn**2 * math.ceil(spec.layers / job.cluster.ranks)
-    if "host" in weights:
-        host["offloaded weights"] = weights["host"]
-    return Memory(resident, layer_phase, head_phase, host)
+    phases = {
+        "a layer runs": step | {
+            # DeepSpeed gathers a layer's tensors into one buffer and copies each out of it.
+            "gathered layers (3: at work, prefetched, its buffer)": 3 * layer,
+            "one layer at work": (per_layer + working_per_token(job)) * tokens,
+        },
+        "the output loss runs": step | {
+            "gathered head": vocabulary,
+            "gathered layer (prefetched)": layer,
+            "logits of one KL chunk": logits_chunk(job, tokens),
+            "final hidden states and their gradient": (FP32 + 2 * s) * spec.hidden * tokens,
+        },
+    }  # fmt: skip
+    if refit_sizes(job):
+        phases["refit fits a layer"] = {"G, what is left of it, its factor": 3 * FP32 * spec.ffn**2, "layer": layer}
+    return Memory(resident, phases, host_memory(job, layout))
+
+
+def pinned(tensors: list[int]) -> int:
+    """Bytes of host memory that tensors take which a card copies from: torch's allocator of such memory rounds each up
+    to a power of two."""
+    return sum(1 << (size - 1).bit_length() for size in tensors if size)
+
+
+def host_memory(job: Job, layout: Layout) -> dict[str, float]:
+    """Bytes of host memory of a rank, as if all of it were held at once.
+
+    Teachers: the snapshots that can teach, pinned. Each names a frozen pair of refit's; there are at most `TIMES`.
+    Refit: G [F, F] in float32 of the layers that a rank owns, until the gates settle, and the hidden states of its
+    share of the text in the model's type, while they are measured. Snapshots kept as rungs alone are on the disk.
+    """
+    spec, count = job.spec, teaching(job)
+    host = {"process: Python, libraries, CUDA": PROCESS_BYTES}
+    if count:
+        host[f"teachers ({count} snapshots, pinned)"] = count * pinned(snapshot_tensors(job))
+    if refit_sizes(job):
+        pairs = min(count, TIMES)
+        host[f"frozen pairs of teachers ({pairs}, pinned)"] = (
+            pairs * spec.layers * pinned([2 * n for n in refit_sizes(job)])
+        )
+        host["refit: G of removed units"] = FP32 * spec.ffn**2 * math.ceil(spec.layers / job.cluster.ranks)
+        host["refit: hidden states of the text"] = job.itemsize * spec.hidden * refit_tokens(job) / job.cluster.ranks
+    if layout.offload:
+        threshold = persistence_threshold(spec)
+        shards = [-(-size // job.cluster.ranks) for size in frozen_tensors(spec) if size > threshold]
+        host["offloaded weights (pinned)"] = pinned([job.itemsize * size for size in shards])
+    return {name: float(size) for name, size in host.items() if size}
+
+
+def frozen_tensors(spec: ArchSpec) -> list[int]:
+    """Elements of each tensor of the model."""
+    return layer_tensors(spec) * spec.layers + [spec.hidden] + [spec.vocab * spec.hidden] * (1 if spec.tied else 2)
 
 
 def frozen_weights(job: Job, layout: Layout) -> dict[str, float]:
-    """Bytes of the frozen weights on a rank: whole (stage 2), or a shard and the small tensors whole (stage 3)."""
+    """Bytes of the frozen weights on a rank's card: whole, or a shard, unless offloaded, and the small tensors whole
+    (stage 3)."""
     spec, s, ranks = job.spec, job.itemsize, job.cluster.ranks
-    if layout.stage == 2:
-        return {"frozen weights (whole)": s * total_parameters(spec)}
-    tensors = layer_tensors(spec) * spec.layers + [spec.hidden] + [spec.vocab * spec.hidden] * (1 if spec.tied else 2)
-    gathered, whole = partitioned(tensors, ranks, persistence_threshold(spec))
-    shard = s * gathered / ranks
-    parts = {"host" if layout.offload else f"frozen weights (1/{ranks})": shard, "small tensors kept whole": s * whole}
+    if layout.stage != 3:
+        return {"frozen weights (whole)": float(s * total_parameters(spec))}
+    gathered, whole = partitioned(frozen_tensors(spec), ranks, persistence_threshold(spec))
+    parts = {} if layout.offload else {f"frozen weights (1/{ranks})": s * gathered / ranks}
+    parts["small tensors kept whole"] = float(s * whole)
     if layout.hpz:
         parts[f"frozen weights, hpZ (1/{job.cluster.gpus_per_node})"] = s * gathered / job.cluster.gpus_per_node
     return parts
 
 
-def lora_memory(job: Job) -> dict[str, float]:
+def lora_memory(job: Job, layout: Layout) -> dict[str, float]:
     """Bytes of LoRA on a rank (engine.py).
 
-    float32 weights and gradients whole, their copies in the compute type (student's; the active teacher's; in bfloat16
-    the next one's, which is fetched ahead), and a share of the two AdamW moments.
+    float32 weights and gradients whole, and the two AdamW moments, which ZeRO spreads over the ranks. Copies in the
+    compute type of it and of refit's frozen pair: the student's; the active teacher's; in bfloat16 the next one's,
+    which is fetched ahead.
     """
     count, s = lora_parameters(job), job.itemsize
-    teachers = s + 2 if job.config.teacher.from_snapshots else 0
+    teachers = s + 2 if teaching(job) else 0
     return {
         "LoRA weights": FP32 * count,
         "LoRA in compute type (student, teachers)": ((s if s != FP32 else 0) + teachers) * count,
+        "frozen pairs of refit (student's, teachers')": (s + teachers) * refit_parameters(job),
         "LoRA gradient": FP32 * count,
-        "LoRA moments": 2 * FP32 * count / job.cluster.ranks,
+        "LoRA moments": 2 * FP32 * count / (job.cluster.ranks if layout.stage else 1),
     }
 
 
@@ -239,7 +178,7 @@ def saved_per_token(job: Job) -> float:
     )
     if spec.experts > 1:
         size += (s * spec.hidden + 24) * spec.top_k
-    size += s * sum(map(config.lora.rank_of, config.lora.targets))
+    size += s * config.lora.rank * len(config.lora.targets)
     if spec.qk_norm:
         size += FP32 * (queries + values)
     if {"hidden", "layers"} & set(config.gates.units):

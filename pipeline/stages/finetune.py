@@ -130,7 +130,7 @@ class Finetuning(FixedGates):
     def train_step(self) -> dict[str, float]:
         """One optimizer step."""
         teacher = self.bank.activate(None) if self.config.teacher.mode == "intact" else None
-        metrics = self.accumulate(lambda windows, _, share: self.forward(windows, teacher))
+        metrics = self.accumulate(lambda windows: self.forward(windows, teacher))
         del metrics["layer_loss"]
         metrics |= self.update(metrics["loss"])
         return metrics | {"answer_tokens": float(self.answers.batch(self.step).sum())}

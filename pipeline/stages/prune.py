@@ -75,7 +75,7 @@ class Pruning(Trainer):
         multipliers = Multipliers().to(world.device) if config.sparsity.constraint == "lagrangian" else None
         engine = Engine(model, masks, multipliers, config, total, world)
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
-        refit = Refit(model, config, world, blocks, total) if config.lora.refit else None
+        refit = Refit(model, config, world, stream, total) if config.lora.refit else None
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
                  total)  # fmt: skip
         return cls(config, world, model, engine, stream, total, masks=masks, multipliers=multipliers, bank=bank,
@@ -115,7 +115,7 @@ class Pruning(Trainer):
         config = self.config
         target = self.constrain()
         index, teacher = self.choose_teacher()
-        metrics = self.accumulate(lambda ids, number, share: self.forward(ids, number, teacher, target))
+        metrics = self.accumulate(lambda ids: self.forward(ids, teacher, target))
         metrics |= self.update(metrics["loss"])
         if config.sparsity.constraint == "projection":
             self.masks.project(target)
@@ -171,7 +171,7 @@ class Pruning(Trainer):
             view = build_view(model.spec, gates.to(self.world.device), model.lora(), model.scaling, model.dtype)
             total = torch.zeros((), dtype=torch.float64, device=self.world.device)
             for batch in batches:
-                for ids in batch.split(self.config.train.micro_batch or len(batch)):
+                for ids in batch.split(self.micro_batch):
                     entropy = model(ids, view, None, LossConfig()).cross_entropy
                     total += entropy.double() * self.share(ids, batch) / len(batches)
             losses.append(float(self.world.mean(total)))
@@ -189,21 +189,18 @@ class Pruning(Trainer):
         self.bank.prefetch(following)
         return index, view
 
-    def forward(self, ids: Tensor, micro_batch: int, teacher: View | None, target: float) -> Losses:
+    def forward(self, ids: Tensor, teacher: View | None, target: float) -> Losses:
         """Losses of one micro-batch, the constraint's penalty included."""
         model = self.model
-        losses = model(ids, model.view(self.sample_gates(micro_batch)), teacher, self.config.loss)
+        losses = model(ids, model.view(self.sample_gates()), teacher, self.config.loss)
         if self.multipliers is not None:
             penalty = self.multipliers.penalty(self.masks.expected_sparsity(), target)
             losses = losses._replace(total=losses.total + penalty)
         return losses
 
-    def sample_gates(self, micro_batch: int) -> Gates:
-        """Gates of one micro-batch of the global batch: a function of (seed, step, number), as every start draws them.
-
-        So ranks draw their own, and two ranks draw what one would in two micro-batches.
-        """
-        key = (self.config.seed * 1_000_003 + self.step) * 65_537 + micro_batch
+    def sample_gates(self) -> Gates:
+        """Gates of this step, a function of (seed, step): the same in every micro-batch, on every rank and start."""
+        key = (self.config.seed * 1_000_003 + self.step) * 65_537
         return self.masks.sample(torch.Generator().manual_seed(key % (1 << 63)))
 
     def save(self, directory: Path, counters: dict) -> None:

@@ -118,7 +118,7 @@ class Recovering(FixedGates):
     def train_step(self) -> dict[str, float]:
         """One optimizer step."""
         teacher = None if self.config.teacher.mode == "none" else self.bank.activate(None)
-        metrics = self.accumulate(lambda ids, _, share: self.forward(ids, teacher))
+        metrics = self.accumulate(lambda ids: self.forward(ids, teacher))
         return metrics | self.update(metrics["loss"])
 
     def forward(self, ids: Tensor, teacher: View | None) -> Losses:

@@ -35,6 +35,7 @@ from nuteprune.runs.rundir import DAMAGED, reason
 from nuteprune.training.determinism import deterministic
 from nuteprune.training.engine import Engine
 from nuteprune.training.lifecycle import check_directory, claim_directory, is_finished
+from nuteprune.training.memory import is_out_of_memory
 from nuteprune.training.resume import check_fits
 from nuteprune.training.signals import Preempted, Stop, stop_signals
 from nuteprune.training.tracking import Tracker, check_reporters, progress_bar
@@ -74,6 +75,8 @@ class Trainer(ABC):
         self.stream, self.total = stream, total
         self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep)
         self.step = self.bad_in_a_row = self.bad_total = 0
+        self.micro_batch = config.train.micro_batch or stream.local_size
+        """Sequences of a forward pass."""
         self.stop, self.stopping = Stop(), False
 
     @classmethod
@@ -125,28 +128,48 @@ class Trainer(ABC):
         """Weight of a micro-batch's mean loss in that of this rank's batch."""
         return len(micro_batch) / len(batch)
 
-    def accumulate(self, forward: Callable[[Tensor, int, float], Losses]) -> dict[str, float]:
+    def accumulate(self, forward: Callable[[Tensor], Losses]) -> dict[str, float]:
         """Backward of this step's micro-batches; returns the loss terms, averaged over the global batch.
 
         With them travels whether any rank was asked to stop, so that all of them stop at the same step.
 
         Args:
-            forward: losses of a micro-batch [b, T], given its number in the global batch and its share of the rank's.
+            forward: losses of a micro-batch [b, T].
         """
-        batch = self.stream.batch(self.step).to(self.world.device)
-        parts = batch.split(self.config.train.micro_batch or len(batch))
-        sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
-        for number, ids in enumerate(parts):
-            share = self.share(ids, batch)
-            with into_grad():
-                losses = forward(ids, self.world.rank * len(parts) + number, share)
-            # Not even a NaN may keep a rank from its backward pass: the others gather weights in theirs.
-            self.engine.backward(losses.total * share)
-            sums[:4] += torch.stack(losses).detach().double() * share
+        sums = None
+        while sums is None:
+            sums = self._backward(forward)
         sums[4] = bool(self.stop.received)
         loss, layer, kl, entropy, stopping = self.world.mean(sums).tolist()
         self.stopping = stopping > 0
         return {"loss": loss, "layer_loss": layer, "kl_loss": kl, "label_loss": entropy}
+
+    def _backward(self, forward: Callable[[Tensor], Losses]) -> Tensor | None:
+        """Sums of the loss terms over the rank's batch; None where it has to be gone through again, in smaller parts.
+
+        Each rank goes by its own memory. Not where weights are partitioned: there the others would wait in a gather.
+        """
+        batch = self.stream.batch(self.step).to(self.world.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
+        try:
+            for ids in batch.split(self.micro_batch):
+                share = self.share(ids, batch)
+                with into_grad():
+                    losses = forward(ids)
+                # Not even a NaN may keep a rank from its backward pass: the others gather weights in theirs.
+                self.engine.backward(losses.total * share)
+                sums[:4] += torch.stack(losses).detach().double() * share
+        except (RuntimeError, MemoryError) as error:
+            if self.micro_batch == 1 or self.model.partitioning or not is_out_of_memory(error):
+                raise
+        else:
+            return sums
+        # Behind the `except`, whose error refers to what fills the memory.
+        self.engine.discard()
+        torch.cuda.empty_cache()
+        self.micro_batch = -(-min(self.micro_batch, len(batch)) // 2)
+        log.warning("out of memory: step %d again, %d sequences at a time", self.step, self.micro_batch)
+        return None
 
     def update(self, loss: float) -> dict[str, float]:
         """Apply the gradients unless the step is not finite; ten bad steps in a row end the run."""

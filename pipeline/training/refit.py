@@ -19,18 +19,17 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import LongTensor, Tensor, nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from nuteprune.arch import projections
 from nuteprune.config import Config
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import Gates
 from nuteprune.masks.schedule import settle_step
-from nuteprune.model.layers import build_view
-from nuteprune.model.pairing import PairedDecoderLayer, PairedModel
+from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import gathered
+from nuteprune.training.gram import measure_grams
 
 log = logging.getLogger(__name__)
 
@@ -41,131 +40,80 @@ TOKENS = 32
 """Tokens of text that are looked at, for each unit of a layer; all of a text that has fewer."""
 TIMES = 25
 """How often the pairs are computed anew while units leave."""
-DEVICE_BYTES = 4 * 2**30
-"""For the G of the layers that are measured at a time."""
 _EPS, _ITERATIONS = 1e-8, 3
 
 
 class Refit:
     """Writes the first ranks of down_proj's LoRA, which are not trained.
 
-    Each rank of the run holds the G of every n-th layer, computes the pairs of those and gets the others'.
+    Each rank of the run keeps the G of every n-th layer, computes the pairs of those and gets the others'.
 
     Args:
         model: the paired model; layers without LoRA on down_proj (experts, say) are left alone.
-        config: Q (`lora.refit`), batches, when the gates settle.
+        config: Q (`lora.refit`), when the gates settle.
         world: the ranks of the run.
-        blocks: token ids [N, T] of the text, of which all ranks read the same.
+        stream: the text, of which each rank reads its share.
         total: steps of the run.
 
     Attributes:
         every: steps between two refits while units leave; the same after a resume.
     """
 
-    def __init__(self, model: PairedModel, config: Config, world: World, blocks: LongTensor, total: int):
-        self.model, self.ranks, self.world = model, config.lora.refit, world
-        self.stream = BatchStream(blocks, config.train.batch_size, config.seed)
-        self.micro_batch = config.train.micro_batch
+    def __init__(self, model: PairedModel, config: Config, world: World, stream: BatchStream, total: int):
+        self.model, self.ranks, self.world, self.stream = model, config.lora.refit, world, stream
         self.shown = config.tracking.progress and world.is_main
         self.every = max(1, min(settle_step(config, total), total) // TIMES)
-        self._grams: dict[int, Tensor] | None = None
+        self.layers = [index for index in range(model.spec.layers) if f"{index}.down_proj" in model.lora()]
+        self._measured = False
+        self._grams: dict[int, Tensor] = {}
+        self._weights: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def apply(self, gates: Gates) -> None:
-        """Set the pairs to those of the units whose gate is 0; collective."""
-        model, gate_LF = self.model, gates.ffn_gate(self.model.spec)
+        """Set the pairs to those of the units whose gate is 0; all ranks at once, each those that it keeps."""
+        model, device, gate_LF = self.model, self.world.device, gates.ffn_gate(self.model.spec)
         if gate_LF is None:
             return
-        grams, parts = self.measure(), []
-        for index, layer in enumerate(model.layers):
-            pair = model.lora().get(f"{index}.down_proj")
-            if pair is None:
-                continue
-            a_QF, b_DQ = pair[0][: self.ranks], pair[1][:, : self.ranks]
+        self.measure()
+        parts = []
+        for index in self.layers:
+            a_RF, b_DR = model.lora()[f"{index}.down_proj"]
+            a_QF, b_DQ = a_RF[: self.ranks], b_DR[:, : self.ranks]
             parts += [a_QF, b_DQ]
-            with gathered(_projection(layer, "down_proj").weight) as weight_DF:
-                if index in grams:
-                    a, b = low_rank(weight_DF, grams[index].to(weight_DF.device), gate_LF[index], self.ranks)
-                    a_QF.copy_(a)
-                    b_DQ.copy_(b / model.scaling)
-                else:
-                    a_QF.zero_()
-                    b_DQ.zero_()
+            if index in self._grams:
+                weight_DF, gram_FF = (held[index].to(device) for held in (self._weights, self._grams))
+                a, b = low_rank(weight_DF, gram_FF, gate_LF[index], self.ranks)
+                a_QF.copy_(a)
+                b_DQ.copy_(b / model.scaling)
+            else:
+                a_QF.zero_()
+                b_DQ.zero_()
         if self.world.size > 1 and parts:
             whole = self.world.sum(torch.cat([part.flatten() for part in parts]))
             for part, values in zip(parts, whole.split([part.numel() for part in parts]), strict=True):
                 part.copy_(values.view_as(part))
 
     @torch.no_grad()
-    def measure(self, halt: Callable[[], None] = lambda: None) -> dict[int, Tensor]:
-        """G [F, F] of this rank's layers, float32, in host memory; read off the text once. Collective.
-
-        As many layers at a time as `DEVICE_BYTES` hold; each time all of the model reads the text.
+    def measure(self, halt: Callable[[], None] = lambda: None) -> None:
+        """Read the text, once; collective.
 
         Args:
-            halt: called before each batch, to end it by an exception.
+            halt: called before each part of it, to end it by an exception.
         """
-        if self._grams is not None:
-            return self._grams
-        spec, world, lora = self.model.spec, self.world, self.model.lora()
-        at_once = max(1, DEVICE_BYTES // (4 * spec.ffn**2))
-        count = math.ceil(math.ceil(spec.layers / world.size) / at_once)  # the same on every rank, as ZeRO-3 needs it
-        own = [i for i in range(world.rank, spec.layers, world.size) if f"{i}.down_proj" in lora]
-        tokens = self.stream.batch(0).numel()
-        batches = math.ceil(min(TOKENS * spec.ffn / tokens, self.stream.steps_per_epoch))  # no text twice
+        if self._measured or not self.layers:
+            return
+        stream, world = self.stream, self.world
+        tokens = stream.batch(0).numel() * world.size
+        batches = math.ceil(min(TOKENS * self.model.spec.ffn / tokens, stream.steps_per_epoch))  # no text twice
         log.info("measuring the FFN units on %d tokens", batches * tokens)
-        grams: dict[int, Tensor] = {}
-        with tqdm(total=count * batches, desc="FFN units", unit="batch", leave=False, disable=not self.shown) as bar:
-
-            def before_batch() -> None:
-                halt()
-                bar.update()
-
-            for number in range(count):
-                layers = own[number * at_once : (number + 1) * at_once]
-                grams |= self._measure_layers(layers, batches, before_batch)
-        self._grams = grams
-        return grams
-
-    def _measure_layers(self, layers: list[int], batches: int, before_batch: Callable[[], None]) -> dict[int, Tensor]:
-        model, spec, device, activations = self.model, self.model.spec, self.world.device, {}
-        grams = {i: torch.zeros(spec.ffn, spec.ffn, device=device) for i in layers}
-
-        def before_ffn(index: int):
-            gate, up = (_projection(model.layers[index], name) for name in ("gate_proj", "up_proj"))
-
-            def hook(block, inputs):
-                activation = getattr(block, "act_fn", None) or block.activation_fn  # Phi-3's name
-                activations[index] = (activation(gate(inputs[0])) * up(inputs[0])).flatten(0, -2).float()
-
-            return hook
-
-        def behind_layer(index: int):
-            def hook(_layer, _inputs, output):
-                stream = (output if isinstance(output, Tensor) else output[0]).flatten(0, -2).float()
-                h_NF = activations.pop(index, None)
-                if h_NF is not None:
-                    h_NF *= (stream.square().mean(-1, keepdim=True) + _EPS).rsqrt()
-                    grams[index].addmm_(h_NF.T, h_NF)
-
-            return hook
-
-        hooks = []
-        for index in layers:
-            layer = model.layers[index].layer
-            hooks.append(layer.mlp.register_forward_pre_hook(before_ffn(index)))
-            hooks.append(layer.register_forward_hook(behind_layer(index)))
-        view = build_view(spec, None, {}, model.scaling, model.dtype)
-        try:
-            for number in range(batches):
-                before_batch()
-                batch = self.stream.batch(number).to(device)
-                for ids in batch.split(self.micro_batch or len(batch)):
-                    model.hidden(ids, view)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return {index: gram.cpu() for index, gram in grams.items()}
+        ids = torch.cat([stream.batch(number) for number in range(batches)])
+        self._grams = measure_grams(self.model, ids, self.layers, world, self.shown, halt)
+        for index in self.layers:
+            weight = _down_proj(self.model.layers[index].layer)
+            with gathered(weight):
+                if index in self._grams:
+                    self._weights[index] = weight.to("cpu", copy=True) if hasattr(weight, "ds_id") else weight
+        self._measured = True
 
 
 def low_rank(weight_DF: Tensor, gram_FF: Tensor, gate_F: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
@@ -209,6 +157,6 @@ def _leading(matrix_DD: Tensor, count: int) -> Tensor:
     return basis @ values.eigenvectors[:, -count:].flip(1)
 
 
-def _projection(layer: PairedDecoderLayer, name: str) -> nn.Module:
-    owner, attribute = projections(layer.layer)[name]
-    return getattr(owner, attribute)
+def _down_proj(layer: nn.Module) -> Tensor:
+    owner, attribute = projections(layer)["down_proj"]
+    return getattr(owner, attribute).weight

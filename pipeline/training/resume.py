@@ -29,7 +29,7 @@ from nuteprune.training.teachers import TeacherBank
 
 FREE_KEYS = (
     "run_dir", "recipe", "deepspeed", "train.ranks", "train.rank_timeout", "train.activation_checkpointing",
-    "train.deterministic",
+    "train.deterministic", "train.micro_batch", "finetune.micro_batch",
 )  # fmt: skip
 """Fields that may change between two starts of one run."""
 

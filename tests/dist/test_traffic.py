@@ -14,17 +14,9 @@ from nuteprune.config import load_config
 from nuteprune.planning.costs import traffic
 from nuteprune.parallel.distributed import connected, discover
 from nuteprune.training.engine import Engine
-from nuteprune.planning.footprint import (
-    Cluster,
-    Job,
-    Layout,
-    frozen_weights,
-    layer_tensors,
-    lora_memory,
-    partitioned,
-    persistence_threshold,
-    total_parameters,
-)
+from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
+from nuteprune.planning.footprint import frozen_weights, lora_memory
+from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.masks import MaskSet
 from nuteprune.model.loading import read_config
 from nuteprune.parallel.zero import load_paired, zero_settings
@@ -37,9 +29,9 @@ def measure() -> None:
     directory, out, deepspeed, checkpointing = sys.argv[1:]
     world = discover()
     config = load_config(None, [f"model.path={directory}", f"train.batch_size={world.size}", f"deepspeed={deepspeed}",
-                                f"train.activation_checkpointing={checkpointing}"])  # fmt: skip
+                                f"train.activation_checkpointing={checkpointing}", "lora.refit=0"])  # fmt: skip
     _, spec = read_config(directory)
-    job = Job(spec, config, Cluster(1, world.size, 1, 1, 1, 1, 1, 1))
+    job = Job(spec, config, Cluster(1, world.size))
     with connected(world, 60):
         model = load_paired(config, world, zero_settings(config, spec, world))
         engine = Engine(model, MaskSet(spec, config.gates), None, config, 1, world)
@@ -57,7 +49,7 @@ def measure() -> None:
         result["largest planned"] = largest * job.itemsize
         engine.step(0)
         result["frozen"] = [memory.frozen_bytes(model), sum(frozen_weights(job, Layout(3, 1)).values())]
-        planned = lora_memory(job)
+        planned = lora_memory(job, Layout(3, 1))
         shares = world.gather(memory.lora_bytes(engine))
         result["lora"] = [sum(shares) / len(shares), sum(planned[f"LoRA {k}"] for k in ("weights", "gradient", "moments"))]
     if world.is_main:

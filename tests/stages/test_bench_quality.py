@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -54,6 +55,12 @@ def test_two_commands_fill_one_table(model_dir, text_file, tmp_path, monkeypatch
     assert quality.main([*command, "--variants", "ours"]) == 0
     runs = json.loads((tmp_path / "out" / "quality.json").read_text())["runs"]
     assert [run["variant"] for run in runs] == ["intact", "no-teacher", "ours"]
+    # Another model is a row of its own, against its own intact one.
+    other = shutil.copytree(model_dir, tmp_path / "other")
+    assert quality.main([*command, "--model", str(model_dir), str(other), "--variants", "ours"]) == 0
+    runs = json.loads((tmp_path / "out" / "quality.json").read_text())["runs"]
+    assert [(run["model"], run["variant"]) for run in runs[3:]] == [("other", "intact"), ("other", "ours")]
+    assert quality.lost(runs, runs[4:], "train") == quality.lost(runs, runs[2:3], "train")
 
 
 def test_documents_held_out_are_not_trained_on(tmp_path):
@@ -73,14 +80,16 @@ def test_rows_within_two_standard_errors_are_equal():
     assert math.isnan(quality.mean([1.0])[1])
 
 
-def test_divergence_and_perplexity_are_those_of_the_definition():
-    intact, other = tiny_model("llama"), tiny_model("llama", seed=1)
+@pytest.mark.parametrize("first", [(), (7,)])
+def test_divergence_and_perplexity_are_those_of_the_definition(first):
+    intact, other = tiny_model("granite"), tiny_model("granite", seed=1)  # whose logits are scaled
     ids = torch.randint(300, (70,), generator=torch.Generator().manual_seed(0))
+    blocks = ids[: 2 * (32 - len(first))].view(2, -1)
+    blocks = torch.cat([torch.tensor([first] * 2, dtype=torch.int64), blocks], 1)
     with torch.no_grad():
-        p, q = (
-            torch.cat([m(ids[None, i : i + 32]).logits[0] for i in (0, 32)]).log_softmax(-1) for m in (intact, other)
-        )
+        p, q = (m(blocks).logits.log_softmax(-1) for m in (intact, other))
     wanted = float((p.exp() * (p - q)).sum(-1).mean())
-    states = [last_states(m, ids, 32, 0) for m in (intact, other)]
-    found = compare(intact, states[0], other, states[1], ids)
-    assert found == pytest.approx((perplexity(other, ids, 32, 0, 0)["perplexity"], wanted), rel=1e-4)
+    states = [last_states(m, ids, 32, 0, first) for m in (intact, other)]
+    found = compare(intact, states[0], other, states[1], ids, first)
+    assert found == pytest.approx((perplexity(other, ids, 32, 0, 0, first=first)["perplexity"], wanted), rel=1e-4)
+    assert compare(intact, states[0], intact, states[0], ids, first)[1] == 0

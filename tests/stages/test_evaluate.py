@@ -13,11 +13,11 @@ from lm_eval.tasks import TaskManager
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, PreTrainedTokenizerFast
 
 from nuteprune.arch import read_spec
 from nuteprune.config import Config, ConfigError, EvaluateConfig, ModelConfig, TrackingConfig
-from nuteprune.evaluation import compare, measure, report, speed
+from nuteprune.evaluation import compare, head, measure, report, speed
 from nuteprune.evaluation.tasks import PAPER, lm_eval_tasks, load_tasks, mean_accuracy
 from nuteprune.model import loading
 from nuteprune.model.loading import load_any
@@ -105,15 +105,53 @@ def token_nll(model, context: torch.Tensor) -> float:
     return -model(context[None]).logits[0, -2].double().log_softmax(-1)[context[-1]].item()
 
 
-def test_perplexity_of_blocks_equals_plain_computation(model, tokens, monkeypatch):
-    monkeypatch.setattr(measure, "LOGIT_CHUNK", 7)  # chunks that do not divide the window
-    got = measure.perplexity(model, tokens, window=32, stride=0, blocks=0)
-    nlls = [token_nll(model, tokens[b : b + i + 1]) for b in range(0, 128, 32) for i in range(1, 32)]
+def scaled_and_capped(name):
+    """A model of which the output matrix alone gives other logits than the model."""
+    return tiny_model(name, **({"final_logit_softcapping": 2.0} if name == "gemma3" else {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "gemma3"])
+@pytest.mark.parametrize("first", [(), (7,)])
+def test_perplexity_of_blocks_equals_plain_computation(name, first, tokens, monkeypatch):
+    monkeypatch.setattr(head, "LOGIT_ROWS", 7)  # chunks that do not divide the window
+    model, text = scaled_and_capped(name), 32 - len(first)
+    got = measure.perplexity(model, tokens, window=32, stride=0, blocks=0, first=first)
+    begin = torch.tensor(first, dtype=torch.int64)
+    # Behind a first token each token of the text is predicted, without one all but the first of a block.
+    nlls = [
+        token_nll(model, torch.cat([begin, tokens[b : b + i + 1]]))
+        for b in range(0, 4 * text, text) for i in range(1 - len(first), text)
+    ]  # fmt: skip
     mean = sum(nlls) / len(nlls)
     assert got["nll"] == pytest.approx(mean, rel=1e-5)
     assert got["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
-    # 141 tokens hold four blocks of 32; the remaining 13 tokens are left out.
+    # 141 tokens hold four blocks; the remaining ones are left out.
     assert (got["tokens"], got["blocks"], got["window"], got["stride"]) == (4 * 31, 4, 32, 32)
+
+
+@torch.inference_mode()
+def test_where_no_token_comes_first_perplexity_is_bit_for_bit_that_of_the_output_matrix():
+    model = tiny_model("llama")
+    ids = torch.randint(300, (1300,), generator=torch.Generator().manual_seed(1))
+    total = 0.0
+    for block in ids.split(640)[:2]:
+        states = model.model(input_ids=block[None]).last_hidden_state[0, :-1]
+        for hidden, target in zip(states.split(256), block[1:].split(256), strict=True):
+            total += torch.nn.functional.cross_entropy(model.lm_head(hidden), target, reduction="sum").item()
+    assert measure.perplexity(model, ids, 640, 0, 0)["nll"] == total / (2 * 639)
+
+
+def test_logits_of_a_large_vocabulary_are_few_at_a_time(model, monkeypatch):
+    assert head.Head(model).rows == 256
+    monkeypatch.setattr(head, "LOGIT_BYTES", 10 * 300 * 4)
+    assert head.Head(model).rows == 10
+
+
+def test_a_model_that_does_not_call_its_decoder_is_one_line():
+    config = OPTConfig(vocab_size=300, hidden_size=24, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2,
+                       word_embed_proj_dim=24)  # fmt: skip
+    with pytest.raises(ConfigError, match="OPTForCausalLM does not call its base_model"):
+        measure.perplexity(AutoModelForCausalLM.from_config(config).eval(), torch.arange(64), 32, 0, 0)
 
 
 def test_perplexity_scores_the_first_blocks_only(model, tokens):
@@ -123,15 +161,16 @@ def test_perplexity_scores_the_first_blocks_only(model, tokens):
     assert (limited["blocks"], limited["tokens"]) == (2, 62)
 
 
-def test_sliding_window_equals_plain_computation(model, tokens):
-    window, stride = 32, 12
-    got = measure.perplexity(model, tokens, window, stride, 0)
+@pytest.mark.parametrize("first", [(), (7,)])
+def test_sliding_window_equals_plain_computation(model, tokens, first):
+    window, stride, unseen = 32, 12, 1 - len(first)
+    got = measure.perplexity(model, tokens, window, stride, 0, first=first)
     nlls = []
-    for position in range(1, len(tokens)):
+    for position in range(unseen, len(tokens)):
         # The first window that holds the token starts at the smallest multiple of the stride that reaches it.
-        begin = max(0, math.ceil((position + 1 - window) / stride)) * stride
-        nlls.append(token_nll(model, tokens[begin : position + 1]))
-    assert got["tokens"] == len(tokens) - 1
+        begin = max(0, math.ceil((position + 1 - window + len(first)) / stride)) * stride
+        nlls.append(token_nll(model, torch.cat([torch.tensor(first, dtype=torch.int64), tokens[begin : position + 1]])))
+    assert got["tokens"] == len(tokens) - unseen
     assert got["nll"] == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
 
 
@@ -146,15 +185,6 @@ def test_sliding_window_scores_each_token_once(n, window, stride):
     assert all(end - begin - count >= window - stride for begin, end, count in spans[1:])
 
 
-def test_perplexity_refuses_logits_that_are_scaled(model, tokens):
-    hook = model.register_forward_hook(lambda _module, _args, out: out.__class__(logits=out.logits * 0.5))
-    try:
-        with pytest.raises(ConfigError, match="scales or caps"):
-            measure.perplexity(model, tokens, 32, 0, 0)
-    finally:
-        hook.remove()
-
-
 def test_speed_counts_and_leaves_no_hooks(model):
     first, second = speed.speed([model, model], prompt_tokens=16, new_tokens=4, batch=2, repeats=3)
     for result in (first, second):
@@ -164,6 +194,8 @@ def test_speed_counts_and_leaves_no_hooks(model):
             rounds = result[f"{key}_rounds"]
             assert len(rounds) == 3
             assert 0 < min(rounds) <= result[key] <= max(rounds)
+    prompt = torch.full((2, 3), 9)
+    assert speed._begun(prompt, (1, 2)).tolist() == [[1, 2, 9]] * 2
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
 
@@ -395,7 +427,7 @@ def test_what_ends_the_run_costs_one_part(settings, monkeypatch):
 
 
 def test_speed_that_does_not_fit_is_a_line_in_the_report(settings, monkeypatch):
-    def small_card(models, prompt_tokens, new_tokens, batch):
+    def small_card(models, prompt_tokens, new_tokens, batch, firsts):
         if batch == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return speed.speed(models, prompt_tokens, new_tokens, batch)

@@ -85,7 +85,7 @@ def test_every_answer_token_of_a_step_counts_alike(tuning):
     assert len(set(counts.tolist())) > 1
 
     def gradient(trainer):
-        loss = trainer.accumulate(lambda windows, _, share: trainer.forward(windows, None))["loss"]
+        loss = trainer.accumulate(lambda windows: trainer.forward(windows, None))["loss"]
         return loss, torch.cat([p.grad.flatten() for pair in trainer.model.lora().values() for p in pair])
 
     (loss, wanted), (split_loss, got) = gradient(whole), gradient(split)

@@ -147,11 +147,33 @@ def test_other_teachers_record_nothing(settings, mode):
 def test_micro_batches_give_the_step_of_the_whole_batch(settings, tmp_path):
     losses = []
     for micro in (0, 2):
-        config = load_config(None, [*settings, f"run_dir={tmp_path / str(micro)}", f"train.micro_batch={micro}",
-                                    "gates.noise=0.0", "gates.noise_end=0.0", "gates.lr=0.0"])  # fmt: skip
+        config = load_config(None, [*settings, f"run_dir={tmp_path / str(micro)}", f"train.micro_batch={micro}"])
         prune.run(config)
         losses.append([m["prune/loss"] for m in metrics(config.run_dir)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_parts(settings, tmp_path, monkeypatch, caplog):
+    """As a device of which only the fourth step takes too much would say it; the losses are those of small parts."""
+    usual, losses = prune.Pruning.forward, []
+
+    def forward(trainer, ids, *rest):
+        found = usual(trainer, ids, *rest)
+        if limited and trainer.step >= 3 and len(ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(prune.Pruning, "forward", forward)
+    for limited, micro in ((False, 4), (True, 4)):
+        config = load_config(None, [*settings, f"run_dir={tmp_path / str(limited)}", f"train.micro_batch={micro}",
+                                    "train.batch_size=4", "train.steps=6"])  # fmt: skip
+        prune.run(config)
+        losses.append([m["prune/loss"] for m in metrics(config.run_dir)])
+    assert [r.getMessage() for r in caplog.records if "out of memory" in r.getMessage()] == [
+        "out of memory: step 3 again, 2 sequences at a time", "out of memory: step 3 again, 1 sequences at a time"
+    ]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][:3] == losses[1][:3]
 
 
 def test_the_papers_recipe_runs_with_its_lagrangian(settings, caplog):

@@ -5,9 +5,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nuteprune.__main__ import main
 from nuteprune.config import ConfigError, load_config
+from nuteprune.parallel.sizes import total_parameters
 from nuteprune.planning.dryrun import dry_run
-from nuteprune.planning.footprint import total_parameters
-from nuteprune.planning.planner import HUB, named_spec
+from nuteprune.planning.models import HUB, named_spec
 
 RECIPES = {"llama2-13b": 8, "llama3.1-8b": 8, "llama3.1-70b": 16, "mistral-7b": 8, "qwen3-14b": 8, "granite3.3-8b": 8,
            "smollm3-3b": 8, "phi4": 8, "olmo2-7b": 8, "olmo3-7b": 8, "gemma3-1b": 8, "mixtral-8x7b": 8,

@@ -12,7 +12,7 @@ from nuteprune.masks import Gates, check_target, kept_units, multiples, select_u
 from nuteprune.model.layers import GatedRouter, build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters, total_parameters
-from nuteprune.planning.planner import named_spec
+from nuteprune.planning.models import named_spec
 from nuteprune.runs.students import structure
 
 NAMES = ("qwen3_moe", "mixtral")

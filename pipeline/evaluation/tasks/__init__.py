@@ -12,6 +12,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.config import ConfigError
+from nuteprune.data.sequences import first_tokens
 
 SHIPPED = Path(__file__).parent
 PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -27,7 +28,7 @@ def lm_eval_tasks(
 
     Args:
         model: causal language model on its device.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; where it begins a sequence with a token, every request begins with it.
         tasks: from `load_tasks`; they may be used for one model after another.
         limit: examples per task; 0 takes all.
         fewshot: examples shown before each question.
@@ -40,9 +41,10 @@ def lm_eval_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    begins = bool(first_tokens(tokenizer))
     with _quiet():
         results = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, add_bos_token=begins),
             tasks=tasks,
             num_fewshot=fewshot,
             limit=limit or None,

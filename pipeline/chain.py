@@ -1,0 +1,104 @@
+"""All stages of a run on this machine, one after the other: what `nuteprune run` does."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from nuteprune import api
+from nuteprune.config import Config, ConfigError, beyond_recipe, load_config
+from nuteprune.data.text import load_text
+from nuteprune.planning.machine import Choice, Machine, choose, this_machine
+from nuteprune.runs.checkpoint import write_atomic
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_SHARE, HELD_OUT_MOST = 20, 50
+"""One document of so many is held out of the training text, and never more than that."""
+SETTINGS, HELD_OUT = "run.yaml", "heldout.jsonl"
+
+
+class StageFailed(RuntimeError):
+    """A stage that several ranks ran has failed; it has said why."""
+
+    def __init__(self, stage: str, exit_code: int):
+        super().__init__(
+            f"{stage} ended with exit code {exit_code}; mend what it says and start the same command again"
+        )
+        self.exit_code = exit_code
+
+
+def run(config: Config) -> str:
+    """Prepare, prune, fine-tune where there are records, export and evaluate; returns what to print at the end.
+
+    Each stage that is finished already returns at once, so the same command goes on where it stopped. The settings that
+    were chosen for this machine are shown first, and written to `run.yaml` in the run's directory.
+
+    Raises:
+        ConfigError: no model; as the stages otherwise.
+        StageFailed: a stage of several ranks failed.
+    """
+    if not config.model.path:
+        raise ConfigError("run: name a model, e.g. `nuteprune run HuggingFaceTB/SmolLM2-135M --sparsity 0.3`")
+    if not config.run_dir:
+        name = f"{Path(config.model.path).name}-{config.sparsity.target:.0%}".rstrip("%")
+        config = load_config(config, [f"run_dir=runs/{name}"])
+    machine = this_machine()
+    choices, plan = choose(config, machine)
+    config = load_config(config, [f"{choice.key}={choice.value}" for choice in choices])
+    directory = Path(config.run_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    config, held_out = hold_out(config)
+    log.info("%s", table(machine, choices + held_out))
+    if plan is not None:
+        log.info("planned: %.1f hours", plan.hours)
+    head = f"# nuteprune run --config {directory / SETTINGS}\n"
+    settings = yaml.safe_dump(beyond_recipe(config), sort_keys=False)
+    write_atomic(directory / SETTINGS, (head + settings).encode())
+    stages = ["prepare", "prune", *(["finetune"] if config.finetune.data else []), "export", "evaluate"]
+    told = ""
+    for number, stage in enumerate(stages, 1):
+        log.info("stage %d of %d: %s", number, len(stages), stage)
+        if machine.ranks > 1 and stage in ("prune", "finetune"):
+            _on_all_cards(stage, directory / SETTINGS, machine.ranks)
+        else:
+            result = getattr(api, stage)(config)
+            told = importlib.import_module(f"nuteprune.stages.{stage}").summary(config, result)
+    return told
+
+
+def _on_all_cards(stage: str, settings: Path, ranks: int) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run([*launch, "-m", "nuteprune", stage, "--config", str(settings)], check=False)
+    if done.returncode:
+        raise StageFailed(stage, done.returncode)
+
+
+def hold_out(config: Config) -> tuple[Config, list[Choice]]:
+    """The run with its last documents kept for evaluation, where no text is named for that and there are enough."""
+    data, file = config.data, Path(config.run_dir) / HELD_OUT
+    if config.evaluate.text:
+        return config, []
+    texts = load_text(data.source, data.documents, data.text_field)["text"]
+    count = min(len(texts) // HELD_OUT_SHARE, HELD_OUT_MOST)
+    if not count:
+        return config, []
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[-count:])
+    write_atomic(file, lines.encode())
+    why = f"the last {count} of {len(texts)} documents are not trained on"
+    chosen = [Choice("data.documents", len(texts) - count, why), Choice("evaluate.text", [str(file)], why)]
+    return load_config(config, [f"{choice.key}={json.dumps(choice.value)}" for choice in chosen]), chosen
+
+
+def table(machine: Machine, choices: list[Choice]) -> str:
+    """What was chosen for a machine and why, a line each."""
+    rows = [(choice.key, str(choice.value), choice.why) for choice in choices]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+    lines = [f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {why}" for key, value, why in rows]
+    return "\n".join([f"chosen for {machine.name}:", *lines] if rows else [f"on {machine.name}, as configured"])

@@ -1,0 +1,187 @@
+"""What a run takes beside its steps: starting, importance, refit, structures, checkpoints; and the sum of it all.
+
+Each cost has one function, with its formula. Where gathers of weights take part, none hides behind compute.
+Units and letters as in costs.py; N tokens, L layers, Q ranks of refit's pair, n ranks of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nuteprune.masks.schedule import settle_step, target_at
+from nuteprune.masks.selection import BATCHES, MEASURED, is_measured
+from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
+from nuteprune.planning.costs import Timing, gather_seconds, launch_seconds, over_links, passes, traffic
+from nuteprune.planning.job import (
+    FP32,
+    Job,
+    Layout,
+    gate_units,
+    lora_parameters,
+    refit_parameters,
+    refit_sizes,
+    refit_tokens,
+    snapshot_tensors,
+    snapshots,
+)
+from nuteprune.training.refit import TIMES
+
+IMPORT_SECONDS = 6.0
+"""CPU time of importing what prune needs, on the project's machine."""
+VARIANTS, COMPILE_SECONDS = 90, 0.35
+"""Kernels that a run compiles, and the CPU time of one: `tests/kernels/compile_for_cards.py` compiles 57 for sm_90 at
+one rank of LoRA, 117 for two cards in 41 s; down_proj's other rank adds the 33 that multiply matrices."""
+TUNING_SECONDS = 33 * 4 * 0.05
+"""Each of those is timed for about four sizes of a model's projections, 25 ms and as much for starting it: assumed."""
+
+
+@dataclass(frozen=True)
+class Bill:
+    """Seconds of a run.
+
+    Attributes:
+        preparation: by part, what is done so that the steps can be taken.
+        steps: all steps.
+        checkpoints: those between the steps and the result, on rank 0, for which the others wait.
+        hidden: by how much the steps are shorter where every gather of weights hides behind compute.
+    """
+
+    preparation: dict[str, float]
+    steps: float
+    checkpoints: float
+    hidden: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.preparation.values()) + self.steps + self.checkpoints
+
+    @property
+    def best(self) -> float:
+        return self.total - self.hidden
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Preparation's part of the total, and of `best`."""
+        prepared = sum(self.preparation.values())
+        return prepared / self.total, prepared / self.best
+
+
+def bill(job: Job, layout: Layout, timing: Timing) -> Bill:
+    """The seconds of a run in one layout, given those of its steps."""
+    parts = {
+        "loading the model": loading_seconds(job, layout),
+        "starting, compiling kernels": IMPORT_SECONDS + VARIANTS * COMPILE_SECONDS + TUNING_SECONDS,
+        "importance of units": importance_seconds(job, layout),
+        "refit: reading the text": reading_seconds(job, layout),
+        "refit: fits while units leave": fitting_seconds(job, layout),
+        "measuring structures": MEASURED * BATCHES / 4 * timing.step if is_measured(job.config.gates) else 0.0,
+    }
+    saved = sum(checkpoint_bytes(job).values())
+    return Bill(
+        {name: seconds for name, seconds in parts.items() if seconds},
+        job.steps * timing.step,
+        2 * saved / job.cluster.disk,  # written, and read again for its hash
+        job.steps * (timing.step - timing.best),
+    )
+
+
+def loading_seconds(job: Job, layout: Layout) -> float:
+    """The model's bytes once from the disk, then to the cards: under ZeRO-3 sent out by rank 0, else by each from its
+    node's memory, which holds the file once one rank has read it."""
+    size, (intra, inter) = job.itemsize * total_parameters(job.spec), (0.0, 0.0)
+    if layout.stage == 3:
+        intra, inter = over_links(size, job.cluster)
+    return size / job.cluster.disk + size / job.cluster.card.host + gather_seconds(intra, inter, job.cluster)
+
+
+def importance_seconds(job: Job, layout: Layout) -> float:
+    """Forward and backward of the intact model, with gradients of gates alone, on N/n tokens of each rank.
+
+    FLOP of a token: 4 a weight of the projections, 3.5 · 2·T·H·P of causal attention, 4 a weight of the head. A
+    micro-batch gathers what one of a step does, and takes two thirds of its launches: there is no teacher.
+    """
+    spec, config = job.spec, job.config
+    if config.gates.init != "importance":
+        return 0.0
+    tokens = math.ceil(min(config.gates.importance_tokens, job.text) / job.tokens) * job.tokens
+    attention = spec.layers * 2 * config.data.seq_len * spec.heads * spec.head_dim
+    compute = tokens * (4 * spec.prunable_read + 3.5 * attention + 4 * spec.vocab * spec.hidden)
+    count = micro_batches(job, layout, tokens)
+    moved, part = traffic(job, layout), count / passes(job, layout)
+    gathers = part * (gather_seconds(moved.intra, moved.inter, job.cluster) + moved.host / job.cluster.card.host)
+    return max(compute / job.cluster.ranks / job.flops + gathers, 2 / 3 * count * launch_seconds(spec))
+
+
+def reading_seconds(job: Job, layout: Layout) -> float:
+    """One pass of refit's N tokens, layer by layer, N/n on each rank.
+
+    FLOP: 2 a weight and token, 2·T·H·P of attention, and 2·N·F² of G in each layer, in the model's type. Once for each
+    layer: its weights are gathered, G (4·F² bytes) is summed over the ranks and copied to its owner's host memory, and
+    the hidden states of the share (s·D·N/n) come from there and go back. A third of a step's launches: forward alone.
+    """
+    spec, card, ranks, tokens = job.spec, job.cluster.card, job.cluster.ranks, refit_tokens(job)
+    if not tokens:
+        return 0.0
+    attention = spec.layers * 2 * job.config.data.seq_len * spec.heads * spec.head_dim
+    compute = tokens * (2 * spec.prunable_read + attention + spec.layers * 2 * spec.ffn**2) / ranks / job.flops
+    launches = micro_batches(job, layout, tokens) * launch_seconds(spec) / 3
+    gram = FP32 * spec.ffn**2
+    weights = spec.layers * weights_moved(job, layout, layer_tensors(spec))
+    moved = gather_seconds(*over_links(weights, job.cluster, layout.hpz), job.cluster)
+    moved += gather_seconds(*over_links(spec.layers * gram, job.cluster), job.cluster)
+    stream = 2 * spec.layers * job.itemsize * spec.hidden * tokens / ranks
+    own = math.ceil(spec.layers / ranks) * gram + (weights / ranks if layout.offload else 0)
+    return max(compute, launches) + moved + (stream + own) / card.host
+
+
+def fitting_seconds(job: Job, layout: Layout) -> float:
+    """`TIMES` fits while units leave, and one when the gates settle; each rank fits the layers that it owns.
+
+    FLOP of a fit, in float32, with K of the F units kept as the schedule has it: Cholesky K³/3, what is fitted
+    2·K·(F - K)·D, solving 2·K²·D, its part of the output 2·K·D². G comes from host memory (4·F² bytes); down_proj is
+    gathered under ZeRO-3, and the pairs (Q·(F + D) of each layer in float32) are summed over the ranks.
+    """
+    spec, cluster = job.spec, job.cluster
+    if not refit_sizes(job):
+        return 0.0
+    settled = settle_step(job.config, job.steps)
+    count = min(TIMES, settled) + 1
+    d, f, flops = spec.hidden, spec.ffn, 0.0
+    for number in range(1, count + 1):
+        k = f * (1 - target_at(job.config, settled * number // count, job.steps))
+        flops += k**3 / 3 + 2 * k * (f - k) * d + 2 * k**2 * d + 2 * k * d**2
+    fits = flops / (cluster.card.single * cluster.mfu) + count * FP32 * f**2 / cluster.card.host
+    moved = spec.layers * weights_moved(job, layout, [d * f]) + 2 * FP32 * refit_parameters(job)
+    return math.ceil(spec.layers / cluster.ranks) * fits + count * gather_seconds(*over_links(moved, cluster), cluster)
+
+
+def checkpoint_bytes(job: Job) -> dict[str, float]:
+    """Bytes that a run writes, by part.
+
+    A state: LoRA in float32 and its two moments, and three float32 numbers of each gate. Snapshots are written once,
+    and so are the frozen pairs of refit in bfloat16, of which there is one for each fit at most. The result: LoRA and
+    the last pair in one adapter, in float32, and the gates.
+    """
+    every, count = job.config.checkpoint.every, snapshots(job)
+    states = (job.steps - 1) // every if every else 0
+    gates = FP32 * gate_units(job)
+    parts = {
+        f"states ({states})": states * (3 * FP32 * lora_parameters(job) + 3 * gates),
+        f"snapshots ({count})": count * sum(snapshot_tensors(job)),
+        f"frozen pairs of refit ({TIMES + 1})": (TIMES + 1) * 2 * refit_parameters(job),
+        "result": FP32 * (lora_parameters(job) + refit_parameters(job)) + 2 * gates,
+    }
+    return {name: float(size) for name, size in parts.items() if size}
+
+
+def micro_batches(job: Job, layout: Layout, tokens: float) -> int:
+    """Micro-batches of a rank in a pass over so many tokens of all ranks."""
+    return math.ceil(tokens / job.cluster.ranks / (layout.micro_batch * job.config.data.seq_len))
+
+
+def weights_moved(job: Job, layout: Layout, tensors: list[int]) -> float:
+    """Bytes of one gather of tensors of so many elements; 0 where each rank holds them."""
+    if layout.stage != 3 or job.cluster.ranks == 1:
+        return 0.0
+    return job.itemsize * partitioned(tensors, job.cluster.ranks, persistence_threshold(job.spec))[0]

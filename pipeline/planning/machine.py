@@ -1,0 +1,123 @@
+"""What this machine offers a run, and the settings that a person would otherwise have to look up for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nuteprune.config import Config, flatten, load_config, to_dict
+from nuteprune.model.loading import read_config
+from nuteprune.planning.cards import CARDS, UNNAMED, Card
+from nuteprune.planning.job import Cluster, Job
+from nuteprune.planning.planner import Plan, make_plan
+
+_PROBE = """
+import json, torch
+cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+bf16 = bool(cards) and torch.cuda.is_bf16_supported(including_emulation=False)
+print(json.dumps({"names": [c.name for c in cards], "memory": [c.total_memory for c in cards], "bf16": bf16}))
+"""
+"""In a process of its own: whoever asks a card keeps a part of its memory."""
+CPU_STEPS, CPU_BATCH, CPU_SEQUENCE = 120, 4, 256
+GPU_STEPS = 2000
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine.
+
+    Attributes:
+        name: of its cards, or of its processor.
+        ranks: one a card; 1 without cards.
+        card: what the planner computes with, None without cards.
+        bf16: whether it multiplies bfloat16 in hardware.
+    """
+
+    name: str
+    ranks: int = 1
+    card: Card | None = None
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting that was left open: its key, what was chosen, and why."""
+
+    key: str
+    value: Any
+    why: str
+
+
+def this_machine() -> Machine:
+    """The cards that torch sees here, or else the processor."""
+    done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout) if done.returncode == 0 else {"names": []}
+    if not found["names"]:
+        return _processor()
+    card = replace(card_of(found["names"][0]), memory=float(min(found["memory"])))
+    count = len(found["names"])
+    return Machine(f"{count} x {found['names'][0]}", count, card, found["bf16"])
+
+
+def _processor() -> Machine:
+    facts: dict[str, str] = {}
+    with suppress(OSError):  # Linux only
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    bf16 = bool({"avx512_bf16", "amx_bf16"} & set(facts.get("flags", "").split()))
+    return Machine(facts.get("model name", "CPU"), bf16=bf16)
+
+
+def card_of(name: str) -> Card:
+    """The known card with the longest name all of whose words are in a driver's name; the slowest where none is."""
+    words = name.lower()
+    known = [card for card in CARDS.values() if all(word in words for word in card.name.split("-"))]
+    return max(known, key=lambda card: len(card.name), default=UNNAMED)
+
+
+def choose(config: Config, machine: Machine) -> tuple[list[Choice], Plan | None]:
+    """Settings for a run on a machine that `config` leaves as they are by default, and the plan that they follow.
+
+    Raises:
+        ConfigError: no such model, or as `make_plan`.
+    """
+    default = flatten(to_dict(load_config(None)))
+    given = {key for key, value in flatten(to_dict(config)).items() if value != default[key]}
+    choices: list[Choice] = []
+
+    def take(key: str, value: Any, why: str) -> None:
+        if key not in given and value != default[key]:
+            choices.append(Choice(key, value, why))
+
+    if machine.bf16:
+        take("model.dtype", "bfloat16", f"{machine.name} multiplies it, in half the memory")
+    if machine.card is None:
+        for key, value in (("data.seq_len", CPU_SEQUENCE), ("train.batch_size", CPU_BATCH)):
+            take(key, value, "a step of seconds on a CPU")
+        if "train.epochs" not in given:
+            take("train.steps", CPU_STEPS, "a run of minutes to hours on a CPU")
+        return choices, None
+    if "train.epochs" not in given:
+        take("train.steps", GPU_STEPS, "the least budget that docs/results.md would spend on a 7B model")
+    batch = config.train.batch_size
+    take("train.batch_size", -(-batch // machine.ranks) * machine.ranks, "a multiple of the ranks")
+    planned = load_config(config, [f"{choice.key}={choice.value}" for choice in choices])
+    _, spec = read_config(planned.model.path)
+    plan = make_plan(Job(spec, planned, Cluster(1, machine.ranks, machine.card)))
+    layout, why = (
+        plan.chosen.layout,
+        f"planned: {plan.chosen.memory.peak / 1e9:.1f} GB of {machine.card.memory / 1e9:.0f}",
+    )
+    take("train.micro_batch", layout.micro_batch, why)
+    take("train.activation_checkpointing", layout.checkpointing, why)
+    if layout.stage:
+        name = "zero3_offload" if layout.offload else f"zero{layout.stage}"
+        take(
+            "deepspeed", name, f"{why}; {'the weights are shared out' if layout.stage == 3 else 'each card holds them'}"
+        )
+    return choices, plan

@@ -1,0 +1,71 @@
+"""`nuteprune run`: all stages in one command, settings for the machine, held-out text, and going on."""
+
+import json
+
+import yaml
+from tiny import SENTENCES, tiny_config
+
+from nuteprune.__main__ import main
+from nuteprune.config import load_config
+from nuteprune.planning.cards import CARDS, UNNAMED
+from nuteprune.planning.machine import Machine, card_of, choose
+
+
+def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys, monkeypatch):
+    text, out = tmp_path / "text.jsonl", tmp_path / "out"
+    documents = [f"{SENTENCES[n]} {SENTENCES[-n]}" for n in range(120)]
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    command = ["run", str(model_dir), "--data", str(text), "--out", str(out), "--sparsity", "0.3", "data.seq_len=32",
+               "train.steps=8", "gates.importance_tokens=64", "gates.ffn_multiple=1", "tracking.progress=false",
+               "evaluate.window=32", "evaluate.speed=false", "model.dtype=float32"]  # fmt: skip
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "heldout.jsonl" in told
+    report = json.loads((out / "evaluate" / "report.json").read_text())
+    assert report["held_out"]
+    assert (out / "export" / "config.json").is_file()
+    held_out = [json.loads(line)["text"] for line in (out / "heldout.jsonl").read_text().splitlines()]
+    assert held_out == documents[-6:]
+    # The file says all that is not a default; the trained run had the same.
+    settings = yaml.safe_load((out / "run.yaml").read_text())
+    assert settings["data"]["documents"] == 114
+    assert load_config(out / "run.yaml") == load_config(out / "config.yaml", [f"run_dir={out}"])
+    # A second start finds everything done.
+    before = (out / "pruned" / "manifest.json").stat().st_mtime_ns
+    assert main(["run", "--config", str(out / "run.yaml")]) == 0
+    assert (out / "pruned" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_no_model_is_one_line(capsys):
+    assert main(["run", "--sparsity", "0.3"]) == 2
+    assert "name a model" in capsys.readouterr().err
+
+
+def test_settings_follow_the_machine_and_give_way_to_the_users(tmp_path):
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
+             "head_dim": 128, "vocab_size": 32000, "max_position_embeddings": 4096}  # fmt: skip
+    for layers, directory in ((32, tmp_path), (80, tmp_path / "deep")):
+        tiny_config("llama", **sizes, num_hidden_layers=layers).save_pretrained(directory)
+    config = load_config(None, [f"model.path={tmp_path}", "sparsity.target=0.3"])
+
+    def chosen(machine, *settings):
+        return {choice.key: choice.value for choice in choose(load_config(config, settings), machine)[0]}
+
+    one = chosen(Machine("H100", 1, CARDS["h100"], bf16=True))
+    assert one["model.dtype"] == "bfloat16"
+    assert "deepspeed" not in one
+    assert chosen(Machine("4 x RTX 4090", 4, CARDS["4090"], bf16=True))["deepspeed"] == "zero2"
+    deep = chosen(Machine("4 x RTX 4090", 4, CARDS["4090"], bf16=True), f"model.path={tmp_path / 'deep'}")
+    assert deep["deepspeed"] == "zero3"
+    assert deep["train.activation_checkpointing"]
+    three = chosen(Machine("3 x H100", 3, CARDS["h100"], bf16=True))
+    assert three["train.batch_size"] == 18
+    cpu = chosen(Machine("a processor"), "train.batch_size=2", "train.steps=7")
+    assert cpu == {"data.seq_len": 256}
+
+
+def test_cards_are_known_by_their_drivers_names():
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA GeForce RTX 4090": "4090",
+             "AMD Instinct MI300X": "mi300x"}  # fmt: skip
+    assert {name: card_of(name).name for name in names} == names
+    assert card_of("Matrox Millennium") == UNNAMED
