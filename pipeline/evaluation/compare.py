@@ -50,7 +50,8 @@ def evaluate_models(config: Config) -> dict:
     tasks = load_tasks(settings.tasks, settings.trust_remote_code)
     too_big = too_big_together([weight_bytes(path, config.model) for path in paths], device) if settings.speed else ""
     entries: list[dict[str, Any]] = []
-    models, streams, firsts, written = [], [], [], []
+    models, streams, firsts = [], [], []
+    continued: list[Continued] = []
     draft = {"models": entries, "dtype": config.model.dtype, "environment": environment(device)}
 
     def keep(entry: dict, part: dict) -> None:
@@ -64,7 +65,7 @@ def evaluate_models(config: Config) -> dict:
         firsts.append(first_tokens(tokenizer))
         entries.append({"name": name, "path": path, **sizes(model, folder), "perplexity": {},
                         "first_tokens": tokenizer.convert_ids_to_tokens(list(firsts[-1]))})  # fmt: skip
-        for part in _quality(model, tokenizer, texts, tasks, written, config, name):
+        for part in _quality(model, tokenizer, texts, tasks, continued, config, name):
             keep(entries[-1], part)
         if settings.speed and not too_big:
             models.append(model.to("cpu"))
@@ -77,7 +78,7 @@ def evaluate_models(config: Config) -> dict:
         for text, score in entry["perplexity"].items():
             score["delta_nll"] = score["nll"] - entries[0]["perplexity"][text]["nll"]
     published = settings.protocol == "published"
-    result = {
+    result: dict[str, Any] = {
         "protocol": settings.protocol,
         "models": entries,
         "ratio": _ratio(entries[0], entries[-1]) if len(entries) > 1 else {},
@@ -102,11 +103,11 @@ def _quality(
     tokenizer: PreTrainedTokenizerBase,
     texts: list[ScoredText],
     tasks: list,
-    written: list[Continued],
+    continued: list[Continued],
     config: Config,
     name: str,
 ) -> Iterator[dict]:
-    """Everything measured of one model but its speed, part by part; `written` gets what it writes."""
+    """Everything measured of one model but its speed, part by part; `continued` gets what it writes."""
     settings, scores = config.evaluate, {}
     log.info("evaluating %s", name)
     for text in texts:
@@ -119,11 +120,11 @@ def _quality(
         measured = lm_eval_tasks(model, tokenizer, tasks, limit, shots)
         yield {"tasks": measured, "accuracy": mean_accuracy(measured)}
     if settings.prompts:
-        written.append(generation.continue_text(model, tokenizer, texts[0].tokens, settings.prompts))
-        intact = written[0] if len(written) > 1 else None
+        continued.append(generation.continue_text(model, tokenizer, texts[0].tokens, settings.prompts))
+        intact = continued[0] if len(continued) > 1 else None
         yield {
-            "generation": generation.score(model, written[-1], intact),
-            "samples": generation.samples(tokenizer, written[-1]),
+            "generation": generation.score(model, continued[-1], intact),
+            "samples": generation.samples(tokenizer, continued[-1]),
         }
 
 

@@ -158,7 +158,7 @@ def _protocol(protocol: str, first: str) -> str:
         stands = f"after {first}, which stands once" if first else "without a first token"
         return (
             "Protocol `published`: all rows of the test set joined by blank lines and tokenised as one text, "
-            f"{stands}, as the code of SparseGPT, Wanda and FLAP does."
+            f"{stands}, as the code of SparseGPT, Wanda, SliceGPT and FLAP does."
         )
     begins = f"each window begins with {first}, which is read, never scored" if first else "no token before a window"
     return f"Protocol `own`: {begins}, as the tokenizer begins a sequence."
@@ -200,7 +200,7 @@ def _speed(report: dict) -> list[str]:
 
 def model_lines(report: dict) -> list[str]:
     """Where each model lies."""
-    return [f"{one_line(title)}: {code(model['path'])}" for title, model in
+    return [f"{code(title)}: {code(model['path'])}" for title, model in
             zip(titles(report), report["models"], strict=True)]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ WIKITEXT2 = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 WIKITEXT2_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
 """Of the 4,358 rows of its raw test set, joined by blank lines."""
 PUBLISHED_WINDOWS = (2048, 128)
-"""Tokens: of SparseGPT, Wanda, SliceGPT and most others; and of FLAP (`model.seqlen` in its main.py)."""
+"""Tokens: of SparseGPT, Wanda and SliceGPT; and of FLAP (`model.seqlen` in its main.py)."""
 
 
 @dataclass(frozen=True)

@@ -336,6 +336,22 @@ def test_report_files(settings, base, caplog):
     assert "1/(1 − p·s)" in text
 
 
+def test_published_scores_the_whole_text_in_the_papers_windows(settings, base, tmp_path, model, tokenizer):
+    (tmp_path / "long.txt").write_text(f"{TEXT}\n \n" * 4)
+    config = changed(settings, protocol="published", models=[base], text=[str(tmp_path / "long.txt")], speed=False,
+                     tasks=[], prompts=0, blocks=1)  # fmt: skip
+    result = evaluate.run(config)
+    rows = [*(f"{line}\n" for line in TEXT.splitlines()), ""] * 4
+    ids = torch.tensor(tokenizer("\n\n".join(rows)).input_ids)
+    scores = result["models"][0]["perplexity"]
+    name = "long.txt (not WikiText-2), windows of"
+    assert [score["window"] for score in scores.values()] == [2048, 128]
+    assert scores[f"{name} 128"] == {**measure.perplexity(model, ids, 128, 0, 0), "delta_nll": 0.0}
+    assert scores[f"{name} 128"]["blocks"] == len(ids) // 128
+    text = report.markdown(result)
+    assert "Protocol `published`: all rows of the test set joined by blank lines and tokenised as one text" in text
+
+
 def test_one_model_without_speed_tasks_or_prompts(settings, base, tmp_path):
     config = changed(settings, models=[base], speed=False, tasks=[], prompts=0, output=str(tmp_path / "out"))
     result = evaluate.run(config)
