@@ -15,7 +15,7 @@ WIDTH = 9.0
 """Inches; at 100 dots per inch the width of a rendered Markdown page, so that labels are read at their own size."""
 LABELS = {"kv_groups": "KV groups", "heads": "query heads", "ffn": "FFN units"}
 """Per-layer kinds in drawing order."""
-COLOURS = LinearSegmentedColormap.from_list("gates", ["#8a949e50", "#2b6cb0"])
+COLOURS = LinearSegmentedColormap.from_list("gates", ["#8696a650", "#2b6cb0"])
 """From a gate of 0 (removed) to 1 (kept); the first lets a page's own colour through, bright or dark."""
 
 
