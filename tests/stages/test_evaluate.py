@@ -234,7 +234,8 @@ def test_mean_accuracy_leaves_out_tasks_without_one():
     assert mean_accuracy({}) is None
 
 
-def test_sample_is_the_greedy_continuation(model, tokenizer):
+def test_generation_is_greedy_whatever_the_model_would_like(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 5.0)
     ids = tokenizer("the quick", return_tensors="pt").input_ids
     grown = ids
     with torch.no_grad():
@@ -243,8 +244,7 @@ def test_sample_is_the_greedy_continuation(model, tokenizer):
             grown = torch.cat([grown, token.view(1, 1)], 1)
             if token == tokenizer.eos_token_id:
                 break
-    expected = tokenizer.decode(grown[0, ids.shape[1] :], skip_special_tokens=True)
-    assert measure.sample(model, tokenizer, "the quick", 6) == expected
+    assert torch.equal(measure.generate(model, ids, 6), grown)
 
 
 def test_local_task_runs_and_matches_plain_scores(model, tokenizer):
@@ -288,7 +288,7 @@ def test_report_files(settings, base, caplog):
     assert table == report.results(result)
     assert events.Tags()["scalars"] == []
     files = json.loads((folder / "manifest.json").read_text())["files"]
-    assert sorted(files) == ["kept.png", "report.json", "report.md", "training.png"]
+    assert sorted(files) == ["kept.png", "report.html", "report.json", "report.md", "training.png"]
     verify(folder)
     assert {file.name for file in folder.iterdir()} == {*files, "manifest.json"}
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in files if name.endswith("png"))
@@ -313,6 +313,13 @@ def test_report_files(settings, base, caplog):
     assert "earlier evaluation" not in card
     assert f"| local_mc | 1.0 | 0 | 12 | acc | {before['tasks']['local_mc']['metrics']['acc']['value']:.4f}" in card
     verify(Path(after["path"]))
+    scores = [model["perplexity"]["held_out.txt"] for model in (before, after)]
+    delta = math.log(scores[1]["perplexity"] / scores[0]["perplexity"])
+    assert scores[1]["delta_nll"] == pytest.approx(delta)
+    assert f"| its ΔNLL, nats a token |  | {delta:+.3f} |  |" in card
+    assert f"| agreement with the first model |  | {after['generation']['agreement']:.1%} |  |" in card
+    assert [len(model["samples"]) for model in (before, after)] == [3, 3]
+    assert card.count("Behind `") == 3
 
     text = (folder / "report.md").read_text()
     assert "3 windows of 64 tokens, stride 64" in text
@@ -321,25 +328,27 @@ def test_report_files(settings, base, caplog):
     assert lines[0].split() == ["before", "after", "ratio"]
     speeds = ["prefill tokens/s", "decode tokens/s", "peak memory, bytes"]
     assert [line.split("  ")[0] for line in lines[2:]] == [
-        "parameters", "", "bytes on disk", "mean task accuracy", "perplexity of held_out.txt",
+        "parameters", "", "bytes on disk", "mean task accuracy", "perplexity of held_out.txt", "",
+        "continuations that loop", "distinct 3-grams", "agreement with the first model",
         *(f"{label}, batch {batch}" for batch in (1, 3) for label in speeds),
     ]  # fmt: skip
     assert "the first 12 examples of each. Retained performance" in text
     assert "1/(1 − p·s)" in text
 
 
-def test_one_model_without_speed_tasks_or_sample(settings, base, tmp_path):
-    config = changed(settings, models=[base], speed=False, tasks=[], sample_prompt="", output=str(tmp_path / "out"))
+def test_one_model_without_speed_tasks_or_prompts(settings, base, tmp_path):
+    config = changed(settings, models=[base], speed=False, tasks=[], prompts=0, output=str(tmp_path / "out"))
     result = evaluate.run(config)
     assert result["ratio"] == {}
-    assert not {"speed", "tasks", "sample"} & set(result["models"][0])
+    assert not {"speed", "tasks", "generation", "samples"} & set(result["models"][0])
     assert result["pictures"] == ["training.png"]
     assert "ratio" not in report.table(result)
 
 
 def test_infinite_perplexity_is_written_as_valid_json(settings, tmp_path, base):
     result = evaluate.run(changed(settings, speed=False, models=[base, base]))
-    # The same model twice scores the same twice, with the same task objects.
+    # The same model twice scores the same twice, with the same task objects, and agrees with itself.
+    assert result["models"][1]["generation"].pop("agreement") == 1
     assert result["models"][0] == result["models"][1]
     result["models"][1]["perplexity"]["held_out.txt"] |= {"perplexity": math.inf, "nll": math.nan}
     written = report.write(result, tmp_path / "out", None)
@@ -411,7 +420,7 @@ def test_what_ends_the_run_costs_one_part(settings, monkeypatch):
     assert draft["unfinished"]
     first, second = draft["models"]
     assert first["perplexity"]["held_out.txt"]["tokens"] == 3 * 63
-    assert {"tasks", "accuracy", "sample"} <= set(first)
+    assert {"tasks", "accuracy", "generation", "samples"} <= set(first)
     assert second["perplexity"]
     assert "tasks" not in second
     assert not (folder / "manifest.json").exists()

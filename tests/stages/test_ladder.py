@@ -14,7 +14,7 @@ from nuteprune.runs.checkpoint import verify
 def arguments(run_dir, text_file):
     return ["export", str(run_dir), f"evaluate.text={text_file}", "evaluate.window=32", "evaluate.blocks=2",
             "evaluate.prompt_tokens=8", "evaluate.new_tokens=2", "evaluate.batch_sizes=[1]",
-            "evaluate.sample_prompt="]  # fmt: skip
+            "evaluate.prompts=2"]  # fmt: skip
 
 
 def test_every_rung_is_exported_and_compared(arguments, run_dir, capsys, tmp_path):
