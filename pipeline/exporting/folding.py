@@ -158,8 +158,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
         )
     if fold.spec.family == "qwen2" and heads * fold.spec.head_dim != hidden:
         log.warning("vLLM's Qwen2 has no head size of its own but takes hidden size / heads, %d / %d here and not %d: "
-                    "for vLLM use export.shape=per_layer_ffn and install nuteprune there", hidden, heads,
-                    fold.spec.head_dim)  # fmt: skip
+                    "serve it with --model-impl transformers", hidden, heads, fold.spec.head_dim)  # fmt: skip
     cls = getattr(transformers, family.small_class(base, hidden, heads)) if family.small_class else type(base)
     return cls(**_of_class(values, base, cls))
 
@@ -193,9 +192,7 @@ def _alike(spec: ArchSpec, groups: list[list[int]], ffn: list[int]) -> dict:
     first = next((layer for layer, width in zip(groups, ffn, strict=True) if layer or width), [])
     absent = not all(groups) or not all(ffn)
     if not first or (absent and (spec.o_bias or spec.mlp_bias)):
-        what = "a removed sublayer's bias" if first else "a first layer without attention"
-        log.warning("vLLM's DeciLM cannot hold %s: vLLM serves this model only where nuteprune is installed", what)
-        return {}
+        return {}  # a first layer without attention, or a removed sublayer's bias
     blocks = [
         {"attention": {"no_op": not layer, "n_heads_in_group": layer[0] if layer else None},
          "ffn": {"no_op": not width, "intermediate_size": width or None}}

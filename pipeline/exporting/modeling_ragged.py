@@ -188,8 +188,8 @@ def _cut(linear: nn.Linear, rows: int, columns: int) -> None:
 def _ragged(base: str | None) -> str:
     """Register attention `base` (and its mask) with unequal groups allowed; returns the implementation's name.
 
-    Flash attention keeps its name: under another with "flash" in it, transformers looks for a kernel on the hub. So does
-    vLLM's, which vLLM looks for.
+    Flash attention keeps its name, for under another with "flash" in it transformers looks for a kernel on the hub, and
+    vLLM's, for vLLM looks for it.
     """
     base = (base or "eager").removeprefix(PREFIX)
     name = base if "flash" in base or base == "vllm" else PREFIX + base
