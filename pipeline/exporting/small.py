@@ -29,7 +29,7 @@ from nuteprune.exporting.folding import (
     plan_fold,
     small_config,
 )
-from nuteprune.exporting.gguf_model import gguf_architecture
+from nuteprune.exporting.gguf_model import FILE, gguf_architecture
 from nuteprune.exporting.gguf_quants import check_quantizer, write_quantized
 from nuteprune.exporting.gguf_vocab import vocabulary
 from nuteprune.exporting.publish import push
@@ -120,6 +120,8 @@ def export_model(config: Config) -> Path:
         result, model = write_model(directory, base, plan, tokens)
         if architecture:
             write_quantized(directory, model, tokenizer, architecture, config.export.gguf)
+            # Of Ollama, which takes the chat template from the file too.
+            (directory / "Modelfile").write_text(f"FROM ./{FILE}\n", encoding="utf-8")
         write_record(directory, plan, result)
     log.info("exported %s: %.2f%% of the prunable parameters removed, %s parameters left (%s before)", output,
              100 * result.sparsity, f"{result.parameters:,}", f"{result.base_parameters:,}")  # fmt: skip

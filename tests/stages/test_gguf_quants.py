@@ -10,6 +10,7 @@ import torch
 from exporting import base_model, loaded, some_gates, some_ids, trained
 from test_gguf import refused
 
+from nuteprune.runs.checkpoint import verify
 from nuteprune.stages import export
 
 SIZES = {"hidden_size": 288, "head_dim": 32, "intermediate_size": 512, "rms_norm_eps": 1e-3}
@@ -28,6 +29,8 @@ def test_rows_of_whole_blocks_become_k_quants_and_others_what_llama_cpp_chooses(
         directory = export.run(config)
     file = directory / "model.gguf"
     assert not list(directory.glob("*whole*"))
+    assert (directory / "Modelfile").read_text() == "FROM ./model.gguf\n"
+    verify(directory)
     matrices = {t.name: t for t in gguf.GGUFReader(file).tensors if len(t.shape) > 1}
     others = {name for name, t in matrices.items() if t.shape[0] % 256}
     assert "blk.1.ffn_down.weight" in others
