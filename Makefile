@@ -17,7 +17,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines chaos check-vllm check-llamacpp check-transformers docs lint lock format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines chaos check-vllm check-llamacpp check-torchao check-transformers docs lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -68,6 +68,7 @@ chaos: $(VENV) ## count the faults that the same command recovers from; CHAOS_AR
 CHECKED = $(or $(EXPORT),.check/*/export)
 HAVE = $(if $(EXPORT),$(addsuffix /$1,$(EXPORT)),.check/.made)
 LLAMACPP ?= llama-cpp-py-sync==0.11739
+TORCHAO ?= 0.18.0
 TRANSFORMERS ?= 5.16.1 5.19.0 5.24.0
 VLLM := .venv-vllm/.installed
 IMPL ?= transformers auto
@@ -90,6 +91,10 @@ check-vllm: $(call HAVE,config.json) $(VLLM) ## hold exports in vLLM's CPU build
 check-llamacpp: $(call HAVE,model.gguf) $(VENV) ## hold model.gguf (--gguf f32) in llama.cpp against transformers; EXPORT=DIR as for check-vllm
 	test -d .venv-llamacpp/$(LLAMACPP) || $(BIN)/pip install --quiet --target .venv-llamacpp/$(LLAMACPP) $(LLAMACPP)
 	PYTHONPATH=.venv-llamacpp/$(LLAMACPP) $(BIN)/python tests/serving/llamacpp_alone.py $(CHECKED)
+
+check-torchao: $(call HAVE,config.json) $(VENV) ## load exports in transformers with torchao's weight-only int8; EXPORT=DIR as for check-vllm
+	test -d .venv-torchao/$(TORCHAO) || $(BIN)/pip install --quiet --no-deps --target .venv-torchao/$(TORCHAO) torchao==$(TORCHAO)
+	PYTHONPATH=.venv-torchao/$(TORCHAO) $(BIN)/python tests/serving/torchao_alone.py $(CHECKED)
 
 check-transformers: $(call HAVE,config.json) $(VENV) ## load exports and generate under several versions of transformers; TRANSFORMERS="5.16.1 5.24.0"
 	reference=$$(mktemp -d) && for version in $(TRANSFORMERS); do \
