@@ -17,7 +17,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines chaos check-vllm check-llamacpp check-torchao check-transformers docs lint lock format clean
+.PHONY: help venv demo demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants chaos check-vllm check-llamacpp check-torchao check-transformers docs lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -82,6 +82,9 @@ LLAMA_BENCH ?= .venv-llamabench/bin/llama-batched-bench
 
 bench-engines: $(EXPORT:%=%/model.gguf) $(VENV) $(VLLM) $(LLAMA_BENCH) ## speed of exports in vLLM and llama.cpp by their own benchmarks; EXPORT="DIR DIR" of one model (--gguf f16)
 	$(BIN)/python -m nuteprune.bench.engines --vllm .venv-vllm/bin/python --llamacpp $(LLAMA_BENCH) $(BENCH_ARGS) $(EXPORT)
+
+bench-quants: $(VENV) ## bytes and perplexity in llama.cpp of an EXPORT=DIR and its base in f16, q8_0, q4_k_m; BENCH_ARGS="--windows 8"
+	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.quants $(BENCH_ARGS) $(EXPORT)
 
 check-vllm: $(call HAVE,config.json) $(VLLM) ## hold exports in vLLM's CPU build against transformers; EXPORT=DIR (default: tiny models of all families and shapes), IMPL=auto, TP=2
 	for impl in $(IMPL); do \
