@@ -112,21 +112,22 @@ class Ragged(Model):
         config.per_layer_config = None  # at first all layers are as wide as the widest one
         super().__init__(config)
         config.per_layer_config = per_layer
-        absent = set()
-        for index, layer in enumerate(getattr(self, "model", self).layers):
+        # Older exports hold the norms of absent sublayers too.
+        ignored = set(getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ())
+        decoder: Any = getattr(self, "model", self)
+        for index, layer in enumerate(decoder.layers):
             groups, ffn = config.layer_sizes(index)
             _resize_attention(layer.self_attn, groups)
             _resize_ffn(layer.mlp, ffn, getattr(config.per_layer_config[index], "num_local_experts", 0))
             if not groups:
-                absent.add(rf"layers\.{index}\.self_attn\.[qk]_norm\.")
+                ignored.add(rf"layers\.{index}\.self_attn\.[qk]_norm\.")
             if hasattr(layer, "post_feedforward_layernorm"):  # norms behind the sublayers stay
                 continue
             for name, there in (("input_layernorm", groups), ("post_attention_layernorm", ffn)):
                 if not there:
                     setattr(layer, name, nn.Identity())
-                    absent.add(rf"layers\.{index}\.{name}\.")
-        # Older exports hold the norms of absent sublayers too.
-        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *absent}
+                    ignored.add(rf"layers\.{index}\.{name}\.")
+        self._keys_to_ignore_on_load_unexpected = ignored
         self.set_attn_implementation(self.config._attn_implementation)
 
     def set_attn_implementation(self, attn_implementation: str, **kwargs):
