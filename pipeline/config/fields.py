@@ -250,9 +250,10 @@ class ExportConfig:
     hidden_multiple: int = opt(0, "The hidden size is rounded to this multiple; 0: as in the run.", ge=0)
     tensor_parallel: int = opt(0, "GPUs over which the model can be split; 0: as in the run.", ge=0)
     dtype: Literal["as_base", Dtype] = opt("as_base", "Type of the exported weights.")
-    gguf: Literal["none", "f32", "f16", "q8_0"] = opt(
-        "none", "Write model.gguf for llama.cpp beside the model, its matrices in this type."
-    )
+    gguf: Literal["none", "f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m"] = opt(
+        "none", "Write model.gguf for llama.cpp beside the model, its matrices in this type. llama.cpp itself makes "
+                "those with a k: pip install llama-cpp-py-sync."
+    )  # fmt: skip
     push_to_hub: str = opt(
         "", "Repository of the Hugging Face hub (user/name) that the model is uploaded to; empty: none."
     )
