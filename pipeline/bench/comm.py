@@ -22,9 +22,9 @@ from nuteprune.model.layers import View, build_view
 from nuteprune.model.loading import read_config
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World, connected, discover
+from nuteprune.parallel.sizes import total_parameters
 from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.planning.costs import traffic
-from nuteprune.parallel.sizes import total_parameters
 from nuteprune.planning.job import Cluster, Job, Layout
 
 

@@ -23,8 +23,8 @@ from nuteprune.model.layers import build_view
 from nuteprune.model.loading import read_config
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import connected, discover
-from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.parallel.sizes import layer_tensors, total_parameters
+from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.planning.footprint import lora_memory, memory
 from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.training.engine import Engine

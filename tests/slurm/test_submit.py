@@ -76,7 +76,10 @@ def test_sweep(files, tmp_path):
         (["--quick"], "unknown argument '--quick'"),
         (["sparsity.traget=0.2"], "did you mean 'sparsity.target'"),
         (["--sweep", "README.md"], "must be a YAML list of settings"),
-        (["--cluster", "slurm/clusters/example.env", "model.path=llama-3.1-70b"], "no plan for 2 x 8 GPUs (--gpu h100 --gpu-memory 8GB)"),
+        (
+            ["--cluster", "slurm/clusters/example.env", "model.path=llama-3.1-70b"],
+            "no plan for 2 x 8 GPUs (--gpu h100 --gpu-memory 8GB)",
+        ),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_submitted(files, arguments, complaint):

@@ -5,8 +5,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nuteprune.__main__ import main
 from nuteprune.config import ConfigError, load_config
-from nuteprune.planning.dryrun import dry_run
 from nuteprune.parallel.sizes import total_parameters
+from nuteprune.planning.dryrun import dry_run
 from nuteprune.planning.models import HUB, named_spec
 
 RECIPES = {"llama2-13b": 8, "llama3.1-8b": 8, "llama3.1-70b": 16, "mistral-7b": 8, "qwen3-14b": 8, "granite3.3-8b": 8,

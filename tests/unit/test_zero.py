@@ -9,8 +9,8 @@ from tiny import tiny_config
 from nuteprune.arch import read_spec
 from nuteprune.config import ConfigError, load_config
 from nuteprune.parallel.distributed import World
-from nuteprune.parallel.zero import DS_CONFIGS, load_paired, read_settings, zero_settings
 from nuteprune.parallel.sizes import layer_tensors
+from nuteprune.parallel.zero import DS_CONFIGS, load_paired, read_settings, zero_settings
 
 SPEC = read_spec(tiny_config("llama-bias"))
 WORLD = World(rank=1, size=8, local_rank=1, local_size=4)
