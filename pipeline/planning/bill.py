@@ -152,8 +152,10 @@ def fitting_seconds(job: Job, layout: Layout) -> float:
         k = f * (1 - target_at(job.config, settled * number // count, job.steps))
         flops += k**3 / 3 + 2 * k * (f - k) * d + 2 * k**2 * d + 2 * k * d**2
     fits = flops / (cluster.card.single * cluster.mfu) + count * FP32 * f**2 / cluster.card.host
-    moved = spec.layers * weights_moved(job, layout, [d * f]) + 2 * FP32 * refit_parameters(job)
-    return math.ceil(spec.layers / cluster.ranks) * fits + count * gather_seconds(*over_links(moved, cluster), cluster)
+    weights = spec.layers * weights_moved(job, layout, [d * f])
+    moved = gather_seconds(*over_links(weights + 2 * FP32 * refit_parameters(job), cluster), cluster)
+    moved += weights / cluster.ranks / cluster.card.host if layout.offload else 0
+    return math.ceil(spec.layers / cluster.ranks) * fits + count * moved
 
 
 def checkpoint_bytes(job: Job) -> dict[str, float]:
@@ -181,7 +183,7 @@ def micro_batches(job: Job, layout: Layout, tokens: float) -> int:
 
 
 def weights_moved(job: Job, layout: Layout, tensors: list[int]) -> float:
-    """Bytes of one gather of tensors of so many elements; 0 where each rank holds them."""
-    if layout.stage != 3 or job.cluster.ranks == 1:
+    """Bytes of one gather of tensors of so many elements; 0 where each rank has them on its card."""
+    if layout.stage != 3:
         return 0.0
     return job.itemsize * partitioned(tensors, job.cluster.ranks, persistence_threshold(job.spec))[0]

@@ -268,6 +268,8 @@ def test_hpz_keeps_weights_inside_the_node_and_offload_reads_shards():
     assert plain.inter == pytest.approx(plain.gathered * 31 / 32 / 8)
     assert (hpz.inter, hpz.intra) == (0, plain.gathered * 7 / 8)
     assert off.host == plain.gathered / 32
+    alone = traffic(job("llama-3.1-70b", 1, 1), Layout(3, 1, offload=True))
+    assert (alone.gathered, alone.host) == (0, pytest.approx(plain.gathered, rel=1e-3))
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
