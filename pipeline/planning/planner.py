@@ -61,8 +61,9 @@ class Plan:
 
     @property
     def node_memory(self) -> float:
-        """Bytes of host memory of one node."""
-        return sum(self.chosen.memory.host.values()) * self.job.cluster.gpus_per_node
+        """Bytes of host memory of the first node."""
+        need = self.chosen.memory
+        return sum(need.host.values()) * self.job.cluster.gpus_per_node + need.rungs
 
 
 def make_plan(job: Job, zero: str = "auto") -> Plan:

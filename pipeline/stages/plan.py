@@ -183,9 +183,10 @@ def memory_text(job: Job, chosen: Estimate) -> str:
         fullest = title in ("all the time", f"while {need.fullest}")
         lines.append(f"  {title}: {sum(parts.values()) / GB:.2f} GB{'' if fullest else ' (not the peak)'}")
         lines += [f"    {size / GB:9.3f}  {name}" for name, size in parts.items() if size]
-    host = sum(need.host.values())
-    lines.append(f"  host memory: {host / GB:.2f} GB a rank, {host * job.cluster.gpus_per_node / GB:.2f} GB a node")
+    host, count = sum(need.host.values()), job.cluster.gpus_per_node
+    lines.append(f"  host memory: {host / GB:.2f} GB a rank, {(host * count + need.rungs) / GB:.2f} GB the first node")
     lines += [f"    {size / GB:9.3f}  {name}" for name, size in need.host.items()]
+    lines += [f"    {need.rungs / GB:9.3f}  snapshots that are rungs (rank 0 alone)"] if need.rungs else []
     written = checkpoint_bytes(job)
     lines.append(f"  written to the disk over the run: {sum(written.values()) / GB:.2f} GB")
     lines += [f"    {size / GB:9.3f}  {name}" for name, size in written.items()]

@@ -29,7 +29,15 @@ from nuteprune.planning.costs import (
     timing,
     traffic,
 )
-from nuteprune.planning.footprint import activations, host_memory, logits_chunk, memory, pinned, saved_per_token
+from nuteprune.planning.footprint import (
+    activations,
+    host_memory,
+    logits_chunk,
+    memory,
+    pinned,
+    rung_memory,
+    saved_per_token,
+)
 from nuteprune.planning.job import (
     Cluster,
     Job,
@@ -37,8 +45,8 @@ from nuteprune.planning.job import (
     gate_units,
     lora_parameters,
     refit_parameters,
-    snapshot_tensors,
     snapshots,
+    teacher_tensors,
     teaching,
 )
 from nuteprune.planning.models import MODELS, named_spec
@@ -99,7 +107,7 @@ def test_lora_gates_and_teachers_are_those_of_a_run(units):
     assert gate_units(plan) == sum(p.numel() for p in masks.parameters())
     bank = TeacherBank(spec, plan.config.teacher, 1.0, torch.device("cpu"), torch.float32)
     bank.record(0, 0.05, masks.deterministic(), masks.scores(), paired.lora())
-    assert sum(snapshot_tensors(plan)) == bank.nbytes
+    assert sum(teacher_tensors(plan)) == bank.nbytes
 
 
 def test_snapshots_and_those_that_can_teach():
@@ -135,7 +143,7 @@ def test_memory_by_hand():
     )
     assert need.phases[HEAD]["gathered head"] == 2 * 32000 * 4096
     assert need.phases[HEAD]["logits of one KL chunk"] == logits_chunk(plan, 512) == 4 * 4 * 256 * 32000
-    assert need.phases[REFIT]["G, what is left of it, its factor"] == 3 * 4 * 11008**2
+    assert need.phases[REFIT]["G, what stays of it, its factor and a copy"] == 4 * 4 * 11008**2
     assert need.resident["gates and their optimizer"] == 12 * 32 * (11008 + 1)  # FFN units and attention
     assert need.peak == sum(need.resident.values()) + max(sum(parts.values()) for parts in need.phases.values())
 
@@ -146,9 +154,10 @@ def test_host_memory_by_hand():
     assert need.pop("process: Python, libraries, CUDA") > 0
     pair = 2**22 + 2**20  # 112·11008 and 112·4096 elements of two bytes, each in a block of a power of two
     assert need == {
-        "teachers (20 snapshots, pinned)": 20 * pinned(snapshot_tensors(plan)),
+        "teachers (20 snapshots, pinned)": 20 * pinned(teacher_tensors(plan)),
         "frozen pairs of teachers (20, pinned)": 20 * 32 * pair,
         "refit: G of removed units": 4 * 11008**2 * 4,
+        "refit: down_proj of those layers": 2 * 4096 * 11008 * 4,
         "refit: hidden states of the text": 2 * 4096 * 32 * 11008 / 8,
     }
 
@@ -157,13 +166,24 @@ def test_refit_is_not_planned_where_there_is_none():
     for plan in job("llama-7b", 1, 8, "lora.refit=0"), job("qwen3-30b-a3b", 1, 8, "lora.targets=[q_proj]"):
         assert not refit_parameters(plan)
         assert REFIT not in memory(plan, Layout(3, 1)).phases
-        assert not any("refit" in name for name in host_memory(plan, Layout(3, 1)))
+        assert not any("refit" in name or "frozen" in name for name in host_memory(plan, Layout(3, 1)))
+
+
+def test_rungs_are_held_by_rank_0():
+    """At 20% no snapshot teaches: 20 of them have gates and scores, and a frozen pair each; at 50% 30 of 50 are rungs,
+    and teachers hold 20 of the 25 pairs."""
+    plan = job("llama-7b", 1, 8, "train.steps=1000")
+    rung, pair = 8 * gate_units(plan), 2 * refit_parameters(plan)
+    assert rung_memory(plan) == 20 * (rung + pair)
+    assert not any("teachers" in name for name in host_memory(plan, Layout(2, 1)))
+    half = job("llama-7b", 1, 8, "train.steps=1000", "sparsity.target=0.5")
+    assert rung_memory(half) == 30 * rung + 5 * pair
 
 
 def test_pinned_blocks_are_powers_of_two():
     assert pinned([1, 2, 3, 1024, 1025]) == 1 + 2 + 4 + 1024 + 2048
-    exact = sum(snapshot_tensors(job()))
-    assert 1.0 < pinned(snapshot_tensors(job())) / exact < 2.0
+    exact = sum(teacher_tensors(job()))
+    assert 1.0 < pinned(teacher_tensors(job())) / exact < 2.0
 
 
 def test_zero2_keeps_weights_whole_and_offload_and_hpz_move_them():
@@ -353,7 +373,7 @@ def test_refit_by_hand():
     """On one card: a forward pass of 32 tokens a unit with G, streams and G to host memory; 26 fits of each layer."""
     plan = job("llama-7b", 1, 1, "train.batch_size=16", "train.steps=1000")
     spec, tokens, f, d = plan.spec, 32 * 11008, 11008, 4096
-    compute = tokens * (2 * spec.prunable + 32 * 2 * 512 * d + 32 * 2 * f**2) / (0.4 * 989e12)
+    compute = tokens * (2 * spec.prunable + 32 * 2 * 512 * d + 32 * 2 * f**2 * 9 / 16) / (0.4 * 989e12)
     copies = (2 * 32 * 2 * d * tokens + 32 * 4 * f**2) / 64e9
     assert reading_seconds(plan, Layout(0, 16)) == pytest.approx(compute + copies)
     most = 26 * 32 * ((f**3 / 3 + 2 * f**2 * d + 2 * f * d**2) / (0.4 * 67e12) + 4 * f**2 / 64e9)
@@ -370,11 +390,13 @@ def test_ranks_share_the_preparation(cost):
 
 def test_checkpoints_of_a_7b_run_are_small():
     """Snapshots and frozen pairs are written once, so that a run of 2,000 steps writes 12 GB at most."""
-    for target in (0.2, 0.5):
+    for target, pairs in ((0.2, 20), (0.5, 25)):
         plan = job("llama-7b", 1, 8, "train.steps=2000", f"sparsity.target={target}")
         written = checkpoint_bytes(plan)
-        assert written["states (9)"] == 9 * 12 * (lora_parameters(plan) + gate_units(plan))
-        assert written["frozen pairs of refit (26)"] == 26 * 2 * refit_parameters(plan)
+        state = 12 * (lora_parameters(plan) + gate_units(plan)) + 2 * refit_parameters(plan)
+        assert written["states (9)"] == 9 * state
+        assert written[f"their frozen pairs ({pairs})"] == pairs * 2 * refit_parameters(plan)
+        assert "refit: G" not in written  # 15.5 GB
         assert sum(written.values()) <= 12e9
     assert not any(name.startswith("states") for name in checkpoint_bytes(job("llama-7b", 1, 8, "checkpoint.every=0"))
                    if not name.endswith("(0)"))  # fmt: skip
