@@ -44,7 +44,7 @@ class ArchSpec:
         logits_scaling: what the output head's logits are divided by (Granite).
         fused: q, k and v are one linear layer, gate and up another (Phi-3).
         hidden_divides: the stock configuration wants D to be a multiple of H.
-        refuses: kinds of gates, shapes and LoRA targets that the family cannot have, each with the reason.
+        refuses: kinds of gates, shapes, LoRA targets and types that the family cannot have, each with the reason.
     """
 
     family: str
@@ -98,7 +98,7 @@ class ArchSpec:
         return PROJECTIONS if self.experts == 1 else ATTENTION
 
     def refusal(self, names: Sequence[str]) -> str | None:
-        """Why the family cannot have those of these units, shapes and LoRA targets that it refuses first; None if it
+        """Why the family cannot have those of these units, shapes, … that it refuses first; None if it
         has them all."""
         refuses = self.refuses if self.experts > 1 else (*self.refuses, ("experts", "its layers have one FFN each"))
         reason = next((why for name, why in refuses if name in names), None)

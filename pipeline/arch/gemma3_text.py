@@ -2,6 +2,8 @@
 
 from nuteprune.arch.base import ArchSpec, Family, read_llama_like
 
+_RANGE = "its hidden states grow beyond the largest float16 (of the 270M to 1.0e5); use bfloat16"
+
 
 def read(config) -> ArchSpec:
     if config.final_logit_softcapping is not None or config.use_bidirectional_attention:
@@ -9,7 +11,7 @@ def read(config) -> ArchSpec:
     bias = bool(config.attention_bias)
     return read_llama_like(
         config, qkv_bias=bias, o_bias=bias, qk_norm="head", norm_offset=1.0, norm_in_float=True, embedding_root=True,
-        hidden_divides=True,
+        hidden_divides=True, refuses=(("float16", _RANGE),),
         norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
                "post_feedforward_layernorm"),
         norms_behind=("post_attention_layernorm", "post_feedforward_layernorm"),

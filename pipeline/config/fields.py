@@ -276,7 +276,7 @@ class EvaluateConfig:
         "Texts for perplexity (.txt, .jsonl, .parquet), e.g. WikiText-2 and PTB; empty: the data source of training.",
     )
     text_field: str = opt("text", "Text column of JSONL and parquet files.")
-    window: int = opt(2048, "Tokens per perplexity window.", ge=8)
+    window: int = opt(2048, "Tokens per perplexity window, the one that the tokenizer puts first among them.", ge=8)
     stride: int = opt(0, "Tokens between two windows; 0: the window itself.", ge=0)
     blocks: int = opt(0, "Windows to score; 0: all.", ge=0)
     tasks: list[str] = opt(

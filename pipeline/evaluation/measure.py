@@ -104,11 +104,11 @@ def _nll_sum(head: Head, ids: torch.Tensor, scored: int) -> float:
     """Summed negative log-likelihood of the last `scored` of the token ids `[T]`, log-softmax in fp32."""
     hidden_TD = head.model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
     pairs = zip(hidden_TD[-scored - 1 : -1].split(head.rows), ids[-scored:].split(head.rows), strict=True)
-    total = 0.0
-    for hidden, target in pairs:
-        logits = head(hidden)
-        total += F.cross_entropy(logits, target.to(logits.device), reduction="sum").item()
-    return total
+    return sum(_nll(head(hidden), target) for hidden, target in pairs)
+
+
+def _nll(logits: torch.Tensor, target: torch.Tensor) -> float:
+    return F.cross_entropy(logits, target.to(logits.device), reduction="sum").item()
 
 
 @torch.inference_mode()
@@ -152,13 +152,11 @@ def compare(
     nll = kl = predicted = 0.0
     for ours, theirs, following in zip(own[:, unread:], wanted[:, unread:], targets, strict=True):
         # The last position predicts what is in no block.
-        chunks = zip(
-            ours.split(rows), theirs.split(rows), F.pad(following, (0, 1), value=IGNORE).split(rows), strict=True
-        )
-        for mine, its, target in chunks:
-            pair = [head(states.to(model.device)) for head, states in zip(heads, (mine, its), strict=False)]
-            parts = _nll_and_kl(target, *pair)
-            nll, kl, predicted = nll + parts[0], kl + parts[1], predicted + len(target)
+        target = F.pad(following, (0, 1), value=IGNORE)
+        for cut in torch.arange(len(target)).split(rows):
+            states = zip(heads, (ours[cut], theirs[cut]), strict=False)
+            parts = _nll_and_kl(target[cut], *(head(each.to(model.device)) for head, each in states))
+            nll, kl, predicted = nll + parts[0], kl + parts[1], predicted + len(cut)
     return math.exp(nll / targets.numel()), kl / predicted
 
 

@@ -1,4 +1,4 @@
-"""What llama.cpp wants of the families beside LLaMA, Mistral and Qwen2, in the uniform shape.
+"""What llama.cpp has of each family, and what it wants of those beside LLaMA, Mistral and Qwen2.
 
 Read in llama.cpp's `src/models/` and held against by `make check-llamacpp`. Phi-3 and Mixtral are its `llama`: the one
 with its fused projections cut apart, the other with experts. OLMo 3 is `olmo2` with a sliding window.
@@ -16,11 +16,14 @@ from transformers import PreTrainedConfig
 
 from nuteprune.arch import ArchSpec
 
+CHECKED = ("llama", "mistral", "qwen2")
+"""Families that llama.cpp's `llama` and `deci` compute, in every shape."""
 ARCHITECTURES = {
     "qwen3": "qwen3",
     "granite": "granite", "smollm3": "smollm3", "phi3": "llama", "olmo2": "olmo2", "olmo3": "olmo2",
     "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "mixtral": "llama",
 }  # fmt: skip
+"""Of the other families that were held against llama.cpp, in the uniform shape; a family in neither is refused."""
 NEIGHBOURS = ("llama", "deci", "granite", "smollm3")
 """Architectures that rotate neighbours where transformers rotates halves."""
 BLOCK = 32

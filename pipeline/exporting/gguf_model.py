@@ -30,6 +30,7 @@ from nuteprune.config import ConfigError
 from nuteprune.exporting.gguf_families import (
     ARCHITECTURES,
     BLOCK,
+    CHECKED,
     NEIGHBOURS,
     add_family,
     has_window,
@@ -63,7 +64,10 @@ def gguf_architecture(spec: ArchSpec, shape: str, config: PreTrainedConfig) -> s
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "yarn", "llama3") or _scaled_anew(rope) or rope.get("mscale"):
         raise ConfigError(f"llama.cpp does not rotate positions as this model does (rope_type {kind}): {WITHOUT}")
-    if spec.family not in ARCHITECTURES:
+    if spec.family not in (*CHECKED, *ARCHITECTURES):
+        known = ", ".join((*CHECKED, *ARCHITECTURES))
+        raise ConfigError(f"{spec.family} was never held against llama.cpp, which is written of {known}: {WITHOUT}")
+    if spec.family in CHECKED:
         if shape != "uniform":
             return "deci"
         whole = config.num_attention_heads * config.head_dim == config.hidden_size

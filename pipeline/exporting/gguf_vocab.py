@@ -12,6 +12,7 @@ import gguf
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import ConfigError
+from nuteprune.data.sequences import first_tokens
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,7 +45,9 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict:
     content = json.loads(backend.to_str()) if backend is not None else {}
     model = content.get("model", {})
     why = f"its tokenizer is a {model.get('type', type(tokenizer).__name__)}"
-    if model.get("type") == "BPE" and model["merges"]:
+    if len(first_tokens(tokenizer)) > 1:
+        why = "its tokenizer begins a sequence with several tokens"
+    elif model.get("type") == "BPE" and model["merges"]:
         steps = _steps(content.get("pre_tokenizer"))
         if model.get("byte_fallback"):
             return {"model": "llama", "pre": None, "json": content}
@@ -86,13 +89,15 @@ def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase
     else:
         writer.add_token_scores(_scores(tokens, merges))
         writer.add_add_space_prefix(_puts_space_first(content))
-    for kind in ("bos", "eos", "unk", "pad"):
-        token = getattr(tokenizer, f"{kind}_token_id")
+    ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "pad")}
+    first, last = first_tokens(tokenizer), tokenizer("a")["input_ids"][-1:]
+    if first:  # llama.cpp puts its bos there, whatever the tokenizer calls that token
+        ids["bos"] = first[0]
+    for kind, token in ids.items():
         if token is not None and token < size:
             getattr(writer, f"add_{kind}_token_id")(token)
-    written = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(bool(written) and written[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(bool(written) and written[-1] == tokenizer.eos_token_id)
+    writer.add_add_bos_token(bool(first))
+    writer.add_add_eos_token(last == [ids["eos"]])
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 

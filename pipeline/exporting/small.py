@@ -35,7 +35,7 @@ from nuteprune.exporting.gguf_vocab import vocabulary
 from nuteprune.exporting.publish import push
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import build_view
-from nuteprune.model.loading import load_model, load_tokenizer, read_config
+from nuteprune.model.loading import check_dtype, load_model, load_tokenizer, read_config
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
@@ -146,9 +146,11 @@ def output_directory(config: Config, trained: Run) -> Path:
 def load_base(config: Config, dtype: str) -> tuple[PreTrainedModel, ArchSpec, torch.dtype]:
     """The base model in float32, its architecture, and the type of the exported weights (`as_base`: its files' own)."""
     attention = config.model.attention if config.model.attention in FLOAT32_ATTENTION else "sdpa"
-    found, _ = read_config(config.model.path)
-    base, spec = load_model(replace(config.model, dtype="float32", attention=attention))
-    return base, spec, (found.dtype or torch.float32) if dtype == "as_base" else getattr(torch, dtype)
+    found, spec = read_config(config.model.path)
+    stored = (found.dtype or torch.float32) if dtype == "as_base" else getattr(torch, dtype)
+    check_dtype(spec, str(stored).removeprefix("torch."), "export.dtype")
+    base, _ = load_model(replace(config.model, dtype="float32", attention=attention))
+    return base, spec, stored
 
 
 def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:

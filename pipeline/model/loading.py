@@ -69,6 +69,12 @@ def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
         raise ConfigError(f"model.path {path}: {error}") from None
 
 
+def check_dtype(spec: ArchSpec, dtype: str, setting: str = "model.dtype") -> None:
+    """Raise `ConfigError` for a type that a family cannot compute in, named by the setting that asks for it."""
+    if (refusal := spec.refusal([dtype])) is not None:
+        raise ConfigError(f"{setting}: {refusal}")
+
+
 def check_attention(config: ModelConfig) -> None:
     """Raise `ConfigError` for an attention that does not compute in the model's type."""
     if config.attention == "flash_attention_2" and config.dtype == "float32":
@@ -83,6 +89,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple
     """
     check_attention(config)
     _, spec = read_config(config.path)
+    check_dtype(spec, config.dtype)
     directory = Path(config.path)
     if directory.is_dir() and not any(p for pattern in WEIGHT_FILES for p in directory.glob(pattern)):
         raise ConfigError(f"model.path {config.path}: config.json but no weights (*.safetensors) there")

@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from nuteprune.arch import ArchSpec, family_of, split_fused, stored
 from nuteprune.config import ConfigError, ModelConfig
-from nuteprune.model.loading import check_attention, read_config
+from nuteprune.model.loading import check_attention, check_dtype, read_config
 from nuteprune.parallel.distributed import World
 
 
@@ -39,6 +39,7 @@ def load_partitioned(config: ModelConfig, world: World, settings: dict) -> tuple
     with world.together():
         check_attention(config)
         hf_config, spec = read_config(config.path)
+        check_dtype(spec, config.dtype)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention

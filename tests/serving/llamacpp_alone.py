@@ -74,7 +74,7 @@ class LlamaCpp:
         return torch.from_numpy(self._model.scores[: len(ids)].copy())
 
     def _python_tokens(self, text):
-        return self._model.tokenize(text.encode(), add_bos=False)
+        return self._model.tokenize(text.encode(), add_bos=True)
 
     def _sync_logits(self, ids):
         ffi, lib = self.ffi, self.lib
@@ -97,7 +97,7 @@ class LlamaCpp:
     def _sync_tokens(self, text):
         data = text.encode()
         found = self.ffi.new("llama_token[]", len(data) + 8)
-        count = self.lib.llama_tokenize(self._vocab, data, len(data), found, len(data) + 8, False, False)
+        count = self.lib.llama_tokenize(self._vocab, data, len(data), found, len(data) + 8, True, False)
         return list(found[0:count])
 
 
@@ -122,7 +122,7 @@ def compare(directory):
         scores = model(torch.tensor([written])).logits[0, length - 1 : -1].log_softmax(-1)
     chosen = scores.gather(1, torch.tensor(written[length:])[:, None])[:, 0]
     greedy = float((scores.max(-1).values - chosen).max())
-    pieces = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    pieces = tokenizer(TEXT)["input_ids"]  # with what the tokenizer puts first, if anything
     same = engine.tokenize(TEXT) == pieces or model.config.vocab_size < 256  # a tiny one lacks the text's bytes
     return engine.name, type(model).__name__, length, apart, greedy, same
 

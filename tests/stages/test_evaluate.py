@@ -12,7 +12,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, PreTrainedTokenizerFast
 
 from nuteprune.arch import read_spec
@@ -234,9 +234,19 @@ def test_mean_accuracy_leaves_out_tasks_without_one():
     assert mean_accuracy({}) is None
 
 
-def test_generation_is_greedy_whatever_the_model_would_like(model, tokenizer, monkeypatch):
+@pytest.fixture(scope="module")
+def beginning(tokenizer):
+    """The tokenizer as one that puts a token first."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = processors.TemplateProcessing("<eos> $0", special_tokens=[("<eos>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<eos>", pad_token="<eos>")
+
+
+def test_generation_is_greedy_whatever_the_model_would_like(model, beginning, monkeypatch):
+    tokenizer = beginning
     monkeypatch.setattr(model.generation_config, "repetition_penalty", 5.0)
     ids = tokenizer("the quick", return_tensors="pt").input_ids
+    assert ids[0, 0] == 0
     grown = ids
     with torch.no_grad():
         for _ in range(6):
@@ -247,12 +257,12 @@ def test_generation_is_greedy_whatever_the_model_would_like(model, tokenizer, mo
     assert torch.equal(measure.generate(model, ids, 6), grown)
 
 
-def test_local_task_runs_and_matches_plain_scores(model, tokenizer):
-    task = lm_eval_tasks(model, tokenizer, load_tasks(["local_mc"]), limit=0, fewshot=0)["local_mc"]
+def test_local_task_runs_and_matches_plain_scores(model, tokenizer, beginning):
+    task = lm_eval_tasks(model, beginning, load_tasks(["local_mc"]), limit=0, fewshot=0)["local_mc"]
     right = 0
     rows = [json.loads(line) for line in (Path(report.__file__).parent / "tasks/local_mc.jsonl").open()]
     for row in rows:
-        prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
+        prompt = [0, *tokenizer(f"Question: {row['question']}\nAnswer:").input_ids]
         scores = []
         for choice in row["choices"]:
             ids = torch.tensor([prompt + tokenizer(f" {choice}").input_ids])

@@ -1,6 +1,7 @@
 """model.gguf beside an export: sizes per layer, types, the same logits; and what llama.cpp cannot hold is one line."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from exporting import FAMILIES, assert_close, base_model, loaded, masked_logits, some_gates, some_ids, trained
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nuteprune.__main__ import main
+from nuteprune.arch import read_spec
 from nuteprune.config import ConfigError
-from nuteprune.exporting.gguf_vocab import vocabulary
+from nuteprune.exporting.gguf_families import ARCHITECTURES, CHECKED
+from nuteprune.exporting.gguf_model import gguf_architecture
+from nuteprune.exporting.gguf_vocab import vocabulary, write_vocabulary
 from nuteprune.masks import Gates
 from nuteprune.runs.checkpoint import verify
 from nuteprune.stages import export
@@ -152,11 +156,43 @@ def test_scaled_rope_that_llama_cpp_lacks_is_refused(tmp_path):
         exported(tmp_path, "llama", "uniform", rope_parameters=rope)
 
 
-def fast(pre, merges=(("a", "b"),), **options):
-    words = {word: i for i, word in enumerate(["a", "b", "ab", "<unk>"])}
+def fast(pre, merges=(("a", "b"),), first="$0", bos_token=None, **options):
+    words = {word: i for i, word in enumerate(["a", "b", "ab", "<unk>", "<s>", "</s>"])}
     tokenizer = Tokenizer(models.BPE(words, list(merges), **options))
     tokenizer.pre_tokenizer = pre
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tokenizer.post_processor = processors.TemplateProcessing(first, special_tokens=[("<s>", 4), ("</s>", 5)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos_token, eos_token="</s>")
+
+
+@pytest.mark.parametrize(("template", "bos_token", "wanted"), [
+    ("<s> $0", "<s>", (4, True, False)),
+    ("$0", "<s>", (4, False, False)),  # it knows a bos, and puts it nowhere
+    ("$0", None, (None, False, False)),
+    ("<s> $0", None, (4, True, False)),  # it puts one there that it calls nothing
+    ("<s> $0 </s>", "<s>", (4, True, True)),
+])  # fmt: skip
+def test_the_first_token_is_that_of_the_tokenizer(tmp_path, template, bos_token, wanted):
+    tokenizer = fast(pre_tokenizers.ByteLevel(add_prefix_space=False), first=template, bos_token=bos_token)
+    writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "llama")
+    write_vocabulary(writer, tokenizer, len(tokenizer))
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    reader = gguf.GGUFReader(tmp_path / "vocabulary.gguf")
+    found = [reader.get_field(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "add_bos_token", "add_eos_token")]
+    assert tuple(field and field.contents() for field in found) == wanted
+
+
+def test_several_first_tokens_are_refused():
+    with pytest.raises(ConfigError, match="begins a sequence with several tokens"):
+        vocabulary(fast(pre_tokenizers.ByteLevel(add_prefix_space=False), first="<s> </s> $0"))
+
+
+def test_a_family_that_nobody_checked_is_refused():
+    config = base_model("llama").config
+    with pytest.raises(ConfigError, match="seed_oss was never held against llama.cpp"):
+        gguf_architecture(replace(read_spec(config), family="seed_oss"), "uniform", config)
+    assert {*CHECKED, *ARCHITECTURES} == {*FAMILIES}
 
 
 def test_pre_tokenizers_by_what_they_do():

@@ -7,9 +7,10 @@ from torch import nn
 
 from nuteprune.__main__ import main
 from nuteprune.arch import pack, projections, read_spec, split_fused, stored
-from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig
+from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig, load_config
 from nuteprune.exporting.folding import fold_model, plan_fold, small_config
 from nuteprune.exporting.gguf_model import gguf_architecture
+from nuteprune.exporting.small import load_base
 from nuteprune.masks import Gates, MaskSet, check_target, kept_units, select_units, sparsity_of, unit_shape
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
@@ -102,6 +103,18 @@ def test_experts_without_lora_are_one_line(tmp_path, capsys):
 def test_qwen3_moe_with_dense_layers_is_refused(changes):
     with pytest.raises(ValueError, match="dense layers"):
         read_spec(tiny_config("qwen3_moe", **changes))
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run", "--world-size", "1"]])
+def test_gemma_in_float16_is_one_line(tmp_path, capsys, dry, text_file, tokenizer):
+    tiny_model("gemma3").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    arguments = [f"model.path={tmp_path / 'base'}", f"run_dir={tmp_path / 'run'}", "model.dtype=float16",
+                 f"data.source={text_file}", "data.seq_len=32"]  # fmt: skip
+    assert main(["prune", *arguments, *dry]) == 2
+    assert "model.dtype: gemma3_text cannot have float16" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"export.dtype: gemma3_text cannot have float16"):
+        load_base(load_config(None, [f"model.path={tmp_path / 'base'}"]), "float16")
 
 
 def test_gemma_with_softcapped_logits_is_refused():
