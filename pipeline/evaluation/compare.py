@@ -1,4 +1,4 @@
-"""Models side by side: perplexity, speed, lm-eval tasks and a sample of each, and a report that compares them."""
+"""Models side by side: perplexity, speed, lm-eval tasks and what each writes, and a report that compares them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.config import Config, ConfigError
 from nuteprune.data.sequences import first_tokens
-from nuteprune.data.text import text_tokens
-from nuteprune.evaluation import report
-from nuteprune.evaluation.measure import SIZES, environment, perplexity, sample, sizes
+from nuteprune.evaluation import generation, report
+from nuteprune.evaluation.generation import Continued
+from nuteprune.evaluation.measure import SIZES, environment, perplexity, sizes
+from nuteprune.evaluation.protocol import ScoredText, scored_texts, short_names
 from nuteprune.evaluation.speed import SPEEDS, ceiling, speed, speed_ratio
 from nuteprune.evaluation.tasks import lm_eval_tasks, load_tasks, mean_accuracy
 from nuteprune.exporting.card import RECORD, add_results
@@ -50,20 +51,21 @@ def evaluate_models(config: Config) -> dict:
     too_big = too_big_together([weight_bytes(path, config.model) for path in paths], device) if settings.speed else ""
     entries: list[dict[str, Any]] = []
     models, streams, firsts = [], [], []
+    continued: list[Continued] = []
     draft = {"models": entries, "dtype": config.model.dtype, "environment": environment(device)}
 
     def keep(entry: dict, part: dict) -> None:
         entry |= part
         report.write_draft(draft, output)
 
-    for name, path in zip(_names(paths), paths, strict=True):
+    for name, path in zip(short_names(paths), paths, strict=True):
         model, tokenizer, folder = load_any(path, config.model, settings.trust_remote_code, device)
-        texts = _texts(config, tokenizer)
-        streams.append(torch.cat(list(texts.values())))
+        texts = scored_texts(config, tokenizer)
+        streams.append(torch.cat([text.tokens for text in texts]))
         firsts.append(first_tokens(tokenizer))
         entries.append({"name": name, "path": path, **sizes(model, folder), "perplexity": {},
                         "first_tokens": tokenizer.convert_ids_to_tokens(list(firsts[-1]))})  # fmt: skip
-        for part in _quality(model, tokenizer, texts, tasks, config, name):
+        for part in _quality(model, tokenizer, texts, tasks, continued, config, name):
             keep(entries[-1], part)
         if settings.speed and not too_big:
             models.append(model.to("cpu"))
@@ -72,13 +74,17 @@ def evaluate_models(config: Config) -> dict:
         too_big = _speeds(models, firsts, device, config, entries, keep)
     for entry in entries if entries[0].get("accuracy") else ():
         entry["retained"] = entry["accuracy"] / entries[0]["accuracy"]
-    result = {
+    for entry in entries:
+        for text, score in entry["perplexity"].items():
+            score["delta_nll"] = score["nll"] - entries[0]["perplexity"][text]["nll"]
+    published = settings.protocol == "published"
+    result: dict[str, Any] = {
+        "protocol": settings.protocol,
         "models": entries,
         "ratio": _ratio(entries[0], entries[-1]) if len(entries) > 1 else {},
-        "held_out": bool(settings.text) and config.data.source not in settings.text,
+        "held_out": bool(settings.text or published) and config.data.source not in settings.text,
         "same_tokens": all(torch.equal(streams[0], other) for other in streams[1:]),
-        "task_limit": settings.task_limit,
-        "prompt": settings.sample_prompt,
+        "task_limit": 0 if published else settings.task_limit,
         "speed_missing": too_big,
     } | {key: draft[key] for key in ("dtype", "environment")}
     written = report.write(result, output, Path(config.run_dir) if config.run_dir else None)
@@ -95,25 +101,31 @@ def evaluate_models(config: Config) -> dict:
 def _quality(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: dict[str, torch.LongTensor],
+    texts: list[ScoredText],
     tasks: list,
+    continued: list[Continued],
     config: Config,
     name: str,
 ) -> Iterator[dict]:
-    """Everything measured of one model but its speed, part by part."""
-    settings = config.evaluate
+    """Everything measured of one model but its speed, part by part; `continued` gets what it writes."""
+    settings, scores = config.evaluate, {}
     log.info("evaluating %s", name)
-    scores: dict[str, dict] = {}
-    first = first_tokens(tokenizer)
-    for text, tokens in texts.items():
-        label = f"{text} by {name}" if config.tracking.progress else None
-        scores[text] = perplexity(model, tokens, settings.window, settings.stride, settings.blocks, label, first)
+    for text in texts:
+        label = f"{text.name} by {name}" if config.tracking.progress else None
+        how = (text.window, text.stride, text.blocks, label, text.first)
+        scores[text.name] = perplexity(model, text.tokens, *how)
         yield {"perplexity": scores}
     if tasks:
-        measured = lm_eval_tasks(model, tokenizer, tasks, settings.task_limit, settings.fewshot)
+        limit, shots = (0, 0) if settings.protocol == "published" else (settings.task_limit, settings.fewshot)
+        measured = lm_eval_tasks(model, tokenizer, tasks, limit, shots)
         yield {"tasks": measured, "accuracy": mean_accuracy(measured)}
-    if settings.sample_prompt:
-        yield {"sample": sample(model, tokenizer, settings.sample_prompt)}
+    if settings.prompts:
+        continued.append(generation.continue_text(model, tokenizer, texts[0].tokens, settings.prompts))
+        intact = continued[0] if len(continued) > 1 else None
+        yield {
+            "generation": generation.score(model, continued[-1], intact),
+            "samples": generation.samples(tokenizer, continued[-1]),
+        }
 
 
 def _speeds(
@@ -148,17 +160,6 @@ def too_big_together(sizes: list[int], device: torch.device) -> str:
     return missing
 
 
-def _texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.LongTensor]:
-    """The texts for perplexity as tokens `[n]` by name: `evaluate.text`, or else the text the run is trained on."""
-    texts, field = config.evaluate.text, config.evaluate.text_field
-    if texts:
-        named = zip(_names(texts), texts, strict=True)
-        return {name: text_tokens(text, field, tokenizer) for name, text in named}
-    source = config.data.source
-    log.warning("evaluate.text is empty: perplexity is of the training text (%s), not held out", source)
-    return {Path(source).name: text_tokens(source, config.data.text_field, tokenizer, config.data.documents)}
-
-
 def _model_paths(config: Config) -> list[str]:
     """Models to evaluate, the base first."""
     if config.evaluate.models:
@@ -178,12 +179,6 @@ def report_directory(config: Config) -> Path:
     if not (config.evaluate.output or config.run_dir):
         raise ConfigError("evaluate.output: name the directory of the report (or set run_dir)")
     return Path(config.evaluate.output or Path(config.run_dir) / "evaluate")
-
-
-def _names(paths: list[str]) -> list[str]:
-    """Short names: the last part of each path, or the paths themselves where two share it."""
-    short = [Path(path).name or path for path in paths]
-    return short if len(set(short)) == len(short) else paths
 
 
 def _ratio(first: dict, last: dict) -> dict:
@@ -211,7 +206,7 @@ def _into_card(result: dict, first: dict, entry: dict) -> None:
     """Put what was measured of one of our exports into its card."""
     pair = {"models": [first, entry], "ratio": _ratio(first, entry)}
     try:
-        add_results(Path(entry["path"]), report.results(result | pair))
+        add_results(Path(entry["path"]), report.for_card(result | pair))
     except (OSError, ValueError, CheckpointError) as error:
         log.warning("the results could not be put into the card of %s (%s)", entry["path"], error)
 
@@ -222,6 +217,7 @@ def _to_tracker(result: dict, table: str, config: Config) -> None:
     for model in result["models"]:
         own = {key: model[key] for key in SIZES}
         own |= {f"perplexity/{text}": score["perplexity"] for text, score in model["perplexity"].items()}
+        own |= {f"generation/{key}": value for key, value in model.get("generation", {}).items() if value is not None}
         for batch, measured in model.get("speed", {}).items():
             own |= {f"batch_{batch}/{key}": measured[key] for key in SPEEDS}
         for task, scores in model.get("tasks", {}).items():

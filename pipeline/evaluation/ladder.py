@@ -12,6 +12,7 @@ from pathlib import Path
 from nuteprune.config import Config, ConfigError, ExportShape
 from nuteprune.evaluation import pictures, report
 from nuteprune.evaluation.compare import evaluate_models
+from nuteprune.evaluation.contents import nats, number
 from nuteprune.evaluation.speed import speed_ratio
 from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
@@ -87,12 +88,13 @@ def table(points: list[dict], best: int | None) -> str:
         "sparsity": lambda p: f"{p['sparsity']:.0%}" if p["sparsity"] else "intact",
         "parameters": lambda p: f"{p['parameters']:,}",
         "bytes": lambda p: f"{p['bytes']:,}",
-        "perplexity": lambda p: report.number(p["perplexity"]),
+        "perplexity": lambda p: number(p["perplexity"]),
     }
     optional = {
+        "delta_nll": ("ΔNLL", nats), "loops": ("loops", "{:.0%}".format),
         "recovered": ("recovered, steps", "{:,}".format), "finetuned": ("fine-tuned, steps", "{:,}".format),
         "prefill": ("prefill", ratio), "decode": ("decode", ratio), "retained": ("retained", "{:.1%}".format),
-        "per_layer_perplexity": ("perplexity, `per_layer`", report.number),
+        "per_layer_perplexity": ("perplexity, `per_layer`", number),
     }  # fmt: skip
     for key, (title, form) in optional.items():
         if any(key in point for point in points):
@@ -119,6 +121,10 @@ def _export(config: Config, output: Path, rung: float, shape: ExportShape) -> Pa
 def _point(entry: dict, intact: dict, rung: float) -> dict:
     """What is drawn of one model."""
     point = {"sparsity": rung, "perplexity": _perplexity(entry)} | {key: entry[key] for key in ("parameters", "bytes")}
+    if rung:
+        point["delta_nll"] = next(iter(entry["perplexity"].values()))["delta_nll"]
+    if "generation" in entry:
+        point["loops"] = entry["generation"]["loops"]
     if "speed" in entry:
         batch = next(iter(intact["speed"]))
         faster = speed_ratio(intact["speed"][batch], entry["speed"][batch])

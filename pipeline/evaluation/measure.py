@@ -1,4 +1,4 @@
-"""Measurements of a causal language model in memory: perplexity, a sample continuation, sizes, and the machine.
+"""Measurements of a causal language model in memory: perplexity, greedy generation, sizes, and the machine.
 
 Shape letters: n tokens of a text, T tokens of a window, D hidden, V vocabulary.
 """
@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from nuteprune.config import ConfigError
-from nuteprune.data.sequences import first_tokens
 from nuteprune.evaluation.head import Head
 from nuteprune.exporting.folding import exported_parameters
 from nuteprune.model.distill import IGNORE
@@ -175,18 +174,12 @@ def _nll_and_kl(target: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor |
     return nll, kl
 
 
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 32) -> str:
-    """The greedy continuation of a prompt, without the prompt, which begins as the tokenizer begins a sequence."""
-    text = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([[*first_tokens(tokenizer), *text]], dtype=torch.int64)
-    return tokenizer.decode(generate(model, ids, new_tokens)[0, ids.shape[1] :], skip_special_tokens=True)
-
-
 def generate(model: PreTrainedModel, ids: torch.Tensor, most: int, least: int = 0) -> torch.Tensor:
     """Greedy generation from ids `[B, T]`: the ids with `least` to `most` new ones behind them."""
-    greedy = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=most, min_new_tokens=least or None, pad_token_id=0, use_cache=True
-    )
+    greedy = GenerationConfig(  # what is not set here comes from the model, a penalty for repeating itself too
+        do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, max_new_tokens=most,
+        min_new_tokens=least or None, pad_token_id=0, use_cache=True,
+    )  # fmt: skip
     ids = ids.to(model.device)
     return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
 

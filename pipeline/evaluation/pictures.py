@@ -1,25 +1,48 @@
-"""Pictures of the report as PNG bytes: what each layer kept, and loss and sparsity over the steps."""
+"""Pictures of the report: what each layer kept, loss and sparsity over the steps, and the ladder."""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import re
 from pathlib import Path
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from nuteprune.runs.checkpoint import CheckpointError, read_json
-from nuteprune.training.pictures import WIDTH, kept_units, png
+from nuteprune.training.pictures import WIDTH, kept_figure, png
 
 log = logging.getLogger(__name__)
 
 UNITS = {"kv_groups": "kv_heads", "heads": "heads", "ffn": "ffn"}
 """Per-layer units, and their key among the original counts."""
 
+PAGE_COLOURS = {"#000000": "currentColor", "#2b6cb0": "var(--blue)", "#c05621": "var(--orange)"}
+"""What stands for a colour of ours where the page chooses, as it does for bright and dark."""
 
-def kept(file: Path) -> bytes | None:
+
+def svg(figure: Figure, name: str) -> str:
+    """A figure as SVG for a page: no background, text as text, the page's colours, no id but what it refers to.
+
+    Args:
+        name: told apart by it are the references of several figures in one page.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    drawn = buffer.getvalue()
+    drawn = re.sub(r' id="[\w.]+_\d+"', "", drawn[drawn.index("<svg") :])
+    for ours, pages in PAGE_COLOURS.items():
+        drawn = drawn.replace(ours, pages)
+    return drawn
+
+
+def kept(file: Path, width: float = WIDTH) -> Figure | None:
     """Bars of the units that each layer kept, over the count it had, from an export's nuteprune.json.
 
     Args:
@@ -31,13 +54,13 @@ def kept(file: Path) -> bytes | None:
     if not file.is_file():
         return None
     try:
-        return _kept(read_json(file))
+        return _kept(read_json(file), width)
     except (CheckpointError, ValueError, TypeError, AttributeError, LookupError) as error:
         log.warning("no picture of the kept units, %s is not a record of ours: %s", file, error)
         return None
 
 
-def _kept(facts: dict) -> bytes | None:
+def _kept(facts: dict, width: float) -> Figure | None:
     original = facts.get("original", {})
     gates = {}
     for unit, key in UNITS.items():
@@ -47,7 +70,7 @@ def _kept(facts: dict) -> bytes | None:
     hidden = facts.get("kept", {}).get("hidden")
     if gates and hidden and original.get("hidden"):
         gates["hidden"] = _as_gates([_count(hidden, original["hidden"])], original["hidden"])
-    return kept_units(gates) if gates else None
+    return kept_figure(gates, width) if gates else None
 
 
 def _as_gates(counts: list[int], total: int | None) -> Tensor:
@@ -65,7 +88,7 @@ def _count(kept_units: int | list, total: int | None) -> int:
     return sum(map(bool, kept_units)) if flags else len(kept_units)
 
 
-def training(file: Path) -> bytes | None:
+def training(file: Path, width: float = WIDTH) -> Figure | None:
     """Loss and sparsity (expected and target) over the steps, from a run's metrics.jsonl.
 
     Args:
@@ -79,21 +102,21 @@ def training(file: Path) -> bytes | None:
     loss = _series(steps, "prune/loss")
     if not loss[0]:
         return None
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    figure = Figure(figsize=(width, 4.6), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
     above.plot(*loss, color="#2b6cb0", linewidth=1.2)
     above.set_ylabel("loss")
     if min(loss[1]) > 0 and max(loss[1]) > 20 * min(loss[1]):
         above.set_yscale("log")
     expected, target = (_series(steps, f"prune/{name}_sparsity") for name in ("expected", "target"))
-    below.plot(*_percent(expected), color="#c05621", linewidth=1.6, label="expected")
+    below.plot(*_percent(expected), color="#c05621", linewidth=3.0, alpha=0.8, label="expected")
     below.plot(*_percent(target), color="black", linewidth=1.0, linestyle="--", label="target")
     below.set_ylabel("sparsity (%)")
     below.set_xlabel("step")
-    below.legend(loc="lower right", fontsize=9)
+    below.legend(loc="lower right", fontsize=9, frameon=False)
     for axis in (above, below):
         axis.grid(alpha=0.3)
-    return png(figure)
+    return figure
 
 
 def ladder(points: list[dict], knee: int | None) -> bytes:

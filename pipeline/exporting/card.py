@@ -126,6 +126,8 @@ def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result:
         f"tokenizer = AutoTokenizer.from_pretrained(path{trust})",
         "```",
         "",
+        f"In vLLM: `vllm serve PATH{' --model-impl transformers --trust-remote-code' if trust else ''}`.",
+        "",
         "| | |",
         "|---|---|",
         f"| Removed share of the decoder projections | {result.sparsity:.2%} (target {result.target:.2%}) |",

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.arch import ATTENTION, FUSED, PROJECTIONS, ArchSpec, family_of, pack, projections
 from nuteprune.exporting import modeling_ragged
@@ -48,8 +48,9 @@ def _register() -> None:
         if own and issubclass(cls, PreTrainedConfig):
             AutoConfig.register(cls.model_type, cls, exist_ok=True)
             OWN_TYPES.add(cls.model_type)
-        elif own and issubclass(cls, PreTrainedModel) and cls.__name__.endswith("ForCausalLM"):
-            AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
+        elif own and issubclass(cls, PreTrainedModel):
+            auto = AutoModelForCausalLM if cls.__name__.endswith("ForCausalLM") else AutoModel
+            auto.register(cls.config_class, cls, exist_ok=True)
 
 
 _register()
@@ -145,6 +146,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
             values |= _alike(fold.spec, groups, ffn)
         values["auto_map"] = {
             "AutoConfig": f"modeling_ragged.Ragged{stem}Config",
+            "AutoModel": f"modeling_ragged.Ragged{stem}Model",
             "AutoModelForCausalLM": f"modeling_ragged.Ragged{stem}ForCausalLM",
         }
         return getattr(modeling_ragged, f"Ragged{stem}Config")(**values)
@@ -156,8 +158,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
         )
     if fold.spec.family == "qwen2" and heads * fold.spec.head_dim != hidden:
         log.warning("vLLM's Qwen2 has no head size of its own but takes hidden size / heads, %d / %d here and not %d: "
-                    "for vLLM use export.shape=per_layer_ffn and install nuteprune there", hidden, heads,
-                    fold.spec.head_dim)  # fmt: skip
+                    "serve it with --model-impl transformers", hidden, heads, fold.spec.head_dim)  # fmt: skip
     cls = getattr(transformers, family.small_class(base, hidden, heads)) if family.small_class else type(base)
     return cls(**_of_class(values, base, cls))
 
@@ -173,8 +174,10 @@ def _of_class(values: dict, base: PreTrainedConfig, cls: type[PreTrainedConfig])
 def _overrides(groups: list[int], ffn: int, ffn_size: str) -> dict:
     """A layer's entry in transformers' `per_layer_config`, which drops what is as in the whole model."""
     sizes: dict = {"skip": [name for name, there in (("attention", groups), ("mlp", ffn)) if not there]}
+    # vLLM keeps a cache for an absent attention too: one head is the smallest.
+    sizes["num_key_value_heads"] = max(1, len(groups))
     if groups:
-        sizes |= {"num_attention_heads": sum(groups), "num_key_value_heads": len(groups)}
+        sizes["num_attention_heads"] = sum(groups)
     if len(set(groups)) > 1:
         sizes["heads_per_group"] = groups
     return sizes | ({ffn_size: ffn} if ffn else {})
@@ -189,9 +192,7 @@ def _alike(spec: ArchSpec, groups: list[list[int]], ffn: list[int]) -> dict:
     first = next((layer for layer, width in zip(groups, ffn, strict=True) if layer or width), [])
     absent = not all(groups) or not all(ffn)
     if not first or (absent and (spec.o_bias or spec.mlp_bias)):
-        what = "a removed sublayer's bias" if first else "a first layer without attention"
-        log.warning("vLLM's DeciLM cannot hold %s: vLLM serves this model only where nuteprune is installed", what)
-        return {}
+        return {}  # a first layer without attention, or a removed sublayer's bias
     blocks = [
         {"attention": {"no_op": not layer, "n_heads_in_group": layer[0] if layer else None},
          "ffn": {"no_op": not width, "intermediate_size": width or None}}

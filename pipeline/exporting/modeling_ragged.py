@@ -4,6 +4,7 @@ Saved beside the weights of a model that NutePrune exported with shape `per_laye
 `trust_remote_code=True`. All is transformers' own but the projections' shapes; K and V of unequal groups are repeated.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,8 @@ class RaggedConfig(Config):
     allow_global_per_layer_attribute_access = True
 
     def __getattribute__(self, name):
+        if name == "num_experts" and "skip" in object.__getattribute__(self, "__dict__"):
+            return 0  # of one layer: vLLM's experts are alike in all layers, so it is to take transformers' own
         return object.__getattribute__(self, type(self).attribute_map.get(name, name))
 
     def __setattr__(self, name, value):
@@ -61,6 +64,17 @@ class RaggedConfig(Config):
         """As in transformers; with `block_configs` the architecture is vLLM's."""
         values = super().to_dict()
         return values | {"architectures": ["DeciLMForCausalLM"]} if self.block_configs else values
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Of a layer's configuration: the KV heads that attention is called with, which vLLM allocates a cache for."""
+        groups = self.heads_per_group
+        return sum(groups) // math.gcd(*groups) if groups else self.num_key_value_heads
+
+    @property
+    def logit_scale(self) -> float:
+        """Granite's, where vLLM looks for it."""
+        return 1.0 / getattr(self, "logits_scaling", 1.0)
 
     def layer_sizes(self, index: int) -> tuple[list[int], int]:
         """Query heads of each KV group ([]: no attention) and FFN width (0: none) of a layer."""
@@ -90,27 +104,30 @@ class Absent(nn.Module):
         return zeros if self.bias is None else zeros + self.bias
 
 
-class RaggedForCausalLM(Model):
-    """Mixed in before a stock `…ForCausalLM`: gives each layer its own widths once the stock model is built."""
-
-    # Older exports hold the norms of absent sublayers too.
-    _keys_to_ignore_on_load_unexpected = (r"layers\.\d+\.(self_attn\.[qk]_norm|(input|post_attention)_layernorm)\.",)
+class Ragged(Model):
+    """Mixed in before a stock model: gives each layer its own widths once the stock model is built."""
 
     def __init__(self, config):
         per_layer = config.to_dict().get("per_layer_config")
         config.per_layer_config = None  # at first all layers are as wide as the widest one
         super().__init__(config)
         config.per_layer_config = per_layer
-        for index, layer in enumerate(self.model.layers):
+        # Older exports hold the norms of absent sublayers too.
+        ignored = set(getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ())
+        decoder: Any = getattr(self, "model", self)
+        for index, layer in enumerate(decoder.layers):
             groups, ffn = config.layer_sizes(index)
             _resize_attention(layer.self_attn, groups)
             _resize_ffn(layer.mlp, ffn, getattr(config.per_layer_config[index], "num_local_experts", 0))
+            if not groups:
+                ignored.add(rf"layers\.{index}\.self_attn\.[qk]_norm\.")
             if hasattr(layer, "post_feedforward_layernorm"):  # norms behind the sublayers stay
                 continue
-            if not groups:
-                layer.input_layernorm = nn.Identity()
-            if not ffn:
-                layer.post_attention_layernorm = nn.Identity()
+            for name, there in (("input_layernorm", groups), ("post_attention_layernorm", ffn)):
+                if not there:
+                    setattr(layer, name, nn.Identity())
+                    ignored.add(rf"layers\.{index}\.{name}\.")
+        self._keys_to_ignore_on_load_unexpected = ignored
         self.set_attn_implementation(self.config._attn_implementation)
 
     def set_attn_implementation(self, attn_implementation: str, **kwargs):
@@ -121,7 +138,7 @@ class RaggedForCausalLM(Model):
 def _resize_attention(attention: nn.Module, groups: list[int]) -> None:
     width, size = sum(groups) * attention.head_dim, len(groups) * attention.head_dim
     attention.heads_per_group = groups
-    attention.num_key_value_groups = groups[0] if len(set(groups)) == 1 else 1
+    attention.num_key_value_groups = math.gcd(*groups)
     for name, rows in (("q_norm", width), ("k_norm", size)):
         norm = getattr(attention, name, None)
         if norm is not None and not groups:
@@ -172,10 +189,11 @@ def _cut(linear: nn.Linear, rows: int, columns: int) -> None:
 def _ragged(base: str | None) -> str:
     """Register attention `base` (and its mask) with unequal groups allowed; returns the implementation's name.
 
-    Flash attention keeps its name: under another with "flash" in it, transformers looks for a kernel on the hub.
+    Flash attention keeps its name, for under another with "flash" in it transformers looks for a kernel on the hub, and
+    vLLM's, for vLLM looks for it.
     """
     base = (base or "eager").removeprefix(PREFIX)
-    name = base if "flash" in base else PREFIX + base
+    name = base if "flash" in base or base == "vllm" else PREFIX + base
     inner = eager_attention_forward if base == "eager" else AttentionInterface()[base]
 
     def attention(module, query, key, value, attention_mask, **kwargs):
@@ -183,7 +201,7 @@ def _ragged(base: str | None) -> str:
             return query.transpose(1, 2), None
         groups = getattr(module, "heads_per_group", ())
         if len(set(groups)) > 1:
-            key, value = _per_head(key, groups), _per_head(value, groups)
+            key, value = _evened(key, groups), _evened(value, groups)
         return inner(module, query, key, value, attention_mask, **kwargs)
 
     wrapper: Any = attention
@@ -193,24 +211,27 @@ def _ragged(base: str | None) -> str:
         wrapped = getattr(wrapped, "inner", None)
     if wrapped is None:
         AttentionInterface.register(name, wrapper)
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
+    if base in AttentionMaskInterface():
+        AttentionMaskInterface.register(name, AttentionMaskInterface()[base])
     return name
 
 
-def _per_head(states: Tensor, groups: Sequence[int]) -> Tensor:
-    """[B, K, T, P] to [B, H, T, P]: group g repeated groups[g] times."""
-    return cat([states[:, g : g + 1].expand(-1, count, -1, -1) for g, count in enumerate(groups)], dim=1)
+def _evened(states: Tensor, groups: Sequence[int]) -> Tensor:
+    """[B, K, T, P]: each group as often as makes all KV heads serve as many query heads."""
+    share = math.gcd(*groups)
+    heads = zip(states.split(1, dim=1), groups, strict=True)
+    return cat([head.expand(-1, count // share, -1, -1) for head, count in heads], dim=1)
 
 
 def _define(name: str, causal: str) -> None:
-    """`Ragged…Config` and `Ragged…ForCausalLM` over the stock classes of a family."""
+    """`Ragged…Config`, `Ragged…Model` and `Ragged…ForCausalLM` over the stock classes of a family."""
     stock, module = getattr(transformers, f"{name}Config"), {"__module__": __name__}
     config = strict(
         type(f"Ragged{name}Config", (RaggedConfig, stock), module | {"model_type": f"nuteprune_{name.lower()}"})
     )
-    bases = (RaggedForCausalLM, getattr(transformers, f"{causal}ForCausalLM"))
-    model = type(f"Ragged{name}ForCausalLM", bases, module | {"config_class": config})
-    globals().update({config.__name__: config, model.__name__: model})
+    globals()[config.__name__] = config
+    for ours, theirs in ((f"Ragged{name}Model", f"{name}Model"), (f"Ragged{name}ForCausalLM", f"{causal}ForCausalLM")):
+        globals()[ours] = type(ours, (Ragged, getattr(transformers, theirs)), module | {"config_class": config})
 
 
 FAMILIES = "Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe Granite SmolLM3 Olmo2 Olmo3 Gemma3Text"

@@ -29,7 +29,8 @@ from nuteprune.exporting.folding import (
     plan_fold,
     small_config,
 )
-from nuteprune.exporting.gguf_model import gguf_architecture, write_gguf
+from nuteprune.exporting.gguf_model import FILE, gguf_architecture
+from nuteprune.exporting.gguf_quants import check_quantizer, write_quantized
 from nuteprune.exporting.gguf_vocab import vocabulary
 from nuteprune.exporting.publish import push
 from nuteprune.masks import Gates, sparsity_of
@@ -111,13 +112,16 @@ def export_model(config: Config) -> Path:
     if config.export.gguf != "none":  # what llama.cpp does not know fails before anything is written
         architecture = gguf_architecture(spec, shape, small)
         vocabulary(tokenizer)
+        check_quantizer(config.export.gguf)
     plan = Plan(trained, student, fold, small, shape, dtype, config.export.shard_size)
     tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
     with atomic_directory(output) as directory:
         tokenizer.save_pretrained(directory)
         result, model = write_model(directory, base, plan, tokens)
         if architecture:
-            write_gguf(directory, model, tokenizer, architecture, config.export.gguf)
+            write_quantized(directory, model, tokenizer, architecture, config.export.gguf)
+            # Of Ollama, which takes the chat template from the file too.
+            (directory / "Modelfile").write_text(f"FROM ./{FILE}\n", encoding="utf-8")
         write_record(directory, plan, result)
     log.info("exported %s: %.2f%% of the prunable parameters removed, %s parameters left (%s before)", output,
              100 * result.sparsity, f"{result.parameters:,}", f"{result.base_parameters:,}")  # fmt: skip

@@ -17,13 +17,16 @@ from nuteprune.planning.job import (
     FP32,
     Job,
     Layout,
+    frozen_tensors,
     gate_units,
     lora_parameters,
     refit_parameters,
     refit_sizes,
     refit_tokens,
-    snapshot_tensors,
+    rung_tensors,
     snapshots,
+    teacher_tensors,
+    teaching,
 )
 from nuteprune.training.refit import TIMES
 
@@ -34,6 +37,11 @@ VARIANTS, COMPILE_SECONDS = 90, 0.35
 one rank of LoRA, 117 for two cards in 41 s; down_proj's other rank adds the 33 that multiply matrices."""
 TUNING_SECONDS = 33 * 4 * 0.05
 """Each of those is timed for about four sizes of a model's projections, 25 ms and as much for starting it: assumed."""
+
+PART = 4096
+"""Tokens that refit sends through a layer at a time."""
+STORED_BYTES = 4 * 2**30
+"""Of G that a run writes for a restart; more is measured again."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +122,23 @@ def importance_seconds(job: Job, layout: Layout) -> float:
 
 
 def reading_seconds(job: Job, layout: Layout) -> float:
-    """One pass of refit's N tokens, layer by layer, N/n on each rank.
+    """One pass of refit's N tokens, layer by layer, N/n on each rank, `PART` tokens at a time.
 
-    FLOP: 2 a weight and token, 2·T·H·P of attention, and 2·N·F² of G in each layer, in the model's type. Once for each
-    layer: its weights are gathered, G (4·F² bytes) is summed over the ranks and copied to its owner's host memory, and
-    the hidden states of the share (s·D·N/n) come from there and go back. A third of a step's launches: forward alone.
+    FLOP: 2 a weight and token, 2·T·H·P of attention, and in each layer 2·N·F²·9/16 of G, of which the upper triangle is
+    computed in eight blocks of columns, in the model's type. Once for each layer: its weights are gathered, G (4·F²
+    bytes) is summed over the ranks and copied to its owner's host memory, and the hidden states of the share (s·D·N/n)
+    come from there and go back. A third of a step's launches: forward alone.
     """
     spec, card, ranks, tokens = job.spec, job.cluster.card, job.cluster.ranks, refit_tokens(job)
     if not tokens:
         return 0.0
     attention = spec.layers * 2 * job.config.data.seq_len * spec.heads * spec.head_dim
-    compute = tokens * (2 * spec.prunable_read + attention + spec.layers * 2 * spec.ffn**2) / ranks / job.flops
-    launches = micro_batches(job, layout, tokens) * launch_seconds(spec) / 3
     gram = FP32 * spec.ffn**2
-    weights = spec.layers * weights_moved(job, layout, layer_tensors(spec))
+    compute = tokens * (2 * spec.prunable_read + attention + spec.layers * 2 * spec.ffn**2 * 9 / 16) / ranks / job.flops
+    launches = math.ceil(tokens / ranks / PART) * launch_seconds(spec) / 3
+    weights = 0.0
+    if layout.stage == 3:
+        weights = job.itemsize * partitioned(layer_tensors(spec), ranks, persistence_threshold(spec))[0] * spec.layers
     moved = gather_seconds(*over_links(weights, job.cluster, layout.hpz), job.cluster)
     moved += gather_seconds(*over_links(spec.layers * gram, job.cluster), job.cluster)
     stream = 2 * spec.layers * job.itemsize * spec.hidden * tokens / ranks
@@ -139,8 +150,8 @@ def fitting_seconds(job: Job, layout: Layout) -> float:
     """`TIMES` fits while units leave, and one when the gates settle; each rank fits the layers that it owns.
 
     FLOP of a fit, in float32, with K of the F units kept as the schedule has it: Cholesky K³/3, what is fitted
-    2·K·(F - K)·D, solving 2·K²·D, its part of the output 2·K·D². G comes from host memory (4·F² bytes); down_proj is
-    gathered under ZeRO-3, and the pairs (Q·(F + D) of each layer in float32) are summed over the ranks.
+    2·K·(F - K)·D, solving 2·K²·D, its part of the output 2·K·D². G comes from host memory (4·F² bytes), and so does
+    down_proj under ZeRO-3 (s·F·D); the pairs (Q·(F + D) of each layer, in the model's type) are summed over the ranks.
     """
     spec, cluster = job.spec, job.cluster
     if not refit_sizes(job):
@@ -151,26 +162,32 @@ def fitting_seconds(job: Job, layout: Layout) -> float:
     for number in range(1, count + 1):
         k = f * (1 - target_at(job.config, settled * number // count, job.steps))
         flops += k**3 / 3 + 2 * k * (f - k) * d + 2 * k**2 * d + 2 * k * d**2
-    fits = flops / (cluster.card.single * cluster.mfu) + count * FP32 * f**2 / cluster.card.host
-    moved = spec.layers * weights_moved(job, layout, [d * f]) + 2 * FP32 * refit_parameters(job)
-    return math.ceil(spec.layers / cluster.ranks) * fits + count * gather_seconds(*over_links(moved, cluster), cluster)
+    copied = count * (FP32 * f**2 + (job.itemsize * f * d if layout.stage == 3 else 0))
+    fits = flops / (cluster.card.single * cluster.mfu) + copied / cluster.card.host
+    summed = 2 * job.itemsize * refit_parameters(job)
+    return math.ceil(spec.layers / cluster.ranks) * fits + count * gather_seconds(*over_links(summed, cluster), cluster)
 
 
 def checkpoint_bytes(job: Job) -> dict[str, float]:
     """Bytes that a run writes, by part.
 
-    A state: LoRA in float32 and its two moments, and three float32 numbers of each gate. Snapshots are written once,
-    and so are the frozen pairs of refit in bfloat16, of which there is one for each fit at most. The result: LoRA and
-    the last pair in one adapter, in float32, and the gates.
+    A state: LoRA in float32 and its two moments, the frozen pair in the model's type, and three float32 numbers of each
+    gate. Snapshots are written once; those that can teach with their LoRA, and the frozen pairs that they share, of
+    which there is one for each fit at most. G, for a restart, where all of it is small (`STORED_BYTES`). The result:
+    LoRA and the last pair in one adapter, in float32, and the gates.
     """
-    every, count = job.config.checkpoint.every, snapshots(job)
+    every, count, teachers = job.config.checkpoint.every, snapshots(job), teaching(job)
     states = (job.steps - 1) // every if every else 0
-    gates = FP32 * gate_units(job)
+    gates, frozen = FP32 * gate_units(job), refit_parameters(job)
+    grams = FP32 * job.spec.layers * job.spec.ffn**2 if frozen else 0
+    state = 3 * FP32 * lora_parameters(job) + job.itemsize * frozen + 3 * gates
+    recorded = teachers * sum(teacher_tensors(job)) + (count - teachers) * sum(rung_tensors(job))
     parts = {
-        f"states ({states})": states * (3 * FP32 * lora_parameters(job) + 3 * gates),
-        f"snapshots ({count})": count * sum(snapshot_tensors(job)),
-        f"frozen pairs of refit ({TIMES + 1})": (TIMES + 1) * 2 * refit_parameters(job),
-        "result": FP32 * (lora_parameters(job) + refit_parameters(job)) + 2 * gates,
+        f"states ({states})": states * state,
+        f"snapshots ({count}, of which {teachers} can teach)": recorded,
+        f"their frozen pairs ({min(count, TIMES)})": min(count, TIMES) * sum(frozen_tensors(job)),
+        "refit: G": grams if grams <= STORED_BYTES else 0,
+        "result": FP32 * (lora_parameters(job) + frozen) + 2 * gates,
     }
     return {name: float(size) for name, size in parts.items() if size}
 
@@ -178,10 +195,3 @@ def checkpoint_bytes(job: Job) -> dict[str, float]:
 def micro_batches(job: Job, layout: Layout, tokens: float) -> int:
     """Micro-batches of a rank in a pass over so many tokens of all ranks."""
     return math.ceil(tokens / job.cluster.ranks / (layout.micro_batch * job.config.data.seq_len))
-
-
-def weights_moved(job: Job, layout: Layout, tensors: list[int]) -> float:
-    """Bytes of one gather of tensors of so many elements; 0 where each rank holds them."""
-    if layout.stage != 3 or job.cluster.ranks == 1:
-        return 0.0
-    return job.itemsize * partitioned(tensors, job.cluster.ranks, persistence_threshold(job.spec))[0]

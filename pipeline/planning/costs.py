@@ -98,16 +98,17 @@ def traffic(job: Job, layout: Layout, mode: str = "paired") -> Traffic:
     """
     spec, s, cluster, count = job.spec, job.itemsize, job.cluster, passes(job, layout)
     ranks, threshold = cluster.ranks, persistence_threshold(spec)
-    gathered = 0.0
-    if layout.stage == 3 and ranks > 1:
+    used = 0.0
+    if layout.stage == 3:
         times = GATHERS[mode]
         layers = spec.layers * partitioned(layer_tensors(spec), ranks, threshold)[0]
         vocabulary = partitioned([spec.vocab * spec.hidden], ranks, threshold)[0]
-        gathered = s * (times["layers"] * layers + (times["embedding"] + times["head"]) * vocabulary) * count
+        used = s * (times["layers"] * layers + (times["embedding"] + times["head"]) * vocabulary) * count
     small = 3 * FP32 * lora_parameters(job) + 2 * FP32 * gate_units(job)
+    gathered = used if ranks > 1 else 0.0
     intra, inter = over_links(gathered, cluster, inside=layout.hpz)
     reduce_intra, reduce_inter = over_links(small, cluster)
-    host = gathered / ranks if layout.offload else 0.0
+    host = used / ranks if layout.offload else 0.0
     return Traffic(gathered, s * total_parameters(spec), intra, inter, host, reduce_intra, reduce_inter)
 
 

@@ -16,12 +16,15 @@ from nuteprune.planning.job import (
     FP32,
     Job,
     Layout,
+    frozen_tensors,
     gate_units,
     lora_parameters,
     refit_parameters,
     refit_sizes,
     refit_tokens,
-    snapshot_tensors,
+    rung_tensors,
+    snapshots,
+    teacher_tensors,
     teaching,
 )
 from nuteprune.training.refit import TIMES
@@ -41,11 +44,13 @@ class Memory:
         resident: held all the time.
         phases: on top of it, by what is at work: a layer, the output loss, refit between two steps.
         host: in host memory, at most.
+        rungs: there too, on rank 0 alone.
     """
 
     resident: dict[str, float]
     phases: dict[str, dict[str, float]]
     host: dict[str, float]
+    rungs: float
 
     @property
     def fullest(self) -> str:
@@ -86,8 +91,8 @@ def memory(job: Job, layout: Layout) -> Memory:
         },
     }  # fmt: skip
     if refit_sizes(job):
-        phases["refit fits a layer"] = {"G, what is left of it, its factor": 3 * FP32 * spec.ffn**2, "layer": layer}
-    return Memory(resident, phases, host_memory(job, layout))
+        phases["refit fits a layer"] = {"G, what stays of it, its factor and a copy": 4 * FP32 * spec.ffn**2}
+    return Memory(resident, phases, host_memory(job, layout), rung_memory(job))
 
 
 def pinned(tensors: list[int]) -> int:
@@ -99,29 +104,36 @@ def pinned(tensors: list[int]) -> int:
 def host_memory(job: Job, layout: Layout) -> dict[str, float]:
     """Bytes of host memory of a rank, as if all of it were held at once.
 
-    Teachers: the snapshots that can teach, pinned. Each names a frozen pair of refit's; there are at most `TIMES`.
-    Refit: G [F, F] in float32 of the layers that a rank owns, until the gates settle, and the hidden states of its
-    share of the text in the model's type, while they are measured. Snapshots kept as rungs alone are on the disk.
+    Teachers: the snapshots that can teach, pinned, with the frozen pairs that they share, at most one of each fit.
+    Refit, until the gates settle: G [F, F] in float32 of the layers that a rank owns, under ZeRO-3 their down_proj, and
+    while they are measured the hidden states of its share of the text in the model's type.
     """
-    spec, count = job.spec, teaching(job)
+    spec, s, count = job.spec, job.itemsize, teaching(job)
     host = {"process: Python, libraries, CUDA": PROCESS_BYTES}
     if count:
-        host[f"teachers ({count} snapshots, pinned)"] = count * pinned(snapshot_tensors(job))
-    if refit_sizes(job):
+        host[f"teachers ({count} snapshots, pinned)"] = count * pinned(teacher_tensors(job))
         pairs = min(count, TIMES)
-        host[f"frozen pairs of teachers ({pairs}, pinned)"] = (
-            pairs * spec.layers * pinned([2 * n for n in refit_sizes(job)])
-        )
-        host["refit: G of removed units"] = FP32 * spec.ffn**2 * math.ceil(spec.layers / job.cluster.ranks)
-        host["refit: hidden states of the text"] = job.itemsize * spec.hidden * refit_tokens(job) / job.cluster.ranks
+        host[f"frozen pairs of teachers ({pairs}, pinned)"] = pairs * pinned(frozen_tensors(job))
+    if refit_sizes(job):
+        own = math.ceil(spec.layers / job.cluster.ranks)
+        host["refit: G of removed units"] = FP32 * spec.ffn**2 * own
+        host["refit: down_proj of those layers"] = s * spec.ffn * spec.hidden * own if layout.stage == 3 else 0
+        host["refit: hidden states of the text"] = s * spec.hidden * refit_tokens(job) / job.cluster.ranks
     if layout.offload:
         threshold = persistence_threshold(spec)
-        shards = [-(-size // job.cluster.ranks) for size in frozen_tensors(spec) if size > threshold]
-        host["offloaded weights (pinned)"] = pinned([job.itemsize * size for size in shards])
+        shards = [-(-size // job.cluster.ranks) for size in model_tensors(spec) if size > threshold]
+        host["offloaded weights (pinned)"] = pinned([s * size for size in shards])
     return {name: float(size) for name, size in host.items() if size}
 
 
-def frozen_tensors(spec: ArchSpec) -> list[int]:
+def rung_memory(job: Job) -> float:
+    """Bytes that rank 0 holds on top of it: snapshots that are rungs alone, and their frozen pairs."""
+    count, teachers = snapshots(job), teaching(job)
+    pairs = min(count, TIMES) - min(teachers, TIMES)
+    return float((count - teachers) * sum(rung_tensors(job)) + pairs * sum(frozen_tensors(job)))
+
+
+def model_tensors(spec: ArchSpec) -> list[int]:
     """Elements of each tensor of the model."""
     return layer_tensors(spec) * spec.layers + [spec.hidden] + [spec.vocab * spec.hidden] * (1 if spec.tied else 2)
 
@@ -132,7 +144,7 @@ def frozen_weights(job: Job, layout: Layout) -> dict[str, float]:
     spec, s, ranks = job.spec, job.itemsize, job.cluster.ranks
     if layout.stage != 3:
         return {"frozen weights (whole)": float(s * total_parameters(spec))}
-    gathered, whole = partitioned(frozen_tensors(spec), ranks, persistence_threshold(spec))
+    gathered, whole = partitioned(model_tensors(spec), ranks, persistence_threshold(spec))
     parts = {} if layout.offload else {f"frozen weights (1/{ranks})": s * gathered / ranks}
     parts["small tensors kept whole"] = float(s * whole)
     if layout.hpz:

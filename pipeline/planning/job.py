@@ -164,9 +164,19 @@ def teaching(job: Job) -> int:
     return min(snapshots(job), max(0, int(limit / teacher.interval + 1e-6)))
 
 
-def snapshot_tensors(job: Job) -> list[int]:
-    """Bytes of each tensor of one snapshot: trained LoRA in bfloat16, gates and scores in float32."""
-    return [2 * size for size in lora_sizes(job)] * job.spec.layers + [FP32 * size for size in gate_sizes(job)] * 2
+def rung_tensors(job: Job) -> list[int]:
+    """Bytes of each tensor of a snapshot that cannot teach: gates and scores in float32."""
+    return [FP32 * size for size in gate_sizes(job)] * 2
+
+
+def teacher_tensors(job: Job) -> list[int]:
+    """Bytes of each tensor of one that can: those, and trained LoRA in bfloat16."""
+    return [2 * size for size in lora_sizes(job)] * job.spec.layers + rung_tensors(job)
+
+
+def frozen_tensors(job: Job) -> list[int]:
+    """Bytes of each tensor of the frozen pairs of all layers, in bfloat16, which snapshots between two fits share."""
+    return [2 * size for size in refit_sizes(job)] * job.spec.layers
 
 
 def refit_tokens(job: Job) -> float:

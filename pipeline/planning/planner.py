@@ -61,8 +61,9 @@ class Plan:
 
     @property
     def node_memory(self) -> float:
-        """Bytes of host memory of one node."""
-        return sum(self.chosen.memory.host.values()) * self.job.cluster.gpus_per_node
+        """Bytes of host memory of the first node."""
+        need = self.chosen.memory
+        return sum(need.host.values()) * self.job.cluster.gpus_per_node + need.rungs
 
 
 def make_plan(job: Job, zero: str = "auto") -> Plan:
@@ -71,7 +72,7 @@ def make_plan(job: Job, zero: str = "auto") -> Plan:
     return lay_out(job, zero)
 
 
-def lay_out(job: Job, zero: str) -> Plan:
+def lay_out(job: Job, zero: str = "auto") -> Plan:
     """The layout of a run: of those that fit and are about the fastest (`ALIKE`), the one that takes least memory.
 
     Weights are partitioned only where that is faster, and offloaded only where nothing fits without.
@@ -96,10 +97,10 @@ def candidates(job: Job, zero: str) -> Iterator[Layout]:
     """All layouts: the whole batch of a rank and its halves or the configured micro-batch, with and without activation
     checkpointing; under ZeRO-3 also offloaded or, on several nodes, with hpZ."""
     cluster, local = job.cluster, job.local_batch
-    sizes = {local, min(job.config.train.micro_batch or local, local)}
-    while min(sizes) > 1:
-        sizes.add(-(-min(sizes) // 2))
-    for micro_batch in sorted(sizes):
+    sizes = [local]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    for micro_batch in sorted({*sizes, min(job.config.train.micro_batch or local, local)}):
         for checkpointing in (False, True):
             if zero != "3":
                 yield Layout(0 if zero == "auto" and cluster.ranks == 1 else 2, micro_batch, checkpointing)
@@ -157,8 +158,7 @@ def table(base: Config, cluster: Cluster, tokens_per_document: float, zero: str 
             gates = replace(gates, shape="uniform", units=["kv_groups", "experts", "ffn"])
         lora = replace(base.lora, targets=[target for target in base.lora.targets if target in spec.lora_targets])
         model = replace(base.model, path=name, dtype="bfloat16")
-        for target in TARGETS:
-            check_target(spec, gates, target, lora.targets)
+        check_target(spec, gates, max(TARGETS), lora.targets)
         for nodes, cards in ((1, 1), (1, cluster.gpus_per_node), (2, cluster.gpus_per_node)):
             machines, ranks = replace(cluster, nodes=nodes, gpus_per_node=cards), nodes * cards
             train = replace(base.train, batch_size=-(-base.train.batch_size // ranks) * ranks)

@@ -1,4 +1,4 @@
-"""The evaluate stage: perplexity, speed, lm-eval tasks and a sample of each model, and a report that compares them."""
+"""The evaluate stage: perplexity, speed, lm-eval tasks and what each model writes, and a report that compares them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def run(config: Config) -> dict:
 def summary(config: Config, result: dict) -> str:
     """The table, a continuation of each model, and where to look next."""
     lines = [report.table(result), ""]
-    if config.evaluate.sample_prompt:
-        prompt = config.evaluate.sample_prompt
-        lines += [f"{m['name']}: {' '.join((prompt + m['sample']).split())}" for m in result["models"]] + [""]
+    for model in result["models"]:
+        lines += [f"{model['name']}: {' '.join((s['prompt'] + s['continuation']).split())}"
+                  for s in model.get("samples", [])[:1]]  # fmt: skip
+    lines += [""] * ("samples" in result["models"][0])
     lines += [f"model: {m['path']}" for m in result["models"][-1:]]
-    lines.append(f"report: {report_directory(config) / 'report.md'}")
+    lines.append(f"report: {report_directory(config) / 'report.html'}")
     if config.run_dir and "tensorboard" in config.tracking.report_to:
         lines.append(f"curves: {watch_command(Path(config.run_dir))}")
     return "\n".join(lines)

@@ -15,19 +15,21 @@ WIDTH = 9.0
 """Inches; at 100 dots per inch the width of a rendered Markdown page, so that labels are read at their own size."""
 LABELS = {"kv_groups": "KV groups", "heads": "query heads", "ffn": "FFN units"}
 """Per-layer kinds in drawing order."""
-COLOURS = LinearSegmentedColormap.from_list("gates", ["#d9dee3", "#2b6cb0"])
-"""From a gate of 0 (removed) to 1 (kept)."""
+COLOURS = LinearSegmentedColormap.from_list("gates", ["#8696a650", "#2b6cb0"])
+"""From a gate of 0 (removed) to 1 (kept); the first lets a page's own colour through, bright or dark."""
 
 
 def kept_units(gates: Mapping[str, Tensor], width: float = WIDTH) -> bytes:
+    """The picture of `kept_figure` as PNG."""
+    return png(kept_figure(gates, width))
+
+
+def kept_figure(gates: Mapping[str, Tensor], width: float = WIDTH) -> Figure:
     """A bar for each layer, of its gates in order of their value: the kept ones below, and how sure they are by shade.
 
     Args:
         gates: [L, U] in 0..1 by kind; `hidden` is [1, D] and stands in the title.
         width: inches.
-
-    Returns:
-        The picture as PNG.
     """
     panels = [(label, gates[kind].detach().float().cpu()) for kind, label in LABELS.items() if kind in gates]
     figure = Figure(figsize=(width, 0.6 + 1.8 * len(panels)), layout="constrained")
@@ -47,7 +49,7 @@ def kept_units(gates: Mapping[str, Tensor], width: float = WIDTH) -> bytes:
     hidden = gates.get("hidden")
     if hidden is not None and not torch.all(hidden > 0):
         figure.suptitle(f"Hidden dimensions: {int((hidden > 0).sum()):,} of {hidden.numel():,} kept", size=10)
-    return png(figure)
+    return figure
 
 
 def png(figure: Figure) -> bytes:

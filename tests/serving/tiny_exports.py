@@ -30,24 +30,23 @@ SIZES = {
 }
 HEAD_DIM = 32
 """The smallest that vLLM's attention takes."""
-FREE = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-"""Families of which engines take the per-layer shapes too; Phi-3's are Mistral there."""
 
 
 def gates(spec, shape):
     """Some units of every kind removed; in the per-layer shapes also sublayers, but not the first attention.
 
-    Of OLMo only FFN units: llama.cpp wants its heads as wide as the hidden size.
+    Of a uniform OLMo only FFN units: llama.cpp wants its heads as wide as the hidden size.
     """
     # Of a uniform Qwen2 vLLM takes hidden size / heads, four here, for the head size.
     # With experts its CPU build wants a multiple of 32.
     hidden = 4 * HEAD_DIM if (spec.family, shape) == ("qwen2", "uniform") else 64 if spec.experts > 1 else 40
     chosen = some_gates(spec, shape, hidden=hidden, empty=False)
-    if spec.qk_norm == "width":
+    if (spec.qk_norm, shape) == ("width", "uniform"):
         return Gates(ffn=chosen.ffn)
     if shape != "uniform":
         chosen.attn_sublayers[[1, 3]] = 0
-        chosen.ffn_sublayers[[2, 3]] = 0
+        if spec.experts == 1:
+            chosen.ffn_sublayers[[2, 3]] = 0
     return chosen
 
 
@@ -55,7 +54,7 @@ def main():
     folder, *settings = sys.argv[1:]
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for family in FAMILIES:
-        for shape in SHAPES if family in FREE else ("uniform",):
+        for shape in SHAPES:
             place = Path(folder) / f"{family}-{shape}"
             place.mkdir(parents=True)
             base = base_model(family, head_dim=HEAD_DIM, rms_norm_eps=1e-3, **SIZES.get(family, {}))

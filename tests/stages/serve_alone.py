@@ -18,7 +18,7 @@ import gguf  # noqa: E402
 import numpy  # noqa: E402
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True,
           "return_dict_in_generate": True}  # fmt: skip
@@ -42,6 +42,33 @@ def generates(model, ids):
     close(torch.stack(cached.logits), torch.stack(plain.logits))
     alone = model.generate(ids[1:, 4:], attention_mask=mask[1:, 4:], **GREEDY)
     close(torch.stack(alone.logits)[:, 0], torch.stack(cached.logits)[:, 1])
+
+
+def engine_attention(module, query, key, value, attention_mask, scaling, sliding_window=None, **_):
+    """As an engine computes it: heads as the layer's configuration says, the mask its own."""
+    layer = module.config.per_layer_config[module.layer_idx]
+    assert attention_mask is None
+    assert (query.shape[1], key.shape[1]) == (layer.num_attention_heads, layer.num_kv_heads)
+    back = torch.arange(query.shape[2])[:, None] - torch.arange(query.shape[2])
+    seen = (back >= 0) & (back < (sliding_window or len(back)))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+def serves_as_in_vllm(directory, model, ids):
+    """What vLLM's transformers backend does: the base model by AutoModel, attention by the name "vllm", head by itself.
+
+    Absent attention calls none; of experts it must know nothing, for its own are alike in all layers.
+    """
+    AttentionInterface.register("vllm", engine_attention)
+    base = AutoModel.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32, attn_implementation="vllm")
+    assert base.config._attn_implementation == "vllm"
+    assert not any(getattr(layer, "num_experts", 0) for layer in base.config.per_layer_config)
+    with torch.no_grad():
+        hidden = base.eval()(ids, use_cache=False).last_hidden_state
+        close(model.lm_head(hidden) * base.config.logit_scale, model(ids).logits)
 
 
 def trains_a_new_lora(directory, trust, ids):
@@ -109,6 +136,8 @@ def main():
             out[directory] = {"logits": model(ids).logits}
             if "long" in checks:
                 out[directory]["long"] = model(long_ids).logits
+        if trust:
+            serves_as_in_vllm(directory, model, ids)
         generates(model, long_ids if "long" in checks else ids)
         if "lora" in checks:
             trains_a_new_lora(directory, trust, ids)

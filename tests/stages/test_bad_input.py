@@ -150,7 +150,7 @@ def test_export_of_a_missing_or_damaged_run(settings, tmp_path, capsys):
         ("qwen3", "per_layer", "export.gguf=f16", "only where all layers are alike: use export.shape=uniform"),
         ("qwen3", "uniform", "export.gguf=f16", "has no bias on o_proj, as this model has: export without export.gguf"),
         ("olmo2", "uniform", "export.gguf=f16", ": export without export.gguf"),
-        ("llama", "uniform", "export.gguf=q4_0", "export.gguf: expected none | f32 | f16 | q8_0, got 'q4_0'"),
+        ("llama", "uniform", "export.gguf=q4_0", "q4_k_m | q3_k_m, got 'q4_0'"),
         ("llama", "per_layer", "export.shape=uniform", "which no stock model lacks: use export.shape=per_layer_ffn"),
         ("llama", "per_layer", "export.shape=per_layer_fnn", "did you mean 'per_layer_ffn'"),
     ],

@@ -242,8 +242,9 @@ def beginning(tokenizer):
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<eos>", pad_token="<eos>")
 
 
-def test_sample_is_the_greedy_continuation(model, beginning):
+def test_generation_is_greedy_whatever_the_model_would_like(model, beginning, monkeypatch):
     tokenizer = beginning
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 5.0)
     ids = tokenizer("the quick", return_tensors="pt").input_ids
     assert ids[0, 0] == 0
     grown = ids
@@ -253,8 +254,7 @@ def test_sample_is_the_greedy_continuation(model, beginning):
             grown = torch.cat([grown, token.view(1, 1)], 1)
             if token == tokenizer.eos_token_id:
                 break
-    expected = tokenizer.decode(grown[0, ids.shape[1] :], skip_special_tokens=True)
-    assert measure.sample(model, tokenizer, "the quick", 6) == expected
+    assert torch.equal(measure.generate(model, ids, 6), grown)
 
 
 def test_local_task_runs_and_matches_plain_scores(model, tokenizer, beginning):
@@ -298,7 +298,7 @@ def test_report_files(settings, base, caplog):
     assert table == report.results(result)
     assert events.Tags()["scalars"] == []
     files = json.loads((folder / "manifest.json").read_text())["files"]
-    assert sorted(files) == ["kept.png", "report.json", "report.md", "training.png"]
+    assert sorted(files) == ["kept.png", "report.html", "report.json", "report.md", "training.png"]
     verify(folder)
     assert {file.name for file in folder.iterdir()} == {*files, "manifest.json"}
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in files if name.endswith("png"))
@@ -323,6 +323,13 @@ def test_report_files(settings, base, caplog):
     assert "earlier evaluation" not in card
     assert f"| local_mc | 1.0 | 0 | 12 | acc | {before['tasks']['local_mc']['metrics']['acc']['value']:.4f}" in card
     verify(Path(after["path"]))
+    scores = [model["perplexity"]["held_out.txt"] for model in (before, after)]
+    delta = math.log(scores[1]["perplexity"] / scores[0]["perplexity"])
+    assert scores[1]["delta_nll"] == pytest.approx(delta)
+    assert f"| its ΔNLL, nats a token |  | {delta:+.3f} |  |" in card
+    assert f"| agreement with the first model |  | {after['generation']['agreement']:.1%} |  |" in card
+    assert [len(model["samples"]) for model in (before, after)] == [3, 3]
+    assert card.count("Behind `") == 3
 
     text = (folder / "report.md").read_text()
     assert "3 windows of 64 tokens, stride 64" in text
@@ -331,25 +338,43 @@ def test_report_files(settings, base, caplog):
     assert lines[0].split() == ["before", "after", "ratio"]
     speeds = ["prefill tokens/s", "decode tokens/s", "peak memory, bytes"]
     assert [line.split("  ")[0] for line in lines[2:]] == [
-        "parameters", "", "bytes on disk", "mean task accuracy", "perplexity of held_out.txt",
+        "parameters", "", "bytes on disk", "mean task accuracy", "perplexity of held_out.txt", "",
+        "continuations that loop", "distinct 3-grams", "agreement with the first model",
         *(f"{label}, batch {batch}" for batch in (1, 3) for label in speeds),
     ]  # fmt: skip
     assert "the first 12 examples of each. Retained performance" in text
     assert "1/(1 − p·s)" in text
 
 
-def test_one_model_without_speed_tasks_or_sample(settings, base, tmp_path):
-    config = changed(settings, models=[base], speed=False, tasks=[], sample_prompt="", output=str(tmp_path / "out"))
+def test_published_scores_the_whole_text_in_the_papers_windows(settings, base, tmp_path, model, tokenizer):
+    (tmp_path / "long.txt").write_text(f"{TEXT}\n \n" * 4)
+    config = changed(settings, protocol="published", models=[base], text=[str(tmp_path / "long.txt")], speed=False,
+                     tasks=[], prompts=0, blocks=1)  # fmt: skip
+    result = evaluate.run(config)
+    rows = [*(f"{line}\n" for line in TEXT.splitlines()), ""] * 4
+    ids = torch.tensor(tokenizer("\n\n".join(rows)).input_ids)
+    scores = result["models"][0]["perplexity"]
+    name = "long.txt (not WikiText-2), windows of"
+    assert [score["window"] for score in scores.values()] == [2048, 128]
+    assert scores[f"{name} 128"] == {**measure.perplexity(model, ids, 128, 0, 0), "delta_nll": 0.0}
+    assert scores[f"{name} 128"]["blocks"] == len(ids) // 128
+    text = report.markdown(result)
+    assert "Protocol `published`: all rows of the test set joined by blank lines and tokenised as one text" in text
+
+
+def test_one_model_without_speed_tasks_or_prompts(settings, base, tmp_path):
+    config = changed(settings, models=[base], speed=False, tasks=[], prompts=0, output=str(tmp_path / "out"))
     result = evaluate.run(config)
     assert result["ratio"] == {}
-    assert not {"speed", "tasks", "sample"} & set(result["models"][0])
+    assert not {"speed", "tasks", "generation", "samples"} & set(result["models"][0])
     assert result["pictures"] == ["training.png"]
     assert "ratio" not in report.table(result)
 
 
 def test_infinite_perplexity_is_written_as_valid_json(settings, tmp_path, base):
     result = evaluate.run(changed(settings, speed=False, models=[base, base]))
-    # The same model twice scores the same twice, with the same task objects.
+    # The same model twice scores the same twice, with the same task objects, and agrees with itself.
+    assert result["models"][1]["generation"].pop("agreement") == 1
     assert result["models"][0] == result["models"][1]
     result["models"][1]["perplexity"]["held_out.txt"] |= {"perplexity": math.inf, "nll": math.nan}
     written = report.write(result, tmp_path / "out", None)
@@ -421,7 +446,7 @@ def test_what_ends_the_run_costs_one_part(settings, monkeypatch):
     assert draft["unfinished"]
     first, second = draft["models"]
     assert first["perplexity"]["held_out.txt"]["tokens"] == 3 * 63
-    assert {"tasks", "accuracy", "sample"} <= set(first)
+    assert {"tasks", "accuracy", "generation", "samples"} <= set(first)
     assert second["perplexity"]
     assert "tasks" not in second
     assert not (folder / "manifest.json").exists()

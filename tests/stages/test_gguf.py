@@ -139,7 +139,7 @@ def test_what_llama_cpp_cannot_hold_is_one_line_and_nothing_is_written(tmp_path,
     trained(tmp_path, "qwen3", lambda s: some_gates(s, "per_layer"), **{"gates.shape": "per_layer"})
     run = tmp_path / "run"
     line = refused(capsys, f"run_dir={run}", "--gguf", "q4_0")
-    assert "export.gguf: expected none | f32 | f16 | q8_0, got 'q4_0'" in line
+    assert "export.gguf: expected none | f32 | f16 | q8_0 | q6_k | q5_k_m | q4_k_m | q3_k_m, got 'q4_0'" in line
     assert "use export.shape=uniform" in refused(capsys, f"run_dir={run}", "--gguf", "f16")
     assert not (run / "export").exists()
     assert not list(run.glob(".export*"))

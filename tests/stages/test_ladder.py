@@ -1,6 +1,7 @@
 """The ladder: every rung exported and compared in one run, the knee, and rungs that are not there."""
 
 import json
+import math
 
 import pytest
 
@@ -14,7 +15,7 @@ from nuteprune.runs.checkpoint import verify
 def arguments(run_dir, text_file):
     return ["export", str(run_dir), f"evaluate.text={text_file}", "evaluate.window=32", "evaluate.blocks=2",
             "evaluate.prompt_tokens=8", "evaluate.new_tokens=2", "evaluate.batch_sizes=[1]",
-            "evaluate.sample_prompt="]  # fmt: skip
+            "evaluate.prompts=2"]  # fmt: skip
 
 
 def test_every_rung_is_exported_and_compared(arguments, run_dir, capsys, tmp_path):
@@ -37,11 +38,13 @@ def test_every_rung_is_exported_and_compared(arguments, run_dir, capsys, tmp_pat
         assert point["perplexity"] > 0
         assert point["per_layer_perplexity"] > 0
         assert point["prefill"] > 0
+        assert point["delta_nll"] == pytest.approx(math.log(point["perplexity"] / points[0]["perplexity"]))
     assert points[0]["prefill"] == 1.0
     assert [p.get("finetuned", 0) for p in points] == [0, 0, 2, 0]
     assert found["knee"] == ladder.knee(points)
     assert "| intact |" in printed
     assert "cost of the shape" in printed
+    assert "| perplexity | ΔNLL | loops |" in printed
     assert (directory / "ladder.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((directory / "evaluate" / "report.json").read_text())
     scores = [m["perplexity"]["train.txt"]["perplexity"] for m in report["models"][:4]]

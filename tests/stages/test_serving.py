@@ -95,6 +95,5 @@ def test_uniform_exports_have_exactly_the_weights_of_a_stock_class(served):
 
 
 def test_the_modelling_file_is_short():
-    assert (
-        len(Path(modeling_ragged.__file__).read_text().splitlines()) < 220
-    )  # nine families, three shapes, vLLM and older exports
+    """A user who trusts its code should be able to read it: eleven families, three shapes, vLLM and older exports."""
+    assert len(Path(modeling_ragged.__file__).read_text().splitlines()) < 250

@@ -39,6 +39,8 @@ def test_the_file_of_a_run_from_before_counts_importance_in_tokens_and_has_no_re
     save_config(path, load_config(None, ["train.batch_size=4", "data.seq_len=256"]))
     text = path.read_text()
     text = text.replace("importance_tokens: 65536", "importance_batches: 6").replace("  refit: 112\n", "")
+    text = text.replace("  prompts: 32\n", "  sample_prompt: The capital of France is\n")
+    assert "sample_prompt" in text
     path.write_text(text)
     assert load_config(path).gates.importance_tokens == 6 * 4 * 256
     assert load_config(path).lora.refit == 0

@@ -66,5 +66,5 @@ def test_every_block_begins_as_the_tokenizer_begins_a_sequence(tmp_path):
 
 @pytest.mark.parametrize("kind", ["smollm2, qwen", "smollm2, qwen instruct"])
 def test_without_a_first_token_blocks_are_the_text_alone(tmp_path, kind):
-    """The stream of versions before 0.3, which put `eos_token` between documents and nothing before a block."""
+    """The stream of earlier versions, which put `eos_token` between documents and nothing before a block."""
     assert blocks_of(tmp_path, kind) == [["a", "b", "c", "<|endoftext|>", "d"], ["e", "a", "b", "<|endoftext|>", "c"]]

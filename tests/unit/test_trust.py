@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from nuteprune.__main__ import PlainFormatter
 from nuteprune.config import ConfigError, ExportConfig, ModelConfig, load_config
-from nuteprune.evaluation import pictures, report
+from nuteprune.evaluation import page, pictures, report
 from nuteprune.evaluation.tasks import load_tasks
 from nuteprune.exporting.card import base_licence
 from nuteprune.exporting.publish import push
@@ -290,16 +290,22 @@ def test_foreign_names_are_harmless_in_reports_and_cards(tmp_path):
     for text in (markdown_words(EVIL), code(EVIL), plain(EVIL)):
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", text)
     assert plain("a\tb\nc é 漢") == "a\tb\nc é 漢"
-    score = {"perplexity": 1.0, "stride": 8, "window": 8, "blocks": 1, "tokens": 7}
+    score = {"perplexity": 1.0, "stride": 8, "window": 8, "blocks": 1, "tokens": 7, "delta_nll": 0.0}
+    sample = {"prompt": EVIL, "continuation": EVIL, "loops": True}
     models = [
-        {"name": EVIL + str(i), "path": EVIL, "parameters": 1, "perplexity": {EVIL: score}, "sample": EVIL, "tasks": {
+        {"name": EVIL + str(i), "path": EVIL, "parameters": 1, "perplexity": {EVIL: score}, "samples": [sample],
+         "first_tokens": [EVIL], "generation": {"prompts": 1, "loops": 1.0, "distinct": 1.0}, "tasks": {
             EVIL: {"version": 1, "fewshot": 0, "examples": 1, "metrics": {EVIL: {"value": 1.0, "stderr": None}}}}}
         for i in range(3)
     ]  # fmt: skip
-    found = report.markdown({
-        "models": models, "ratio": {}, "prompt": EVIL, "held_out": True, "same_tokens": True, "dtype": "float32",
-        "task_limit": 0, "pictures": [], "environment": {"lm_eval": "0"},
-    })  # fmt: skip
+    facts = {
+        "models": models, "ratio": {"parameters": 1.0}, "protocol": "own", "held_out": True, "same_tokens": True,
+        "dtype": "float32", "task_limit": 0, "pictures": [], "environment": {"lm_eval": "0"},
+    }  # fmt: skip
+    for found in (page.html(facts, {}), report.table(facts)):
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", found)
+    assert "<script" not in page.html(facts, {})
+    found = report.markdown(facts)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", found)
     for line in found.splitlines():
         outside = re.sub(r"`[^`]*`", "", line.replace("\\`", ""))

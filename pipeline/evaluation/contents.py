@@ -1,0 +1,209 @@
+"""What a report says: rows of its tables and sentences about them, which each kind of page puts in its own form.
+
+Cells are plain text. Sentences are plain text too, but for names between backticks (`words.code`).
+"""
+
+from __future__ import annotations
+
+from nuteprune.evaluation.generation import CYCLES, LOOP_TOKENS, NEW_TOKENS, PROMPT_TOKENS
+from nuteprune.runs.words import code, one_line
+
+ROWS = {
+    "parameters": "parameters",
+    "  without embeddings": "parameters_non_embedding",
+    "bytes on disk": "bytes",
+    "mean task accuracy": "accuracy",
+}
+SPEED_ROWS = {
+    "prefill tokens/s": "prefill_tokens_per_s",
+    "decode tokens/s": "decode_tokens_per_s",
+    "peak memory, bytes": "peak_memory_bytes",
+}
+GENERATION_ROWS = {
+    "continuations that loop": "loops",
+    "distinct 3-grams": "distinct",
+    "agreement with the first model": "agreement",
+}
+"""Lines of the table: label and key of a model, of its speed at a number of sequences, of what it writes."""
+
+
+def titles(report: dict) -> list[str]:
+    """Column titles: before and after for a pair, the models' names otherwise."""
+    names = [one_line(model["name"]) for model in report["models"]]
+    return ["before", "after"] if len(names) == 2 else names
+
+
+def headline(report: dict) -> str:
+    """What came out, in one sentence: the last model beside the first."""
+    first, last, ratio = report["models"][0], report["models"][-1], report["ratio"]
+    text, score = next(iter(first["perplexity"].items()))
+    perplexity = number(score["perplexity"])
+    if not ratio:
+        return f"{first['parameters']:,} parameters, perplexity {perplexity} on {code(text)}."
+    after = last["perplexity"][text]
+    parts = [
+        f"{ratio['parameters']:.1%} of the parameters are left",
+        f"perplexity of {code(text)} goes from {perplexity} to {number(after['perplexity'])} "
+        f"(ΔNLL {nats(after['delta_nll'])})",
+    ]
+    if "speed" in ratio:
+        batch, faster = next(iter(ratio["speed"].items()))
+        parts.append(f"decoding runs at {faster['decode_tokens_per_s']:.2f} times the speed (batch {batch})")
+    if "generation" in last:
+        loops = [f"{model['generation']['loops']:.0%}" for model in (last, first)]
+        parts.append(f"{loops[0]} of greedy continuations end in a loop ({loops[1]} before)")
+    return f"{', '.join(parts[:-1])} and {parts[-1]}."
+
+
+def rows(report: dict) -> list[list[str]]:
+    """The table's cells, its head first; rows that nothing was measured for are left out."""
+    models, ratio = report["models"], report["ratio"]
+    found = [["", *titles(report), *(["ratio"] if ratio else [])]]
+
+    def add(label: str, cells: list[str], ratio: float | None = None, of_ratio: str = "-") -> None:
+        share = [of_ratio if ratio is None else f"{ratio:.3f}"] if report["ratio"] else []
+        found.append([label, *cells, *share])
+
+    for label, key in ROWS.items():
+        if models[0].get(key) is not None:
+            add(label, [number(model[key]) for model in models], ratio.get(key))
+    for text in models[0]["perplexity"]:
+        scores = [model["perplexity"][text] for model in models]
+        values = [number(score["perplexity"]) for score in scores]
+        add(f"perplexity of {one_line(text)}", values, ratio.get("perplexity", {}).get(text))
+        if ratio:
+            add("  its ΔNLL, nats a token", ["", *(nats(score["delta_nll"]) for score in scores[1:])], of_ratio="")
+    for label, key in GENERATION_ROWS.items():
+        shares = [model.get("generation", {}).get(key) for model in models]
+        if any(share is not None for share in shares):
+            add(label, ["" if share is None else f"{share:.1%}" for share in shares], of_ratio="")
+    for batch in models[0].get("speed", {}):
+        for label, key in SPEED_ROWS.items():
+            measured = [model["speed"][batch][key] for model in models]
+            if measured[0] is not None:
+                values = [number(value) for value in measured]
+                add(f"{label}, batch {batch}", values, ratio.get("speed", {}).get(batch, {}).get(key))
+    return found
+
+
+def number(value: float | None) -> str:
+    """A count or a measured number for a table; None stands for one that is not finite."""
+    if value is None:
+        return "infinite"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4f}"
+
+
+def nats(value: float | None) -> str:
+    """A difference of losses; None stands for one that is not finite."""
+    return "infinite" if value is None else f"{value:+.3f}"
+
+
+def task_rows(report: dict) -> list[list[str]]:
+    """Cells of the tasks' table, its head first; empty without tasks."""
+    if not any("tasks" in model for model in report["models"]):
+        return []
+    found = [["task", "version", "few-shot", "examples", "metric", *titles(report)]]
+    for name, task in report["models"][0]["tasks"].items():
+        for metric in task["metrics"]:
+            scores = [model["tasks"][name]["metrics"][metric] for model in report["models"]]
+            facts = [str(task[key]) if task[key] is not None else "-" for key in ("version", "fewshot", "examples")]
+            found.append([one_line(name), *facts, one_line(metric), *(_score(score) for score in scores)])
+    return found
+
+
+def _score(score: dict) -> str:
+    value = score["value"]
+    text = f"{value:.4f}" if isinstance(value, (int, float)) else str(value)
+    return text if score["stderr"] is None else f"{text} ± {score['stderr']:.4f}"
+
+
+def task_conditions(report: dict) -> str:
+    """How the tasks were scored, in sentences."""
+    limit = f"the first {report['task_limit']} examples of each" if report["task_limit"] else "all examples"
+    lines = [f"Score ± standard error by lm-eval {report['environment']['lm_eval']}, {limit}."]
+    kept = [f"{code(title)} {model['retained']:.1%}" for title, model in
+            zip(titles(report), report["models"], strict=True) if "retained" in model][1:]  # fmt: skip
+    if kept:
+        lines.append(f"Retained performance (mean `acc` over the first model's): {', '.join(kept)}.")
+    return " ".join(lines)
+
+
+def conditions(report: dict) -> list[str]:
+    """How everything but tasks was measured: a paragraph each of perplexity, of generation and of speed."""
+    found = [_perplexity(report), _generation(report), _speed(report)]
+    return [" ".join(lines) for lines in found if lines]
+
+
+def _perplexity(report: dict) -> list[str]:
+    first, lines = report["models"][0], []
+    for text, score in first["perplexity"].items():
+        how = "side by side" if score["stride"] == score["window"] else "sliding"
+        lines.append(
+            f"Perplexity of {code(text)}: {score['blocks']} window{'s' * (score['blocks'] > 1)} of {score['window']} "
+            f"tokens, stride {score['stride']} ({how}), mean over {score['tokens']:,} predicted tokens, weights in "
+            f"{report['dtype']}."
+        )
+    lines.append(_protocol(report["protocol"], " ".join(map(code, first["first_tokens"]))))
+    if report["ratio"]:
+        lines.append("ΔNLL is ln(after / before).")
+    if not report["held_out"]:
+        lines.append("This is the text the model was pruned on, not a held-out one.")
+    if not report["same_tokens"]:
+        lines.append("The models' tokenizers differ, so their perplexities per token cannot be compared.")
+    return lines
+
+
+def _protocol(protocol: str, first: str) -> str:
+    if protocol == "published":
+        stands = f"after {first}, which stands once" if first else "without a first token"
+        return (
+            "Protocol `published`: all rows of the test set joined by blank lines and tokenised as one text, "
+            f"{stands}, as the code of SparseGPT, Wanda, SliceGPT and FLAP does."
+        )
+    begins = f"each window begins with {first}, which is read, never scored" if first else "no token before a window"
+    return f"Protocol `own`: {begins}, as the tokenizer begins a sequence."
+
+
+def _generation(report: dict) -> list[str]:
+    measured = report["models"][0].get("generation")
+    if not measured:
+        return []
+    return [
+        f"{measured['prompts']} prompts of {PROMPT_TOKENS} tokens, spread over the first text, are continued greedily "
+        f"by at most {NEW_TOKENS}.",
+        f"A loop: at the end an n-gram at least {CYCLES} times in a row, over at least {LOOP_TOKENS} tokens.",
+        "Distinct 3-grams: the mean share of different ones in a continuation.",
+        "Agreement: the share of the first model's tokens that a model ranks first too, after the same tokens.",
+    ]
+
+
+def _speed(report: dict) -> list[str]:
+    first, lines = report["models"][0], []
+    if "speed" in first:
+        measured = next(iter(first["speed"].values()))
+        lines.append(
+            f"Speed: {measured['prompt_tokens']} prompt tokens, {measured['new_tokens']} greedy steps with the KV "
+            f"cache, {' or '.join(first['speed'])} sequences at once, median of {measured['repeats']} rounds in which "
+            f"the models took turns, on {measured['device']} (CPU threads: {measured['threads']}); the ratio is the "
+            "median of the rounds' ratios. Peak memory: the weights and what generation adds to the process."
+        )
+    if report.get("speed_missing"):
+        lines.append(f"Speed was not measured: {report['speed_missing']}.")
+    if "ceiling" in report["ratio"]:
+        most = report["ratio"]["ceiling"]
+        lines.append(
+            f"Ceiling of the speed-up where time goes by the weights read: 1/(1 − p·s) = {most['speedup']:.2f} with "
+            f"p = {most['prunable']:.1%} prunable of what a token reads, s = {most['sparsity']:.1%} removed."
+        )
+    return lines
+
+
+def model_lines(report: dict) -> list[str]:
+    """Where each model lies."""
+    return [f"{code(title)}: {code(model['path'])}" for title, model in
+            zip(titles(report), report["models"], strict=True)]  # fmt: skip
+
+
+def environment_lines(report: dict) -> list[str]:
+    """What the numbers were measured with."""
+    return [f"{key}: {value}" for key, value in report["environment"].items() if value is not None]

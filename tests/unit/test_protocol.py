@@ -1,0 +1,74 @@
+"""WikiText-2 as papers score it: the text whatever form it comes in, windows, and the one first token."""
+
+from __future__ import annotations
+
+import hashlib
+
+import datasets
+import pytest
+import torch
+from tiny import SENTENCES, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from nuteprune.config import Config, ConfigError, EvaluateConfig
+from nuteprune.evaluation import protocol
+from nuteprune.evaluation.protocol import published_text, scored_texts
+
+ROWS = ["", " = Title = \n", "", *[f" {sentence} \n" for sentence in SENTENCES for _ in range(2)], ""]
+TEXT = "\n\n".join(ROWS)
+
+
+def settings(*texts, **values) -> EvaluateConfig:
+    return EvaluateConfig(text=list(map(str, texts)), protocol="published", **values)
+
+
+def test_every_form_of_the_test_set_is_the_same_text(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(protocol, "WIKITEXT2_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+    (tmp_path / "original.txt").write_text("".join(row or " \n" for row in ROWS))
+    (tmp_path / "joined.txt").write_text(TEXT, newline="\r\n")
+    datasets.Dataset.from_dict({"text": ROWS}).to_parquet(tmp_path / "rows.parquet")
+    datasets.Dataset.from_dict({"text": ROWS}).to_json(tmp_path / "rows.jsonl")
+    for name in ("original.txt", "joined.txt", "rows.parquet", "rows.jsonl"):
+        assert published_text(settings(tmp_path / name)) == ("WikiText-2", TEXT), name
+    assert not caplog.text
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: {"text": ROWS} if split == "test" else None)
+    assert published_text(settings()) == ("WikiText-2", TEXT)
+
+
+def test_windows_stand_side_by_side_over_one_first_token_and_the_text(tmp_path):
+    (tmp_path / "joined.txt").write_text(TEXT)
+    tokenizer = tiny_tokenizer()
+    plain = tokenizer(TEXT).input_ids
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
+    # Whatever else is set: papers take all of it.
+    config = Config(evaluate=settings(tmp_path / "joined.txt", window=64, stride=8, blocks=2))
+    found = scored_texts(config, tokenizer)
+    assert [(text.window, text.stride, text.blocks) for text in found] == [(2048, 0, 0), (128, 0, 0)]
+    assert all(torch.equal(text.tokens, torch.tensor([0, *plain])) for text in found)
+
+
+def test_another_text_is_named_as_such(tmp_path, caplog):
+    (tmp_path / "mine.txt").write_text("One.\n\nTwo.\n")
+    assert published_text(settings(tmp_path / "mine.txt")) == ("mine.txt (not WikiText-2)", "One.\n\nTwo.\n")
+    assert "is not WikiText-2's raw test set" in caplog.text
+
+
+MISTAKES = {
+    "two texts": (["a.txt", "b.txt"], "scores one text"),
+    "no file": (["none.txt"], "'none.txt' is no file"),
+}
+
+
+@pytest.mark.parametrize(("texts", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_one_line(texts, message):
+    with pytest.raises(ConfigError, match=message):
+        published_text(settings(*texts))
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ConfigError, match=r"from the hub \(no route\): name the file"):
+        published_text(settings())
