@@ -190,7 +190,7 @@ def test_several_first_tokens_are_refused():
 
 def test_a_family_that_nobody_checked_is_refused():
     config = base_model("llama").config
-    with pytest.raises(ConfigError, match=r"seed_oss was never held against llama\.cpp"):
+    with pytest.raises(ConfigError, match="seed_oss was never held against llama"):
         gguf_architecture(replace(read_spec(config), family="seed_oss"), "uniform", config)
     assert {*CHECKED, *ARCHITECTURES} == {*FAMILIES}
 
