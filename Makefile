@@ -48,8 +48,8 @@ bench-quality: $(VENV) $(MODEL) $(TEXT) ## quality against baselines; TRAIN=c4.j
 bench-overhead: $(VENV) ## what a step costs beside its kernels: dispatches, waits for the device, CPU time
 	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.overhead $(BENCH_ARGS)
 
-gpu-check: $(VENV) $(MODEL) $(TEXT) ## all that only a GPU can tell, as runs/gpu-check/report.md; says what it skipped without one
-	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.gpu_check
+gpu-check: $(VENV) $(MODEL) $(TEXT) ## all that only a GPU can tell, as runs/gpu-check/report.md, in nine minutes; PARTS=a,b: these anew
+	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.gpu_check $(if $(PARTS),--parts $(PARTS))
 
 bench-comm: $(VENV) $(MODEL) ## bytes that ZeRO-3 gathers in a step, paired and separate, on two ranks
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m nuteprune.bench.comm
