@@ -51,8 +51,8 @@ bench-quality: $(VENV) $(FETCHED) $(TEXT) ## quality against baselines; TRAIN=c4
 bench-overhead: $(VENV) ## what a step costs beside its kernels: dispatches, waits for the device, CPU time
 	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.overhead $(BENCH_ARGS)
 
-gpu-check: $(VENV) $(FETCHED) $(TEXT) ## all that only a GPU can tell, as runs/gpu-check/report.md; says what it skipped without one
-	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.gpu_check
+gpu-check: $(VENV) $(FETCHED) $(TEXT) ## all that only a GPU can tell, as runs/gpu-check/report.md, in nine minutes; PARTS=a,b: these anew
+	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.gpu_check $(if $(PARTS),--parts $(PARTS))
 
 bench-comm: $(VENV) $(FETCHED) ## bytes that ZeRO-3 gathers in a step, paired and separate, on two ranks
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m nuteprune.bench.comm

@@ -44,7 +44,7 @@ setup(
         "torch>=2.7.1",  # before, init_process_group(device_id=…) hangs
         "tqdm>=4.66",
         "transformers>=5.13",  # before, a folder named `kernels` on the path keeps every model from loading
-        "triton>=3.3; platform_system == 'Linux'",
+        # No triton: torch's builds for CUDA and ROCm bring theirs, and PyPI's would overwrite that of ROCm's.
     ],
     extras_require={
         "dev": [
@@ -58,6 +58,7 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.5",
             "ruff>=0.9",
+            "triton>=3.3; platform_system == 'Linux'",  # whose interpreter the tests use beside torch's CPU build
             "types-PyYAML",
             "types-tqdm",
         ]

@@ -1,6 +1,6 @@
 """Time and peak memory of the masked LoRA projection against eager torch, torch.compile, peft and the bare GEMM.
 
-python -m nuteprune.kernels.bench [--quick] [--json PATH]
+python -m nuteprune.kernels.bench [--quick] [--others NAME …] [--json PATH]
 
 On a GPU: the projections of LLaMA-7B, LLaMA-13B and Llama-3.1-8B in bf16, triton. Elsewhere: smaller ones in fp32
 through the torch path, so that the bench itself is known to work; the columns that need a GPU say "not measured".
@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
@@ -37,7 +37,8 @@ MODELS = {
     ],
 }
 REDUCED = {"SmolLM2-135M": [("q", 576, 576, "out"), ("gate", 576, 1536, "out"), ("down", 1536, 576, "in")]}
-CONTENDERS = ("ours", "eager", "compile", "peft", "gemm")
+OTHERS = ("eager", "compile", "peft")
+CONTENDERS = ("ours", *OTHERS, "gemm")
 NOT_MEASURED = "not measured"
 
 
@@ -104,11 +105,17 @@ def gemm(p: Problem) -> Callable[[], Tensor]:
 MAKERS = dict(zip(CONTENDERS, (ours, eager, compiled, peft_layer, gemm), strict=True))
 
 
-def milliseconds(call: Callable[[], object], device: str, repeats: int) -> float:
-    """Median time of a call: CUDA events with a cold L2 cache on a GPU, the wall clock elsewhere."""
-    if device == "cuda":
-        from triton.testing import do_bench
+def milliseconds(call: Callable[[], object], device: str, repeats: int, graph: bool = False) -> float:
+    """Median time of a call: CUDA events with a cold L2 cache on a GPU, the wall clock elsewhere.
 
+    With `graph` the calls are replayed from a CUDA graph, so that a call which is shorter on the card than its launch
+    on the host is not timed by the host; the caches are warm then.
+    """
+    if device == "cuda":
+        from triton.testing import do_bench, do_bench_cudagraph
+
+        if graph:
+            return do_bench_cudagraph(call, rep=100, return_mode="median")
         return do_bench(call, warmup=50, rep=200, return_mode="median")
     call()
     times = []
@@ -137,12 +144,13 @@ def measure(maker: Callable, problem: Problem, device: str, repeats: int) -> dic
     grad = torch.randn_like(y)
     leaves = list({id(leaf): leaf for leaf in problem.leaves}.values())
     backward = milliseconds(lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True), device, repeats)
-    forward = milliseconds(call, device, repeats)
+    with torch.no_grad():
+        forward = milliseconds(call, device, repeats, graph=True)
     peak = peak_mib(lambda: torch.autograd.grad(call(), leaves, grad), device)
     return {"forward_ms": round(forward, 4), "backward_ms": round(backward, 4), "peak_mib": peak}
 
 
-def rows(device: str, quick: bool) -> list[dict]:
+def rows(device: str, quick: bool, others: Sequence[str] = OTHERS) -> list[dict]:
     """One row a shape: what it was, and each contender's numbers."""
     on_gpu = device == "cuda"
     models, repeats = (MODELS if on_gpu else REDUCED), 3 if quick else 9
@@ -154,7 +162,8 @@ def rows(device: str, quick: bool) -> list[dict]:
             setup = (k, n, side, m, rank, sparsity, device)
             row = {"model": model, "projection": name, "K": k, "N": n, "tokens": m, "rank": rank, "sparsity": sparsity}
             for contender, maker in MAKERS.items():
-                skip = contender == "compile" and not on_gpu  # inductor's CPU code is not what we compete with
+                # inductor's CPU code is not what we compete with
+                skip = contender not in ("ours", "gemm", *others) or (contender == "compile" and not on_gpu)
                 row[contender] = NOT_MEASURED if skip else measure(maker, Problem(*setup), device, repeats)
             table.append(row)
         if quick and on_gpu:
@@ -195,9 +204,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nuteprune.kernels.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one rank, and few repeats or one model")
     parser.add_argument("--json", type=Path, help="also write everything that was measured to this file")
+    parser.add_argument("--others", nargs="*", default=OTHERS, help=f"beside ours and gemm ({', '.join(OTHERS)})")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts, table = machine(device), rows(device, arguments.quick)
+    facts, table = machine(device), rows(device, arguments.quick, arguments.others)
     sys.stdout.write(markdown(facts, table))
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": facts, "rows": table}, indent=1))

@@ -2,10 +2,11 @@
 
 import fcntl
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,8 @@ DENSE_16BIT = (
 HOPPER_16BIT = (Config(128, 256, 64, 3, 8),)
 # Gathered tiles hold one offset per element in registers: half the depth.
 SCATTERED_16BIT = (Config(128, 128, 32, 3, 8), Config(64, 128, 32, 3, 4))
+# Other cards: half the buffers, for the 64 KiB of shared memory of an AMD MI300, which the lists above exceed.
+OTHER_16BIT = (Config(128, 128, 64, 2, 8), Config(64, 128, 64, 2, 4))
 # fp32 runs as three TF32 products: twice the bytes and more registers, hence half the tile; the taller for many tokens.
 DENSE_32BIT = (Config(64, 64, 32, 3, 8), Config(128, 64, 32, 3, 8))
 SCATTERED_32BIT = (Config(64, 32, 16, 3, 4), Config(64, 64, 16, 3, 8))
@@ -59,6 +62,8 @@ def options(dtype: torch.dtype, scattered: bool, capability: int) -> tuple[Confi
         return SCATTERED_32BIT if scattered else DENSE_32BIT
     if scattered:
         return SCATTERED_16BIT
+    if capability < 80:
+        return OTHER_16BIT
     return DENSE_16BIT + HOPPER_16BIT if capability == 90 else DENSE_16BIT
 
 
@@ -107,11 +112,29 @@ class Tuner:
             return
 
     def pick(self, key: str, choices: Sequence[Config], measure: Callable[[Config], float]) -> Config:
-        """The remembered config of `key` if it is still an option, else the one with the smallest `measure` (ms)."""
+        """The remembered config of `key` if it is still an option, else the one with the smallest `measure` (ms).
+
+        Where every measure is infinite, the first, which is not remembered.
+        """
         if self.chosen.get(key) not in choices:
-            self.chosen[key] = min(choices, key=measure)
+            times = [measure(config) for config in choices]
+            if min(times) == math.inf:
+                return choices[0]
+            self.chosen[key] = choices[times.index(min(times))]
             self._write()
         return self.chosen[key]
+
+
+def milliseconds(launch: Callable[[Config], None], config: Config) -> float:
+    """Time of a launch; infinity where the card has less shared memory or fewer registers than it needs."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    try:
+        launch(config)
+        return do_bench(lambda: launch(config), warmup=5, rep=20)
+    except OutOfResources:
+        return math.inf
 
 
 @lru_cache
@@ -128,6 +151,4 @@ def choose(key: str, choices: Sequence[Config], device: torch.device, launch: Ca
     tuner = tuner_of(torch.cuda.get_device_name(device))
     if key not in tuner.chosen and torch.cuda.is_current_stream_capturing():
         return choices[0]
-    from triton.testing import do_bench
-
-    return tuner.pick(key, choices, lambda config: do_bench(lambda: launch(config), warmup=5, rep=20))
+    return tuner.pick(key, choices, partial(milliseconds, launch))

@@ -88,10 +88,12 @@ DRY_RUN_FLAGS = ("--world-size", "--gpus-per-node", "--gpu", "--gpu-memory")
 
 OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 OUT_OF_MEMORY = {
-    "prune": "lower train.micro_batch or data.seq_len, set train.activation_checkpointing=true, or share the weights "
-    "out with deepspeed=zero3 (`nuteprune plan` says what fits)",
-    "finetune": "lower finetune.micro_batch or finetune.seq_len, set train.activation_checkpointing=true, or share the "
-    "weights out with deepspeed=zero3",
+    "prune": "set model.dtype=bfloat16 and train.micro_batch=1 (0, the default, is the whole batch), lower "
+    "data.seq_len, set train.activation_checkpointing=true, or share the weights out with deepspeed=zero3 "
+    "(`nuteprune plan` says what fits)",
+    "recover": "set train.micro_batch=1, or share the weights out with deepspeed=zero3",
+    "finetune": "set finetune.micro_batch=1, lower finetune.seq_len, set train.activation_checkpointing=true, or share "
+    "the weights out with deepspeed=zero3",
     "export": "it folds on the CPU in float32: lower export.check_tokens, or export on a machine with more memory",
     "evaluate": "lower evaluate.window or evaluate.batch_sizes, or set model.dtype=bfloat16; what was measured is in "
     "report.json",
@@ -184,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        world = discover()
+        world = discover(computes=args.stage in (*DISTRIBUTED, "evaluate") and not getattr(args, "dry_run", False))
         is_main = world.is_main
         if not is_main:
             logging.getLogger("nuteprune").setLevel(logging.ERROR)
@@ -341,10 +343,13 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Imported here, so that --help answers at once.
     import torch
+    from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub.enable_progress_bars()  # which that switched off too; they show on a terminal only
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed, which transformers imports, warns that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -18,19 +18,19 @@ IDS = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3
 class Pair:
     """A paired tiny model with a student and a teacher view in which some units of each kind are removed."""
 
-    def __init__(self, name, checkpointing=False, skip=True, attention="sdpa", dtype=torch.float32):
-        hf = tiny_model(name).to(dtype)
+    def __init__(self, name, checkpointing=False, skip=True, attention="sdpa", dtype=torch.float32, device="cpu"):
+        hf = tiny_model(name).to(device, dtype)
         hf.set_attn_implementation(attention)
         self.spec = read_spec(hf.config)
         lora = LoraConfig(rank=3, targets=list(self.spec.lora_targets))
         self.model = PairedModel(hf, self.spec, lora, checkpointing)
         generator = torch.Generator().manual_seed(0)
-        for a, b in self.model.lora().values():
-            a.data.normal_(0, 0.3, generator=generator)
-            b.data.normal_(0, 0.3, generator=generator)
+        for factor in (factor for pair in self.model.lora().values() for factor in pair):
+            factor.data.copy_(torch.empty(factor.shape).normal_(0, 0.3, generator=generator))  # the same on any device
         self.masks = MaskSet(self.spec, GateConfig(units=ALL_UNITS, shape="per_layer"))
         for la in self.masks.log_alpha.values():
             la.data.normal_(0, 2, generator=generator)
+        self.masks = self.masks.to(device)
         self.masks.project(0.35)
         gates = self.masks.sample(torch.Generator().manual_seed(5))
         assert any(((z > 0) & (z < 1)).any() for z in gates.as_dict().values())

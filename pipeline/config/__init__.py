@@ -4,6 +4,11 @@ A user's mistake (unknown key, wrong type, value out of range) raises `ConfigErr
 says how to mend it. `nuteprune STAGE --help` prints every field from its metadata.
 """
 
+import sys
+
+if sys.platform == "win32":  # signals, file locks and resource usage are POSIX's
+    raise SystemExit("nuteprune runs on Linux and macOS. On Windows it runs inside WSL: wsl --install")
+
 from nuteprune.config.fields import (
     ASKED_EACH_TIME,
     STAGE_SECTIONS,

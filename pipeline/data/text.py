@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import ConfigError, DataConfig
 from nuteprune.data.sequences import sequence_form
+from nuteprune.model.hub import unreachable
 
 C4 = "allenai/c4"
 FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
@@ -164,6 +165,8 @@ def _c4_texts(documents: int) -> Iterator[str]:
     """The first documents of C4's English train split, streamed from the hub."""
     if documents == 0:
         raise ConfigError("c4 has 365 million documents: set data.documents to the number wanted")
+    if why := unreachable():
+        raise ConfigError(f"cannot read {C4} from the hub ({why}): give a local path in data.source")
     try:
         rows = datasets.load_dataset(C4, "en", split="train", streaming=True)
         for row in rows.take(documents):

@@ -19,16 +19,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from nuteprune.arch import ArchSpec, read_spec
 from nuteprune.config import ConfigError, ModelConfig
+from nuteprune.model.hub import PICKLED, WEIGHTS, fetch, unreachable
 
 log = logging.getLogger(__name__)
 
 USABLE = 0.9
 """Share of a device's memory that the weights of a model may fill, the rest is for what is computed with them."""
-WEIGHT_FILES = ("*.safetensors", "*.bin")
 OWN_TYPES: set[str] = set()
 """Model types whose classes this package registered with transformers (`exporting.folding`)."""
 
@@ -55,13 +54,15 @@ def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
     """transformers' configuration of a model and its `ArchSpec`; raises `ConfigError` as `load_model` does."""
     if not path:
         raise ConfigError("model.path is empty: set it to a model directory or a hub id")
+    silent = "" if Path(path).exists() else unreachable()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if Path(path).exists():
             raise ConfigError(f"model.path {path}: no readable config.json there ({_first_line(error)})") from None
         raise ConfigError(
-            f"model.path {path}: neither a directory here nor a model the hub would give ({_first_line(error)})"
+            f"model.path {path}: neither a directory here nor a model the hub would give "
+            f"({silent or _first_line(error)})"
         ) from None
     try:
         return config, read_spec(config)
@@ -91,7 +92,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple
     _, spec = read_config(config.path)
     check_dtype(spec, config.dtype)
     directory = Path(config.path)
-    if directory.is_dir() and not any(p for pattern in WEIGHT_FILES for p in directory.glob(pattern)):
+    if directory.is_dir() and not any(p for pattern in (WEIGHTS, PICKLED) for p in directory.glob(pattern)):
         raise ConfigError(f"model.path {config.path}: config.json but no weights (*.safetensors) there")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -109,14 +110,18 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple
 
 
 def weight_bytes(path: str, config: ModelConfig) -> int:
-    """Bytes of a model's weights in `config.dtype`, from the sizes of its files; 0 where there are none."""
+    """Bytes of a model's weights in `config.dtype`, from the sizes of its files; 0 where there are none.
+
+    A model of the hub is downloaded first: before, nothing tells their sizes.
+    """
     try:
-        folder = Path(cached_file(path, "config.json")).parent
+        folder = fetch(path)
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (ConfigError, OSError, ValueError):
         return 0  # loading it says what is wrong
     dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype") or "float32"), torch.float32)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    files = list(folder.glob(WEIGHTS)) or folder.glob(PICKLED)
+    size = sum(file.stat().st_size for file in files)
     return size * getattr(torch, config.dtype).itemsize // dtype.itemsize
 
 
@@ -126,6 +131,7 @@ def placement(size: int, device: torch.device) -> str | dict | None:
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch, for what comes
     if size <= USABLE * free:
         return {"": device}
     log.info(
@@ -153,11 +159,9 @@ def load_any(
     """
     check_attention(config)
     try:
-        folder = Path(cached_file(path, "config.json")).parent
+        folder = fetch(path)
         asking = _asking_for_code(folder)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, AttributeError) as error:
+    except (ConfigError, OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"cannot load the model '{path}' for evaluation: {_first_line(error)}") from error
     if asking and not trust:
         raise ConfigError(

@@ -6,7 +6,9 @@ import ctypes
 import os
 import re
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,11 +19,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nuteprune.config import ConfigError
+from nuteprune.parallel.device import check_gpu
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """What Open MPI and MPICH tell a process before MPI_Init."""
+
+
+PAUSE = 2.0
+"""Seconds between two meetings of ranks that wait for one of them, see `World.unhurried`."""
 
 
 class RankLost(RuntimeError):
@@ -86,6 +93,28 @@ class World:
             dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
+    def unhurried(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on this rank, after it has ended on all of them, however long that takes; collective.
+
+        It runs beside the ranks' meetings, so that no meeting is waited for longer than `PAUSE`; it must not
+        communicate. A `ConfigError` on any rank is raised on all.
+        """
+        future: Future = Future()
+        if self.size == 1:
+            return work()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:  # whatever it is: raised below, by the thread that waits
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()  # which a signal need not wait for
+        while self.any(not future.done()):
+            wait([future], PAUSE)
+        with self.together():
+            return future.result()
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """A block after which all ranks go on or none: a `ConfigError` on any of them is raised on all.
@@ -104,20 +133,25 @@ class World:
             raise ConfigError(where + messages[failed[0]]) from error
 
 
-def discover() -> World:
+def discover(computes: bool = True) -> World:
     """This process's place, from its launcher: torchrun or deepspeed, a step of srun, mpirun, or none of them.
 
     torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: every launcher gets them set.
 
+    Args:
+        computes: False for what needs no GPU: none is opened, which would take half a gigabyte of its memory.
+
     Raises:
-        ConfigError: the launcher's variables contradict each other.
+        ConfigError: the launcher's variables contradict each other; or there is a GPU that torch does not see.
     """
     # Shapes change with every sample of the gates: without it freed blocks fit no new one, and memory runs out early.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     place = _from_torchrun() or _from_slurm() or _from_mpi()
     rank, size, local_rank, local_size = place or (0, 1, 0, 1)
-    if torch.cuda.is_available():
+    if computes:
+        check_gpu()
+    if computes and torch.cuda.is_available():
         # A launcher may show each rank all GPUs of its node, or its own only.
         local_rank %= torch.cuda.device_count()
         device = torch.device("cuda", local_rank)

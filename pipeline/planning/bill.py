@@ -106,8 +106,9 @@ def loading_seconds(job: Job, layout: Layout) -> float:
 def importance_seconds(job: Job, layout: Layout) -> float:
     """Forward and backward of the intact model, with gradients of gates alone, on N/n tokens of each rank.
 
-    FLOP of a token: 4 a weight of the projections, 3.5 · 2·T·H·P of causal attention, 4 a weight of the head. A
-    micro-batch gathers what one of a step does, and takes two thirds of its launches: there is no teacher.
+    FLOP of a token: 4 a weight of the projections, 3.5 · 2·T·H·P of causal attention, 4 a weight of the head. Sequences
+    go through one by one; each gathers what a micro-batch of a step does, and takes two thirds of its launches: there
+    is no teacher.
     """
     spec, config = job.spec, job.config
     if config.gates.init != "importance":
@@ -115,7 +116,7 @@ def importance_seconds(job: Job, layout: Layout) -> float:
     tokens = math.ceil(min(config.gates.importance_tokens, job.text) / job.tokens) * job.tokens
     attention = spec.layers * 2 * config.data.seq_len * spec.heads * spec.head_dim
     compute = tokens * (4 * spec.prunable_read + 3.5 * attention + 4 * spec.vocab * spec.hidden)
-    count = micro_batches(job, layout, tokens)
+    count = tokens // (job.cluster.ranks * config.data.seq_len)
     moved, part = traffic(job, layout), count / passes(job, layout)
     gathers = part * (gather_seconds(moved.intra, moved.inter, job.cluster) + moved.host / job.cluster.card.host)
     return max(compute / job.cluster.ranks / job.flops + gathers, 2 / 3 * count * launch_seconds(spec))
@@ -190,8 +191,3 @@ def checkpoint_bytes(job: Job) -> dict[str, float]:
         "result": FP32 * (lora_parameters(job) + frozen) + 2 * gates,
     }
     return {name: float(size) for name, size in parts.items() if size}
-
-
-def micro_batches(job: Job, layout: Layout, tokens: float) -> int:
-    """Micro-batches of a rank in a pass over so many tokens of all ranks."""
-    return math.ceil(tokens / job.cluster.ranks / (layout.micro_batch * job.config.data.seq_len))

@@ -103,7 +103,7 @@ def choose(config: Config, machine: Machine) -> tuple[list[Choice], Plan | None]
             take("train.steps", CPU_STEPS, "a run of minutes to hours on a CPU")
         return choices, None
     if "train.epochs" not in given:
-        take("train.steps", GPU_STEPS, "the least budget that docs/results.md would spend on a 7B model")
+        take("train.steps", GPU_STEPS, "the README's budget of a 7B model")
     batch = config.train.batch_size
     take("train.batch_size", -(-batch // machine.ranks) * machine.ranks, "a multiple of the ranks")
     planned = load_config(config, [f"{choice.key}={choice.value}" for choice in choices])

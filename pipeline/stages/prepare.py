@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from nuteprune.config import Config, ConfigError
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.prepared import load_blocks, save_blocks
 from nuteprune.data.text import packed_blocks
+from nuteprune.model.hub import fetch
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.runs.checkpoint import CheckpointError, read_json
 
@@ -49,17 +48,6 @@ def run(config: Config) -> Path:
 def summary(config: Config, result: Path) -> str:
     """What the command line prints at the end."""
     return f"prepared: {result}\nnext: nuteprune prune with the same settings"
-
-
-def fetch(path: str) -> Path:
-    """The directory of a model's files, downloaded into the hub's cache where `path` is a hub id."""
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path {path}: cannot be downloaded ({reason})") from None
 
 
 def check_weights(directory: Path) -> int:

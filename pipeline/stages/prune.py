@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nuteprune.config import Config, LossConfig
-from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import POINT, Gates, MaskSet, check_target, describe, sparsity_of
 from nuteprune.masks.schedule import noise_at, settle_step, target_at
@@ -26,6 +25,7 @@ from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.rundir import save_run
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
+from nuteprune.training.inputs import shared_blocks
 from nuteprune.training.loop import Trainer, save_checkpoint, train
 from nuteprune.training.refit import Refit
 from nuteprune.training.resume import load_state, save_state
@@ -67,7 +67,8 @@ class Pruning(Trainer):
             check_target(spec, config.gates, config.sparsity.target, config.lora.targets)
             settings = zero_settings(config, spec, world)
             tokenizer = load_tokenizer(config.model.path, spec.vocab)
-            blocks = training_blocks(config, tokenizer, spec.vocab)
+        blocks = shared_blocks(config, world, tokenizer, spec.vocab)
+        with world.together():
             stream = BatchStream(blocks, config.train.batch_size, config.seed, world.rank, world.size)
         total = config.train.steps or max(1, round(config.train.epochs * stream.steps_per_epoch))
         model = load_paired(config, world, settings)

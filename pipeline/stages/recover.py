@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from nuteprune.config import Config, ConfigError
-from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
-from nuteprune.model.layers import View, build_view
+from nuteprune.model.layers import View
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World, discover
@@ -30,6 +29,7 @@ from nuteprune.runs.students import (
 )
 from nuteprune.training.engine import Engine
 from nuteprune.training.fixed import FixedGates
+from nuteprune.training.inputs import shared_blocks
 from nuteprune.training.loop import train
 from nuteprune.training.teachers import TeacherBank
 
@@ -100,7 +100,8 @@ class Recovering(FixedGates):
             student = snapshot_student(config, trained, spec, config.recover.ladder[0])
             zero = zero_settings(config, spec, world)
             tokenizer = load_tokenizer(config.model.path, spec.vocab)
-            blocks = training_blocks(replace(config, run_dir=run_dir), tokenizer, spec.vocab)
+        blocks = shared_blocks(replace(config, run_dir=run_dir), world, tokenizer, spec.vocab)
+        with world.together():
             # Another order than that of pruning, whose last batches the snapshot has not seen.
             stream = BatchStream(blocks, config.train.batch_size, config.seed + 1, world.rank, world.size)
         model = load_paired(config, world, zero)
@@ -123,9 +124,7 @@ class Recovering(FixedGates):
 
     def forward(self, ids: Tensor, teacher: View | None) -> Losses:
         """Losses of token ids [b, T]."""
-        model = self.model
-        view = build_view(model.spec, self.masks.fixed, model.lora(), model.scaling, model.dtype)
-        return model(ids, view, teacher, self.config.loss)
+        return self.model(ids, self.model.view(self.masks.fixed), teacher, self.config.loss)
 
     def finish(self) -> Path:
         """Save the recovered rung."""

@@ -28,12 +28,14 @@ from nuteprune.config import Config, ConfigError, flatten, to_dict
 from nuteprune.data.text import BatchStream
 from nuteprune.kernels.api import into_grad
 from nuteprune.model.pairing import Losses, PairedModel
+from nuteprune.parallel.device import named
 from nuteprune.parallel.distributed import World, connected, discover
 from nuteprune.runs.checkpoint import Checkpoints, atomic_directory, sha256
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.rundir import DAMAGED, reason
 from nuteprune.training.determinism import deterministic
 from nuteprune.training.engine import Engine
+from nuteprune.training.inputs import fetch_model
 from nuteprune.training.lifecycle import check_directory, claim_directory, is_finished
 from nuteprune.training.memory import is_out_of_memory
 from nuteprune.training.resume import check_fits
@@ -224,6 +226,8 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
     if world.from_main(finished):
         log.info("already finished: %s", output)
         return output
+    log.info("computing on %s%s", named(world.device), f", rank 0 of {world.size}" if world.size > 1 else "")
+    fetch_model(config, world)
     torch.manual_seed(config.seed)
     trainer = stage.build(config, world)
     with world.together():

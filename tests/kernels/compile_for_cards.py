@@ -1,4 +1,4 @@
-"""Compiles every kernel configuration for sm_80 and sm_90 without a GPU; prints one JSON line per compilation.
+"""Compiles every kernel configuration for sm_80, sm_90 and gfx942 without a GPU; prints a JSON line per compilation.
 
 Run in a process of its own: TRITON_INTERPRET must not be set. The calls are those that the launchers would make at the
 sizes of LLaMA-7B's down projection, through triton's own JIT and its specialisation; only the driver is a stand-in.
@@ -20,7 +20,11 @@ from nuteprune.kernels import fused, launch, pointwise, triton_kernels, tuning
 from nuteprune.kernels.product import Product
 
 M, N, K = 2048, 4096, 11008
-CARDS = (80, 90)
+CARDS = {
+    "80": GPUTarget("cuda", 80, 32),
+    "90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),  # AMD MI300
+}
 # (gates and bias, a list of kept inputs, a list of kept outputs, inputs compact)
 VARIANTS = {
     "bare": (False, False, False, False),
@@ -34,11 +38,11 @@ VARIANTS = {
 class Card:
     """What triton's JIT asks of a driver in order to compile."""
 
-    def __init__(self, capability: int):
-        self.target = GPUTarget("cuda", capability, 32)
+    def __init__(self, target: GPUTarget):
+        self.target = target
 
     def get_current_device(self) -> int:
-        return self.target.arch
+        return 0
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -67,20 +71,30 @@ def loads(ttgir: str) -> list[dict]:
     return found
 
 
-def report(label: str, capability: int, kernel, positional: tuple, keywords: dict) -> None:
-    driver.set_active(Card(capability))
-    built = kernel.warmup(*positional, **keywords, grid=(1,))
-    ptx = built.asm["ptx"]
-    line = {
-        "label": label,
-        "capability": capability,
+def of_nvidia(asm: dict) -> dict:
+    """What the test asks of the code for an NVIDIA card."""
+    ptx = asm["ptx"]
+    return {
         "tensor_cores": "wgmma.mma_async" in ptx or "mma.sync" in ptx,
         "wgmma": "wgmma.mma_async" in ptx,
         "async_copies": "cp.async" in ptx,
-        "loads": loads(built.asm["ttgir"]),
-        "shared": built.metadata.shared,
-        **resource_usage(built.asm["cubin"]),
+        "loads": loads(asm["ttgir"]),
+        **resource_usage(asm["cubin"]),
     }
+
+
+def of_amd(asm: dict) -> dict:
+    """The same of the code for an AMD card; of its registers the vector ones spill to memory, scalar ones to those."""
+    spilled = re.findall(r"\.vgpr_spill_count: *(\d+)", asm["amdgcn"])
+    assert spilled, "no count of spilled registers"
+    return {"tensor_cores": "v_mfma" in asm["amdgcn"], "STACK": sum(map(int, spilled)), "LOCAL": 0}
+
+
+def report(label: str, card: str, kernel, positional: tuple, keywords: dict) -> None:
+    driver.set_active(Card(CARDS[card]))
+    built = kernel.warmup(*positional, **keywords, grid=(1,))
+    found = of_nvidia(built.asm) if card.isdigit() else of_amd(built.asm)
+    line = {"label": label, "card": card, "shared": built.metadata.shared, **found}
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 
@@ -99,40 +113,40 @@ def product_of_x(dtype: torch.dtype, variant: str, rank: int) -> tuple[Product, 
     return Product(meta(N, K), gates[0], *lora, *gates[1:], *lists, 0.5, compact, False), x
 
 
-def matmuls(dtype: torch.dtype, variant: str, rank: int) -> None:
+def matmuls(cards: list[str], dtype: torch.dtype, variant: str, rank: int) -> None:
     """Forward and dx, in every tile size that could be chosen."""
     forward, x = product_of_x(dtype, variant, rank)
     for name, product, source in (("y", forward, x), ("dx", forward.back, x.new_empty(M, N))):
         y, u = launch.empty_output(product, source), launch.empty_u(product, source, lasting=True)
-        for capability in CARDS:
-            for config in tuning.options(dtype, product.scattered, capability):
+        for card in cards:
+            for config in tuning.options(dtype, product.scattered, int(card) if card.isdigit() else 0):
                 for add in (False, True) if name == "dx" and not VARIANTS[variant][0] else (False,):
                     tiles = launch.Tiles(product, source, y, launch.fuses_u(product), config, add)
                     label = f"{name} {dtype} {variant} r{rank} {tuple(config)}{' onto' * add}"
                     arguments = tiles.arguments(product, source, u, y)
-                    report(label, capability, triton_kernels.matmul, arguments, tiles.options)
+                    report(label, card, triton_kernels.matmul, arguments, tiles.options)
 
 
-def small_kernels(dtype: torch.dtype, variant: str) -> None:
+def small_kernels(cards: list[str], dtype: torch.dtype, variant: str) -> None:
     """The separate xAᵀ of a large rank, and the reductions of the small gradients."""
     product, x = product_of_x(dtype, variant, rank=128)
     u = x.new_empty(M, 128)
-    for capability in CARDS:
+    for card in cards:
         alone = product.skinny
         tiles = launch.Tiles(alone, x, u, False, tuning.skinny(128, dtype))
         arguments = tiles.arguments(alone, x, None, u)
-        report(f"skinny {dtype} {variant}", capability, triton_kernels.matmul, arguments, tiles.options)
+        report(f"skinny {dtype} {variant}", card, triton_kernels.matmul, arguments, tiles.options)
         _, positional, keywords = launch.reduce_call(x, u, x, product.keep_in, product.compact_in)
-        report(f"reduce {dtype} {variant}", capability, triton_kernels.column_reduce, positional, keywords)
+        report(f"reduce {dtype} {variant}", card, triton_kernels.column_reduce, positional, keywords)
         sums, n = positional[3:5], positional[7]
         gate = product.in_gate
         outputs = (torch.empty(128, K, device="meta"), None if gate is None else torch.empty(K, device="meta"))
         call = (*sums, gate, product.keep_in, *outputs, n, 128, 4, 1.0, 1, K)
         options = {name: keywords[name] for name in ("RANK", "BC")} | {"ADD": True}
-        report(f"finish {dtype} {variant}", capability, triton_kernels.finish_reduce, call, options)
+        report(f"finish {dtype} {variant}", card, triton_kernels.finish_reduce, call, options)
 
 
-def pointwise_kernels(dtype: torch.dtype) -> None:
+def pointwise_kernels(cards: list[str], dtype: torch.dtype) -> None:
     """Norm, rotary positions, activation and layer loss, each way, at the sizes of LLaMA-7B and the widest hidden."""
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -152,20 +166,24 @@ def pointwise_kernels(dtype: torch.dtype) -> None:
             "gated": ((x, x, x, M * width), {"GELU": True, "BLOCK": 1024}),
             "gated_backward": ((x, x, x, x, x, M * width), {"GELU": False, "BLOCK": 1024}),
         }
-        for capability in CARDS:
+        for card in cards:
             for name, call in calls.items():
-                report(f"pointwise {dtype} {name} {width}", capability, getattr(pointwise, name), *call)
+                report(f"pointwise {dtype} {name} {width}", card, getattr(pointwise, name), *call)
 
 
-def main(dtype_name: str, *variants: str) -> None:
-    dtype = getattr(torch, dtype_name)
+def main(card_names: str, dtype_name: str, *variants: str) -> None:
+    """Compile for cards with commas between their names."""
+    cards, dtype = card_names.split(","), getattr(torch, dtype_name)
+    if any(CARDS[card].backend == "hip" for card in cards):
+        assert len(cards) == 1
+        torch.version.hip = "a build for ROCm"  # what the launchers ask torch for
     for variant in (v for v in variants if v in VARIANTS):
-        matmuls(dtype, variant, rank=16)
+        matmuls(cards, dtype, variant, rank=16)
         if variant == "rows":
-            matmuls(dtype, variant, rank=64)
-        small_kernels(dtype, variant)
+            matmuls(cards, dtype, variant, rank=64)
+        small_kernels(cards, dtype, variant)
     if "pointwise" in variants:
-        pointwise_kernels(dtype)
+        pointwise_kernels(cards, dtype)
 
 
 if __name__ == "__main__":

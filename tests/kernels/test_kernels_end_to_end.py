@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from kernels_cases import DEVICE
 from pair import IDS, Pair
 
 from nuteprune.config import LossConfig, load_config
@@ -31,10 +32,10 @@ def test_losses_of_ten_steps_are_the_same_with_triton(settings, tmp_path, monkey
 @pytest.mark.parametrize("name", ["gemma3", "mixtral", "qwen3", "olmo2", "phi3-partial", "granite"])
 def test_a_family_has_the_same_losses_and_gradients_with_triton(name, monkeypatch):
     pytest.importorskip("triton", reason="triton has no build for this platform")
-    pair, found = Pair(name), {}
+    pair, ids, found = Pair(name, device=DEVICE), IDS.to(DEVICE), {}
     for backend in ("torch", "triton"):
         monkeypatch.setenv("NUTEPRUNE_KERNELS", backend)
-        losses = pair.model(IDS, pair.student, pair.teacher, LossConfig())
+        losses = pair.model(ids, pair.student, pair.teacher, LossConfig())
         found[backend] = (losses, pair.gradients(losses.total))
     (losses, gradients), (ours, own) = found["torch"], found["triton"]
     for value, want in zip(ours, losses, strict=True):

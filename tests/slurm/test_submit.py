@@ -51,6 +51,17 @@ def test_chain_on_gpus_with_the_planners_figures(tmp_path):
     assert not (ROOT / "runs/llama3.1-70b").exists()
 
 
+def test_what_the_cluster_file_says_wins_over_the_planner(tmp_path):
+    """Time and memory of pruning; two words on memory would contradict each other."""
+    cluster = tmp_path / "gpu.env"
+    example = (ROOT / "slurm/clusters/example.env").read_text()
+    cluster.write_text(f"{example}\nPRUNE_TIME=10 PRUNE_FLAGS=(--mem-per-gpu=40G)\n")
+    done = submit("--cluster", cluster, "--dry-run", "recipe=gemma3-1b", f"run_dir={tmp_path}/run")
+    prune = done.stdout.splitlines()[1].split()
+    assert "--time=10" in prune
+    assert [word for word in prune if word.startswith("--mem")] == ["--mem-per-gpu=40G"]
+
+
 def test_chain_on_cpus(files, tmp_path):
     check("submit_cpu", submit(*files, "--dry-run", "sparsity.target=0.3"), tmp_path)
 

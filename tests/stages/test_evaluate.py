@@ -488,6 +488,11 @@ def test_a_model_beyond_one_card_is_spread(monkeypatch):
     cuda = torch.device("cuda", 0)
     assert loading.placement(26 * 10**9, cuda) == {"": cuda}
     assert loading.placement(141 * 10**9, cuda) == "auto"
+    # What torch keeps of a model that is gone counts as free: the next one of that size fits as well.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10**9)
+    assert loading.placement(26 * 10**9, cuda) == {"": cuda}
     assert loading.placement(141 * 10**9, torch.device("cpu")) is None
 
 

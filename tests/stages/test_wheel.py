@@ -78,6 +78,15 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def test_the_wheel_asks_for_no_triton(wheel):
+    """PyPI's would overwrite the one that torch for ROCm brings, which has the same folder under another name."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA"))).decode()
+    wanted = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ") and "extra ==" not in line]
+    assert any("torch" in line for line in wanted)
+    assert not any("triton" in line for line in wanted)
+
+
 def test_a_run_from_the_wheel_alone(binaries, elsewhere, settings, text_file):
     """Ranks, a DeepSpeed file, recipes, tasks: prune → export → evaluate."""
     launcher = [binaries / "python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -45,6 +46,11 @@ def test_windows_stand_side_by_side_over_one_first_token_and_the_text(tmp_path):
     found = scored_texts(config, tokenizer)
     assert [(text.window, text.stride, text.blocks) for text in found] == [(2048, 0, 0), (128, 0, 0)]
     assert all(torch.equal(text.tokens, torch.tensor([0, *plain])) for text in found)
+    assert [text.first for text in found] == [(), ()]
+    own = replace(config, evaluate=replace(config.evaluate, protocol="own"))
+    (text,) = scored_texts(own, tokenizer)
+    assert (text.window, text.stride, text.blocks, text.first) == (64, 8, 2, (0,))
+    assert torch.equal(text.tokens, torch.tensor(plain))
 
 
 def test_another_text_is_named_as_such(tmp_path, caplog):
