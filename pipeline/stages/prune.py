@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,16 @@ from nuteprune.runs.rundir import save_run
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
 from nuteprune.training.loop import Trainer, save_checkpoint, train
+from nuteprune.training.preparation import Preparation
 from nuteprune.training.refit import Refit
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Preempted
 from nuteprune.training.teachers import TeacherBank
 
 log = logging.getLogger(__name__)
+
+PREPARATION = "preparation"
+"""Name of what is measured before the first step, below the run directory, until the run ends."""
 
 
 def run(config: Config) -> Path:
@@ -50,7 +55,7 @@ class Pruning(Trainer):
 
     stage = "prune"
     output = "pruned"
-    outputs = ("checkpoints", "pruned")
+    outputs = ("checkpoints", PREPARATION, "pruned")
     free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
 
     def __init__(
@@ -83,13 +88,28 @@ class Pruning(Trainer):
 
     def start(self) -> None:
         """Rank the units in a new run, if not all start alike, and look at the FFN units until gates settle."""
+        if self.masks.fixed is not None:
+            return
+        store = Preparation(Path(self.config.run_dir) / PREPARATION, self.inputs)
         if self.step == 0 and self.config.gates.init == "importance":
-            self.rank_units()
-        if self.refit and self.masks.fixed is None:
-            self.refit.measure(self.halt)
+            self.rank_units(store)
+        if self.refit:
+            self.refit.measure(self.halt, store)
 
-    def rank_units(self) -> None:
+    def rank_units(self, store: Preparation) -> None:
         """Give log-alpha its start: from importance on the first batches."""
+        importance = store.load("importance")
+        if not all(self.world.gather(importance is not None)):
+            importance = self.importance()
+            with self.world.together():
+                if self.world.is_main:
+                    store.save("importance", {kind: value.cpu() for kind, value in importance.items()})
+        assert importance is not None
+        importance = {kind: importance[kind].to(self.world.device) for kind in self.masks.kinds}
+        self.masks.restart(initial_log_alpha(self.model.spec, importance, self.config.gates.init_spread))
+
+    def importance(self) -> dict[str, Tensor]:
+        """Importance of every unit on the first batches of all ranks."""
         tokens = self.config.train.batch_size * self.config.data.seq_len
         count = math.ceil(min(self.config.gates.importance_tokens / tokens, self.stream.steps_per_epoch))
 
@@ -102,8 +122,7 @@ class Pruning(Trainer):
 
         log.info("measuring the importance of %s on %d tokens", ", ".join(self.masks.kinds), count * tokens)
         importance = taylor_importance(self.model, self.masks.kinds, batches())
-        importance = {kind: self.world.sum(value) for kind, value in importance.items()}
-        self.masks.restart(initial_log_alpha(self.model.spec, importance, self.config.gates.init_spread))
+        return {kind: self.world.sum(value) for kind, value in importance.items()}
 
     def halt(self) -> None:
         """End here, where nothing has been done that is not saved, if a signal came to any rank."""
@@ -154,6 +173,7 @@ class Pruning(Trainer):
             log.info("step %d: gates settled at sparsity %.4f", self.step, sparsity_of(self.model.spec, gates))
             if self.refit:
                 self.refit.apply(gates)
+                self.refit.free()
         return target
 
     @torch.no_grad()
@@ -249,6 +269,7 @@ class Pruning(Trainer):
         }
         lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
         target = save_run(Path(config.run_dir), config, spec, gates, masks.scores(), lora, self.bank.snapshots, facts)
+        shutil.rmtree(Path(config.run_dir) / PREPARATION, ignore_errors=True)
         log.info("pruned to %.2f%%, %d teachers (%.1f MB): %s", 100 * facts["sparsity"], len(self.bank.snapshots),
                  self.bank.nbytes / 1e6, target)  # fmt: skip
         if abs(facts["sparsity"] - config.sparsity.target) > POINT:
