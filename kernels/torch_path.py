@@ -130,8 +130,8 @@ class MaskedLoraLinear(torch.autograd.Function):
         dm_in  = Σ_m x⊙dx / m_in          (x⊙dx carries m_in once)
         dm_out = Σ_m g⊙y / m_out          (y carries m_out once)
     and 0 at units whose gate is 0 or that are removed. W and b get none. With `whole`, a pair of which A and B are the
-    last ranks, it computes with that, and dA and dB are those of A and B. Saved: x, W itself, A, B, the gates, the index
-    lists, and y only when out_gate needs a gradient (do not modify y in place then).
+    last ranks, it computes with that, and dA and dB are those of A and B. Saved: x, W itself, A, B, the gates, the
+    index lists, and y only when out_gate needs a gradient (do not modify y in place then).
     """
 
     @staticmethod
@@ -154,8 +154,8 @@ class MaskedLoraLinear(torch.autograd.Function):
         flat = rows(x)
         if not compact_in:
             flat = pick(flat, 1, keep_in, x.dtype)
-        pair = whole or (lora_a, lora_b)
-        f = fold(weight, *pair, in_gate, out_gate, keep_in, keep_out, scaling, flat.shape[0])
+        a, b = whole or (lora_a, lora_b)
+        f = fold(weight, a, b, in_gate, out_gate, keep_in, keep_out, scaling, flat.shape[0])
         b = pick(bias, 0, keep_out, x.dtype)
         if b is not None and f.out_gate is not None:
             b = b * f.out_gate
@@ -180,8 +180,9 @@ class MaskedLoraLinear(torch.autograd.Function):
             flat = pick(flat, 1, keep_in, x.dtype)
         if not compact_out:
             g = pick(g, 1, keep_out, g.dtype)
-        pair, first = ctx.whole or (lora_a, lora_b), 0 if ctx.whole is None else len(ctx.whole[0]) - len(lora_a)
-        f = fold(weight, *pair, in_gate, out_gate, keep_in, keep_out, ctx.scaling, flat.shape[0])
+        a, b = ctx.whole or (lora_a, lora_b)
+        first = 0 if ctx.whole is None else len(a) - len(lora_a)
+        f = fold(weight, a, b, in_gate, out_gate, keep_in, keep_out, ctx.scaling, flat.shape[0])
         # Skinny products are kept as [R, M]: measured in MKL, (B̃ᵀgᵀ) is 3 times as fast as gB̃, (uᵀg)ᵀ 8 times as gᵀu
         ga = f.lora_b.t() @ g.t() if f.lora_b is not None and (need_a or not f.merged) else None
         dx = d_a = d_b = d_in = d_out = None
@@ -196,9 +197,11 @@ class MaskedLoraLinear(torch.autograd.Function):
             y = y if compact_out else pick(y, 1, keep_out, y.dtype)
             d_out = _gate_grad(y, g, out_gate, keep_out, n)
         if need_a:
+            assert ga is not None
             d_a = ga[first:] @ flat if f.in_gate is None else (ga[first:] @ flat).mul_(f.in_gate)
             d_a = spread(d_a, 1, keep_in, k).to(lora_a.dtype)
         if need_b:
+            assert f.lora_a is not None
             d_b = ((f.lora_a[first:] @ flat.t()) @ g).t()
             d_b = d_b * (ctx.scaling if f.out_gate is None else (f.out_gate * ctx.scaling)[:, None])
             d_b = spread(d_b, 0, keep_out, n).to(lora_b.dtype)

@@ -19,8 +19,9 @@ from nuteprune.data.text import BatchStream
 from nuteprune.masks import POINT, Gates, MaskSet, check_target, describe, sparsity_of
 from nuteprune.masks.schedule import noise_at, settle_step, target_at
 from nuteprune.masks.selection import BATCHES
-from nuteprune.model.layers import LoraParameters, View, build_view
+from nuteprune.model.layers import View
 from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.lora import Update
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
@@ -79,7 +80,9 @@ class Pruning(Trainer):
         masks = MaskSet(spec, config.gates).to(world.device)
         multipliers = Multipliers().to(world.device) if config.sparsity.constraint == "lagrangian" else None
         engine = Engine(model, masks, multipliers, config, total, world)
-        bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
+        held = config.sparsity.constraint == "projection"  # a Lagrangian may pass its target, and then more teach
+        bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype,
+                           config.sparsity.target if held else 1.0, world.is_main)  # fmt: skip
         refit = Refit(model, config, world, stream, total) if config.lora.refit else None
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
                  total)  # fmt: skip
@@ -142,7 +145,9 @@ class Pruning(Trainer):
         if self.refit and self.masks.fixed is None and self.step % self.refit.every == 0:
             self.refit.apply(self.masks.deterministic())
         if config.teacher.from_snapshots and self.masks.fixed is None and self.bank.is_due(reached):
-            self.bank.record(self.step, reached, self.masks.deterministic(), self.masks.scores(), self.model.lora())
+            update = self.model.update
+            self.bank.record(self.step, reached, self.masks.deterministic(), self.masks.scores(), update.lora,
+                             update.frozen)  # fmt: skip
         if self.multipliers is not None:
             first, second = self.multipliers.values.tolist()
             metrics |= {"lambda_1": first, "lambda_2": second}
@@ -151,7 +156,7 @@ class Pruning(Trainer):
             "expected_sparsity": reached,
             "teacher_sparsity": 0.0 if index is None else self.bank.snapshots[index].sparsity,
             "noise": self.masks.noise,
-            "teachers": float(len(self.bank.snapshots)),
+            "teachers": float(sum(s.teaches for s in self.bank.snapshots)),
             "teacher_bank_mb": self.bank.nbytes / 1e6,
         }
 
@@ -188,7 +193,7 @@ class Pruning(Trainer):
         for gates in tqdm(structures, "measuring structures", leave=False, disable=not shown):
             if self.world.any(bool(self.stop.received)):
                 raise Preempted(f"{self.stop.name} at step {self.step}, while structures were measured: saved")
-            view = build_view(model.spec, gates.to(self.world.device), model.lora(), model.scaling, model.dtype)
+            view = model.student(gates.to(self.world.device))
             total = torch.zeros((), dtype=torch.float64, device=self.world.device)
             for batch in batches:
                 for ids in batch.split(self.config.train.micro_batch or len(batch)):
@@ -228,7 +233,7 @@ class Pruning(Trainer):
 
     def save(self, directory: Path, counters: dict) -> None:
         """Gates, multipliers, LoRA, optimizers, teachers and counters."""
-        save_state(directory, self.config, *self._parts(), counters)
+        save_state(directory, self.config, *self._parts(), counters, self.checkpoints.newest())
 
     def load(self, directory: Path) -> dict[str, float]:
         """Restore what `save` wrote; returns the counters."""
@@ -236,8 +241,8 @@ class Pruning(Trainer):
 
     def _parts(
         self,
-    ) -> tuple[MaskSet, Multipliers | None, LoraParameters, dict[str, torch.optim.Optimizer], TeacherBank]:
-        return self.masks, self.multipliers, self.model.lora(), self.engine.optimizers, self.bank
+    ) -> tuple[MaskSet, Multipliers | None, Update, dict[str, torch.optim.Optimizer], TeacherBank]:
+        return self.masks, self.multipliers, self.model.update, self.engine.optimizers, self.bank
 
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
         """Loss, sparsity against its target, and the teacher."""
@@ -267,10 +272,11 @@ class Pruning(Trainer):
             "skipped_steps": self.bad_total,
             "teachers": [s.sparsity for s in self.bank.snapshots],
         }
-        lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
-        target = save_run(Path(config.run_dir), config, spec, gates, masks.scores(), lora, self.bank.snapshots, facts)
+        lora = self.model.update.pairs()
+        target = save_run(Path(config.run_dir), config, spec, gates, masks.scores(), lora, self.bank.snapshots, facts,
+                          self.checkpoints.newest())  # fmt: skip
         shutil.rmtree(Path(config.run_dir) / PREPARATION, ignore_errors=True)
-        log.info("pruned to %.2f%%, %d teachers (%.1f MB): %s", 100 * facts["sparsity"], len(self.bank.snapshots),
+        log.info("pruned to %.2f%%, %d snapshots (%.1f MB): %s", 100 * facts["sparsity"], len(self.bank.snapshots),
                  self.bank.nbytes / 1e6, target)  # fmt: skip
         if abs(facts["sparsity"] - config.sparsity.target) > POINT:
             log.warning(

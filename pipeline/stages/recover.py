@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nuteprune.config import Config, ConfigError
 from nuteprune.data.prepared import training_blocks
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
-from nuteprune.model.layers import View, build_view
+from nuteprune.model.layers import View
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World, discover
@@ -104,10 +103,7 @@ class Recovering(FixedGates):
             # Another order than that of pruning, whose last batches the snapshot has not seen.
             stream = BatchStream(blocks, config.train.batch_size, config.seed + 1, world.rank, world.size)
         model = load_paired(config, world, zero)
-        with torch.no_grad():
-            for key, pair in student.lora.items():
-                for own, value in zip(model.lora()[key], pair, strict=True):
-                    own.copy_(value)
+        model.update.load(student.lora)
         masks = MaskSet(spec, config.gates).to(world.device)
         masks.fix(student.gates)
         engine = Engine(model, masks, None, config, config.train.steps, world)
@@ -124,8 +120,7 @@ class Recovering(FixedGates):
     def forward(self, ids: Tensor, teacher: View | None) -> Losses:
         """Losses of token ids [b, T]."""
         model = self.model
-        view = build_view(model.spec, self.masks.fixed, model.lora(), model.scaling, model.dtype)
-        return model(ids, view, teacher, self.config.loss)
+        return model(ids, model.view(self.masks.fixed), teacher, self.config.loss)
 
     def finish(self) -> Path:
         """Save the recovered rung."""
@@ -136,5 +131,5 @@ class Recovering(FixedGates):
             "sparsity": sparsity_of(self.model.spec, gates),
             "skipped_steps": self.bad_total,
         }
-        lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
+        lora = self.model.update.pairs()
         return save_tuned(Path(config.run_dir), config, self.trained, self.model.spec, gates, lora, facts)

@@ -1,4 +1,4 @@
-"""FFN units that stay make up for those that leave: least squares of down_proj, held in ranks of its LoRA.
+"""FFN units that stay make up for those that leave: least squares of down_proj, held in a pair beside its LoRA.
 
 With h the FFN's activations, K the units that stay and R those that leave, W_R h_R is predicted from h_K:
 
@@ -50,7 +50,7 @@ _EPS, _ITERATIONS = 1e-8, 3
 
 
 class Refit:
-    """Writes the first ranks of down_proj's LoRA, which are not trained.
+    """Writes the frozen ranks of the update of down_proj.
 
     Each rank of the run keeps the G of every n-th layer, computes the pairs of those and gets the others'.
 
@@ -69,7 +69,7 @@ class Refit:
         self.model, self.ranks, self.world, self.stream = model, config.lora.refit, world, stream
         self.shown = config.tracking.progress and world.is_main
         self.every = max(1, min(settle_step(config, total), total) // TIMES)
-        self.layers = [index for index in range(model.spec.layers) if f"{index}.down_proj" in model.lora()]
+        self.layers = [index for index in range(model.spec.layers) if f"{index}.down_proj" in model.update.frozen]
         self._measured = False
         self._grams: dict[int, Tensor] = {}
         self._weights: dict[int, Tensor] = {}
@@ -83,8 +83,7 @@ class Refit:
         self.measure()
         parts = []
         for index in self.layers:
-            a_RF, b_DR = model.lora()[f"{index}.down_proj"]
-            a_QF, b_DQ = a_RF[: self.ranks], b_DR[:, : self.ranks]
+            a_QF, b_DQ = model.update.frozen[f"{index}.down_proj"]
             parts += [a_QF, b_DQ]
             if index in self._grams:
                 weight_DF, gram_FF = (held[index].to(device) for held in (self._weights, self._grams))
