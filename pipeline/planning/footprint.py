@@ -102,9 +102,15 @@ class Job:
 
 
 def lora_sizes(job: Job) -> list[int]:
-    """Elements of each LoRA matrix of one layer."""
+    """Elements of each LoRA matrix in training of one layer."""
     shapes, lora = projection_shapes(job.spec), job.config.lora
-    return [lora.rank_of(name) * side for name in lora.targets for side in shapes[name]]
+    return [lora.rank * side for name in lora.targets for side in shapes[name]]
+
+
+def frozen_parameters(job: Job) -> int:
+    """Elements of the pairs of `lora.refit`."""
+    sides = sum(projection_shapes(job.spec)["down_proj"]) if "down_proj" in job.config.lora.targets else 0
+    return job.spec.layers * job.config.lora.refit * sides
 
 
 def lora_parameters(job: Job) -> int:
@@ -216,6 +222,7 @@ def lora_memory(job: Job) -> dict[str, float]:
         "LoRA in compute type (student, teachers)": ((s if s != FP32 else 0) + teachers) * count,
         "LoRA gradient": FP32 * count,
         "LoRA moments": 2 * FP32 * count / job.cluster.ranks,
+        "frozen ranks in compute type (student, teachers)": (s + teachers) * frozen_parameters(job),
     }
 
 

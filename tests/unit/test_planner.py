@@ -123,16 +123,18 @@ def test_snapshots():
 
 
 def test_memory_by_hand():
-    """LLaMA-7B, bf16, 8 ranks: 1/8 of the matrices, norms whole; LoRA of 16·(4·(D+D) + 3·(D+F)), and of 112·(D+F)."""
+    """LLaMA-7B, bf16, 8 ranks: 1/8 of the matrices, norms whole; LoRA of 16·(4·(D+D) + 3·(D+F)), frozen 112·(D+F)."""
     plan = job()
     need = memory(plan, Layout(3, 1), 1000)
     norms = 65 * 4096
     assert need.resident["frozen weights (1/8)"] == 2 * (TOTALS["llama-7b"] - norms) / 8
     assert need.resident["small tensors kept whole"] == 2 * norms
-    assert lora_parameters(plan) == 32 * (16 * (4 * 8192 + 3 * 15104) + 112 * 15104) == 94_109_696
-    assert need.resident["LoRA weights"] == 4 * 94_109_696
-    assert need.resident["LoRA gradient"] == 4 * 94_109_696
-    assert need.resident["LoRA moments"] == 8 * 94_109_696 / 8
+    assert lora_parameters(plan) == 32 * 16 * (4 * 8192 + 3 * 15104) == 39_976_960
+    frozen = need.resident["frozen ranks in compute type (student, teachers)"]
+    assert frozen == (2 + 4) * 32 * 112 * 15104
+    assert need.resident["LoRA weights"] == 4 * 39_976_960
+    assert need.resident["LoRA gradient"] == 4 * 39_976_960
+    assert need.resident["LoRA moments"] == 8 * 39_976_960 / 8
     assert need.layer_phase["gathered layers (3: at work, prefetched, its buffer)"] == 3 * 2 * (
         4 * 4096**2 + 3 * 4096 * 11008 + 8192
     )
@@ -140,7 +142,7 @@ def test_memory_by_hand():
     assert need.head_phase["logits of one KL chunk"] == logits_chunk(plan, 512) == 4 * 4 * 256 * 32000
     assert need.resident["gates and their optimizer"] == 12 * 32 * (11008 + 1)  # FFN units and attention
     assert need.host == {
-        "teachers (20 snapshots)": 20 * (2 * 94_109_696 + 8 * 32 * (11008 + 1)),
+        "teachers (20 snapshots)": 20 * (2 * 39_976_960 + 8 * 32 * (11008 + 1)),
         "refit of removed units": 4 * 11008**2 * 4,
     }
 
