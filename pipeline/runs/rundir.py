@@ -119,18 +119,18 @@ class Run:
 def save_run(
     directory: Path, config: Config, spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor],
     lora: Mapping[str, tuple[Tensor, Tensor]], snapshots: list[Snapshot], facts: dict[str, Any],
-    lender: Path | None = None,
+    lender: Path | None = None, rungs: Path | None = None,
 ) -> Path:  # fmt: skip
     """Write the finished student to `<run>/pruned`, atomically.
 
-    `facts` (steps, sparsity, …) go to pruned.json; `lender`: the newest checkpoint, see `save_snapshots`.
+    `facts` (steps, sparsity, …) go to pruned.json; `lender` and `rungs`: see `save_snapshots`.
     """
     target = directory / "pruned"
     with atomic_directory(target, lender) as tmp:
         save_config(tmp / "config.yaml", config)
         save_gates(tmp / "gates.safetensors", gates, scores)
         save_adapter(tmp / "adapter", lora, config, spec)
-        save_snapshots(tmp, snapshots, lender)
+        save_snapshots(tmp, snapshots, lender, rungs)
         facts = {**facts, "architecture": spec.__dict__, "base": fingerprint(config.model.path)}
         (tmp / "pruned.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return target

@@ -23,8 +23,9 @@ class Snapshot:
         scores: log-alpha by kind, float32: the order in which units leave, for export.
         lora: LoRA pairs in bfloat16.
         frozen: those of `lora.refit`, in bfloat16; snapshots between which they did not change have the same ones.
-        teaches: whether it can be a teacher. One that cannot is a rung: rank 0 has it, without LoRA, the other ranks
-            know its sparsity.
+        fitted: step of which those are, None where there are none.
+        teaches: whether it can be a teacher. One that cannot is a rung: it has no LoRA, and while the run trains no
+            tensors at all, which lie on the disk.
     """
 
     step: int
@@ -33,6 +34,7 @@ class Snapshot:
     scores: dict[str, Tensor]
     lora: Pairs
     frozen: Pairs = field(default_factory=dict)
+    fitted: int | None = None
     teaches: bool = True
 
     @property

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nuteprune.config import ConfigError
 from nuteprune.masks import KINDS, Gates
 from nuteprune.runs.checkpoint import inside, read_json
 from nuteprune.runs.snapshot import Pairs, Snapshot
@@ -22,26 +26,38 @@ from nuteprune.runs.snapshot import Pairs, Snapshot
 FOLDER = "teachers"
 
 
-def save_snapshots(directory: Path, snapshots: list[Snapshot], lender: Path | None = None) -> None:
+def save_snapshots(
+    directory: Path, snapshots: list[Snapshot], lender: Path | None = None, rungs: Path | None = None
+) -> None:
     """Write snapshots below `directory`, with their steps and sparsities in teachers.json.
 
     Args:
         lender: the newest checkpoint of the run, whose files are taken where it has them.
+        rungs: where `write_rung` has put what came since then.
     """
     folder, index = directory / FOLDER, []
-    written: dict[int, str] = {}
     folder.mkdir(parents=True, exist_ok=True)
+    lenders = [place for place in (lender and lender / FOLDER, rungs) if place is not None]
     for s in snapshots:
-        entry: dict[str, Any] = {"file": f"{s.step:08d}.safetensors", "step": s.step, "sparsity": s.sparsity,
-                                 "teaches": s.teaches}  # fmt: skip
-        _write(folder, entry["file"], gate_tensors(s.gates, s.scores) | pair_tensors(s.lora, "lora"), lender)
-        if s.frozen:
-            name = written.setdefault(id(s.frozen), f"frozen-{s.step:08d}.safetensors")
-            entry["frozen"] = name
-            if not (folder / name).exists():
-                _write(folder, name, pair_tensors(s.frozen, "frozen"), lender)
+        entry: dict[str, Any] = {"file": _name(s), "step": s.step, "sparsity": s.sparsity, "teaches": s.teaches}
+        if s.fitted is not None:
+            entry |= {"frozen": _frozen(s), "fitted": s.fitted}
+        for name, tensors in _files(s).items():
+            if not (folder / name).exists() and not _link(folder / name, lenders) and tensors:
+                save_file(tensors, folder / name)
         index.append(entry)
     (folder / "teachers.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def write_rung(folder: Path, rung: Snapshot) -> None:
+    """Write a snapshot for the next `save_snapshots`, so that it takes no memory; `ConfigError` if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, tensors in _files(rung).items():
+            (folder / name).unlink(missing_ok=True)  # of a start that came further; checkpoints may share it
+            save_file(tensors, folder / name)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot write {folder}: {error}; free space or choose another directory") from None
 
 
 def load_snapshots(directory: Path, rungs: bool = True) -> list[Snapshot]:
@@ -54,27 +70,42 @@ def load_snapshots(directory: Path, rungs: bool = True) -> list[Snapshot]:
     frozen: dict[str, Pairs] = {"": {}}
     path = folder / "teachers.json"
     for entry in read_json(path) if path.is_file() else []:
-        teaches, name = entry.get("teaches", True), str(entry.get("frozen", ""))
-        if not teaches and not rungs:
-            snapshots.append(Snapshot(entry["step"], entry["sparsity"], Gates(), {}, {}, teaches=False))
-            continue
-        tensors = load_file(inside(folder, str(entry["file"])))
-        if name not in frozen:
-            frozen[name] = tensor_pairs(load_file(inside(folder, name)), "frozen")
-        gates, scores = split_gates(tensors)
-        pairs = tensor_pairs(tensors, "lora"), frozen[name]
-        snapshots.append(Snapshot(entry["step"], entry["sparsity"], gates, scores, *pairs, teaches))
+        facts = entry.get("fitted"), entry.get("teaches", True)
+        s = Snapshot(entry["step"], entry["sparsity"], Gates(), {}, {}, {}, *facts)
+        if s.teaches or rungs:
+            tensors, name = load_file(inside(folder, str(entry["file"]))), str(entry.get("frozen", ""))
+            if name not in frozen:
+                frozen[name] = tensor_pairs(load_file(inside(folder, name)), "frozen")
+            gates, scores = split_gates(tensors)
+            s = replace(s, gates=gates, scores=scores, lora=tensor_pairs(tensors, "lora"), frozen=frozen[name])
+        snapshots.append(s)
     return snapshots
 
 
-def _write(folder: Path, name: str, tensors: Mapping[str, Tensor], lender: Path | None) -> None:
-    if lender is not None:
-        try:
-            os.link(lender / FOLDER / name, folder / name)
-            return
-        except OSError:  # not there, or a file system without links
-            pass
-    save_file(dict(tensors), folder / name)
+def _name(s: Snapshot) -> str:
+    return f"{s.step:08d}.safetensors"
+
+
+def _frozen(s: Snapshot) -> str:
+    return f"frozen-{s.fitted:08d}.safetensors"
+
+
+def _files(s: Snapshot) -> dict[str, dict[str, Tensor]]:
+    """The files of a snapshot; empty where its tensors lie on the disk already."""
+    files = {_name(s): gate_tensors(s.gates, s.scores) | pair_tensors(s.lora, "lora")}
+    return files if s.fitted is None else files | {_frozen(s): pair_tensors(s.frozen, "frozen")}
+
+
+def _link(path: Path, lenders: list[Path]) -> bool:
+    """Make a file the same as that of its name in the first directory that has it; a copy where there are no links."""
+    for folder in lenders:
+        if (folder / path.name).is_file():
+            try:
+                os.link(folder / path.name, path)
+            except OSError:  # a file system without links
+                shutil.copyfile(folder / path.name, path)
+            return True
+    return False
 
 
 def gate_tensors(gates: Gates, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -37,8 +37,9 @@ from nuteprune.training.teachers import TeacherBank
 
 log = logging.getLogger(__name__)
 
-PREPARATION = "preparation"
-"""Name of what is measured before the first step, below the run directory, until the run ends."""
+PREPARATION, RUNGS = PASSING = "preparation", "rungs"
+"""What a run keeps below its directory until it ends: what was measured before the first step, and rungs that no
+checkpoint has yet."""
 
 
 def run(config: Config) -> Path:
@@ -56,7 +57,7 @@ class Pruning(Trainer):
 
     stage = "prune"
     output = "pruned"
-    outputs = ("checkpoints", PREPARATION, "pruned")
+    outputs = ("checkpoints", *PASSING, "pruned")
     free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
 
     def __init__(
@@ -82,7 +83,8 @@ class Pruning(Trainer):
         engine = Engine(model, masks, multipliers, config, total, world)
         held = config.sparsity.constraint == "projection"  # a Lagrangian may pass its target, and then more teach
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype,
-                           config.sparsity.target if held else 1.0, world.is_main)  # fmt: skip
+                           config.sparsity.target if held else 1.0,
+                           Path(config.run_dir) / RUNGS if world.is_main else None)  # fmt: skip
         refit = Refit(model, config, world, stream, total) if config.lora.refit else None
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
                  total)  # fmt: skip
@@ -145,9 +147,7 @@ class Pruning(Trainer):
         if self.refit and self.masks.fixed is None and self.step % self.refit.every == 0:
             self.refit.apply(self.masks.deterministic())
         if config.teacher.from_snapshots and self.masks.fixed is None and self.bank.is_due(reached):
-            update = self.model.update
-            self.bank.record(self.step, reached, self.masks.deterministic(), self.masks.scores(), update.lora,
-                             update.frozen)  # fmt: skip
+            self.record(reached)
         if self.multipliers is not None:
             first, second = self.multipliers.values.tolist()
             metrics |= {"lambda_1": first, "lambda_2": second}
@@ -159,6 +159,13 @@ class Pruning(Trainer):
             "teachers": float(sum(s.teaches for s in self.bank.snapshots)),
             "teacher_bank_mb": self.bank.nbytes / 1e6,
         }
+
+    def record(self, sparsity: float) -> None:
+        """Keep a snapshot of the student."""
+        update, fitted = self.model.update, self.step - self.step % self.refit.every if self.refit else 0
+        with self.world.together():
+            self.bank.record(self.step, sparsity, self.masks.deterministic(), self.masks.scores(), update.lora,
+                             update.frozen, fitted)  # fmt: skip
 
     def constrain(self) -> float:
         """Set noise and target of this step, settle the gates when their time has come; returns the target sparsity."""
@@ -274,8 +281,9 @@ class Pruning(Trainer):
         }
         lora = self.model.update.pairs()
         target = save_run(Path(config.run_dir), config, spec, gates, masks.scores(), lora, self.bank.snapshots, facts,
-                          self.checkpoints.newest())  # fmt: skip
-        shutil.rmtree(Path(config.run_dir) / PREPARATION, ignore_errors=True)
+                          self.checkpoints.newest(), self.bank.rungs)  # fmt: skip
+        for name in PASSING:
+            shutil.rmtree(Path(config.run_dir) / name, ignore_errors=True)
         log.info("pruned to %.2f%%, %d snapshots (%.1f MB): %s", 100 * facts["sparsity"], len(self.bank.snapshots),
                  self.bank.nbytes / 1e6, target)  # fmt: skip
         if abs(facts["sparsity"] - config.sparsity.target) > POINT:

@@ -45,7 +45,7 @@ def save_state(
     save_adapter(directory / "adapter", update.lora, config, masks.spec)
     if update.frozen:
         save_file(pair_tensors(update.frozen, "frozen"), directory / FROZEN)
-    save_snapshots(directory, bank.snapshots, lender)
+    save_snapshots(directory, bank.snapshots, lender, bank.rungs)
     tensors = _optimizer_tensors(optimizers)
     if multipliers is not None:
         tensors["multipliers"] = multipliers.values.detach().cpu()
@@ -70,7 +70,7 @@ def load_state(
     for name, optimizer in optimizers.items():
         own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
         _restore_optimizer(optimizer, own)
-    bank.restore(load_snapshots(directory, bank.keeps_rungs))
+    bank.restore(load_snapshots(directory, rungs=False))
     if gates.as_dict():
         masks.fix(gates)
     counters = json.loads((directory / "state.json").read_text(encoding="utf-8"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,7 @@ from nuteprune.masks import Gates
 from nuteprune.model.layers import LoraWeights, View, build_view
 from nuteprune.model.lora import joined
 from nuteprune.runs.snapshot import Pairs, Snapshot, nbytes
+from nuteprune.runs.snapshot_files import write_rung
 
 _GRID_EPS = 1e-6
 """Slack on the interval grid: 0.29 / 0.01 is 28.999… in binary."""
@@ -30,16 +34,16 @@ class TeacherBank:
         scaling: LoRA alpha / rank.
         device, dtype: where and in what type teachers compute.
         target: the sparsity that the student never passes.
-        keeps_rungs: hold the snapshots too that cannot teach.
+        rungs: directory for the snapshots that cannot teach; without one they are not kept, only known of.
     """
 
     def __init__(
         self, spec: ArchSpec, config: TeacherConfig, scaling: float, device: torch.device, dtype: torch.dtype,
-        target: float = 1.0, keeps_rungs: bool = True,
+        target: float = 1.0, rungs: Path | None = None,
     ):  # fmt: skip
         self.spec, self.config, self.scaling = spec, config, scaling
         self.device, self.dtype = device, dtype
-        self.target, self.keeps_rungs = target, keeps_rungs
+        self.target, self.rungs = target, rungs
         self.snapshots: list[Snapshot] = []
         self.reached: int | None = None
         """First step at which the student had the full target sparsity."""
@@ -55,29 +59,37 @@ class TeacherBank:
 
     def record(
         self, step: int, sparsity: float, gates: Gates, scores: dict[str, Tensor], lora: LoraWeights,
-        frozen: LoraWeights | None = None,
+        frozen: LoraWeights | None = None, fitted: int = 0,
     ) -> bool:  # fmt: skip
-        """Keep a snapshot if the sparsity passed another interval since the last one; returns whether it did."""
+        """Keep a snapshot if the sparsity passed another interval since the last one; returns whether it did.
+
+        Args:
+            frozen: ranks of `lora.refit`, of the step `fitted`.
+
+        Raises:
+            ConfigError: a rung cannot be written.
+        """
         if not self.is_due(sparsity):
             return False
         teaches = self._near(sparsity, self._limit(self.target + self.config.interval / 2))
-        if not teaches and not self.keeps_rungs:
-            self.snapshots.append(Snapshot(step, sparsity, Gates(), {}, {}, teaches=False))
-            return True
-        # As a rung it gets the LoRA that the run ends with (`students.rung_lora`).
-        pairs = _on_host(lora if teaches else {}), self._shared(_on_host(frozen or {}))
-        scores = {k: s.detach().to("cpu", torch.float32, copy=True) for k, s in scores.items()}
-        gates = gates.detach().to("cpu", torch.float32, copy=True)
-        self.restore([*self.snapshots, Snapshot(step, sparsity, gates, scores, *pairs, teaches)])
+        known = Snapshot(step, sparsity, Gates(), {}, {}, {}, fitted if frozen else None, teaches)
+        if teaches or self.rungs:
+            last = self.snapshots[-1] if self.snapshots else known
+            same = last.fitted == known.fitted and last.frozen
+            whole = replace(
+                known,
+                gates=gates.detach().to("cpu", torch.float32, copy=True),
+                scores={k: s.detach().to("cpu", torch.float32, copy=True) for k, s in scores.items()},
+                # As a rung it gets the LoRA that the run ends with (`students.rung_lora`).
+                lora=_on_host(lora if teaches else {}),
+                frozen=last.frozen if same else _on_host(frozen or {}),
+            )
+            if teaches:
+                known = whole
+            elif self.rungs:
+                write_rung(self.rungs, whole)
+        self.restore([*self.snapshots, known])
         return True
-
-    def _shared(self, frozen: Pairs) -> Pairs:
-        """Frozen ranks as the last snapshot holds them, where they are the same."""
-        last = self.snapshots[-1].frozen if self.snapshots else {}
-        same = last.keys() == frozen.keys() and all(
-            torch.equal(a, b) for key in frozen for a, b in zip(last[key], frozen[key], strict=True)
-        )
-        return last if same else frozen
 
     def is_due(self, sparsity: float) -> bool:
         """Whether a snapshot at this sparsity would be kept."""
