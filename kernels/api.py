@@ -72,7 +72,7 @@ def known_lists(x: Tensor, weight: Tensor, *operands, backend: str | None = None
 
     Args:
         operands: bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out (None: nothing is removed), scaling,
-            compact_in, compact_out; a compact side has its list.
+            compact_in, compact_out; a compact side has its list. Perhaps behind them a pair `whole`, see `Product`.
     """
     if choose_backend(x, backend) == "torch":
         return torch_path.masked_lora_linear(x, weight, *operands)

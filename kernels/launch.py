@@ -233,8 +233,8 @@ def config_of(product: Product, x: Tensor, run: Callable[[Config], None]) -> Con
 
 @lru_cache(4096)
 def _reduce_sizes(
-    shape: tuple[int, ...], strides: tuple[int, ...], strides_t: tuple[int, ...], dtype: torch.dtype, n: int, rank: int,
-    compact: bool, kind: str,
+    shape: tuple[int, ...], strides: tuple[int, ...], strides_t: tuple[int, ...], stride_q: int, dtype: torch.dtype,
+    n: int, rank: int, compact: bool, kind: str,
 ) -> tuple[tuple[int, int, int], tuple, dict]:  # fmt: skip
     """Grid, sizes and compile-time arguments of `triton_kernels.column_reduce`; `kind`: tl.dot's precision."""
     m = shape[0] if len(shape) == 2 else shape[0] * shape[1]
@@ -245,18 +245,23 @@ def _reduce_sizes(
     ranks = min(padded(rank), REDUCED_RANKS)
     keywords: dict[str, Any] = {"COMPACT": compact, "RANK": ranks, "BM": bm, "BC": bn}
     keywords |= {"PRECISION": kind, "INTERPRET": INTERPRETING, "num_warps": warps, "num_stages": stages}
-    return (columns, splits, max(1, -(-rank // ranks))), (m, n, rank, chunk, *strides[-2:], *strides_t), keywords
+    return (
+        (columns, splits, max(1, -(-rank // ranks))),
+        (m, n, rank, chunk, *strides[-2:], *strides_t, stride_q),
+        keywords,
+    )
 
 
 def reduce_call(
     p: Tensor, q: Tensor | None, t: Tensor | None, keep: Tensor | None, compact: bool
 ) -> tuple[tuple[int, int, int], tuple, dict]:
     """(grid, positional, keyword arguments) of `triton_kernels.column_reduce`; positions 3 and 4 are its outputs."""
-    rank = 0 if q is None else q.shape[1]
+    rank, stride_q = (0, 0) if q is None else (q.shape[1], q.stride(0))
     n = p.shape[-1] if keep is None or compact else keep.shape[0]
     strides_t = (0, 0) if t is None else t.stride()[-2:]
     compact = compact or keep is None
-    grid, sizes, keywords = _reduce_sizes(p.shape, p.stride(), strides_t, p.dtype, n, rank, compact, precision(p.dtype))
+    laid_out = p.shape, p.stride(), strides_t, stride_q
+    grid, sizes, keywords = _reduce_sizes(*laid_out, p.dtype, n, rank, compact, precision(p.dtype))
     outer = None if q is None else workspace(p, "outer", grid[1] * n * rank, torch.float32)
     dots = None if t is None else workspace(p, "dots", grid[1] * n, torch.float32)
     return grid, (p, q, t, outer, dots, keep, *sizes), keywords

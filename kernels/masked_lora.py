@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from nuteprune.kernels import torch_path
 from nuteprune.kernels.launch import column_reduce, empty_u, in_rows, matmul, skinny
 from nuteprune.kernels.product import Product
 from nuteprune.kernels.tuning import INTERPRETING
@@ -50,7 +51,7 @@ def apply_products(function: type[torch.autograd.Function], products: tuple[Prod
 
 
 def _sums(product: Product) -> Sums:
-    a, b = product.a, product.b
+    a, b = product.leaves[:2]
     if a is None or b is None or not (a.requires_grad and a.is_leaf and b.requires_grad and b.is_leaf):
         return None
     grad_a, grad_b = a.grad, b.grad
@@ -81,6 +82,8 @@ def gradients(
         dx, gb = matmul(product.back, grad, need_a, lasting=False, onto=None if alone else onto)
     elif need_a:
         gb = skinny(product.back, grad, empty_u(product.back, grad, lasting=False))
+    first = product.rank - product.learned
+    gb, u = (None if t is None else t[:, first:] for t in (gb, u))
     if need_a or need_in:
         q, t = gb if need_a else None, dx if need_in else None
         d_a, d_in = column_reduce(x, q, t, product.compact_in, product.inner, product.scaling, True, sum_a)
@@ -160,7 +163,7 @@ def masked_lora_linear(x: Tensor, *args) -> Tensor:
         from nuteprune.kernels import traced
 
         check_runs(x, args[0])
-        return traced.TracedLoraLinear.apply(x, *args)
+        return traced.TracedLoraLinear.apply(x, *torch_path.joined(*args))
     return masked_lora_linears(x, (product_of(*args),))[0]
 
 

@@ -26,6 +26,7 @@ class Side:
 class Product:
     """y = ((x⊙m_in)Wᵀ + s((x⊙m_in)Aᵀ)Bᵀ + b)⊙m_out without its x: what a projection of one view computes with.
 
+    With `whole`, a pair of which a and b are the last ranks, it computes with that; a and b get the gradient.
     w [N, K], a [R, K] and b [N, R] have any strides; `swapped`: what is there is each one's transpose, and only the
     strides are read the other way round (a view of each would cost more than a small kernel).
 
@@ -35,6 +36,7 @@ class Product:
         w_strides: of w along its outputs and its inputs.
         before, after: the pointers in front of and behind those of u and y in a launch.
         strides: of w, a and b, as a launch takes them.
+        learned: ranks of the pair that gets the gradient: all of them, or the last ones of `whole`.
         leaves: what may need a gradient beside x: A, B, m_in, m_out.
         plans: how it was launched, by what `launch.matmul` was given.
     """
@@ -43,8 +45,11 @@ class Product:
         self, w: Tensor, bias: Tensor | None = None, a: Tensor | None = None, b: Tensor | None = None,
         in_gate: Tensor | None = None, out_gate: Tensor | None = None, keep_in: Tensor | None = None,
         keep_out: Tensor | None = None, scaling: float = 1.0, compact_in: bool = False, compact_out: bool = False,
-        swapped: bool = False,
+        whole: tuple[Tensor, Tensor] | None = None, swapped: bool = False,
     ):  # fmt: skip
+        self.leaves = (a, b, in_gate, out_gate)
+        self.learned = 0 if a is None else a.shape[1 if swapped else 0]
+        a, b = whole or (a, b)
         self.w, self.bias, self.a, self.b = w, bias, a, b
         self.in_gate, self.out_gate, self.keep_in, self.keep_out = in_gate, out_gate, keep_in, keep_out
         self.scaling, self.compact_in, self.compact_out, self.swapped = scaling, compact_in, compact_out, swapped
@@ -56,7 +61,6 @@ class Product:
         self.before, self.after = (w, bias, a, b), (in_gate, out_gate, keep_in, keep_out)
         lora = (0, 0, 0, 0) if a is None or b is None else (*self._strides(a), *self._strides(b))
         self.strides = (*self.w_strides, *lora)
-        self.leaves = (a, b, in_gate, out_gate)
         self.plans: dict[tuple, Any] = {}
 
     def _strides(self, matrix: Tensor) -> tuple[int, ...]:
@@ -68,24 +72,24 @@ class Product:
     def back(self) -> "Product":
         """The product that gives dx from g [M, N]: same expression, roles of inputs and outputs swapped."""
         return Product(self.w, None, self.b, self.a, self.out_gate, self.in_gate, self.keep_out, self.keep_in,
-                       self.scaling, self.compact_out, self.compact_in, not self.swapped)  # fmt: skip
+                       self.scaling, self.compact_out, self.compact_in, None, not self.swapped)  # fmt: skip
 
     @cached_property
     def skinny(self) -> "Product":
         """u = (x⊙m_in)Aᵀ as a product without LoRA: A in W's place."""
         assert self.a is not None
         return Product(self.a, None, None, None, self.in_gate, None, self.keep_in, None, self.scaling,
-                       self.compact_in, True, self.swapped)  # fmt: skip
+                       self.compact_in, True, None, self.swapped)  # fmt: skip
 
     @cached_property
     def inner(self) -> Side:
         """The side of A and m_in."""
-        return Side(self.in_gate, self.keep_in, self.a)
+        return Side(self.in_gate, self.keep_in, self.leaves[0])
 
     @cached_property
     def outer(self) -> Side:
         """The side of B and m_out."""
-        return Side(self.out_gate, self.keep_out, self.b)
+        return Side(self.out_gate, self.keep_out, self.leaves[1])
 
     @property
     def scattered(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WHOLE = 11  # operands behind the weight, `whole` the last of them
 BLOCK = 1 << 17  # elements of a block in the sums over tokens: 512 KiB in fp32
 
 
@@ -128,8 +129,9 @@ class MaskedLoraLinear(torch.autograd.Function):
         dB     = s·m_out ⊙ gᵀ (x Ãᵀ)
         dm_in  = Σ_m x⊙dx / m_in          (x⊙dx carries m_in once)
         dm_out = Σ_m g⊙y / m_out          (y carries m_out once)
-    and 0 at units whose gate is 0 or that are removed. W and b get none. Saved: x, W itself, A, B, the gates, the index
-    lists, and y only when out_gate needs a gradient (do not modify y in place then).
+    and 0 at units whose gate is 0 or that are removed. W and b get none. With `whole`, a pair of which A and B are the
+    last ranks, it computes with that, and dA and dB are those of A and B. Saved: x, W itself, A, B, the gates, the
+    index lists, and y only when out_gate needs a gradient (do not modify y in place then).
     """
 
     @staticmethod
@@ -147,11 +149,13 @@ class MaskedLoraLinear(torch.autograd.Function):
         scaling: float,
         compact_in: bool,
         compact_out: bool,
+        whole: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         flat = rows(x)
         if not compact_in:
             flat = pick(flat, 1, keep_in, x.dtype)
-        f = fold(weight, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, scaling, flat.shape[0])
+        a, b = whole or (lora_a, lora_b)
+        f = fold(weight, a, b, in_gate, out_gate, keep_in, keep_out, scaling, flat.shape[0])
         b = pick(bias, 0, keep_out, x.dtype)
         if b is not None and f.out_gate is not None:
             b = b * f.out_gate
@@ -163,7 +167,7 @@ class MaskedLoraLinear(torch.autograd.Function):
         y = y.view(*x.shape[:-1], y.shape[-1])
         saved_y = y if ctx.needs_input_grad[6] else None
         ctx.save_for_backward(x, weight, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, saved_y)
-        ctx.scaling, ctx.compact = scaling, (compact_in, compact_out)
+        ctx.scaling, ctx.compact, ctx.whole = scaling, (compact_in, compact_out), whole
         return y
 
     @staticmethod
@@ -176,7 +180,9 @@ class MaskedLoraLinear(torch.autograd.Function):
             flat = pick(flat, 1, keep_in, x.dtype)
         if not compact_out:
             g = pick(g, 1, keep_out, g.dtype)
-        f = fold(weight, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out, ctx.scaling, flat.shape[0])
+        a, b = ctx.whole or (lora_a, lora_b)
+        first = 0 if ctx.whole is None else len(a) - len(lora_a)
+        f = fold(weight, a, b, in_gate, out_gate, keep_in, keep_out, ctx.scaling, flat.shape[0])
         # Skinny products are kept as [R, M]: measured in MKL, (B̃ᵀgᵀ) is 3 times as fast as gB̃, (uᵀg)ᵀ 8 times as gᵀu
         ga = f.lora_b.t() @ g.t() if f.lora_b is not None and (need_a or not f.merged) else None
         dx = d_a = d_b = d_in = d_out = None
@@ -191,18 +197,30 @@ class MaskedLoraLinear(torch.autograd.Function):
             y = y if compact_out else pick(y, 1, keep_out, y.dtype)
             d_out = _gate_grad(y, g, out_gate, keep_out, n)
         if need_a:
-            d_a = ga @ flat if f.in_gate is None else (ga @ flat).mul_(f.in_gate)
+            assert ga is not None
+            d_a = ga[first:] @ flat if f.in_gate is None else (ga[first:] @ flat).mul_(f.in_gate)
             d_a = spread(d_a, 1, keep_in, k).to(lora_a.dtype)
         if need_b:
-            d_b = ((f.lora_a @ flat.t()) @ g).t()
+            assert f.lora_a is not None
+            d_b = ((f.lora_a[first:] @ flat.t()) @ g).t()
             d_b = d_b * (ctx.scaling if f.out_gate is None else (f.out_gate * ctx.scaling)[:, None])
             d_b = spread(d_b, 0, keep_out, n).to(lora_b.dtype)
         if need_x:
             assert dx is not None
             dx = (dx if compact_in else spread(dx, 1, keep_in, k)).view(x.shape)
-        return dx if need_x else None, None, None, d_a, d_b, d_in, d_out, None, None, None, None, None
+        return dx if need_x else None, None, None, d_a, d_b, d_in, d_out, None, None, None, None, None, None
 
 
-def masked_lora_linear(*args) -> Tensor:
+def masked_lora_linear(x: Tensor, weight: Tensor, *operands) -> Tensor:
     """The torch path, with the resolved positional arguments of `MaskedLoraLinear.forward`."""
-    return MaskedLoraLinear.apply(*args)
+    return MaskedLoraLinear.apply(x, weight, *operands, *[None] * (WHOLE - len(operands)))
+
+
+def joined(weight: Tensor, *operands) -> tuple:
+    """The same operands without `whole`: A and B of all ranks, through which the gradients of its last ones go."""
+    if len(operands) < WHOLE or operands[-1] is None:
+        return weight, *operands[: WHOLE - 1]
+    bias, a, b, *others, (whole_a, whole_b) = operands
+    rank = len(a)
+    a, b = torch.cat([whole_a[:-rank], a.to(whole_a.dtype)]), torch.cat([whole_b[:, :-rank], b.to(whole_b.dtype)], 1)
+    return weight, bias, a, b, *others

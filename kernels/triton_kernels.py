@@ -198,6 +198,7 @@ def column_reduce(
     stride_pc,
     stride_tm,
     stride_tc,
+    stride_qm,
     COMPACT: tl.constexpr,
     RANK: tl.constexpr,
     BM: tl.constexpr,
@@ -225,7 +226,7 @@ def column_reduce(
     first = split.to(tl.int64) * chunk
     p += first * stride_pm
     if q is not None:
-        q += first * rank
+        q += first * stride_qm
     if t is not None:
         t += first * stride_tm
     rows = tl.arange(0, BM)
@@ -236,8 +237,8 @@ def column_reduce(
         p += BM * stride_pm
         if q is not None:
             q_ok = row_ok[:, None] & (ranks < rank)[None, :]
-            q_tile = tl.load(q + (rows[:, None] * rank + ranks[None, :]), mask=q_ok, other=0.0)
-            q += BM * rank
+            q_tile = tl.load(q + (rows[:, None] * stride_qm + ranks[None, :]), mask=q_ok, other=0.0)
+            q += BM * stride_qm
             outer_acc = _dot(tl.trans(p_tile), q_tile, outer_acc, PRECISION, INTERPRET)
         if t is not None:
             t_ptr = t + (rows[:, None] * stride_tm + units[None, :] * stride_tc)

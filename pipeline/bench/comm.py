@@ -114,7 +114,7 @@ def separate(model: PairedModel, ids: torch.Tensor, loss) -> None:
 
 
 def _student(model: PairedModel) -> View:
-    return build_view(model.spec, None, model.lora(), model.scaling, model.dtype)
+    return model.student(None)
 
 
 def _teacher(model: PairedModel) -> View:

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         ids = torch.randint(0, spec.vocab, (1, args.tokens), generator=generator).to(world.device)
         teacher = build_view(spec, None, {}, model.scaling, model.dtype)
         for step in range(args.steps):
-            student = build_view(spec, None, model.lora(), model.scaling, model.dtype)
+            student = model.student(None)
             with into_grad():
                 losses = model(ids, student, teacher, config.loss)
             engine.backward(losses.total)

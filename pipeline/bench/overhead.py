@@ -185,7 +185,8 @@ def trainer(layers: int, phase: str, batch: int = 1, dtype: str = "bfloat16") ->
     masks.restart({kind: torch.randn_like(la) for kind, la in masks.log_alpha.items()})
     for sparsity in (0.05, 0.1):
         masks.project(sparsity)
-        bank.record(0, sparsity + 1e-3, masks.deterministic(), masks.scores(), model.lora())
+        bank.record(0, sparsity + 1e-3, masks.deterministic(), masks.scores(), model.update.lora,
+                    model.update.frozen)  # fmt: skip
     made.step = PHASES[phase]
     return made
 

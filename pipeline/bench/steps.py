@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def subject(model: PairedModel, sparsity: float, world: World) -> Subject:
     """Random structures (the cost depends on the counts only) at a sparsity and at its teacher's."""
-    lora = {k: tuple(t.detach() for t in pair) for k, pair in model.lora().items()}
+    lora = model.update.pairs()
 
     def gates(s: float) -> Gates:
         generator = torch.Generator().manual_seed(0)
@@ -115,12 +115,12 @@ def switching(model: PairedModel, subjects: list[Subject], config: TeacherConfig
     """Median seconds to put another snapshot in force, two of the bank in turns."""
     bank = TeacherBank(model.spec, config, model.scaling, world.device, model.dtype)
     for number, subject in enumerate(subjects[-2:], 1):
-        bank.record(0, number * config.interval, subject.gates, {}, model.lora())
+        bank.record(0, number * config.interval, subject.gates, {}, model.update.lora, model.update.frozen)
     return statistics.median(_timed(lambda index=n % 2: bank.activate(index)) for n in range(20))
 
 
 def _step(model: PairedModel, s: Subject, ids, loss) -> None:
-    view = build_view(model.spec, s.gates, model.lora(), model.scaling, model.dtype)
+    view = model.student(s.gates)
     model(ids, view, s.teacher, loss).total.backward()
     for parameter in (t for pair in model.lora().values() for t in pair):
         parameter.grad = None

@@ -139,13 +139,13 @@ class LoraConfig:
     rank: int = opt(16, "LoRA rank.", ge=1)
     alpha: float = opt(16.0, "LoRA alpha; the update is scaled by alpha / rank.", gt=0)
     refit: int = opt(
-        112, "Further ranks of down_proj's LoRA, which are not trained: by least squares on the text, the FFN units "
+        112, "Ranks of a further pair on down_proj, which is not trained: by least squares on the text, the FFN units "
         "that stay make up for those that leave. 0 where no FFN units leave or down_proj has no LoRA; not where a "
         "layer has experts.", ge=0
     )  # fmt: skip
 
     def rank_of(self, projection: str) -> int:
-        """All ranks of a projection's LoRA, those first that are not trained."""
+        """All ranks of a projection's update, those of `refit` too."""
         return self.rank + (self.refit if projection == "down_proj" else 0)
 
 

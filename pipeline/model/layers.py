@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -115,16 +115,15 @@ def at_hand(module: nn.Module) -> None:
 
 
 def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.device) -> LoraParameters:
-    """LoRA pairs by "layer.projection", float32: A random as in peft, B zero; ranks of `lora.refit` are all zero."""
+    """LoRA pairs by "layer.projection", float32: A random as in peft, B zero."""
     lora = {}
     for index, layer in enumerate(layers):
         for name, (owner, attribute) in projections(layer).items():
             if name in config.targets:
                 module = getattr(owner, attribute)
-                rank = config.rank_of(name)
-                a = torch.zeros(rank, module.in_features, dtype=torch.float32, device=device)
-                b = torch.zeros(module.out_features, rank, dtype=torch.float32, device=device)
-                nn.init.kaiming_uniform_(a[rank - config.rank :], a=math.sqrt(5))
+                a = torch.empty(config.rank, module.in_features, dtype=torch.float32, device=device)
+                b = torch.zeros(module.out_features, config.rank, dtype=torch.float32, device=device)
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
                 lora[f"{index}.{name}"] = (nn.Parameter(a), nn.Parameter(b))
     return lora
 
@@ -147,7 +146,7 @@ def activate(layer: nn.Module, view: LayerView) -> None:
 
 def build_view(
     spec: ArchSpec, gates: Gates | None, lora: LoraWeights, scaling: float, dtype: torch.dtype,
-    skip_removed: bool = True,
+    skip_removed: bool = True, whole: LoraWeights | None = None,
 ) -> View:  # fmt: skip
     """The view of given gates and LoRA weights.
 
@@ -157,6 +156,7 @@ def build_view(
         lora: LoRA pairs by "layer.projection"; those that are not in training are cast to `dtype` here, once.
         scaling: alpha / rank.
         dtype: compute type.
+        whole: pairs in `dtype` to compute with, of which those of `lora` are the last ranks.
         skip_removed: leave units whose gate is exactly 0 out of the computation; False multiplies them by 0.
     """
     heads = ffn = hidden = experts = None
@@ -182,6 +182,9 @@ def build_view(
         own = ffn_gates[index * spec.experts : (index + 1) * spec.experts]
         units = [_Side(gate, keep) for gate, keep in zip(own, kept.ffn, strict=True)]
         states = _states(spec, queries, values, units, residual, scales[index], into_norm[index], pairs, scaling)
+        for name in FFN:
+            if whole and f"{index}.{name}" in whole:
+                states[name] = replace(states[name], whole=whole[f"{index}.{name}"])
         behind = scales[index] if spec.norms_behind else (None, None)
         layers.append(LayerView(states, kept.group_size, kept.kv_index, behind, kept.removed, kept.routes))
     return View(layers, hidden)

@@ -23,6 +23,7 @@ from nuteprune.masks import Gates
 from nuteprune.model.distill import IGNORE, HeadLosses, head_loss, layer_terms
 from nuteprune.model.fused import install_fused
 from nuteprune.model.layers import LoraParameters, View, activate, at_hand, build_view, fresh_lora, install
+from nuteprune.model.lora import Update
 
 
 class Losses(NamedTuple):
@@ -163,7 +164,9 @@ class PairedModel(nn.Module):
         install(model.model.layers, spec)
         install_fused(model.model.layers, model.model.norm, spec)
         self.head = _Head(model.lm_head.weight)
-        self._lora = fresh_lora(model.model.layers, lora, model.device)
+        pairs = fresh_lora(model.model.layers, lora, model.device)
+        frozen = {key: lora.refit for key in pairs if lora.refit and key.endswith(".down_proj")}
+        self.update = Update(pairs, frozen, model.dtype)
         model.model.layers = nn.ModuleList(
             PairedDecoderLayer(layer, index) for index, layer in enumerate(model.model.layers)
         )
@@ -184,8 +187,13 @@ class PairedModel(nn.Module):
     def view(self, gates: Gates | None) -> View:
         """The student's view: these gates and the LoRA in training; the last one again while gates do not change."""
         if self._view is None or self._view[0] is not gates:
-            self._view = (gates, build_view(self.spec, gates, self._lora, self.scaling, self.dtype))
+            self._view = (gates, self.student(gates))
         return self._view[1]
+
+    def student(self, gates: Gates | None, skip_removed: bool = True) -> View:
+        """The same view, made anew; see `build_view`."""
+        own = self.update
+        return build_view(self.spec, gates, own.lora, self.scaling, self.dtype, skip_removed, own.whole)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,7 +202,7 @@ class PairedModel(nn.Module):
 
     def lora(self) -> LoraParameters:
         """The student's LoRA parameters by "layer.projection"; they are none of this module's `parameters()`."""
-        return self._lora
+        return self.update.lora
 
     def forward(
         self, input_ids: Tensor, student: View, teacher: View | None, loss: LossConfig, answers: Answers | None = None

@@ -20,6 +20,7 @@ class ProjectionState:
 
     Gates are full-size; `keep_*` are sorted indices of the units that are not removed, None for all. A compact side
     carries only the kept units: the rows of kept heads out of q, k and v, the kept FFN units between up and down.
+    With `whole`, a pair of which `lora` is the last ranks, it computes with that; `lora` gets the gradient.
     """
 
     lora: tuple[Tensor, Tensor] | None = None
@@ -30,12 +31,14 @@ class ProjectionState:
     keep_out: Tensor | None = None
     compact_in: bool = False
     compact_out: bool = False
+    whole: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def operands(self) -> tuple:
         """The arguments of `kernels.api.known_lists` behind x, the weight and its bias."""
         gates, lists = (self.in_gate, self.out_gate), (self.keep_in, self.keep_out)
-        return *(self.lora or (None, None)), *gates, *lists, self.scaling, self.compact_in, self.compact_out
+        options = self.scaling, self.compact_in, self.compact_out, self.whole
+        return *(self.lora or (None, None)), *gates, *lists, *options
 
 
 class MaskedLoRALinear(nn.Module):

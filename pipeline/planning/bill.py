@@ -28,7 +28,8 @@ from nuteprune.planning.job import (
     teacher_tensors,
     teaching,
 )
-from nuteprune.training.refit import TIMES
+from nuteprune.training.gram import TOKENS_AT_ONCE
+from nuteprune.training.refit import STORED_BYTES, TIMES
 
 IMPORT_SECONDS = 6.0
 """CPU time of importing what prune needs, on the project's machine."""
@@ -37,11 +38,6 @@ VARIANTS, COMPILE_SECONDS = 90, 0.35
 one rank of LoRA, 117 for two cards in 41 s; down_proj's other rank adds the 33 that multiply matrices."""
 TUNING_SECONDS = 33 * 4 * 0.05
 """Each of those is timed for about four sizes of a model's projections, 25 ms and as much for starting it: assumed."""
-
-PART = 4096
-"""Tokens that refit sends through a layer at a time."""
-STORED_BYTES = 4 * 2**30
-"""Of G that a run writes for a restart; more is measured again."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,7 @@ def importance_seconds(job: Job, layout: Layout) -> float:
 
 
 def reading_seconds(job: Job, layout: Layout) -> float:
-    """One pass of refit's N tokens, layer by layer, N/n on each rank, `PART` tokens at a time.
+    """One pass of refit's N tokens, layer by layer, N/n on each rank, `TOKENS_AT_ONCE` of them at a time.
 
     FLOP: 2 a weight and token, 2·T·H·P of attention, and in each layer 2·N·F²·9/16 of G, of which the upper triangle is
     computed in eight blocks of columns, in the model's type. Once for each layer: its weights are gathered, G (4·F²
@@ -136,7 +132,7 @@ def reading_seconds(job: Job, layout: Layout) -> float:
     attention = spec.layers * 2 * job.config.data.seq_len * spec.heads * spec.head_dim
     gram = FP32 * spec.ffn**2
     compute = tokens * (2 * spec.prunable_read + attention + spec.layers * 2 * spec.ffn**2 * 9 / 16) / ranks / job.flops
-    launches = math.ceil(tokens / ranks / PART) * launch_seconds(spec) / 3
+    launches = math.ceil(tokens / ranks / TOKENS_AT_ONCE) * launch_seconds(spec) / 3
     weights = 0.0
     if layout.stage == 3:
         weights = job.itemsize * partitioned(layer_tensors(spec), ranks, persistence_threshold(spec))[0] * spec.layers

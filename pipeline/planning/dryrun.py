@@ -161,7 +161,7 @@ def _step(model: PairedModel, config: Config, masks: MaskSet, fake: FakeTensorMo
     gates = Gates(**{kind: fake.from_tensor(z.detach()).requires_grad_()
                      for kind, z in masks.sample(torch.Generator().manual_seed(0)).as_dict().items()})  # fmt: skip
     # Which units are removed is not known without values: gates multiply, and no unit is left out.
-    student = build_view(model.spec, gates, model.lora(), model.scaling, model.dtype, skip_removed=False)
+    student = model.student(gates, skip_removed=False)
     teacher = None if config.teacher.mode == "none" else build_view(model.spec, None, {}, model.scaling, model.dtype)
     ids = torch.zeros(size, config.data.seq_len, dtype=torch.long)
     model(ids, student, teacher, config.loss).total.backward()

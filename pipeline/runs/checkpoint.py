@@ -25,10 +25,13 @@ class CheckpointError(Exception):
 
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, lender: Path | None = None) -> Iterator[Path]:
     """Yield a temporary sibling directory; on success write its manifest, flush it to disk and rename it to `target`.
 
     An existing `target` is replaced only after the new one is complete; on an error nothing is left behind.
+
+    Args:
+        lender: a directory with a manifest, of which files may be hard links: those are not read again.
 
     Raises:
         ConfigError: the disk is full or the place cannot be written to.
@@ -41,7 +44,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         yield temporary
-        write_manifest(temporary)
+        write_manifest(temporary, lender=lender)
         for path in [*temporary.rglob("*"), temporary]:
             _fsync(path)
         if target.exists():
@@ -65,14 +68,19 @@ def _is_of_the_disk(error: Exception) -> bool:
     return isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)
 
 
-def write_manifest(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Write manifest.json: size and sha256 of the named files, or of every file below the directory."""
+def write_manifest(directory: Path, names: Iterable[str] | None = None, lender: Path | None = None) -> None:
+    """Write manifest.json: size and sha256 of the named files, or of every file below the directory.
+
+    Of a hard link to a file of the same name in `lender` they are what that one's manifest says.
+    """
     paths = sorted(p for p in directory.rglob("*") if p.is_file()) if names is None else [directory / n for n in names]
-    files = {
-        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in paths
-        if path.name != MANIFEST
-    }
+    known, files = {} if lender is None else recorded(lender), {}
+    for path in paths:
+        name = str(path.relative_to(directory))
+        if lender is not None and name in known and path.samefile(lender / name):
+            files[name] = known[name]
+        elif path.name != MANIFEST:
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     write_atomic(directory / MANIFEST, (json.dumps({"files": files}, indent=1) + "\n").encode())
 
 
@@ -176,6 +184,10 @@ class Checkpoints:
     def newest_first(self) -> list[Path]:
         """All complete-looking checkpoints (their rename happened), newest first."""
         return sorted(self.directory.glob("step-*"), reverse=True)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, if there is one."""
+        return next(iter(self.newest_first()), None)
 
     def newest_valid(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies, and for each newer one why it was skipped."""

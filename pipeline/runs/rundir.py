@@ -19,11 +19,12 @@ from torch import Tensor
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import ASKED_EACH_TIME, Config, ConfigError, load_config, to_dict
-from nuteprune.masks import KINDS, Gates
-from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, inside, read_json, verify, write_atomic
+from nuteprune.masks import Gates
+from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, read_json, verify, write_atomic
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.fused import BLOCKS, from_metadata, fuse, patterns, to_metadata, unfuse
 from nuteprune.runs.snapshot import Snapshot
+from nuteprune.runs.snapshot_files import gate_tensors, load_snapshots, save_snapshots, split_gates
 from nuteprune.runs.words import one_line
 
 PEFT_PREFIX = "base_model.model.model.layers"
@@ -33,22 +34,12 @@ DAMAGED = (CheckpointError, SafetensorError, OSError, ValueError, LookupError, T
 
 def save_gates(path: Path, gates: Gates, scores: Mapping[str, Tensor]) -> None:
     """Write gate values as "gates.KIND" and log-alpha as "scores.KIND" to one safetensors file."""
-    save_file(_gate_tensors(gates, scores), path)
+    save_file(gate_tensors(gates, scores), path)
 
 
 def load_gates(path: Path) -> tuple[Gates, dict[str, Tensor]]:
     """Read what `save_gates` wrote."""
-    return _split_gates(load_file(path))
-
-
-def _gate_tensors(gates: Gates, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {f"gates.{k}": v for k, v in gates.as_dict().items()} | {f"scores.{k}": v for k, v in scores.items()}
-    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-
-
-def _split_gates(tensors: Mapping[str, Tensor]) -> tuple[Gates, dict[str, Tensor]]:
-    gates = {k: tensors[f"gates.{k}"] for k in KINDS if f"gates.{k}" in tensors}
-    return Gates(**gates), {k: tensors[f"scores.{k}"] for k in KINDS if f"scores.{k}" in tensors}
+    return split_gates(load_file(path))
 
 
 def save_adapter(directory: Path, lora: Mapping[str, tuple[Tensor, Tensor]], config: Config, spec: ArchSpec) -> None:
@@ -101,36 +92,6 @@ def _peft_key(key: str) -> str:
     return f"{PEFT_PREFIX}.{layer}.{block}.{name}"
 
 
-def save_snapshots(directory: Path, snapshots: list[Snapshot]) -> None:
-    """Write teachers as one safetensors file each, plus teachers.json with their steps and sparsities.
-
-    From memory each time, though a snapshot never changes: a file shared with an older checkpoint, or copied from its
-    blocks on the disk, would share its damage too.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    index: list[dict[str, Any]] = [
-        {"file": f"{number:04d}.safetensors", "step": s.step, "sparsity": s.sparsity}
-        for number, s in enumerate(snapshots)
-    ]
-    for entry, s in zip(index, snapshots, strict=True):
-        tensors = _gate_tensors(s.gates, s.scores)
-        tensors |= {f"lora.{k}.{side}": t for k, pair in s.lora.items() for side, t in zip("AB", pair, strict=True)}
-        save_file(tensors, directory / entry["file"])
-    (directory / "teachers.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-
-
-def load_snapshots(directory: Path) -> list[Snapshot]:
-    """Read what `save_snapshots` wrote, in order; raises `CheckpointError` for a file that is not in the directory."""
-    snapshots, path = [], directory / "teachers.json"
-    for entry in read_json(path) if path.is_file() else []:
-        tensors = load_file(inside(directory, str(entry["file"])))
-        gates, scores = _split_gates(tensors)
-        keys = [k.removeprefix("lora.").removesuffix(".A") for k in tensors if k.endswith(".A")]
-        lora = {k: (tensors[f"lora.{k}.A"], tensors[f"lora.{k}.B"]) for k in sorted(keys)}
-        snapshots.append(Snapshot(entry["step"], entry["sparsity"], gates, scores, lora))
-    return snapshots
-
-
 @dataclass(frozen=True)
 class Run:
     """What a finished prune stage left behind.
@@ -158,14 +119,18 @@ class Run:
 def save_run(
     directory: Path, config: Config, spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor],
     lora: Mapping[str, tuple[Tensor, Tensor]], snapshots: list[Snapshot], facts: dict[str, Any],
+    lender: Path | None = None, rungs: Path | None = None,
 ) -> Path:  # fmt: skip
-    """Write the finished student to `<run>/pruned`, atomically. `facts` (steps, sparsity, …) go to pruned.json."""
+    """Write the finished student to `<run>/pruned`, atomically.
+
+    `facts` (steps, sparsity, …) go to pruned.json; `lender` and `rungs`: see `save_snapshots`.
+    """
     target = directory / "pruned"
-    with atomic_directory(target) as tmp:
+    with atomic_directory(target, lender) as tmp:
         save_config(tmp / "config.yaml", config)
         save_gates(tmp / "gates.safetensors", gates, scores)
         save_adapter(tmp / "adapter", lora, config, spec)
-        save_snapshots(tmp / "teachers", snapshots)
+        save_snapshots(tmp, snapshots, lender, rungs)
         facts = {**facts, "architecture": spec.__dict__, "base": fingerprint(config.model.path)}
         (tmp / "pruned.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return target
@@ -186,7 +151,7 @@ def load_run(directory: str | Path) -> Run:
         facts = read_json(pruned / "pruned.json")
         return Run(
             Path(directory), load_config(pruned / "config.yaml"), gates, scores, load_adapter(pruned / "adapter"),
-            load_snapshots(pruned / "teachers"), facts["sparsity"], facts,
+            load_snapshots(pruned), facts["sparsity"], facts,
         )  # fmt: skip
     except DAMAGED as error:
         raise ConfigError(f"the finished run in {pruned} is damaged: {reason(error)}") from None

@@ -15,6 +15,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError, Shape, load_config
 from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
+from nuteprune.model.lora import joined
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory, read_json, sha256, verify
 from nuteprune.runs.fingerprint import check_base
 from nuteprune.runs.rundir import (
@@ -197,13 +198,11 @@ def rung_lora(trained: Run, snapshot: Snapshot) -> dict[str, tuple[Tensor, Tenso
     """
     rank, share = trained.config.lora.rank, min(1.0, (snapshot.sparsity / trained.sparsity) ** 0.5)
     merged = {}
-    for key, (a_RK, b_NR) in snapshot.lora.items():
-        last_a_RK, last_b_NR = trained.lora[key]
-        merged[key] = (
-            torch.cat([a_RK[:-rank].float(), last_a_RK[-rank:]]),
-            torch.cat([b_NR[:, :-rank].float(), share * last_b_NR[:, -rank:]], 1),
-        )
-    return merged
+    for key, (a_RK, b_NR) in trained.lora.items():
+        merged[key] = a_RK[-rank:], share * b_NR[:, -rank:]
+    # Runs of earlier versions kept both in one pair.
+    older = {key: (a[:-rank], b[:, :-rank]) for key, (a, b) in snapshot.lora.items() if len(a) > rank}
+    return joined(merged, snapshot.frozen or older)
 
 
 def structure(

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from nuteprune.config import Config, ConfigError, Projection
@@ -15,7 +14,7 @@ from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.model.distill import IGNORE
-from nuteprune.model.layers import LoraWeights, View
+from nuteprune.model.layers import View
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Answers, Losses
 from nuteprune.parallel.distributed import World
@@ -80,14 +79,6 @@ def settings(config: Config, trained: Run) -> Config:
     )  # fmt: skip
 
 
-def extend_lora(own: LoraWeights, pruned: LoraWeights) -> None:
-    """Start from the pruned student's LoRA; ranks and projections that it lacks begin with no update."""
-    with torch.no_grad():
-        for key, (a, b) in pruned.items():
-            own[key][0][: len(a)] = a
-            own[key][1][:, : b.shape[1]] = b
-
-
 class Finetuning(FixedGates):
     """The LoRA of a student whose gates no longer change, taught by answers and perhaps by the intact model."""
 
@@ -117,7 +108,7 @@ class Finetuning(FixedGates):
             stream = BatchStream(windows, config.train.batch_size, config.seed, world.rank, world.size)
         total = config.train.steps or max(1, round(config.train.epochs * stream.steps_per_epoch))
         model = load_paired(config, world, zero)
-        extend_lora(model.lora(), student.lora)
+        model.update.load(student.lora)
         masks = MaskSet(spec, config.gates).to(world.device)
         masks.fix(student.gates)
         engine = Engine(model, masks, None, config, total, world)
@@ -159,5 +150,5 @@ class Finetuning(FixedGates):
             "sparsity": sparsity_of(self.model.spec, gates),
             "skipped_steps": self.bad_total,
         }
-        lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
+        lora = self.model.update.pairs()
         return save_tuned(Path(config.run_dir), config, self.trained, self.model.spec, gates, lora, facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from nuteprune.data.text import BatchStream
 from nuteprune.masks import POINT, Gates, MaskSet, check_target, describe, sparsity_of
 from nuteprune.masks.schedule import noise_at, settle_step, target_at
 from nuteprune.masks.selection import BATCHES
-from nuteprune.model.layers import LoraParameters, View, build_view
+from nuteprune.model.layers import View
 from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.lora import Update
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
@@ -27,12 +29,17 @@ from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
 from nuteprune.training.inputs import shared_blocks
 from nuteprune.training.loop import Trainer, save_checkpoint, train
+from nuteprune.training.preparation import Preparation
 from nuteprune.training.refit import Refit
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Preempted
 from nuteprune.training.teachers import TeacherBank
 
 log = logging.getLogger(__name__)
+
+PREPARATION, RUNGS = PASSING = "preparation", "rungs"
+"""What a run keeps below its directory until it ends: what was measured before the first step, and rungs that no
+checkpoint has yet."""
 
 
 def run(config: Config) -> Path:
@@ -50,7 +57,7 @@ class Pruning(Trainer):
 
     stage = "prune"
     output = "pruned"
-    outputs = ("checkpoints", "pruned")
+    outputs = ("checkpoints", *PASSING, "pruned")
     free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
 
     def __init__(
@@ -75,7 +82,10 @@ class Pruning(Trainer):
         masks = MaskSet(spec, config.gates).to(world.device)
         multipliers = Multipliers().to(world.device) if config.sparsity.constraint == "lagrangian" else None
         engine = Engine(model, masks, multipliers, config, total, world)
-        bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
+        held = config.sparsity.constraint == "projection"  # a Lagrangian may pass its target, and then more teach
+        bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype,
+                           config.sparsity.target if held else 1.0,
+                           Path(config.run_dir) / RUNGS if world.is_main else None)  # fmt: skip
         refit = Refit(model, config, world, stream, total) if config.lora.refit else None
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
                  total)  # fmt: skip
@@ -84,13 +94,28 @@ class Pruning(Trainer):
 
     def start(self) -> None:
         """Rank the units in a new run, if not all start alike, and look at the FFN units until gates settle."""
+        if self.masks.fixed is not None:
+            return
+        store = Preparation(Path(self.config.run_dir) / PREPARATION, self.inputs)
         if self.step == 0 and self.config.gates.init == "importance":
-            self.rank_units()
-        if self.refit and self.masks.fixed is None:
-            self.refit.measure(self.halt)
+            self.rank_units(store)
+        if self.refit:
+            self.refit.measure(self.halt, store)
 
-    def rank_units(self) -> None:
+    def rank_units(self, store: Preparation) -> None:
         """Give log-alpha its start: from importance on the first batches."""
+        importance = store.load("importance")
+        if not all(self.world.gather(importance is not None)):
+            importance = self.importance()
+            with self.world.together():
+                if self.world.is_main:
+                    store.save("importance", {kind: value.cpu() for kind, value in importance.items()})
+        assert importance is not None
+        importance = {kind: importance[kind].to(self.world.device) for kind in self.masks.kinds}
+        self.masks.restart(initial_log_alpha(self.model.spec, importance, self.config.gates.init_spread))
+
+    def importance(self) -> dict[str, Tensor]:
+        """Importance of every unit on the first batches of all ranks."""
         tokens = self.config.train.batch_size * self.config.data.seq_len
         count = math.ceil(min(self.config.gates.importance_tokens / tokens, self.stream.steps_per_epoch))
 
@@ -103,8 +128,7 @@ class Pruning(Trainer):
 
         log.info("measuring the importance of %s on %d tokens", ", ".join(self.masks.kinds), count * tokens)
         importance = taylor_importance(self.model, self.masks.kinds, batches())
-        importance = {kind: self.world.sum(value) for kind, value in importance.items()}
-        self.masks.restart(initial_log_alpha(self.model.spec, importance, self.config.gates.init_spread))
+        return {kind: self.world.sum(value) for kind, value in importance.items()}
 
     def halt(self) -> None:
         """End here, where nothing has been done that is not saved, if a signal came to any rank."""
@@ -124,7 +148,7 @@ class Pruning(Trainer):
         if self.refit and self.masks.fixed is None and self.step % self.refit.every == 0:
             self.refit.apply(self.masks.deterministic())
         if config.teacher.from_snapshots and self.masks.fixed is None and self.bank.is_due(reached):
-            self.bank.record(self.step, reached, self.masks.deterministic(), self.masks.scores(), self.model.lora())
+            self.record(reached)
         if self.multipliers is not None:
             first, second = self.multipliers.values.tolist()
             metrics |= {"lambda_1": first, "lambda_2": second}
@@ -133,9 +157,16 @@ class Pruning(Trainer):
             "expected_sparsity": reached,
             "teacher_sparsity": 0.0 if index is None else self.bank.snapshots[index].sparsity,
             "noise": self.masks.noise,
-            "teachers": float(len(self.bank.snapshots)),
+            "teachers": float(sum(s.teaches for s in self.bank.snapshots)),
             "teacher_bank_mb": self.bank.nbytes / 1e6,
         }
+
+    def record(self, sparsity: float) -> None:
+        """Keep a snapshot of the student."""
+        update, fitted = self.model.update, self.step - self.step % self.refit.every if self.refit else 0
+        with self.world.together():
+            self.bank.record(self.step, sparsity, self.masks.deterministic(), self.masks.scores(), update.lora,
+                             update.frozen, fitted)  # fmt: skip
 
     def constrain(self) -> float:
         """Set noise and target of this step, settle the gates when their time has come; returns the target sparsity."""
@@ -155,6 +186,7 @@ class Pruning(Trainer):
             log.info("step %d: gates settled at sparsity %.4f", self.step, sparsity_of(self.model.spec, gates))
             if self.refit:
                 self.refit.apply(gates)
+                self.refit.free()
         return target
 
     @torch.no_grad()
@@ -169,7 +201,7 @@ class Pruning(Trainer):
         for gates in tqdm(structures, "measuring structures", leave=False, disable=not shown):
             if self.world.any(bool(self.stop.received)):
                 raise Preempted(f"{self.stop.name} at step {self.step}, while structures were measured: saved")
-            view = build_view(model.spec, gates.to(self.world.device), model.lora(), model.scaling, model.dtype)
+            view = model.student(gates.to(self.world.device))
             total = torch.zeros((), dtype=torch.float64, device=self.world.device)
             for batch in batches:
                 for ids in batch.split(self.micro_batch):
@@ -206,7 +238,7 @@ class Pruning(Trainer):
 
     def save(self, directory: Path, counters: dict) -> None:
         """Gates, multipliers, LoRA, optimizers, teachers and counters."""
-        save_state(directory, self.config, *self._parts(), counters)
+        save_state(directory, self.config, *self._parts(), counters, self.checkpoints.newest())
 
     def load(self, directory: Path) -> dict[str, float]:
         """Restore what `save` wrote; returns the counters."""
@@ -214,8 +246,8 @@ class Pruning(Trainer):
 
     def _parts(
         self,
-    ) -> tuple[MaskSet, Multipliers | None, LoraParameters, dict[str, torch.optim.Optimizer], TeacherBank]:
-        return self.masks, self.multipliers, self.model.lora(), self.engine.optimizers, self.bank
+    ) -> tuple[MaskSet, Multipliers | None, Update, dict[str, torch.optim.Optimizer], TeacherBank]:
+        return self.masks, self.multipliers, self.model.update, self.engine.optimizers, self.bank
 
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
         """Loss, sparsity against its target, and the teacher."""
@@ -245,9 +277,12 @@ class Pruning(Trainer):
             "skipped_steps": self.bad_total,
             "teachers": [s.sparsity for s in self.bank.snapshots],
         }
-        lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
-        target = save_run(Path(config.run_dir), config, spec, gates, masks.scores(), lora, self.bank.snapshots, facts)
-        log.info("pruned to %.2f%%, %d teachers (%.1f MB): %s", 100 * facts["sparsity"], len(self.bank.snapshots),
+        lora = self.model.update.pairs()
+        target = save_run(Path(config.run_dir), config, spec, gates, masks.scores(), lora, self.bank.snapshots, facts,
+                          self.checkpoints.newest(), self.bank.rungs)  # fmt: skip
+        for name in PASSING:
+            shutil.rmtree(Path(config.run_dir) / name, ignore_errors=True)
+        log.info("pruned to %.2f%%, %d snapshots (%.1f MB): %s", 100 * facts["sparsity"], len(self.bank.snapshots),
                  self.bank.nbytes / 1e6, target)  # fmt: skip
         if abs(facts["sparsity"] - config.sparsity.target) > POINT:
             log.warning(

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nuteprune.config import Config, ConfigError
@@ -105,10 +104,7 @@ class Recovering(FixedGates):
             # Another order than that of pruning, whose last batches the snapshot has not seen.
             stream = BatchStream(blocks, config.train.batch_size, config.seed + 1, world.rank, world.size)
         model = load_paired(config, world, zero)
-        with torch.no_grad():
-            for key, pair in student.lora.items():
-                for own, value in zip(model.lora()[key], pair, strict=True):
-                    own.copy_(value)
+        model.update.load(student.lora)
         masks = MaskSet(spec, config.gates).to(world.device)
         masks.fix(student.gates)
         engine = Engine(model, masks, None, config, config.train.steps, world)
@@ -135,5 +131,5 @@ class Recovering(FixedGates):
             "sparsity": sparsity_of(self.model.spec, gates),
             "skipped_steps": self.bad_total,
         }
-        lora = {k: tuple(t.detach() for t in pair) for k, pair in self.model.lora().items()}
+        lora = self.model.update.pairs()
         return save_tuned(Path(config.run_dir), config, self.trained, self.model.spec, gates, lora, facts)

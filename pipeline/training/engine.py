@@ -114,11 +114,8 @@ class Engine:
         self.scale = LossScale(model.dtype)
         self.gradients = _flat_gradients([p for o in self.optimizers.values() for p in _parameters(o)])
         self.lora_gradients = self.gradients[: sum(p.numel() for p in self.lora)]  # its optimizer is the first
-        pairs, trained = model.lora().values(), slice(-config.lora.rank, None)  # those before are held (refit.py)
-        held = [g for a, b in pairs for g in (a.grad[: -config.lora.rank], b.grad[:, : -config.lora.rank])]
-        self.held = [gradient for gradient in held if gradient.numel()]
-        parts = [(_part(a, trained), _part(b, (slice(None), trained))) for a, b in pairs]
-        self.precondition = Preconditioner(parts) if scaled else None
+        self.update = model.update
+        self.precondition = Preconditioner(self.update.lora.values()) if scaled else None
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""
@@ -129,8 +126,6 @@ class Engine:
         self.world.mean(self.gradients).div_(self.scale.value)
         for group in self.optimizers["lora"].param_groups if self.lora else ():
             group["lr"] = group["rate"] * lora_lr_at(self.config, step, self.total)
-        if self.held:
-            torch._foreach_zero_(self.held)
         norm = self._clip(self.config.train.grad_clip or math.inf)
         # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
         odd = (self.gradients * 0).sum()
@@ -146,6 +141,7 @@ class Engine:
             for name, optimizer in self.optimizers.items():
                 if moving or name != "gates":
                     optimizer.step()
+            self.update.refresh()
             self.masks.clamp()
         self.discard()
         return StepResult(norm, not finite)
@@ -193,13 +189,6 @@ def _sharded_adamw(parameters: list[dict], **options) -> torch.optim.Optimizer:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _part(parameter: nn.Parameter, where: slice | tuple[slice, slice]) -> Tensor:
-    """A part of a parameter with its part of the gradient, both in the parameter's memory."""
-    part = parameter.detach()[where]
-    part.grad = parameter.grad[where]
-    return part
 
 
 def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:

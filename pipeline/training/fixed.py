@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nuteprune.masks import MaskSet
-from nuteprune.model.layers import LoraParameters
+from nuteprune.model.lora import Update
 from nuteprune.runs.checkpoint import MANIFEST, sha256
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import TUNED
@@ -43,5 +43,5 @@ class FixedGates(Trainer):
         """Restore what `save` wrote; returns the counters."""
         return load_state(directory, *self._parts())
 
-    def _parts(self) -> tuple[MaskSet, None, LoraParameters, dict[str, torch.optim.Optimizer], TeacherBank]:
-        return self.masks, None, self.model.lora(), self.engine.optimizers, self.bank
+    def _parts(self) -> tuple[MaskSet, None, Update, dict[str, torch.optim.Optimizer], TeacherBank]:
+        return self.masks, None, self.model.update, self.engine.optimizers, self.bank

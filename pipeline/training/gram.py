@@ -46,12 +46,13 @@ class Streams:
                 self._arguments[len(ids)] = model.layer_arguments(embedded)
             self.parts.append(embedded.cpu())
 
-    def through(self, index: int) -> Iterator[Tensor]:
+    def through(self, index: int, before_part: Callable[[], None]) -> Iterator[Tensor]:
         """Let all of the text through a layer; yields what comes out of it [N, T, D], part by part. Collective."""
         layer = self.model.layers[index].layer
         with gathered(*layer.parameters()):
             activate(layer, self.view.layers[index])
             for part in self.parts:
+                before_part()
                 output = layer(part.to(self.device), **self._arguments[len(part)][index])
                 yield output
                 part.copy_(output)
@@ -59,24 +60,33 @@ class Streams:
 
 @torch.no_grad()
 def measure_grams(
-    model: PairedModel, ids_NT: LongTensor, layers: list[int], world: World, shown: bool, halt: Callable[[], None]
-) -> dict[int, Tensor]:
-    """G [F, F] of those layers that this rank keeps (`owner_of`), float32, in host memory. Collective.
+    model: PairedModel, ids_NT: LongTensor, layers: list[int], world: World, shown: bool, halt: Callable[[], None],
+    keep: Callable[[int, Tensor | None], None],
+) -> None:  # fmt: skip
+    """Measure G [F, F] of layers. Collective.
 
     Args:
         ids_NT: this rank's share of the text.
         layers: whose G is wanted, rising.
         shown: show a progress bar.
         halt: called before each part of the text, to end it by an exception.
+        keep: called on every rank for each of `layers`, with G (float32, in host memory) where `owner_of` names it.
     """
-    streams, grams = Streams(model, ids_NT, world), {}
-    count = layers[-1] + 1
+    streams, count = Streams(model, ids_NT, world), layers[-1] + 1
     with tqdm(total=count * len(streams.parts), desc="FFN units", unit="batch", leave=False, disable=not shown) as bar:
+
+        def before_part() -> None:
+            halt()
+            bar.update()
+
         for index in range(count):
-            total = gram_of(streams, index, bar, halt)
-            if index in layers and world.sum_at(total, owner_of(index, world)):
-                grams[index] = (total.triu_() + total.triu(1).T).cpu()
-    return grams
+            if index not in layers:
+                for _ in streams.through(index, before_part):
+                    pass
+                continue
+            total = gram_of(streams, index, before_part)
+            here = world.sum_at(total, owner_of(index, world))
+            keep(index, (total.triu_() + total.triu(1).T).cpu() if here else None)
 
 
 def owner_of(index: int, world: World) -> int:
@@ -84,7 +94,7 @@ def owner_of(index: int, world: World) -> int:
     return index % world.size
 
 
-def gram_of(streams: Streams, index: int, bar: tqdm, halt: Callable[[], None]) -> Tensor:
+def gram_of(streams: Streams, index: int, before_part: Callable[[], None]) -> Tensor:
     """This rank's part of a layer's G [F, F], its upper triangle, on the device; the text is behind the layer then.
 
     A token counts 1 / the mean square of the stream behind the layer.
@@ -94,12 +104,9 @@ def gram_of(streams: Streams, index: int, bar: tqdm, halt: Callable[[], None]) -
     total = torch.zeros(down.in_features, down.in_features, device=streams.device)
     hook = down.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].flatten(0, -2)))
     try:
-        halt()
-        for output in streams.through(index):
+        for output in streams.through(index, before_part):
             scale = (output.flatten(0, -2).float().square().mean(-1, keepdim=True) + _EPS).rsqrt()
             add_gram(total, taken.pop(), scale)
-            bar.update()
-            halt()
     finally:
         hook.remove()
     return total

@@ -29,12 +29,12 @@ def shared_blocks(config: Config, world: World, tokenizer: PreTrainedTokenizerBa
         return training_blocks(config, tokenizer, vocab)
 
     def pack() -> None:
-        if world.is_main and load_blocks(config) is None:
-            save_blocks(config, packed_blocks(config.data, tokenizer, vocab))
+        if world.is_main and load_blocks(config, tokenizer) is None:
+            save_blocks(config, packed_blocks(config.data, tokenizer, vocab), tokenizer)
 
     world.unhurried(pack)
     with world.together():
-        blocks = load_blocks(config)
+        blocks = load_blocks(config, tokenizer)
         if blocks is None:
             raise ConfigError(f"{config.run_dir}/prepared is not seen here: run_dir must be in a file system that all "
                               "ranks share")  # fmt: skip

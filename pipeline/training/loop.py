@@ -334,7 +334,8 @@ def save_checkpoint(trainer: Trainer) -> None:
     with trainer.world.together():
         if trainer.world.is_main:
             counters |= {"inputs": trainer.inputs}
-            with atomic_directory(trainer.checkpoints.path(trainer.step)) as temporary:
+            lender = trainer.checkpoints.newest()
+            with atomic_directory(trainer.checkpoints.path(trainer.step), lender) as temporary:
                 trainer.save(temporary, counters)
             trainer.checkpoints.prune()
 

@@ -1,4 +1,4 @@
-"""FFN units that stay make up for those that leave: least squares of down_proj, held in ranks of its LoRA.
+"""FFN units that stay make up for those that leave: least squares of down_proj, held in a pair beside its LoRA.
 
 With h the FFN's activations, K the units that stay and R those that leave, W_R h_R is predicted from h_K:
 
@@ -22,14 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.arch import projections
-from nuteprune.config import Config
+from nuteprune.config import Config, ConfigError
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import Gates
 from nuteprune.masks.schedule import settle_step
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
+from nuteprune.parallel.host import free_memory
 from nuteprune.parallel.zero import gathered
-from nuteprune.training.gram import measure_grams
+from nuteprune.training.gram import measure_grams, owner_of
+from nuteprune.training.preparation import Preparation
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +42,15 @@ TOKENS = 32
 """Tokens of text that are looked at, for each unit of a layer; all of a text that has fewer."""
 TIMES = 25
 """How often the pairs are computed anew while units leave."""
+STORED_BYTES = 4 * 2**30
+"""Of G that a run writes for a restart. More is measured again: several accelerators do that in the time that writing
+takes."""
+FP32 = 4
 _EPS, _ITERATIONS = 1e-8, 3
 
 
 class Refit:
-    """Writes the first ranks of down_proj's LoRA, which are not trained.
+    """Writes the frozen ranks of the update of down_proj.
 
     Each rank of the run keeps the G of every n-th layer, computes the pairs of those and gets the others'.
 
@@ -63,7 +69,7 @@ class Refit:
         self.model, self.ranks, self.world, self.stream = model, config.lora.refit, world, stream
         self.shown = config.tracking.progress and world.is_main
         self.every = max(1, min(settle_step(config, total), total) // TIMES)
-        self.layers = [index for index in range(model.spec.layers) if f"{index}.down_proj" in model.lora()]
+        self.layers = [index for index in range(model.spec.layers) if f"{index}.down_proj" in model.update.frozen]
         self._measured = False
         self._grams: dict[int, Tensor] = {}
         self._weights: dict[int, Tensor] = {}
@@ -77,8 +83,7 @@ class Refit:
         self.measure()
         parts = []
         for index in self.layers:
-            a_RF, b_DR = model.lora()[f"{index}.down_proj"]
-            a_QF, b_DQ = a_RF[: self.ranks], b_DR[:, : self.ranks]
+            a_QF, b_DQ = model.update.frozen[f"{index}.down_proj"]
             parts += [a_QF, b_DQ]
             if index in self._grams:
                 weight_DF, gram_FF = (held[index].to(device) for held in (self._weights, self._grams))
@@ -94,26 +99,63 @@ class Refit:
                 part.copy_(values.view_as(part))
 
     @torch.no_grad()
-    def measure(self, halt: Callable[[], None] = lambda: None) -> None:
+    def measure(self, halt: Callable[[], None] = lambda: None, store: Preparation | None = None) -> None:
         """Read the text, once; collective.
 
         Args:
             halt: called before each part of it, to end it by an exception.
+            store: has what an earlier start measured, and keeps what this one does.
+
+        Raises:
+            ConfigError: the host's memory, or its disk, has no room for it.
         """
         if self._measured or not self.layers:
             return
-        stream, world = self.stream, self.world
-        tokens = stream.batch(0).numel() * world.size
-        batches = math.ceil(min(TOKENS * self.model.spec.ffn / tokens, stream.steps_per_epoch))  # no text twice
-        log.info("measuring the FFN units on %d tokens", batches * tokens)
-        ids = torch.cat([stream.batch(number) for number in range(batches)])
-        self._grams = measure_grams(self.model, ids, self.layers, world, self.shown, halt)
+        world, ffn = self.world, self.model.spec.ffn
+        tokens = self.stream.batch(0).numel() * world.size
+        batches = math.ceil(min(TOKENS * ffn / tokens, self.stream.steps_per_epoch))  # no text twice
+        with world.together():
+            self._check_memory(batches * tokens)
+        store = store if len(self.layers) * FP32 * ffn**2 <= STORED_BYTES else None
+        own = [index for index in self.layers if owner_of(index, world) == world.rank]
+        found = {index: store.load(f"gram-{index}") for index in own} if store else {}
+        self._grams = {index: tensors["gram"] for index, tensors in found.items() if tensors is not None}
+        missing = sorted(i for each in world.gather([i for i in own if i not in self._grams]) for i in each)
+        if missing:
+            log.info("measuring the FFN units on %d tokens", batches * tokens)
+            ids = torch.cat([self.stream.batch(number) for number in range(batches)])
+            measure_grams(self.model, ids, missing, world, self.shown, halt, lambda *layer: self._keep(store, *layer))
         for index in self.layers:
             weight = _down_proj(self.model.layers[index].layer)
             with gathered(weight):
                 if index in self._grams:
                     self._weights[index] = weight.to("cpu", copy=True) if hasattr(weight, "ds_id") else weight
         self._measured = True
+
+    def _keep(self, store: Preparation | None, index: int, gram_FF: Tensor | None) -> None:
+        if gram_FF is not None:
+            self._grams[index] = gram_FF
+        if store is not None:
+            with self.world.together():
+                if gram_FF is not None:
+                    store.save(f"gram-{index}", {"gram": gram_FF})
+
+    def _check_memory(self, tokens: int) -> None:
+        """Raise `ConfigError` unless this node's memory holds G, the text on its way and gathered weights."""
+        spec, world, itemsize = self.model.spec, self.world, self.model.dtype.itemsize
+        partitioned = hasattr(_down_proj(self.model.layers[0].layer), "ds_id")
+        layer = FP32 * spec.ffn**2 + partitioned * itemsize * spec.ffn * spec.hidden
+        own = math.ceil(len(self.layers) / world.size) * layer + tokens // world.size * spec.hidden * itemsize
+        need, free = own * world.local_size, free_memory()
+        if need > free:
+            raise ConfigError(
+                f"lora.refit: {need / 1e9:.1f} GB of this node's memory are needed until the gates settle, "
+                f"{free / 1e9:.1f} GB are free: set lora.refit=0, or spread the run over more nodes"
+            )
+
+    def free(self) -> None:
+        """Give the memory back, when the gates have settled."""
+        self._grams, self._weights, self._measured = {}, {}, False
 
 
 def low_rank(weight_DF: Tensor, gram_FF: Tensor, gate_F: Tensor, ranks: int) -> tuple[Tensor, Tensor]:

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from nuteprune.config import Config, ConfigError, flatten, read_yaml, to_dict
 from nuteprune.masks import Gates, MaskSet
+from nuteprune.model.lora import Update, joined
 from nuteprune.runs.checkpoint import CheckpointError, read_json
 from nuteprune.runs.rundir import (
     load_adapter,
     load_gates,
-    load_snapshots,
     save_adapter,
     save_config,
     save_gates,
-    save_snapshots,
 )
+from nuteprune.runs.snapshot_files import load_snapshots, pair_tensors, save_snapshots, tensor_pairs
 from nuteprune.training.teachers import TeacherBank
 
 FREE_KEYS = (
@@ -32,18 +32,20 @@ FREE_KEYS = (
     "train.deterministic", "train.micro_batch", "finetune.micro_batch",
 )  # fmt: skip
 """Fields that may change between two starts of one run."""
+FROZEN = "frozen.safetensors"
 
 
 def save_state(
-    directory: Path, config: Config, masks: MaskSet, multipliers: nn.Module | None,
-    lora: Mapping[str, tuple[Tensor, Tensor]], optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank,
-    counters: dict,
+    directory: Path, config: Config, masks: MaskSet, multipliers: nn.Module | None, update: Update,
+    optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank, counters: dict, lender: Path | None = None,
 ) -> None:  # fmt: skip
-    """Write everything `load_state` needs into a directory."""
+    """Write everything `load_state` needs into a directory; `lender`: see `save_snapshots`."""
     save_config(directory / "config.yaml", config)
     save_gates(directory / "gates.safetensors", masks.fixed or Gates(), masks.scores())
-    save_adapter(directory / "adapter", lora, config, masks.spec)
-    save_snapshots(directory / "teachers", bank.snapshots)
+    save_adapter(directory / "adapter", update.lora, config, masks.spec)
+    if update.frozen:
+        save_file(pair_tensors(update.frozen, "frozen"), directory / FROZEN)
+    save_snapshots(directory, bank.snapshots, lender, bank.rungs)
     tensors = _optimizer_tensors(optimizers)
     if multipliers is not None:
         tensors["multipliers"] = multipliers.values.detach().cpu()
@@ -52,7 +54,7 @@ def save_state(
 
 
 def load_state(
-    directory: Path, masks: MaskSet, multipliers: nn.Module | None, lora: Mapping[str, tuple[Tensor, Tensor]],
+    directory: Path, masks: MaskSet, multipliers: nn.Module | None, update: Update,
     optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank,
 ) -> dict[str, float]:  # fmt: skip
     """Restore in place what `save_state` wrote; returns the counters."""
@@ -60,16 +62,15 @@ def load_state(
     with torch.no_grad():
         for kind, value in scores.items():
             masks.log_alpha[kind].copy_(value)
-        for key, pair in load_adapter(directory / "adapter").items():
-            for own, value in zip(lora[key], pair, strict=True):
-                own.copy_(value)
+        frozen = tensor_pairs(load_file(directory / FROZEN), "frozen") if update.frozen else {}
+        update.load(joined(load_adapter(directory / "adapter"), frozen))
         tensors = load_file(directory / "optimizer.safetensors")
         if multipliers is not None:
             multipliers.values.copy_(tensors.pop("multipliers"))
     for name, optimizer in optimizers.items():
         own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
         _restore_optimizer(optimizer, own)
-    bank.restore(load_snapshots(directory / "teachers"))
+    bank.restore(load_snapshots(directory, rungs=False))
     if gates.as_dict():
         masks.fix(gates)
     counters = json.loads((directory / "state.json").read_text(encoding="utf-8"))
@@ -141,6 +142,10 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
         known = numbers.stop
     if any(index >= known for index in state):
         raise CheckpointError("optimizer.safetensors belongs to a model with more parameters")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entries in state.items():
+        if any(value.dim() and value.shape != parameters[number].shape for value in entries.values()):
+            raise CheckpointError("optimizer.safetensors belongs to a model of other sizes, or an older version")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     _step_beside_parameters(getattr(optimizer, "optim", optimizer))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,9 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import TeacherConfig
 from nuteprune.masks import Gates
 from nuteprune.model.layers import LoraWeights, View, build_view
-from nuteprune.runs.snapshot import Snapshot
+from nuteprune.model.lora import joined
+from nuteprune.runs.snapshot import Pairs, Snapshot, nbytes
+from nuteprune.runs.snapshot_files import write_rung
 
 _GRID_EPS = 1e-6
 """Slack on the interval grid: 0.29 / 0.01 is 28.999… in binary."""
@@ -28,11 +33,17 @@ class TeacherBank:
         config: mode, interval, lag.
         scaling: LoRA alpha / rank.
         device, dtype: where and in what type teachers compute.
+        target: the sparsity that the student never passes.
+        rungs: directory for the snapshots that cannot teach; without one they are not kept, only known of.
     """
 
-    def __init__(self, spec: ArchSpec, config: TeacherConfig, scaling: float, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, spec: ArchSpec, config: TeacherConfig, scaling: float, device: torch.device, dtype: torch.dtype,
+        target: float = 1.0, rungs: Path | None = None,
+    ):  # fmt: skip
         self.spec, self.config, self.scaling = spec, config, scaling
         self.device, self.dtype = device, dtype
+        self.target, self.rungs = target, rungs
         self.snapshots: list[Snapshot] = []
         self.reached: int | None = None
         """First step at which the student had the full target sparsity."""
@@ -46,14 +57,38 @@ class TeacherBank:
         """Host memory of all snapshots in bytes."""
         return self._nbytes
 
-    def record(self, step: int, sparsity: float, gates: Gates, scores: dict[str, Tensor], lora: LoraWeights) -> bool:
-        """Keep a snapshot if the sparsity passed another interval since the last one; returns whether it did."""
+    def record(
+        self, step: int, sparsity: float, gates: Gates, scores: dict[str, Tensor], lora: LoraWeights,
+        frozen: LoraWeights | None = None, fitted: int = 0,
+    ) -> bool:  # fmt: skip
+        """Keep a snapshot if the sparsity passed another interval since the last one; returns whether it did.
+
+        Args:
+            frozen: ranks of `lora.refit`, of the step `fitted`.
+
+        Raises:
+            ConfigError: a rung cannot be written.
+        """
         if not self.is_due(sparsity):
             return False
-        host = {k: tuple(t.detach().to("cpu", torch.bfloat16, copy=True) for t in pair) for k, pair in lora.items()}
-        scores = {k: s.detach().to("cpu", torch.float32, copy=True) for k, s in scores.items()}
-        gates = gates.detach().to("cpu", torch.float32, copy=True)
-        self.restore([*self.snapshots, Snapshot(step, sparsity, gates, scores, host)])
+        teaches = self._near(sparsity, self._limit(self.target + self.config.interval / 2))
+        known = Snapshot(step, sparsity, Gates(), {}, {}, {}, fitted if frozen else None, teaches)
+        if teaches or self.rungs:
+            last = self.snapshots[-1] if self.snapshots else known
+            same = last.fitted == known.fitted and last.frozen
+            whole = replace(
+                known,
+                gates=gates.detach().to("cpu", torch.float32, copy=True),
+                scores={k: s.detach().to("cpu", torch.float32, copy=True) for k, s in scores.items()},
+                # As a rung it gets the LoRA that the run ends with (`students.rung_lora`).
+                lora=_on_host(lora if teaches else {}),
+                frozen=last.frozen if same else _on_host(frozen or {}),
+            )
+            if teaches:
+                known = whole
+            elif self.rungs:
+                write_rung(self.rungs, whole)
+        self.restore([*self.snapshots, known])
         return True
 
     def is_due(self, sparsity: float) -> bool:
@@ -64,9 +99,11 @@ class TeacherBank:
     def restore(self, snapshots: list[Snapshot]) -> None:
         """Hold these snapshots, in memory from which an accelerator copies without waiting."""
         held = {id(s) for s in self.snapshots}
-        pinned = self.device.type == "cuda"
-        self.snapshots = [s.map(Tensor.pin_memory) if pinned and id(s) not in held else s for s in snapshots]
-        self._nbytes = sum(s.nbytes for s in self.snapshots)
+        on_card = self.device.type == "cuda"
+        self.snapshots = [
+            s.map(Tensor.pin_memory) if on_card and s.teaches and id(s) not in held else s for s in snapshots
+        ]
+        self._nbytes = nbytes(self.snapshots)
 
     def observe(self, step: int, student_sparsity: float, target: float) -> None:
         """Note the step at which the student first is within half an interval of the final target.
@@ -88,9 +125,16 @@ class TeacherBank:
         if self.reached is not None:
             gone = (step - self.reached) / max(1, total - self.reached)
             mark -= self._interval(gone * mark) * self.config.interval
-        limit = min(mark - self.config.lag * self.config.interval, self.config.share * mark)
-        usable = [i for i, s in enumerate(self.snapshots) if s.sparsity <= limit + self.config.interval * _GRID_EPS]
+        limit = self._limit(mark)
+        usable = [i for i, s in enumerate(self.snapshots) if s.teaches and self._near(s.sparsity, limit)]
         return max(usable, key=lambda i: self.snapshots[i].sparsity, default=None)
+
+    def _limit(self, mark: float) -> float:
+        """The largest sparsity of a teacher under a mark."""
+        return min(mark - self.config.lag * self.config.interval, self.config.share * mark)
+
+    def _near(self, sparsity: float, limit: float) -> bool:
+        return sparsity <= limit + self.config.interval * _GRID_EPS
 
     def activate(self, index: int | None) -> View:
         """The view of a snapshot (None: the intact model); moved and converted only when the teacher changes."""
@@ -110,7 +154,7 @@ class TeacherBank:
         if index is None:
             return build_view(self.spec, None, {}, self.scaling, self.dtype)
         snapshot = self._on_device(index)
-        return build_view(self.spec, snapshot.gates, snapshot.lora, self.scaling, self.dtype)
+        return build_view(self.spec, snapshot.gates, joined(snapshot.lora, snapshot.frozen), self.scaling, self.dtype)
 
     def _on_device(self, index: int) -> Snapshot:
         if self._fetched is None or self._fetched[0] != index:
@@ -123,3 +167,8 @@ class TeacherBank:
 
     def _interval(self, sparsity: float) -> int:
         return int(sparsity / self.config.interval + _GRID_EPS)
+
+
+def _on_host(pairs: LoraWeights) -> Pairs:
+    a_and_b = {key: [t.detach().to("cpu", torch.bfloat16, copy=True) for t in pair] for key, pair in pairs.items()}
+    return {key: (a, b) for key, (a, b) in a_and_b.items()}

@@ -53,7 +53,7 @@ def overrides(model_dir, text_file):
         "train.batch_size=4", "train.micro_batch=1", "gates.importance_tokens=256", "tracking.progress=false",
         "gates.ffn_multiple=1", "gates.hidden_multiple=1", "checkpoint.every=20", "checkpoint.keep=9",
         "gates.shape=uniform", "gates.units=[kv_groups,ffn,layers]", "train.lora_lr=1e-3",
-        "lora.rank=8", "lora.alpha=8",
+        "lora.rank=8", "lora.alpha=8", "teacher.lag=5", "teacher.share=1",
     ]  # fmt: skip
 
 
@@ -105,8 +105,13 @@ def test_two_ranks_under_zero3_follow_one_process(one, two):
 def test_gates_lora_and_teachers_have_the_same_bits_on_all_ranks(two):
     first, second = two / "rank-0", two / "rank-1"
     files = sorted(p.relative_to(first) for p in first.rglob("*.safetensors"))
-    assert len([f for f in files if "teachers" in str(f)]) >= 5
-    assert {"gates.safetensors", "adapter/adapter_model.safetensors"} <= set(map(str, files))
+    assert {"gates.safetensors", "adapter/adapter_model.safetensors", "frozen.safetensors"} <= set(map(str, files))
+    known = json.loads((second / "teachers/teachers.json").read_text())
+    assert sum(entry["teaches"] for entry in known) >= 5
+    alone = {entry["file"] for entry in known if not entry["teaches"]}
+    assert alone  # rungs, and the frozen ranks that no teacher has
+    alone |= {e["frozen"] for e in known} - {e["frozen"] for e in known if e["teaches"]}
+    files = [file for file in files if file.name not in alone]
     for file in files:
         assert (first / file).read_bytes() == (second / file).read_bytes(), file
 

@@ -20,8 +20,8 @@ def refitted(config, world: World) -> tuple[prune.Pruning, dict[str, torch.Tenso
     gate[:, ::2] = 0
     assert trainer.refit is not None
     trainer.refit.apply(Gates(ffn=gate))
-    pairs = [(key, pair) for key, pair in trainer.model.lora().items() if key.endswith("down_proj")]
-    return trainer, {f"{key}.{s}": t.detach() for key, pair in pairs for s, t in zip("AB", pair, strict=True)}
+    frozen = trainer.model.update.frozen.items()
+    return trainer, {f"{key}.{s}": t.contiguous() for key, pair in frozen for s, t in zip("AB", pair, strict=True)}
 
 
 def on_a_rank() -> None:

@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from kernels_cases import Case, as_double, assert_near, build, value_and_grads
+from kernels_cases import TOLERANCE, Case, as_double, assert_near, build, value_and_grads
 from torch.utils.checkpoint import checkpoint
 
 from nuteprune.kernels import reference
-from nuteprune.kernels.api import masked_lora_linear
+from nuteprune.kernels.api import into_grad, known_lists, masked_lora_linear
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -76,3 +76,28 @@ def test_lists_may_hold_units_whose_gate_is_zero(call):
     want = value_and_grads(reference.masked_lora_linear, as_double(kwargs), got["upstream"])
     for name, value in want.items():
         assert_near(name, got[name], value, 1e-5)
+
+
+@pytest.mark.parametrize("rank", [4, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_that_are_not_trained_ride_along_and_get_no_gradient(call, rank, dtype):
+    """Against the reference with one pair of all ranks, of whose gradient that of the last ones is wanted."""
+    backend, case = call.keywords["backend"], Case(rank=rank, dtype=dtype, in_kind="half", out_kind="soft", bias=False)
+    kwargs = build(case)
+    whole = kwargs["lora_a"].detach(), kwargs["lora_b"].detach()
+    a, b = whole[0][-3:].float().requires_grad_(), whole[1][:, -3:].float().requires_grad_()
+    gates, keep = (kwargs["in_gate"], kwargs["out_gate"]), kwargs["in_gate"].detach().nonzero().flatten()
+    operands = (None, a, b, *gates, keep, None, kwargs["scaling"], False, False, whole)
+    want = value_and_grads(reference.masked_lora_linear, as_double(kwargs), None)
+    leaves = kwargs["x"], a, b, *gates
+    y = known_lists(kwargs["x"], kwargs["weight"], *operands, backend=backend)
+    got = torch.autograd.grad(y, leaves, want["upstream"].to(y))
+    want |= {"lora_a": want["lora_a"][-3:], "lora_b": want["lora_b"][:, -3:]}
+    tolerance = TOLERANCE[dtype]
+    for name, value in zip(("y", "x", "lora_a", "lora_b", "in_gate", "out_gate"), (y, *got), strict=True):
+        assert_near(name, value, want[name], tolerance)
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    with into_grad():
+        known_lists(kwargs["x"], kwargs["weight"], *operands, backend=backend).backward(want["upstream"].to(y))
+    for name, leaf in (("lora_a", a), ("lora_b", b)):
+        assert_near(name, leaf.grad - 1, want[name], tolerance)

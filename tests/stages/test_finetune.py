@@ -121,8 +121,9 @@ def test_a_higher_rank_starts_from_the_same_student(tuning):
     trainer = build(changed(tuning, lora_rank=20, distill=0.5))
     run = load_run(tuning.run_dir)
     model, ids = trainer.model, trainer.stream.batch(0)[:, 0]
-    assert {a.shape[0] for a, _ in model.lora().values()} == {20, 20 + 112}  # those of lora.refit in down_proj
-    views = [build_view(model.spec, run.gates, lora, 1.0, torch.float32) for lora in (model.lora(), run.lora)]
+    assert {a.shape[0] for a, _ in model.lora().values()} == {20}
+    assert {a.shape[0] for a, _ in model.update.whole.values()} == {20 + 112}  # with those of lora.refit in down_proj
+    views = [model.view(run.gates), build_view(model.spec, run.gates, run.lora, 1.0, torch.float32)]
     with torch.no_grad():
         mine, wanted = (model.logits(ids, view) for view in views)
     assert torch.allclose(mine, wanted, atol=1e-4)

@@ -21,7 +21,7 @@ from tiny import tiny_config, tiny_model
 from nuteprune.arch import read_spec
 from nuteprune.config import ConfigError, load_config
 from nuteprune.masks import kept_units
-from nuteprune.runs.checkpoint import write_manifest
+from nuteprune.runs.checkpoint import verify, write_manifest
 from nuteprune.runs.rundir import load_adapter, load_run, save_config
 from nuteprune.stages import export, finetune, prune
 from nuteprune.training.loop import TrainingFailed
@@ -116,6 +116,22 @@ def test_a_signal_while_structures_are_measured_saves_and_the_next_start_ends_bi
     monkeypatch.undo()
     prune.run(config)
     same_run(whole, Path(config.run_dir))
+
+
+def test_a_snapshot_is_written_once_and_outlives_the_checkpoint_it_was_written_for(settings):
+    config = load_config(None, [*settings, "sparsity.target=0.4", "teacher.lag=5", "checkpoint.every=15",
+                                "checkpoint.keep=2"])  # fmt: skip
+    run_dir, names = prune.run(config).parent, {}
+    for directory in (*sorted((run_dir / "checkpoints").iterdir()), run_dir / "pruned"):
+        verify(directory)
+        for file in (directory / "teachers").glob("*.safetensors"):
+            names.setdefault(file.name, set()).add(file.stat().st_ino)
+    assert len(names) > 10
+    assert all(len(files) == 1 for files in names.values())
+    shutil.rmtree(run_dir / "checkpoints")
+    snapshots = load_run(run_dir).snapshots
+    assert {bool(s.lora) for s in snapshots if s.teaches} == {True}
+    assert {bool(s.lora) for s in snapshots if not s.teaches} == {False}
 
 
 def test_adapter_opens_in_peft(settings, model_dir):

@@ -64,10 +64,12 @@ def test_a_rung_has_what_the_run_learned_to_its_end(rung, config, run_dir, text_
         torch.testing.assert_close(product((a, b), rank), share * product(trained.lora[key], rank))
         fitted = len(a) - rank
         assert fitted == (trained.config.lora.refit if key.endswith("down_proj") else 0)
-        assert torch.equal(a[:fitted], snapshot.lora[key][0][:fitted].float())
-        assert torch.equal(b[:, :fitted], snapshot.lora[key][1][:, :fitted].float())
+        if fitted:
+            assert torch.equal(a[:fitted], snapshot.frozen[key][0].float())
+            assert torch.equal(b[:, :fitted], snapshot.frozen[key][1].float())
     merged = cross_entropy(config, rung, text_file)
-    monkeypatch.setattr("nuteprune.runs.students.rung_lora", lambda _, snapshot: snapshot.lora)
+    untrained = {key: (a, torch.cat([b[:, :-rank], 0 * b[:, -rank:]], 1)) for key, (a, b) in before.lora.items()}
+    monkeypatch.setattr("nuteprune.runs.students.rung_lora", lambda *_: untrained)
     assert merged < cross_entropy(config, rung, text_file)
 
 

@@ -96,8 +96,9 @@ def test_weight_decay_would_shrink_it_and_is_refused():
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "olmo2", "phi3", "granite", "llama-bias"])
 def test_the_student_is_nearer_to_the_intact_model(name):
     model = paired(name, ranks=16, rank=8, alpha=4.0)
-    gates, own = Gates(ffn=some_leave(model.spec)), model.lora()
+    gates = Gates(ffn=some_leave(model.spec))
     refitting(model, 16).apply(gates)
+    own = model.update.pairs()
     ids, distances = TEXT[:8], []
     with torch.no_grad():
         wanted = model.hidden(ids, build_view(model.spec, None, {}, model.scaling, torch.float32))
@@ -128,7 +129,8 @@ def grams_of_the_whole_model(model, ids):
 def test_a_pass_layer_by_layer_sees_what_the_whole_model_does(name, monkeypatch):
     monkeypatch.setattr(gram, "TOKENS_AT_ONCE", 160)  # five sequences, and a part of four at the end
     model = paired(name, ranks=4)
-    found = gram.measure_grams(model, TEXT, list(range(model.spec.layers)), World(), False, lambda: None)
+    layers, found = list(range(model.spec.layers)), {}
+    gram.measure_grams(model, TEXT, layers, World(), False, lambda: None, found.__setitem__)
     for index, wanted in enumerate(grams_of_the_whole_model(model, TEXT)):
         assert (found[index] - wanted).norm() < 1e-5 * wanted.norm()
         assert torch.equal(found[index], found[index].T)
@@ -156,10 +158,9 @@ def test_a_run_holds_its_refit_resumes_and_exports_it(settings, optimizer, tmp_p
     # Not trained since the gates have settled: the same as fitted to them now.
     trainer = prune.Pruning.build(load_config(None, [*settings, *more, f"run_dir={tmp_path / 'again'}"]), World())
     trainer.refit.apply(run.gates)
-    for key, (a, b) in trainer.model.lora().items():
-        if key.endswith("down_proj"):
-            torch.testing.assert_close(run.lora[key][0][:5], a[:5].detach(), rtol=1e-3, atol=1e-5)
-            torch.testing.assert_close(run.lora[key][1][:, :5], b[:, :5].detach(), rtol=1e-3, atol=1e-5)
+    for key, (a, b) in trainer.model.update.frozen.items():
+        torch.testing.assert_close(run.lora[key][0][:5], a, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(run.lora[key][1][:, :5], b, rtol=1e-3, atol=1e-5)
     assert json.loads((export.run(config) / "nuteprune.json").read_text())["sparsity"] == pytest.approx(0.4, abs=0.02)
 
     second = load_config(None, [*settings, *more, f"run_dir={tmp_path / 'resumed'}"])
@@ -181,14 +182,50 @@ def test_a_run_holds_its_refit_resumes_and_exports_it(settings, optimizer, tmp_p
         assert all(torch.equal(left[k], right[k]) for k in left), file
 
 
-def test_a_signal_while_units_are_measured_ends_the_run_before_its_step(settings):
-    trainer = prune.Pruning.build(load_config(None, settings), World())
-    trainer.stop.received = "SIGTERM"
+def test_what_was_measured_before_a_signal_is_not_measured_again(settings, tmp_path):
+    settings = [*settings, "train.steps=20", "sparsity.target=0.4"]
+    whole, parted = (load_config(None, [*settings, f"run_dir={tmp_path / name}"]) for name in ("whole", "parted"))
+    prune.run(whole)
+    trainer, looks = prune.Pruning.build(parted, World()), 0
+    Path(parted.run_dir).mkdir()
+
+    def halt():
+        nonlocal looks
+        looks += 1
+        if looks == 5:  # two batches for importance, a part of the text for each of three layers
+            trainer.stop.received = "SIGTERM"
+        prune.Pruning.halt(trainer)
+
+    trainer.halt = halt
     with pytest.raises(Preempted, match="SIGTERM before the first step"):
         trainer.start()
-    trainer.stop.received = ""
-    trainer.start()
-    assert trainer.train_step()["loss"] > 0
+    stored = sorted(path.name.split(".")[0] for path in Path(parted.run_dir, "preparation").iterdir())
+    assert stored == ["gram-0", "gram-1", "importance"]
+    looked = []
+    again = prune.Pruning.build(parted, World())
+    again.importance, again.halt = None, lambda: looked.append(again)
+    again.start()
+    assert len(looked) == 3  # the text went through all layers, to measure the last
+    next(Path(parted.run_dir, "preparation").glob("gram-1*")).write_bytes(b"damaged")
+    prune.run(parted)
+    assert not Path(parted.run_dir, "preparation").exists()
+    lines = [Path(config.run_dir, "metrics.jsonl").read_text().splitlines() for config in (whole, parted)]
+    losses = [[json.loads(line)["prune/loss"] for line in each] for each in lines]
+    assert losses[0] == losses[1]
+
+
+def test_memory_is_asked_for_before_and_given_back_when_gates_settle(settings, monkeypatch):
+    config = load_config(None, [*settings, "train.steps=20", "sparsity.target=0.4"])
+    monkeypatch.setattr(refit, "free_memory", lambda: 20_000)  # three G of 40 units take 19,200, the text more
+    trainer = prune.Pruning.build(config, World())
+    with pytest.raises(ConfigError, match=r"^lora\.refit: 0\.0 GB of this .* are needed .* set lora\.refit=0"):
+        trainer.refit.measure()
+    monkeypatch.undo()
+    trainer.refit.measure()
+    trainer.step = 15
+    trainer.constrain()
+    assert trainer.masks.fixed is not None
+    assert not trainer.refit._grams
 
 
 def test_peft_opens_the_adapter_and_later_stages_go_on_from_it(settings, model_dir, tmp_path):

@@ -7,6 +7,7 @@ from tiny import tiny_config
 from nuteprune.arch import read_spec
 from nuteprune.config import TeacherConfig
 from nuteprune.masks import Gates, unit_shape
+from nuteprune.runs.snapshot_files import load_snapshots, save_snapshots
 from nuteprune.training.teachers import TeacherBank
 
 SPEC = read_spec(tiny_config("llama"))
@@ -93,6 +94,47 @@ def test_the_share_keeps_sparse_snapshots_from_teaching():
     assert b.snapshots[b.choose(0.5, 0, 200)].sparsity == pytest.approx(0.20)
     assert b.choose(0.12, 0, 200) == 1
     assert walk(b, 0.5, 100, 200)[0] == pytest.approx(0.20)
+
+
+def test_what_can_never_teach_is_a_rung_on_the_disk_of_one_rank(tmp_path):
+    known = SPEC, TeacherConfig(lag=10, share=0.4), 1.0, torch.device("cpu"), torch.float32, 0.5
+    holds, knows = (TeacherBank(*known, rungs) for rungs in (tmp_path / "rungs", None))
+    for b in (holds, knows):
+        for percent in range(1, 51):
+            assert record(b, percent / 100, percent)
+            assert not record(b, percent / 100, percent)
+    assert [s.sparsity for s in holds.snapshots] == [s.sparsity for s in knows.snapshots]
+    assert [s.teaches for s in holds.snapshots] == [s.teaches for s in knows.snapshots] == [True] * 20 + [False] * 30
+    for percent in range(1, 51):
+        assert holds.choose(percent / 100, 0, 200) == knows.choose(percent / 100, 0, 200)
+    assert knows.nbytes == holds.nbytes == sum(s.nbytes for s in holds.snapshots[:20])
+    save_snapshots(tmp_path, holds.snapshots, rungs=holds.rungs)
+    rung = load_snapshots(tmp_path)[-1]
+    assert rung.gates.ffn is not None
+    assert rung.scores
+    assert not rung.lora
+    assert [s.nbytes for s in load_snapshots(tmp_path, rungs=False)] == [s.nbytes for s in holds.snapshots]
+
+
+def test_frozen_ranks_that_did_not_change_are_held_and_written_once(tmp_path):
+    b, frozen = bank(), {"0.down_proj": (torch.randn(3, SPEC.ffn).bfloat16(), torch.randn(SPEC.hidden, 3).bfloat16())}
+    others = {"0.down_proj": tuple(t * 2 for t in frozen["0.down_proj"])}
+    for percent, ranks, fitted in ((1, frozen, 0), (2, frozen, 0), (3, others, 4)):
+        gates = Gates(ffn=torch.rand(unit_shape(SPEC, "ffn")))
+        b.record(percent, percent / 100, gates, {}, {"0.q_proj": (torch.randn(2, 4), torch.randn(4, 2))}, ranks, fitted)
+    first, second, third = b.snapshots
+    assert first.frozen is second.frozen
+    assert b.nbytes == sum(s.nbytes for s in b.snapshots) + 2 * sum(t.nbytes for t in frozen["0.down_proj"])
+    assert len(b.activate(2).layers[0].states["down_proj"].lora[0]) == 3
+    save_snapshots(tmp_path, b.snapshots)
+    assert len(list(tmp_path.rglob("frozen-*"))) == 2
+    back = load_snapshots(tmp_path)
+    assert back[0].frozen is back[1].frozen
+    for mine, theirs in zip(back, b.snapshots, strict=True):
+        for what in ("lora", "frozen"):
+            for key, pair in getattr(theirs, what).items():
+                assert all(torch.equal(x, y) for x, y in zip(getattr(mine, what)[key], pair, strict=True))
+    assert third.frozen is not second.frozen
 
 
 def test_intact_mode_never_uses_a_snapshot():

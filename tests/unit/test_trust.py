@@ -28,7 +28,8 @@ from nuteprune.model.loading import load_any, load_model
 from nuteprune.runs import jobs
 from nuteprune.runs.checkpoint import CheckpointError, inside, verify, write_atomic, write_manifest
 from nuteprune.runs.fingerprint import fingerprint
-from nuteprune.runs.rundir import load_run, load_snapshots, save_config
+from nuteprune.runs.rundir import load_run, save_config
+from nuteprune.runs.snapshot_files import load_snapshots
 from nuteprune.runs.words import code, markdown_words, plain
 from nuteprune.stages import export, status
 from nuteprune.training.tracking import Tracker
@@ -222,7 +223,10 @@ def test_links_out_of_a_directory_are_refused(directory):
 
 
 def test_teachers_are_read_from_their_directory_only(directory):
-    (directory / "teachers.json").write_text(json.dumps([{"file": "../secret", "step": 1, "sparsity": 0.1}]))
+    (directory / "teachers").mkdir()
+    (directory / "teachers" / "teachers.json").write_text(
+        json.dumps([{"file": "../secret", "step": 1, "sparsity": 0.1}])
+    )
     with pytest.raises(CheckpointError, match="names a file outside of it"):
         load_snapshots(directory)
 
