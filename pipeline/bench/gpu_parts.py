@@ -19,6 +19,7 @@ import torch
 
 from nuteprune.bench.gpu_place import MET, MISSED, NUTEPRUNE, PYTHON, SKIPPED, TOLD, Line, Place, alike, kill, tail
 from nuteprune.parallel.device import named, unseen_gpu
+from nuteprune.planning.machine import card_of
 
 BARS = {0.0: 1.15, 0.5: 0.65}
 """Time of the fused projection over the bare GEMM's, forward, by sparsity: at most."""
@@ -129,9 +130,12 @@ def planned(place: Place) -> Iterator[Line]:
         "model.dtype=bfloat16", "train.steps=10", "train.batch_size=16", "train.micro_batch=2", "lora.refit=0",
         "train.activation_checkpointing=true", "sparsity.target=0.2", f"data.seq_len={length}", "checkpoint.every=0",
     ]  # fmt: skip
-    total = torch.cuda.get_device_properties(0).total_memory if place.cuda else 80e9
+    name, total = "NVIDIA H100", 80e9
+    if place.cuda:
+        facts = torch.cuda.get_device_properties(0)
+        name, total = facts.name, facts.total_memory
     wrong = place.random_model("seven", sizes)
-    card = ("--gpus-per-node", "1", "--gpu-memory", f"{total / 1e9:.1f}GB", "--json")
+    card = ("--gpus-per-node", "1", "--gpu", card_of(name).name, "--gpu-memory", f"{total / 1e9:.1f}GB", "--json")
     model = str(place.models / "seven")
     wrong = wrong or place.run("plan", *NUTEPRUNE, "plan", "--model", model, *card, *settings)
     wrong = wrong or place.prune("seven-run", "seven", *settings, f"gates.importance_tokens={16 * length}")
@@ -152,7 +156,7 @@ def planned(place: Place) -> Iterator[Line]:
 
 def planned_figures(plan: dict) -> tuple[float, float]:
     """GB and seconds a step that a plan says of micro-batch 2 with checkpointing and whole weights."""
-    layout = {"stage": 2, "micro_batch": 2, "checkpointing": True, "offload": False}
+    layout = {"stage": 0, "micro_batch": 2, "checkpointing": True, "offload": False}
     options = [plan["chosen"], *plan["tried"]]
     same = [option for option in options if layout.items() <= option["layout"].items()]
     option = (same or options)[0]
