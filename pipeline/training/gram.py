@@ -115,8 +115,8 @@ def gram_of(streams: Streams, index: int, before_part: Callable[[], None]) -> Te
 def add_gram(total_FF: Tensor, h_NF: Tensor, scale_N1: Tensor) -> None:
     """Add (s h)ᵀ(s h) to the upper triangle of a float32 sum; of what lies below the diagonal's blocks, nothing.
 
-    Activations of 16 bits are multiplied as bfloat16, and a product of `TOKENS_AT_ONCE` tokens is rounded to that: a
-    thousandth part of what another text changes (docs/experiments.md).
+    Activations of 16 bits are multiplied as bfloat16, and a product of `TOKENS_AT_ONCE` tokens is rounded to that: what
+    that changes of the fit is a two-hundredth part of what another text changes (docs/experiments.md).
     """
     h_NF = h_NF.to(torch.bfloat16) if h_NF.element_size() == 2 else h_NF
     h_NF = h_NF * scale_N1.to(h_NF.dtype)
