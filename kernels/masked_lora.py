@@ -82,8 +82,8 @@ def gradients(
         dx, gb = matmul(product.back, grad, need_a, lasting=False, onto=None if alone else onto)
     elif need_a:
         gb = skinny(product.back, grad, empty_u(product.back, grad, lasting=False))
-    first = product.rank - product.learned
-    gb, u = (None if t is None else t[:, first:] for t in (gb, u))
+    if product.learned < product.rank:
+        gb, u = (None if t is None else t[:, -product.learned :] for t in (gb, u))
     if need_a or need_in:
         q, t = gb if need_a else None, dx if need_in else None
         d_a, d_in = column_reduce(x, q, t, product.compact_in, product.inner, product.scaling, True, sum_a)
