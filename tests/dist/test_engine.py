@@ -1,4 +1,4 @@
-"""Several ranks against one process: the same curve, teachers and units, whatever is partitioned and wherever resumed."""
+"""Several ranks against one process: the same curve, teachers and units, however partitioned and wherever resumed."""
 
 import json
 import re
@@ -43,10 +43,10 @@ def dump_ranks(rank: int) -> None:
 
 @pytest.fixture(scope="module")
 def overrides(model_dir, text_file):
-    """A run whose micro-batches are those of four ranks, so that all worlds draw the same gates.
+    """A run whose micro-batches are those of four ranks.
 
-    At half the default's rate and rank: what rounding differs in over 50 steps grows with both, and B moves at four times
-    the rate of A.
+    At half the default's rate and rank: what rounding differs in over 50 steps grows with both, and B moves at four
+    times the rate of A.
     """
     return [
         f"model.path={model_dir}", f"data.source={text_file}", "data.seq_len=32", f"train.steps={STEPS}",

@@ -108,7 +108,8 @@ def test_a_batch_script_or_a_shell_of_an_allocation_is_one_process(environment):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"), [("node1", "node1"), ("a-b[008,010-012]", "a-b008"), ("x,y[1-2]", "x"), ("n[1-2].site,m", "n1.site")]
+    ("nodes", "first"),
+    [("node1", "node1"), ("a-b[008,010-012]", "a-b008"), ("x,y[1-2]", "x"), ("n[1-2].site,m", "n1.site")],
 )
 def test_first_host_of_a_node_list(nodes, first):
     assert first_host(nodes) == first

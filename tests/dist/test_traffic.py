@@ -11,21 +11,21 @@ from tiny import tiny_model
 
 from nuteprune.bench import comm, memory
 from nuteprune.config import load_config
-from nuteprune.planning.costs import traffic
-from nuteprune.parallel.distributed import connected, discover
-from nuteprune.training.engine import Engine
-from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
-from nuteprune.planning.footprint import frozen_weights, lora_memory
-from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.masks import MaskSet
 from nuteprune.model.loading import read_config
+from nuteprune.parallel.distributed import connected, discover
+from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.planning.costs import traffic
+from nuteprune.planning.footprint import frozen_weights, lora_memory
+from nuteprune.planning.job import Cluster, Job, Layout
+from nuteprune.training.engine import Engine
 
 LAYERS = 24
 
 
 def measure() -> None:
-    """In a rank: gathered bytes of both modes over the model's, bytes held over the planner's, and which groups gather."""
+    """In a rank: gathered bytes of both modes over the model's, bytes held over the planner's, which groups gather."""
     directory, out, deepspeed, checkpointing = sys.argv[1:]
     world = discover()
     config = load_config(None, [f"model.path={directory}", f"train.batch_size={world.size}", f"deepspeed={deepspeed}",
@@ -51,7 +51,10 @@ def measure() -> None:
         result["frozen"] = [memory.frozen_bytes(model), sum(frozen_weights(job, Layout(3, 1)).values())]
         planned = lora_memory(job, Layout(3, 1))
         shares = world.gather(memory.lora_bytes(engine))
-        result["lora"] = [sum(shares) / len(shares), sum(planned[f"LoRA {k}"] for k in ("weights", "gradient", "moments"))]
+        result["lora"] = [
+            sum(shares) / len(shares),
+            sum(planned[f"LoRA {k}"] for k in ("weights", "gradient", "moments")),
+        ]
     if world.is_main:
         Path(out).write_text(json.dumps(result))
 
