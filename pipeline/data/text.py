@@ -111,6 +111,14 @@ def text_tokens(
     return torch.tensor(next(_token_ids([text], tokenizer)), dtype=torch.int64)
 
 
+def check_split(batch_size: int, world: int) -> None:
+    """Raise `ConfigError` where so many processes cannot share a batch evenly."""
+    if batch_size % world:
+        raise ConfigError(
+            f"train.batch_size {batch_size} cannot be split over {world} processes: make it a multiple of {world}"
+        )
+
+
 class BatchStream:
     """Batches as a pure function of the global step, the same global batch for any number of ranks.
 
@@ -129,10 +137,7 @@ class BatchStream:
     """
 
     def __init__(self, blocks: torch.LongTensor, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        if batch_size % world:
-            raise ConfigError(
-                f"train.batch_size {batch_size} cannot be split over {world} processes: make it a multiple of {world}"
-            )
+        check_split(batch_size, world)
         assert 0 <= rank < world
         self.blocks = blocks
         self.batch_size = batch_size

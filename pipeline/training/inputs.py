@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import Config, ConfigError
 from nuteprune.data.prepared import load_blocks, save_blocks, training_blocks
-from nuteprune.data.text import packed_blocks
+from nuteprune.data.text import check_split, packed_blocks
 from nuteprune.model.hub import fetch
 from nuteprune.parallel.distributed import World
 
@@ -27,6 +27,8 @@ def shared_blocks(config: Config, world: World, tokenizer: PreTrainedTokenizerBa
     """
     if world.size == 1:
         return training_blocks(config, tokenizer, vocab)
+    with world.together():
+        check_split(config.train.batch_size, world.size)  # before anything is written
 
     def pack() -> None:
         if world.is_main and load_blocks(config, tokenizer) is None:

@@ -49,7 +49,9 @@ def test_two_ranks_under_zero3_follow_one_process_in_the_kernels(tokenizer, text
     )
     assert len(one) == 2
     assert two == pytest.approx(one, rel=1e-5)
-    adapters = (load_file(tmp_path / name / "pruned/adapter/adapter_model.safetensors") for name in worlds)
-    for key, tensors in zip(*(sorted(a.items()) for a in adapters), strict=True):
-        assert tensors[0] == key[0]
-        assert tensors[1].sub(key[1]).abs().max() < 1e-5, key[0]
+    one, two = (load_file(tmp_path / name / "pruned/adapter/adapter_model.safetensors") for name in worlds)
+    assert one.keys() == two.keys()
+    for key in (key for key in one if "lora_A" in key):
+        # Their product: directions that weigh alike are told apart by rounding.
+        updates = [own[key.replace("lora_A", "lora_B")] @ own[key] for own in (one, two)]
+        assert updates[0].sub(updates[1]).abs().max() < 1e-5, key

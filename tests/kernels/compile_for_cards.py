@@ -42,7 +42,8 @@ class Card:
         self.target = target
 
     def get_current_device(self) -> int:
-        return 0
+        """What triton keeps compiled kernels by: each card its own."""
+        return self.target.arch if isinstance(self.target.arch, int) else 0
 
     def get_current_stream(self, device: int) -> int:
         return 0
