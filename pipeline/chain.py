@@ -14,6 +14,7 @@ import yaml
 from nuteprune import api
 from nuteprune.config import Config, ConfigError, beyond_recipe, load_config
 from nuteprune.data.text import load_text
+from nuteprune.model.loading import read_config
 from nuteprune.planning.machine import Choice, Machine, choose, this_machine
 from nuteprune.runs.checkpoint import write_atomic
 
@@ -49,17 +50,18 @@ def run(config: Config) -> str:
     if not config.run_dir:
         name = f"{Path(config.model.path).name}-{config.sparsity.target:.0%}".rstrip("%")
         config = load_config(config, [f"run_dir=runs/{name}"])
+    read_config(config.model.path)  # a model that is not there costs nothing else
     machine = this_machine()
     choices, plan = choose(config, machine)
     config = load_config(config, [f"{choice.key}={choice.value}" for choice in choices])
     directory = Path(config.run_dir)
-    directory.mkdir(parents=True, exist_ok=True)
     config, held_out = hold_out(config)
     log.info("%s", table(machine, choices + held_out))
     if plan is not None:
         log.info("planned: %.1f hours", plan.hours)
     head = f"# nuteprune run --config {directory / SETTINGS}\n"
     settings = yaml.safe_dump(beyond_recipe(config), sort_keys=False)
+    directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / SETTINGS, (head + settings).encode())
     stages = ["prepare", "prune", *(["finetune"] if config.finetune.data else []), "export", "evaluate"]
     told = ""
@@ -90,6 +92,7 @@ def hold_out(config: Config) -> tuple[Config, list[Choice]]:
     if not count:
         return config, []
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[-count:])
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, lines.encode())
     why = f"the last {count} of {len(texts)} documents are not trained on"
     chosen = [Choice("data.documents", len(texts) - count, why), Choice("evaluate.text", [str(file)], why)]

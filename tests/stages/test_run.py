@@ -11,7 +11,7 @@ from nuteprune.planning.cards import CARDS, UNNAMED
 from nuteprune.planning.machine import Machine, card_of, choose
 
 
-def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys, monkeypatch):
+def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys):
     text, out = tmp_path / "text.jsonl", tmp_path / "out"
     documents = [f"{SENTENCES[n]} {SENTENCES[-n]}" for n in range(120)]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
@@ -36,9 +36,16 @@ def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys, mon
     assert (out / "pruned" / "manifest.json").stat().st_mtime_ns == before
 
 
-def test_no_model_is_one_line(capsys):
-    assert main(["run", "--sparsity", "0.3"]) == 2
-    assert "name a model" in capsys.readouterr().err
+def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
+    for words, told in (
+        ([], "name a model"), ([str(tmp_path / "none")], "none"),
+        ([str(model_dir), "--data", str(tmp_path / "no.jsonl")], "no.jsonl' does not exist"),
+    ):  # fmt: skip
+        assert main(["run", *words, "--sparsity", "0.3", "--out", str(tmp_path / "out")]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("nuteprune: ")
+        assert told in line
+        assert not (tmp_path / "out").exists()
 
 
 def test_settings_follow_the_machine_and_give_way_to_the_users(tmp_path):
