@@ -187,6 +187,11 @@ def _speed(report: dict) -> list[str]:
             f"the models took turns, on {measured['device']} (CPU threads: {measured['threads']}); the ratio is the "
             "median of the rounds' ratios. Peak memory: the weights and what generation adds to the process."
         )
+        if report["environment"]["gpu"]:
+            lines.append(
+                "On a GPU, decoding one sequence is bound by kernel launches, not by the size of the weights, so its "
+                "ratio understates what a smaller model gains at larger batches or from CUDA graphs."
+            )
     if report.get("speed_missing"):
         lines.append(f"Speed was not measured: {report['speed_missing']}.")
     if "ceiling" in report["ratio"]:
