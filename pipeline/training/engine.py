@@ -4,8 +4,8 @@ Gates, multipliers and LoRA are whole on every rank. Their gradients lie in one 
 averages; every rank then makes the same update, so all of them hold the same bits. Under ZeRO each rank updates a share
 of the LoRA matrices, holds AdamW's state of those only, and sends them to the others.
 
-DeepSpeed's own ZeRO-2 reduces gradients in the order in which a rank's backward pass makes them. That order was a rank's
-own while ranks drew their own gates; it has not been tried since they draw the same.
+DeepSpeed's own ZeRO-2 reduces gradients in the order in which a rank's backward pass makes them. That order was a
+rank's own while ranks drew their own gates; it has not been tried since they draw the same.
 """
 
 from __future__ import annotations
