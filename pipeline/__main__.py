@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
+from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.runs.words import plain
 from nuteprune.training.memory import is_out_of_memory
 from nuteprune.training.signals import Preempted, stop_signals
@@ -86,6 +87,7 @@ PLAN_FLAGS = {
 DRY_RUN_FLAGS = ("--world-size", "--gpus-per-node", "--gpu", "--gpu-memory")
 
 
+BLAMED = "a fault of this machine, not of the settings: "
 OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 OUT_OF_MEMORY = {
     "prune": "set model.dtype=bfloat16 and train.micro_batch=1 (0, the default, is the whole batch), lower "
@@ -206,21 +208,21 @@ def run(args: argparse.Namespace) -> int:
         text = run_chain(config) if args.stage == "run" else run_stage(args.stage, config)
         if is_main:
             sys.stdout.write(plain(text) + "\n")
-    except ConfigError as error:
+    except UserError as error:
         if is_main:
-            sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
+            sys.stderr.write(f"nuteprune: {BLAMED * isinstance(error, MachineError)}{plain(str(error))}\n")
         return 2
     except OSError as error:
         if error.errno not in OF_THE_DISK or not error.filename:
             raise
         told = f"{error.filename}: {error.strerror}; mend that or free space, and start the same command again"
-        sys.stderr.write(f"nuteprune: {plain(told)}\n")
+        sys.stderr.write(f"nuteprune: {BLAMED}{plain(told)}\n")
         return 2
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             place = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-            told = (str(error).strip().splitlines() or ["MemoryError"])[0][:200]
-            sys.stderr.write(f"nuteprune: {place}out of memory ({told}): {OUT_OF_MEMORY.get(args.stage, 'use more')}\n")
+            advice = OUT_OF_MEMORY.get(args.stage, "use more")
+            sys.stderr.write(f"nuteprune: {place}out of memory ({first_line(error)}): {advice}\n")
             return 1
         if not type(error).__module__.startswith("nuteprune."):
             raise
@@ -262,7 +264,7 @@ def show_status(args: argparse.Namespace) -> int:
     args.overrides = [o if "=" in o or os.path.isfile(f"{o}/config.yaml") else f"run_dir={o}" for o in args.overrides]
     try:
         found = status.run(read_settings(args))
-    except ConfigError as error:
+    except UserError as error:
         sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return 2
     sys.stdout.write(plain(status.table(found) if args.tsv else json.dumps(found, indent=2) if args.json else

@@ -16,10 +16,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ExportShape = Literal[Shape, "as_trained"]
 
 
-class ConfigError(ValueError):
-    """A mistake in the user's input, told in one line; the command line prints it and exits with 2."""
-
-
 def opt(default: Any, help: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None,
         lt: float | None = None) -> Any:  # fmt: skip
     """A dataclass field with its meaning and bounds (ge/gt: lower, le/lt: upper) kept as metadata."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune.config import ConfigError, FinetuneConfig
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import read_rows
+from nuteprune.errors import UserError
 from nuteprune.model.distill import IGNORE
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def worded(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Iterat
         words = words or _wording(file, row, chat, tokenizer)
         try:
             yield words(row)
-        except ValueError as error:
+        except UserError as error:
             raise ConfigError(f"{file}: record {number} {error}") from None
     if words is None:
         raise ConfigError(f"{file} holds no records")
@@ -170,7 +171,7 @@ def _plain_ends(tokenizer) -> tuple[str, str]:
 def _text(row: dict, key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise ValueError(f"has no text in '{key}'")
+        raise UserError(f"has no text in '{key}'")
     return value
 
 
@@ -187,12 +188,12 @@ def _alpaca_messages(row: dict) -> list[dict]:
 def _messages(row: dict) -> list[dict]:
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise ValueError("has no list in 'messages'")
+        raise UserError("has no list in 'messages'")
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError("has a message without text in 'role' and 'content'")
+            raise UserError("has a message without text in 'role' and 'content'")
     if messages[-1]["role"] != "assistant":
-        raise ValueError("does not end with a message of the assistant")
+        raise UserError("does not end with a message of the assistant")
     return messages
 
 
@@ -206,7 +207,7 @@ def _chat_parts(messages: list[dict], tokenizer) -> list[Part]:
         prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
         if not prompt.startswith(done) or not whole.startswith(prompt):
-            raise ValueError("is worded differently by the chat template once it goes on: give one answer per record")
+            raise UserError("is worded differently by the chat template once it goes on: give one answer per record")
         parts += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
         done = whole
     return parts

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import ConfigError, DataConfig
 from nuteprune.data.sequences import sequence_form
+from nuteprune.errors import first_line
 from nuteprune.model.hub import unreachable
 
 C4 = "allenai/c4"
@@ -179,7 +180,7 @@ def _c4_texts(documents: int) -> Iterator[str]:
     # The hub's client lets through what its HTTP library raises, and that library changes with its version.
     except Exception as error:
         raise ConfigError(
-            f"cannot read {C4} from the hub ({_one_line(error)}): give a local path in data.source"
+            f"cannot read {C4} from the hub ({first_line(error)}): give a local path in data.source"
         ) from error
 
 
@@ -230,7 +231,7 @@ def read_rows(file: Path, options: dict) -> Iterator[dict]:
             )
         except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as error:
             raise ConfigError(
-                f"cannot read {file} as {FORMATS[file.suffix]} ({_one_line(error)}): mend or remove the file"
+                f"cannot read {file} as {FORMATS[file.suffix]} ({first_line(error)}): mend or remove the file"
             ) from error
 
 
@@ -256,7 +257,3 @@ def _quiet_datasets() -> Iterator[None]:
         yield
     finally:
         datasets.logging.set_verbosity(level)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune.config import Config, ConfigError, EvaluateConfig
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import read_rows, text_tokens
+from nuteprune.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +104,7 @@ def _of_the_hub() -> str:
         return "\n\n".join(datasets.load_dataset(*WIKITEXT2, split="test")["text"])
     # The hub's client lets through what its HTTP library raises, and that library changes with its version.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"cannot read {WIKITEXT2[0]} from the hub ({reason}): name the file of WikiText-2's raw test set in "
-            "evaluate.text"
+            f"cannot read {WIKITEXT2[0]} from the hub ({first_line(error)}): name the file of WikiText-2's raw test "
+            "set in evaluate.text"
         ) from error

@@ -7,9 +7,10 @@ import logging
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from nuteprune.config import ConfigError, ExportConfig
+from nuteprune.errors import first_line
 from nuteprune.runs.checkpoint import CheckpointError, recorded, verify
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ def push(directory: Path, config: ExportConfig) -> str:
                           commit_message="Pruned with NutePrune")  # fmt: skip
     except CheckpointError as error:
         raise ConfigError(f"{error}: export again before it is pushed") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = first_line(error)
         token = get_token()
         raise ConfigError(f"export.push_to_hub {repo}: {reason.replace(token, '***') if token else reason}") from None
     log.info("pushed %s to %s", directory, address)

@@ -102,11 +102,8 @@ def export_model(config: Config) -> Path:
     student = newest_student(config, trained, spec)
     shape = shape_of(config, trained)
     base, spec, dtype = load_base(trained.config, config.export.dtype)
-    try:
-        fold = plan_fold(spec, student.gates, student.lora, student.scaling)
-        small = small_config(base.config, fold, shape)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    fold = plan_fold(spec, student.gates, student.lora, student.scaling)
+    small = small_config(base.config, fold, shape)
     tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
     architecture = ""
     if config.export.gguf != "none":  # what llama.cpp does not know fails before anything is written

@@ -22,6 +22,7 @@ from transformers import (
 
 from nuteprune.arch import ArchSpec, read_spec
 from nuteprune.config import ConfigError, ModelConfig
+from nuteprune.errors import UserError, first_line
 from nuteprune.model.hub import PICKLED, WEIGHTS, fetch, unreachable
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.path {path}: no usable tokenizer there ({_first_line(error)})") from None
+        raise ConfigError(f"model.path {path}: no usable tokenizer there ({first_line(error)})") from None
     if len(tokenizer) > vocab_size:
         raise ConfigError(
             f"model.path {path}: the tokenizer has {len(tokenizer)} tokens but the model only {vocab_size}: "
@@ -59,14 +60,14 @@ def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if Path(path).exists():
-            raise ConfigError(f"model.path {path}: no readable config.json there ({_first_line(error)})") from None
+            raise ConfigError(f"model.path {path}: no readable config.json there ({first_line(error)})") from None
         raise ConfigError(
             f"model.path {path}: neither a directory here nor a model the hub would give "
-            f"({silent or _first_line(error)})"
+            f"({silent or first_line(error)})"
         ) from None
     try:
         return config, read_spec(config)
-    except ValueError as error:
+    except UserError as error:
         raise ConfigError(f"model.path {path}: {error}") from None
 
 
@@ -104,7 +105,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, UnpicklingError, struct.error, RuntimeError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path {config.path}: the weights cannot be loaded ({_first_line(error)})") from None
+        raise ConfigError(f"model.path {config.path}: the weights cannot be loaded ({first_line(error)})") from None
     _check_whole(config.path, info)
     return model.to(device), spec
 
@@ -162,7 +163,7 @@ def load_any(
         folder = fetch(path)
         asking = _asking_for_code(folder)
     except (ConfigError, OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"cannot load the model '{path}' for evaluation: {_first_line(error)}") from error
+        raise ConfigError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
     if asking and not trust:
         raise ConfigError(
             f"model {path}: its {asking} asks to run Python code that came with it (auto_map), which may do anything "
@@ -178,7 +179,7 @@ def load_any(
             device_map=placement(weight_bytes(path, config), torch.device(device)),
         )  # fmt: skip
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"cannot load the model '{path}' for evaluation: {_first_line(error)}") from error
+        raise ConfigError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
     _check_whole(path, info)
     return model.eval(), tokenizer, folder
 
@@ -198,7 +199,3 @@ def _check_whole(path: str, info: dict) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(f"model {path}: {len(missing)} weights are missing, first {missing[0]}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

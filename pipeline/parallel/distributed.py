@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nuteprune.config import ConfigError
+from nuteprune.errors import first_line
 from nuteprune.parallel.device import check_gpu
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -126,11 +127,12 @@ class World:
             yield
         except ConfigError as caught:
             error = caught
-        messages = self.gather(None if error is None else str(error))
-        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        found = self.gather(None if error is None else (type(error), str(error)))
+        failed = [rank for rank, fault in enumerate(found) if fault is not None]
         if failed:
+            kind, message = found[failed[0]]
             where = f"rank {failed[0]}: " if 0 < len(failed) < self.size else ""
-            raise ConfigError(where + messages[failed[0]]) from error
+            raise kind(where + message) from error
 
 
 def discover(computes: bool = True) -> World:
@@ -190,7 +192,7 @@ def connected(world: World, timeout: int) -> Iterator[None]:
         if not _is_about_peers(error):
             raise
         raise RankLost(
-            f"rank {world.rank} of {world.size} lost another rank ({str(error).strip().splitlines()[0][:150]}): see "
+            f"rank {world.rank} of {world.size} lost another rank ({first_line(error, 150)}): see "
             "the other ranks' messages; start again to go on from the newest checkpoint"
         ) from error
     finally:

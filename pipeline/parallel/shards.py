@@ -15,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from nuteprune.arch import ArchSpec, family_of, split_fused, stored
 from nuteprune.config import ConfigError, ModelConfig
+from nuteprune.errors import first_line
 from nuteprune.model.loading import check_attention, check_dtype, read_config
 from nuteprune.parallel.distributed import World
 
@@ -106,7 +107,7 @@ def _files(path: str) -> dict[str, Path]:
         found = {name: Path(cached_file(path, name)) for name in sorted(set(weights.values()))}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(
-            f"model.path {path}: ZeRO-3 reads safetensors, and they cannot be read ({str(error).splitlines()[0][:200]})"
+            f"model.path {path}: ZeRO-3 reads safetensors, and they cannot be read ({first_line(error)})"
         ) from None
     return {weight: found[name] for weight, name in weights.items()}
 

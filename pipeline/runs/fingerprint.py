@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 
 from nuteprune.config import ConfigError
 from nuteprune.runs.checkpoint import sha256
+from nuteprune.errors import MachineError
 
 SAMPLE = 1024
 """Bytes read at the start, the middle and the end of each tensor: any training changes all of them, and 70B parameters
@@ -30,7 +31,7 @@ def fingerprint(path: str) -> str | None:
         None where there are no weights to read.
 
     Raises:
-        ConfigError: a weight file that is damaged.
+        MachineError: a weight file that is damaged.
     """
     try:
         folder = Path(cached_file(path, "config.json")).parent
@@ -56,7 +57,7 @@ def _tensors(file: Path) -> Iterator[bytes]:
         with safe_open(file, framework="pt"):  # checks that the header's sizes and places are true
             pass
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{file} is damaged ({error}): fetch it again") from None
+        raise MachineError(f"{file} is damaged ({error}): fetch it again") from None
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(length))

@@ -26,6 +26,7 @@ from nuteprune.runs.fused import BLOCKS, from_metadata, fuse, patterns, to_metad
 from nuteprune.runs.snapshot import Snapshot
 from nuteprune.runs.snapshot_files import gate_tensors, load_snapshots, save_snapshots, split_gates
 from nuteprune.runs.words import one_line
+from nuteprune.errors import MachineError, first_line
 
 PEFT_PREFIX = "base_model.model.model.layers"
 DAMAGED = (CheckpointError, SafetensorError, OSError, ValueError, LookupError, TypeError)
@@ -154,12 +155,7 @@ def load_run(directory: str | Path) -> Run:
             load_snapshots(pruned), facts["sparsity"], facts,
         )  # fmt: skip
     except DAMAGED as error:
-        raise ConfigError(f"the finished run in {pruned} is damaged: {reason(error)}") from None
-
-
-def reason(error: BaseException) -> str:
-    """One of `DAMAGED` in words."""
-    return f"no {error} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise MachineError(f"the finished run in {pruned} is damaged: {first_line(error)}") from None
 
 
 def save_config(path: Path, config: Config) -> None:

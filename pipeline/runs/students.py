@@ -24,12 +24,12 @@ from nuteprune.runs.rundir import (
     load_adapter,
     load_gates,
     load_run,
-    reason,
     save_adapter,
     save_config,
     save_gates,
 )
 from nuteprune.runs.snapshot import Snapshot
+from nuteprune.errors import MachineError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], targ
         lora, config = load_adapter(directory / "adapter"), load_config(directory / "config.yaml").lora
         pruned = facts["pruned"]
     except DAMAGED as error:
-        raise ConfigError(f"the student in {directory} is damaged: {reason(error)}; {again}") from None
+        raise MachineError(f"the student in {directory} is damaged: {first_line(error)}; {again}") from None
     if pruned != sha256(trained.directory / "pruned" / MANIFEST):
         raise ConfigError(
             f"{directory} comes from an earlier pruning of this run: {again} with checkpoint.resume=never, or "

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import yaml
 
 from nuteprune.config import Config, ConfigError, Dtype
+from nuteprune.errors import MachineError
 from nuteprune.planning.cards import CARDS, UNNAMED, Card, card_named, quantity
 from nuteprune.planning.job import Cluster, Job
 from nuteprune.planning.models import MODELS, read_model
@@ -106,7 +107,7 @@ def write(files: dict[str, str], out: Path) -> None:
         for name, text in files.items():
             (out / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out {out}: cannot write there ({error.strerror})") from None
+        raise MachineError(f"--out {out}: cannot write there ({error.strerror})") from None
 
 
 def figures(config: Config, args: argparse.Namespace) -> str:

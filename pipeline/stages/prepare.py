@@ -11,6 +11,7 @@ from nuteprune.config import Config, ConfigError
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.prepared import load_blocks, save_blocks
 from nuteprune.data.text import packed_blocks
+from nuteprune.errors import MachineError
 from nuteprune.model.hub import fetch
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.runs.checkpoint import CheckpointError, read_json
@@ -62,9 +63,9 @@ def check_weights(directory: Path) -> int:
         try:
             missing = set(read_json(index)["weight_map"].values()) - files
         except (CheckpointError, LookupError, TypeError, AttributeError):
-            raise ConfigError(f"{index} is damaged: fetch it again") from None
+            raise MachineError(f"{index} is damaged: fetch it again") from None
         if missing:
-            raise ConfigError(f"{directory / min(missing)} is missing or damaged: fetch it again")
+            raise MachineError(f"{directory / min(missing)} is missing or damaged: fetch it again")
     if not files:
         raise ConfigError(f"model.path {directory}: config.json but no weights (*.safetensors) there")
     for name in sorted(files):
@@ -72,5 +73,5 @@ def check_weights(directory: Path) -> int:
             with safe_open(directory / name, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{directory / name} is missing or damaged ({error}): fetch it again") from None
+            raise MachineError(f"{directory / name} is missing or damaged ({error}): fetch it again") from None
     return len(files)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nuteprune.config import Config, ConfigError
+from nuteprune.errors import MachineError
 from nuteprune.runs.checkpoint import CheckpointError, verify
 from nuteprune.runs.rundir import save_config
 from nuteprune.training.resume import check_same_run
@@ -33,7 +34,7 @@ def check_directory(config: Config, free: tuple[str, ...]) -> Path:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
+        raise MachineError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
     return run_dir
 
 
@@ -50,7 +51,7 @@ def claim_directory(config: Config, outputs: tuple[str, ...]) -> None:
                 shutil.rmtree(run_dir / name, ignore_errors=True)
         save_config(run_dir / "config.yaml", replace(config, checkpoint=replace(config.checkpoint, resume="auto")))
     except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
+        raise MachineError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
 
 
 def is_finished(output: Path) -> bool:

@@ -20,19 +20,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import cached_file
 
 from nuteprune.config import Config, ConfigError, flatten, to_dict
 from nuteprune.data.text import BatchStream
+from nuteprune.errors import first_line
 from nuteprune.kernels.api import into_grad
 from nuteprune.model.pairing import Losses, PairedModel
 from nuteprune.parallel.device import named
 from nuteprune.parallel.distributed import World, connected, discover
-from nuteprune.runs.checkpoint import Checkpoints, atomic_directory, sha256
+from nuteprune.runs.checkpoint import CheckpointError, Checkpoints, atomic_directory, sha256
 from nuteprune.runs.fingerprint import fingerprint
-from nuteprune.runs.rundir import DAMAGED, reason
 from nuteprune.training.determinism import deterministic
 from nuteprune.training.engine import Engine
 from nuteprune.training.inputs import fetch_model
@@ -309,8 +310,16 @@ def resume(trainer: Trainer) -> None:
             scale.value, scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
         except ConfigError:
             raise
-        except (*DAMAGED, RuntimeError) as error:  # whole, but of something else
-            raise ConfigError(f"{path} does not fit this run ({reason(error)}): remove it and start again") from error
+        except (
+            CheckpointError,
+            SafetensorError,
+            OSError,
+            LookupError,
+            RuntimeError,
+        ) as error:  # whole, but of something else
+            raise ConfigError(
+                f"{path} does not fit this run ({first_line(error)}): remove it and start again"
+            ) from error
     log.info("resumed at step %d from %s", trainer.step, path)
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nuteprune.config import Config, ConfigError, TrackingConfig, flatten, to_dict
+from nuteprune.errors import MachineError, first_line
 from nuteprune.runs.checkpoint import write_atomic
 from nuteprune.training.pictures import kept_units
 
@@ -101,7 +102,7 @@ class Tracker:
                 self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=first_step, flush_secs=20)
         except OSError as error:
             self.close()
-            raise ConfigError(
+            raise MachineError(
                 f"cannot write the run directory {run_dir} ({error.strerror}): set run_dir to another place"
             ) from error
         self._modules = [_start(name, config) for name in names if name != "tensorboard"]
@@ -168,7 +169,7 @@ class Tracker:
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
         except OSError as error:
-            raise ConfigError(
+            raise MachineError(
                 f"cannot write {self._metrics.name}: {error.strerror}; free space and start again"
             ) from None
 
@@ -213,7 +214,7 @@ def _start(name: str, config: Config) -> Any:
     try:
         module.init(project=project, name=label, config=_plain(config), resume="allow", **own)
     except Exception as error:  # of any kind: no login, no network, no space
-        raise ConfigError(f"tracking.report_to: {name} does not start: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"tracking.report_to: {name} does not start: {first_line(error)}") from error
     return module
 
 

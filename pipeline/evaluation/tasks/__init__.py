@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.config import ConfigError
 from nuteprune.data.sequences import first_tokens
+from nuteprune.errors import first_line
 
 SHIPPED = Path(__file__).parent
 PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -95,10 +96,9 @@ def _load(manager, task: str, file: Path | None) -> list:
         built = manager.load([task if file is None else _from_file(file)])
     except Exception as error:
         # Tasks are foreign code that fetches foreign data: whatever goes wrong in one is told by its name.
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ConfigError(
             f"evaluate.tasks: task '{task}' cannot be loaded (without a hub use {', '.join(shipped())} or a task "
-            f"file with local data): {reason}"
+            f"file with local data): {first_line(error)}"
         ) from error
     return [built["groups"][task]] if task in built.get("groups", {}) else list(built["tasks"].values())
 
