@@ -16,4 +16,4 @@ def first_line(error: BaseException, most: int = 200) -> str:
     """The first line of an error's message, at most so many characters; its type where there is no message."""
     if isinstance(error, KeyError):
         return f"no {error} in it"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:most]

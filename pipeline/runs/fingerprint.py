@@ -10,9 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
-from nuteprune.config import ConfigError
 from nuteprune.runs.checkpoint import sha256
-from nuteprune.errors import MachineError
+from nuteprune.errors import MachineError, UserError
 
 SAMPLE = 1024
 """Bytes read at the start, the middle and the end of each tensor: any training changes all of them, and 70B parameters
@@ -43,9 +42,9 @@ def fingerprint(path: str) -> str | None:
 
 
 def check_base(path: str, expected: str | None) -> None:
-    """Raise `ConfigError` unless the weights at `path` have the fingerprint that a run recorded (None: none)."""
+    """Raise `UserError` unless the weights at `path` have the fingerprint that a run recorded (None: none)."""
     if expected and (found := fingerprint(path)) and found != expected:
-        raise ConfigError(
+        raise UserError(
             f"model.path {path} is not the base model that was pruned (weights {found[:12]}, not {expected[:12]}): "
             "set model.path to that one"
         )

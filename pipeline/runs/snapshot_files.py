@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nuteprune.config import ConfigError
 from nuteprune.masks import KINDS, Gates
 from nuteprune.runs.checkpoint import inside, read_json
 from nuteprune.runs.snapshot import Pairs, Snapshot

@@ -7,8 +7,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from nuteprune.config import Config, ConfigError
-from nuteprune.errors import MachineError
+from nuteprune.config import Config
+from nuteprune.errors import MachineError, UserError
 from nuteprune.runs.checkpoint import CheckpointError, verify
 from nuteprune.runs.rundir import save_config
 from nuteprune.training.resume import check_same_run
@@ -24,10 +24,10 @@ def check_directory(config: Config, free: tuple[str, ...]) -> Path:
         free: sections that may differ from those of an earlier start.
 
     Raises:
-        ConfigError: none is set, it belongs to another configuration, or it cannot be written to.
+        UserError: none is set, it belongs to another configuration, or it cannot be written to.
     """
     if not config.run_dir:
-        raise ConfigError("run_dir is empty: set it to the directory this run may write to")
+        raise UserError("run_dir is empty: set it to the directory this run may write to")
     run_dir = Path(config.run_dir)
     if config.checkpoint.resume == "auto":
         check_same_run(run_dir, config, free)
