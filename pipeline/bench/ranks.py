@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         f"model.path={args.model}", f"data.source={args.text}", "data.documents=0", f"data.seq_len={args.tokens}",
         f"train.steps={args.steps}", "train.batch_size=4", "train.micro_batch=1", "gates.importance_tokens=512",
         "gates.lr=0.25", "train.lora_lr=3e-4", "tracking.progress=false", "tracking.report_to=[]",
-        "checkpoint.every=0", "checkpoint.resume=never", *args.settings,
+        "checkpoint.every=0", *args.settings,
     ]  # fmt: skip
     reference = None
     for ranks, deepspeed, threads in WORLDS:

@@ -31,7 +31,16 @@ from nuteprune.config.fields import (
     TrackingConfig,
     TrainConfig,
 )
-from nuteprune.config.loading import beyond_recipe, describe, flatten, load_config, read_yaml, recipe_path, to_dict
+from nuteprune.config.loading import (
+    beyond_recipe,
+    describe,
+    flatten,
+    load_config,
+    read_settings,
+    read_yaml,
+    recipe_path,
+    to_dict,
+)
 
 __all__ = [
     "ASKED_EACH_TIME",
@@ -58,6 +67,7 @@ __all__ = [
     "describe",
     "flatten",
     "load_config",
+    "read_settings",
     "read_yaml",
     "recipe_path",
     "to_dict",

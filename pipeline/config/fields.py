@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,22 +52,13 @@ class TrainConfig:
     )  # fmt: skip
     lora_lr: float = opt(2e-3, "Peak learning rate of the LoRA weights.", gt=0)
     lora_optimizer: Literal["scaled", "adamw"] = opt(
-        "scaled", "`scaled`: AdamW on gradients of each LoRA factor that are scaled by the other factor, so that all "
-        "directions of their product are learned alike, and B at four times the rate of A; `adamw`: as in the paper."
+        "scaled", "`scaled` is AdamW on gradients of each LoRA factor that are scaled by the other factor, with B at "
+        "four times the rate of A, 3% warm-up and a cosine to a tenth; `adamw` is the paper's, falling linearly to 0."
     )  # fmt: skip
-    lora_schedule: Literal["constant", "cosine", "linear"] = opt(
-        "cosine", "LoRA learning rate after its warm-up: `cosine` falls to a tenth, `linear` (the paper) to 0."
-    )
-    lora_warmup: float = opt(0.03, "Share of the steps over which the LoRA learning rate rises from 0.", ge=0, le=1)
-    beta2: float = opt(0.999, "Second-moment decay of AdamW for LoRA.", gt=0, lt=1)
-    weight_decay: float = opt(0.0, "AdamW weight decay of LoRA.", ge=0)
-    grad_clip: float = opt(1.0, "Largest norm of the LoRA gradient; 0 turns clipping off.", ge=0)
     activation_checkpointing: bool = opt(False, "Recompute each layer in the backward pass to save memory.")
-    ranks: int = opt(0, "Refuse to start on another number of ranks, as a typo in a hostfile gives; 0: any.", ge=0)
     rank_timeout: int = opt(600, "Seconds that a rank waits for the others before the run ends.", ge=10)
     deterministic: bool = opt(False, "Only deterministic algorithms on a GPU, and tile sizes that are not measured, so "
                               "that two runs give the same bits there too (docs/determinism.md).")  # fmt: skip
-    max_bad_steps: int = opt(10, "Stop after this many steps in a row with a NaN or infinite loss or gradient.", ge=1)
 
 
 @dataclass(frozen=True)
@@ -79,9 +71,10 @@ class GateConfig:
         "`uniform`: the same counts in every layer, a stock architecture; `per_layer`: free counts."
     )  # fmt: skip
     init: Literal["importance", "drop_rate"] = opt(
-        "importance", "Start of log-alpha: from first-order Taylor importance, or one drop rate for all."
+        "importance",
+        "Log-alpha starts from first-order Taylor importance, or (`drop_rate`, the paper) from a drop rate of 1% for "
+        "all units.",
     )
-    init_drop_rate: float = opt(0.01, "Initial probability that a unit is dropped (init: drop_rate).", gt=0, lt=1)
     init_spread: float = opt(2.0, "Standard deviation of the initial log-alpha (init: importance).", gt=0)
     importance_tokens: int = opt(
         65536, "Tokens over which the Taylor importance is summed (init: importance); never more than the text has.",
@@ -89,16 +82,15 @@ class GateConfig:
     )  # fmt: skip
     optimizer: Literal["adam", "sgd"] = opt(
         "sgd", "`sgd`: momentum on gradients per parameter of a unit, divided by their root mean square, so that units "
-        "move in proportion to what they matter; `adam`: AdamW as in the paper."
+        "move in proportion to what they matter; `adam`: AdamW as in the paper, log-alpha clamped to ±log 100."
     )  # fmt: skip
     lr: float = opt(
         2.5, "Learning rate of log-alpha; for `sgd` divided by the steps until the gates settle, so that a unit moves "
         "as far in a run of any length: under a constant gradient, with momentum 0.9, 8 to 10 times this.", ge=0
     )  # fmt: skip
     temperature: float = opt(0.1, "Temperature of the hard-concrete distribution (the paper: 2/3).", gt=0)
-    noise: float = opt(0.1, "Scale of the sampling noise at the start (1: hard concrete as published).", ge=0, le=1)
-    noise_end: float = opt(0.02, "Scale of the sampling noise when the gates settle (geometric path).", ge=0, le=1)
-    clamp: float = opt(0.0, "Clamp log-alpha to [-clamp, clamp] after each step; 0: no clamp.", ge=0)
+    noise: float = opt(0.1, "Scale of the sampling noise at the start (1: hard concrete as published); it falls to a "
+                       "fifth until the gates settle.", ge=0, le=1)  # fmt: skip
     settle: float = opt(0.45, "Share of the steps after which the gates become exactly 0 or 1 and stay; 1: never.",
                         gt=0, le=1)  # fmt: skip
     ffn_multiple: int = opt(
@@ -114,16 +106,26 @@ class GateConfig:
         if not self.units:
             object.__setattr__(self, "units", list(DEFAULT_UNITS[self.shape]))
 
+    @property
+    def noise_end(self) -> float:
+        """Scale of the sampling noise when the gates settle; where they never do, it stays."""
+        return self.noise if self.settle == 1 else self.noise / 5
+
+    @property
+    def clamp(self) -> float:
+        """Log-alpha is kept within ± this; 0: not clamped."""
+        return math.log(100) if self.optimizer == "adam" else 0.0
+
 
 @dataclass(frozen=True)
 class SparsityConfig:
     target: float = opt(0.2, "Share of the prunable parameters (decoder projections) to remove.", gt=0, lt=1)
-    schedule: Literal["linear", "cubic"] = opt("cubic", "How the target rises from 0 during the warm-up.")
     warmup: float = opt(0.4, "Share of the steps over which the target rises.", gt=0, le=1)
     constraint: Literal["projection", "lagrangian"] = opt(
-        "projection", "`projection` holds the schedule by construction; `lagrangian` is the paper's."
+        "projection",
+        "`projection` holds a target that rises as a cubic; `lagrangian` (the paper) follows one that "
+        "rises linearly, by multipliers.",
     )
-    multiplier_lr: float = opt(0.1, "Ascent rate of the Lagrangian's multipliers (constraint: lagrangian).", gt=0)
 
 
 @dataclass(frozen=True)
@@ -169,9 +171,10 @@ class TeacherConfig:
 class LossConfig:
     layer_weight: float = opt(0.9, "Weight of the layer term.", ge=0)
     layer: Literal["normalized", "raw"] = opt(
-        "normalized", "Layer term: squared error over the teacher's mean square, per token; or the paper's raw MSE."
+        "normalized",
+        "The layer term is the mean over layers of the squared error over the teacher's mean square, per "
+        "token; or (`raw`, the paper) the sum over layers of the mean squared error.",
     )
-    layer_reduction: Literal["sum", "mean"] = opt("mean", "Sum (the paper) or mean of the layer terms over layers.")
     kl_weight: float = opt(
         1.0, "Weight of the KL term per token (the paper's 0.1 at 512 tokens is 51.2): a higher one keeps the student "
         "nearer to the model, a lower one nearer to the text.", ge=0
@@ -180,7 +183,6 @@ class LossConfig:
         1.0, "Weight of the cross entropy of the text's next token beside a teacher (the paper: 0).", ge=0
     )
     temperature: float = opt(1.0, "Softmax temperature T of the KL term, which is scaled by T squared.", gt=0)
-    chunk: int = opt(256, "Tokens whose full-vocabulary logits exist at once.", ge=1)
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,6 @@ class FinetuneConfig:
     template: Literal["auto", "chat", "alpaca"] = opt(
         "auto", "Wording of a prompt: the tokenizer's chat template, Alpaca's, or (auto) the first where there is one."
     )
-    unusable: Literal["refuse", "drop"] = opt("refuse", "What happens to empty answers and records beyond the window.")
     seq_len: int = opt(1024, "Tokens of a window into which whole records are packed.", ge=8)
     pack: bool = opt(True, "Several records in a window; false (the authors): each in its own, padded.")
     steps: int = opt(0, "Optimizer steps; 0 takes `epochs` passes over the windows.", ge=0)
@@ -210,14 +211,12 @@ class FinetuneConfig:
 class RecoverConfig:
     ladder: list[float] = opt([], "Sparsities whose snapshots of the run are trained on, their gates fixed.")
     steps: int = opt(0, "Optimizer steps for each; 0: 0.4 of the run's.", ge=0)
-    lr: float = opt(0.0, "Peak learning rate; 0: the run's train.lora_lr.", ge=0)
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = opt(200, "Steps between checkpoints (0: only the final one and on a signal).", ge=0)
     keep: int = opt(2, "Checkpoints kept.", ge=1)
-    resume: Literal["auto", "never"] = opt("auto", "`auto` goes on from the newest checkpoint that verifies.")
 
 
 @dataclass(frozen=True)
@@ -226,8 +225,6 @@ class TrackingConfig:
         ["tensorboard"], "Where metrics go beside metrics.jsonl; empty: nowhere. wandb and trackio where installed."
     )
     progress: bool = opt(True, "Show progress bars.")
-    log_every: int = opt(1, "Steps between two log entries.", ge=1)
-    image_every: int = opt(50, "Steps between two pictures of the kept units.", ge=1)
 
 
 @dataclass(frozen=True)
@@ -239,22 +236,16 @@ class ExportConfig:
         "newest", "The student as pruned, as fine-tuned, or (newest) fine-tuned where that is finished."
     )
     ladder: list[float] = opt([], "Export a model at each of these sparsities and compare them with the intact one.")
-    ladder_per_layer: bool = opt(
-        False, "Export each rung in the `per_layer` shape too, to tell what the uniform shape costs in perplexity."
-    )
-    ffn_multiple: int = opt(0, "FFN widths are rounded to this multiple; 0: gates.ffn_multiple of the run.", ge=0)
-    hidden_multiple: int = opt(0, "The hidden size is rounded to this multiple; 0: as in the run.", ge=0)
-    tensor_parallel: int = opt(0, "GPUs over which the model can be split; 0: as in the run.", ge=0)
     dtype: Literal["as_base", Dtype] = opt("as_base", "Type of the exported weights.")
     gguf: Literal["none", "f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m"] = opt(
         "none", "Write model.gguf for llama.cpp beside the model, its matrices in this type. llama.cpp itself makes "
                 "those with a k: pip install llama-cpp-py-sync."
     )  # fmt: skip
     push_to_hub: str = opt(
-        "", "Repository of the Hugging Face hub (user/name) that the model is uploaded to; empty: none."
+        "",
+        "Repository of the Hugging Face hub (user/name) that the model is uploaded to, private where it is new; "
+        "empty: none.",
     )
-    hub_private: bool = opt(True, "A repository that has to be made is private.")
-    shard_size: str = opt("5GB", "Largest safetensors file.")
     check_tokens: int = opt(512, "Tokens of real text on which logits are compared before the export finishes.", ge=8)
 
 
@@ -263,7 +254,7 @@ class EvaluateConfig:
     protocol: Literal["own", "published"] = opt(
         "own",
         "`published`: WikiText-2 as papers score it, in windows of 2,048 and of 128 tokens, and tasks zero-shot on all "
-        "examples, whatever window, stride, blocks, fewshot and task_limit say; `evaluate.text` names its raw test set "
+        "examples, whatever window, blocks, fewshot and task_limit say; `evaluate.text` names its raw test set "
         "(empty: the hub's).",
     )
     models: list[str] = opt([], "Directories to evaluate; empty: the base model and the run's export.")
@@ -271,19 +262,17 @@ class EvaluateConfig:
         [],
         "Texts for perplexity (.txt, .jsonl, .parquet), e.g. WikiText-2 and PTB; empty: the data source of training.",
     )
-    text_field: str = opt("text", "Text column of JSONL and parquet files.")
     window: int = opt(2048, "Tokens per perplexity window, the one that the tokenizer puts first among them.", ge=8)
-    stride: int = opt(0, "Tokens between two windows; 0: the window itself.", ge=0)
     blocks: int = opt(0, "Windows to score; 0: all.", ge=0)
     tasks: list[str] = opt(
         [], "lm-eval tasks: names on the hub, `paper` (the paper's seven), `local_mc`, or a YAML file of your own."
     )
     task_limit: int = opt(0, "Examples per task; 0: all.", ge=0)
     fewshot: int = opt(0, "Few-shot examples per task.", ge=0)
-    speed: bool = opt(True, "Measure prefill and decode speed.")
     prompt_tokens: int = opt(256, "Prompt length of the speed measurement.", ge=1)
     new_tokens: int = opt(64, "Tokens decoded in the speed measurement.", ge=1)
-    batch_sizes: list[int] = opt([1, 8], "Sequences at once in the speed measurement, one measurement each.")
+    batch_sizes: list[int] = opt([1, 8], "Sequences at once in the speed measurement, one measurement each; none: no "
+                                 "speed is measured.")  # fmt: skip
     prompts: int = opt(
         32,
         "Prompts from the text that are continued greedily, of which three are shown: how many continuations loop, "

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import operator
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from nuteprune.config.fields import ASKED_EACH_TIME, Config
+from nuteprune.config.removed import REMOVED, check_removed, refuse_removed
 from nuteprune.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -43,9 +42,9 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
         if not file.is_file():
             raise UserError(f"{settings} is not the directory of a run: it has no config.yaml")
         # The directory may have been moved since.
-        layers += [(str(file), read_yaml(file)), ("the run's directory", {"run_dir": str(settings)})]
+        layers += [(str(file), read_settings(file)), ("the run's directory", {"run_dir": str(settings)})]
     elif settings is not None:
-        layers.append((str(settings), read_yaml(Path(settings))))
+        layers.append((str(settings), read_settings(Path(settings))))
     for item in overrides:
         key, sep, value = item.partition("=")
         if not sep or not key:
@@ -61,7 +60,7 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
     name = str(next((tree["recipe"] for _, tree in reversed(layers) if tree.get("recipe")), "default"))
     tree: dict = {}
     for source, layer in [*_recipe_layers(name), *layers]:
-        layer = _renamed(layer)
+        refuse_removed(flatten(layer), source)
         _check_keys(Config, layer, source, "")
         tree = _merge(tree, layer)
     tree["recipe"] = name
@@ -93,34 +92,7 @@ def _consistent(config: Config) -> Config:
         raise UserError("loss.layer_weight and loss.kl_weight are both 0: nothing would be learned; set one of them")
     if not ("down_proj" in config.lora.targets and "ffn" in config.gates.units):
         config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, refit=0))
-    if config.lora.refit and config.train.weight_decay:
-        raise UserError("lora.refit is not trained, and train.weight_decay would shrink it: set one of them to 0")
-    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", config.export.shard_size):
-        raise UserError(f"export.shard_size: expected a size such as 5GB or 500MB, got '{config.export.shard_size}'")
     return config
-
-
-def _renamed(layer: dict) -> dict:
-    """A layer in today's names, where it is the file of an earlier run.
-
-    `tracking.tensorboard` turned the one place to report to on or off. LoRA's settings, which a run saves whole, had no
-    `refit`, and the run no such ranks. Importance was measured on a number of batches. Evaluation continued one prompt.
-    """
-    tracking, lora, gates = layer.get("tracking"), layer.get("lora"), layer.get("gates")
-    if isinstance(tracking, dict) and isinstance(tracking.get("tensorboard"), bool):
-        rest = {key: value for key, value in tracking.items() if key != "tensorboard"}
-        layer = layer | {"tracking": {"report_to": ["tensorboard"] if tracking["tensorboard"] else []} | rest}
-    if isinstance(lora, dict) and lora.keys() == {"targets", "rank", "alpha"}:
-        layer = layer | {"lora": lora | {"refit": 0}}
-    if isinstance(gates, dict) and "importance_batches" in gates:
-        rest = {key: value for key, value in gates.items() if key != "importance_batches"}
-        with suppress(KeyError, TypeError):  # a setting by hand: today's name is asked for
-            tokens = gates["importance_batches"] * layer["train"]["batch_size"] * layer["data"]["seq_len"]
-            layer = layer | {"gates": {"importance_tokens": tokens} | rest}
-    evaluate = layer.get("evaluate")
-    if isinstance(evaluate, dict) and {"models", "sample_prompt"} <= evaluate.keys():
-        layer = layer | {"evaluate": {key: value for key, value in evaluate.items() if key != "sample_prompt"}}
-    return layer
 
 
 def _recipe_layers(name: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
@@ -173,6 +145,27 @@ def read_yaml(path: Path) -> dict:
     return tree
 
 
+def read_settings(path: Path) -> dict:
+    """The settings in a YAML file; of the config.yaml of a run, which holds all, without those that have gone since.
+
+    Raises:
+        UserError: as `read_yaml`; or one that has gone had another value than what is done now.
+    """
+    tree = read_yaml(path)
+    gone = {key: value for key, value in flatten(tree).items() if key in REMOVED}
+    if path.name != "config.yaml" or not gone:
+        return tree
+    left = {
+        section: {name: value for name, value in inner.items() if f"{section}.{name}" not in gone}
+        if isinstance(inner, dict)
+        else inner
+        for section, inner in tree.items()
+    }
+    _check_keys(Config, left, str(path), "")
+    check_removed(gone, flatten(to_dict(build(Config, left, ""))), str(path))
+    return left
+
+
 def build(cls: type, tree: dict, prefix: str) -> Any:
     """A dataclass of type `cls` from a nested dict whose keys were checked; converts and checks each value."""
     hints = typing.get_type_hints(cls)
@@ -197,7 +190,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with `section.field` keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

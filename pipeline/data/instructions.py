@@ -118,25 +118,16 @@ def _window(examples: list[Example], size: int, fill: int) -> torch.LongTensor:
 
 
 def _usable(config: FinetuneConfig, examples: list[Example]) -> list[Example]:
-    """The examples that can be learned from; raises `UserError` for the others or drops them, as configured."""
+    """The examples that can be learned from, with a word on the others; raises `UserError` where none is left."""
     empty = [n for n, (_, labels) in enumerate(examples, 1) if not any(label != IGNORE for label in labels[1:])]
     long = [n for n, (ids, _) in enumerate(examples, 1) if len(ids) > config.seq_len]
-    if config.unusable == "refuse":
-        drop = "or drop such records with finetune.unusable=drop"
-        if empty:
-            raise UserError(f"{config.data}: {len(empty)} empty answers, first in record {empty[0]}: mend it, {drop}")
-        if long:
-            worst = max(long, key=lambda n: len(examples[n - 1][0]))
-            raise UserError(
-                f"{config.data}: {len(long)} of {len(examples)} records are longer than finetune.seq_len "
-                f"{config.seq_len} (record {worst}: {len(examples[worst - 1][0])} tokens): raise it, {drop}"
-            )
     left = [example for n, example in enumerate(examples, 1) if n not in {*empty, *long}]
     if not left:
         raise UserError(f"{config.data}: no record has an answer and fits into {config.seq_len} tokens")
-    if len(left) < len(examples):
-        log.warning("%d records dropped: %d empty answers, %d too long", len(examples) - len(left), len(empty),
-                    len(long))  # fmt: skip
+    for found, fault in ((empty, "have an empty answer"), (long, f"are longer than finetune.seq_len {config.seq_len}")):
+        if found:
+            log.warning("%s: %d of %d records are left out, which %s, first record %d", config.data, len(found),
+                        len(examples), fault, found[0])  # fmt: skip
     return left
 
 

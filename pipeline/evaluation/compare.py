@@ -34,7 +34,7 @@ def evaluate_models(config: Config) -> dict:
     """Evaluate the base model and the export (or `evaluate.models`) and write the report, also into the exports' cards.
 
     Models are measured one after the other, except that their speeds are measured in turns, for which all of
-    them are on the device together; where they do not fit, the report says so instead. Without `evaluate.speed` only
+    them are on the device together; where they do not fit, the report says so instead. Where no speed is measured, only
     one is in memory at a time. report.json is written after each part, so that what ends the run costs one part.
 
     Returns:
@@ -49,7 +49,8 @@ def evaluate_models(config: Config) -> dict:
     check_reporters(config.tracking)
     # First, so that a mistake in them costs no evaluation.
     tasks = load_tasks(settings.tasks, settings.trust_remote_code)
-    too_big = too_big_together([weight_bytes(path, config.model) for path in paths], device) if settings.speed else ""
+    wanted = [weight_bytes(path, config.model) for path in paths] if settings.batch_sizes else []
+    too_big = too_big_together(wanted, device)
     entries: list[dict[str, Any]] = []
     models, streams, firsts = [], [], []
     continued: list[Continued] = []
@@ -68,7 +69,7 @@ def evaluate_models(config: Config) -> dict:
                         "first_tokens": tokenizer.convert_ids_to_tokens(list(firsts[-1]))})  # fmt: skip
         for part in _quality(model, tokenizer, texts, tasks, continued, config, name):
             keep(entries[-1], part)
-        if settings.speed and not too_big:
+        if settings.batch_sizes and not too_big:
             models.append(model.to("cpu"))
         del model
     if models:
@@ -113,7 +114,7 @@ def _quality(
     log.info("evaluating %s", name)
     for text in texts:
         label = f"{text.name} by {name}" if config.tracking.progress else None
-        how = (text.window, text.stride, text.blocks, label, text.first)
+        how = (text.window, text.blocks, label, text.first)
         scores[text.name] = perplexity(model, text.tokens, *how)
         yield {"perplexity": scores}
     if tasks:

@@ -29,7 +29,7 @@ def push(directory: Path, config: ExportConfig) -> str:
         verify(directory)
         names = [glob.escape(name) for name in recorded(directory)]
         api = HfApi()
-        address = api.create_repo(repo, private=config.hub_private, exist_ok=True)
+        address = api.create_repo(repo, private=True, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=directory, allow_patterns=names,
                           commit_message="Pruned with NutePrune")  # fmt: skip
     except CheckpointError as error:

@@ -45,6 +45,8 @@ from nuteprune.runs.students import Student, newest_student, open_run, shape_of
 
 log = logging.getLogger(__name__)
 
+SHARD = "5GB"
+"""Largest safetensors file."""
 LOGIT_TOLERANCE = 1e-3
 """Largest difference of two float32 logits, relative to the largest logit."""
 COUNT_TOLERANCE = 1e-3
@@ -67,7 +69,6 @@ class Plan:
         small: configuration of the small model.
         shape: "uniform", "per_layer_ffn" or "per_layer".
         dtype: type of the exported weights.
-        shard_size: largest safetensors file.
     """
 
     run: Run
@@ -76,7 +77,6 @@ class Plan:
     small: PreTrainedConfig
     shape: str
     dtype: torch.dtype
-    shard_size: str
 
     @property
     def config(self) -> Config:
@@ -111,7 +111,7 @@ def export_model(config: Config) -> Path:
         architecture = gguf_architecture(spec, shape, small)
         vocabulary(tokenizer)
         check_quantizer(config.export.gguf)
-    plan = Plan(trained, student, fold, small, shape, dtype, config.export.shard_size)
+    plan = Plan(trained, student, fold, small, shape, dtype)
     tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
     with atomic_directory(output) as directory:
         tokenizer.save_pretrained(directory)
@@ -257,7 +257,7 @@ def write_record(directory: Path, plan: Plan, result: Result) -> None:
 def _save(directory: Path, model: PreTrainedModel, *, plan: Plan, generation: GenerationConfig) -> None:
     for old in directory.glob("model*.safetensors*"):  # an earlier save may have had more shards
         old.unlink()
-    model.save_pretrained(directory, max_shard_size=plan.shard_size)
+    model.save_pretrained(directory, max_shard_size=SHARD)
     # Copied as it is: transformers refuses to save some of the generation configs that it loads.
     generation.to_json_file(directory / "generation_config.json", use_diff=True)
     if plan.shape != "uniform":

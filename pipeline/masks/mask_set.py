@@ -16,6 +16,8 @@ from nuteprune.masks import hard_concrete as hc
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
 from nuteprune.masks.selection import cheapest_units, most_removed, select_units
 
+DROP_RATE = 0.01
+"""Probability that a unit is dropped at the start (the paper's); `gates.init=importance` replaces it."""
 POINT = 0.01
 """The exported sparsity may be this far from the target."""
 _MARGIN = 60.0
@@ -87,7 +89,7 @@ class MaskSet(nn.Module):
 
     Args:
         spec: the architecture.
-        config: which units, temperature, initial drop rate, clamp, shape.
+        config: which units, temperature, optimizer, shape.
 
     Attributes:
         log_alpha: float32 parameters by kind, shapes as in `unit_shape`.
@@ -100,7 +102,7 @@ class MaskSet(nn.Module):
         self.spec, self.config = spec, config
         self.kinds = gated_kinds(spec, config.units)
         # As in the public code of Louizos et al.: log-alpha = logit(1 - drop rate), and a little noise to break ties.
-        start = math.log(1 - config.init_drop_rate) - math.log(config.init_drop_rate)
+        start = math.log(1 - DROP_RATE) - math.log(DROP_RATE)
         self.log_alpha = nn.ParameterDict(
             {k: nn.Parameter(start + 0.01 * torch.randn(unit_shape(spec, k))) for k in self.kinds}
         )
@@ -227,7 +229,7 @@ class MaskSet(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Clamp log-alpha to ±`gates.clamp` if that is set (the paper: log 100)."""
+        """Clamp log-alpha as the paper does beside AdamW (`gates.optimizer=adam`)."""
         if self.config.clamp:
             for la in self.log_alpha.values():
                 la.clamp_(-self.config.clamp, self.config.clamp)

@@ -25,6 +25,9 @@ from nuteprune.model.fused import install_fused
 from nuteprune.model.layers import LoraParameters, View, activate, at_hand, build_view, fresh_lora, install
 from nuteprune.model.lora import Update
 
+CHUNK = 256
+"""Tokens whose logits over the whole vocabulary exist at once."""
+
 
 class Losses(NamedTuple):
     """Terms of one paired forward: the weighted total (to call backward on) and its parts, float32 scalars."""
@@ -229,7 +232,7 @@ class PairedModel(nn.Module):
         output = self._output_losses(final, p, input_ids, answers)
         terms = torch.stack(p.layer_terms) if p.layer_terms else output.kl.new_zeros(1)
         terms = terms if terms.dim() == 1 else terms.mean(1)
-        layer = terms.sum() if loss.layer_reduction == "sum" else terms.mean()
+        layer = terms.sum() if loss.layer == "raw" else terms.mean()
         total = loss.layer_weight * layer + output.total if p.layer_terms else output.total
         return Losses(total, layer, output.kl, output.cross_entropy)
 
@@ -252,7 +255,7 @@ class PairedModel(nn.Module):
             rows, labels, target = rows[learned], labels[learned], None if target is None else target[learned]
         return self.head.lend(
             lambda weight: head_loss(
-                rows, weight, loss.chunk, target, labels, loss.kl_weight, label_weight, loss.temperature
+                rows, weight, CHUNK, target, labels, loss.kl_weight, label_weight, loss.temperature
             )
         )
 

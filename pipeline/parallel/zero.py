@@ -33,8 +33,8 @@ from nuteprune.parallel.sizes import nvme_buffers, total_parameters, zero3_sizes
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 _OURS = {
     "optimizer": "the run has its own optimizers: see train.lora_lr and gates.optimizer",
-    "scheduler": "the run has its own schedule: see train.lora_schedule",
-    "gradient_clipping": "set train.grad_clip",
+    "scheduler": "the run has its own schedule: see train.lora_optimizer",
+    "gradient_clipping": "the run clips LoRA's gradient at a norm of 1",
 }
 """Keys of a DeepSpeed file that would do nothing here, and what to do instead."""
 

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from nuteprune.arch import ArchSpec
+from nuteprune.model.pairing import CHUNK
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.planning.job import (
     FP32,
@@ -229,4 +230,4 @@ def logits_chunk(job: Job, tokens: int) -> float:
     """
     kl, entropy = job.config.teacher.mode != "none", job.config.teacher.mode == "none" or job.config.loss.label_weight
     copies = (3 if kl else 1) + (1 if entropy else 0)
-    return copies * FP32 * min(job.config.loss.chunk, tokens) * job.spec.vocab
+    return copies * FP32 * min(CHUNK, tokens) * job.spec.vocab

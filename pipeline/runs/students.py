@@ -75,12 +75,6 @@ def shape_of(config: Config, trained: Run) -> Shape:
     return trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
 
 
-def rounding_of(config: Config, trained: Run) -> tuple[int, int, int]:
-    """Multiples of the FFN width and the hidden size, and the tensor-parallel size: the export's, or else the run's."""
-    asked, (ffn, hidden, parallel) = config.export, multiples(trained.config.gates)
-    return asked.ffn_multiple or ffn, asked.hidden_multiple or hidden, asked.tensor_parallel or parallel
-
-
 def pruned_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
     """The student at a sparsity (0: the final one): recovered where that is finished, unless the export wants it as
     pruning left it; in the structure that the export asks for."""
@@ -101,7 +95,7 @@ def snapshot_student(config: Config, trained: Run, spec: ArchSpec, sparsity: flo
 
 def _in_structure(config: Config, trained: Run, spec: ArchSpec, student: Student) -> Student:
     gates = structure(spec, student.gates, student.scores, student.target, shape_of(config, trained),
-                      rounding_of(config, trained), trained.gates)  # fmt: skip
+                      multiples(trained.config.gates), trained.gates)  # fmt: skip
     return replace(student, gates=gates)
 
 
@@ -164,7 +158,7 @@ def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], targ
         raise MachineError(f"the student in {directory} is damaged: {first_line(error)}; {again}") from None
     if pruned != sha256(trained.directory / "pruned" / MANIFEST):
         raise UserError(
-            f"{directory} comes from an earlier pruning of this run: {again} with checkpoint.resume=never, or "
+            f"{directory} comes from an earlier pruning of this run: remove {directory.parent} and {again}, or "
             "set export.source=pruned"
         )
     return Student(gates, scores, lora, config.alpha / config.rank, target, facts)
@@ -243,8 +237,8 @@ def structure(
             changed_units(spec, gates, settled), shape, 100 * reached, 100 * before)  # fmt: skip
     if abs(reached - target) > POINT:
         raise UserError(
-            f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: lower export.ffn_multiple and "
-            "export.hidden_multiple, or gate more kinds of units"
+            f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: take another "
+            "sparsity, or export.shape=per_layer"
         )
     return settled
 

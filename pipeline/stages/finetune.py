@@ -25,7 +25,6 @@ from nuteprune.runs.students import (
     finetune_directory,
     open_run,
     pruned_student,
-    rounding_of,
     save_tuned,
     shape_of,
 )
@@ -59,7 +58,6 @@ def settings(config: Config, trained: Run) -> Config:
     rank = tune.lora_rank or old.lora.rank
     if rank < old.lora.rank:
         raise UserError(f"finetune.lora_rank {rank} is less than the pruned student's {old.lora.rank}, which it keeps")
-    ffn, hidden, parallel = rounding_of(config, trained)
     possible = read_config(old.model.path)[1].lora_targets
     return replace(
         old,
@@ -73,8 +71,7 @@ def settings(config: Config, trained: Run) -> Config:
         lora=replace(old.lora, targets=[name for name in get_args(Projection) if name in possible], rank=rank,
                      alpha=rank * old.lora.alpha / old.lora.rank),
         teacher=replace(old.teacher, mode="intact" if tune.distill else "none"),
-        gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
-                      tensor_parallel=parallel),
+        gates=replace(old.gates, shape=shape_of(config, trained)),
     )  # fmt: skip
 
 

@@ -22,7 +22,6 @@ from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import (
     open_run,
     recover_directory,
-    rounding_of,
     save_tuned,
     shape_of,
     snapshot_student,
@@ -68,7 +67,6 @@ def summary(config: Config, result: list[Path]) -> str:
 def settings(config: Config, trained: Run, rung: float) -> Config:
     """The run's configuration for one rung, in a directory of its own."""
     old, wanted = trained.config, config.recover
-    ffn, hidden, parallel = rounding_of(config, trained)
     steps = wanted.steps or max(1, round(SHARE * int(trained.facts["steps"])))
     return replace(
         old,
@@ -76,11 +74,9 @@ def settings(config: Config, trained: Run, rung: float) -> Config:
         deepspeed=config.deepspeed,
         recover=replace(wanted, ladder=[rung]), checkpoint=config.checkpoint, tracking=config.tracking,
         export=config.export,
-        train=replace(old.train, steps=steps, lora_lr=wanted.lr or old.train.lora_lr, ranks=config.train.ranks,
-                      micro_batch=config.train.micro_batch),
+        train=replace(old.train, steps=steps, micro_batch=config.train.micro_batch),
         teacher=replace(old.teacher, mode="none" if old.teacher.mode == "none" else "intact"),
-        gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
-                      tensor_parallel=parallel),
+        gates=replace(old.gates, shape=shape_of(config, trained)),
     )  # fmt: skip
 
 

@@ -21,7 +21,6 @@ class FixedGates(Trainer):
     """A stage that trains the LoRA of a student of `trained`, whose gates `masks` no longer change."""
 
     output = TUNED
-    outputs = ("checkpoints", TUNED)
 
     def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank):
         super().__init__(*parts)

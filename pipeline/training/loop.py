@@ -45,6 +45,11 @@ from nuteprune.training.tracking import Tracker, check_reporters, progress_bar
 
 log = logging.getLogger(__name__)
 
+MAX_BAD_STEPS = 10
+"""Steps in a row with a NaN or infinite loss or gradient after which a run ends."""
+PICTURE_EVERY = 50
+"""Steps between two pictures of the kept units."""
+
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on; the message says why and where the last good state is."""
@@ -66,8 +71,6 @@ class Trainer(ABC):
     """Prefix of the scalars' names."""
     output: ClassVar[str]
     """Name of the finished result below the run directory."""
-    outputs: ClassVar[tuple[str, ...]]
-    """Everything below the run directory that a run started anew deletes."""
     free: ClassVar[tuple[str, ...]]
     """Sections of the configuration that may change between two starts of one run."""
 
@@ -187,7 +190,7 @@ class Trainer(ABC):
         if skipped:
             log.warning("step %d skipped: loss %g, gradient norm %g (%d in a row)", self.step, loss, norm,
                         self.bad_in_a_row)  # fmt: skip
-        if self.bad_in_a_row >= self.config.train.max_bad_steps:
+        if self.bad_in_a_row >= MAX_BAD_STEPS:
             path, _ = self.checkpoints.newest_valid()
             raise TrainingFailed(
                 f"{self.bad_in_a_row} steps in a row had a NaN or infinite loss or gradient (last: step {self.step}); "
@@ -223,7 +226,7 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
         if world.is_main:
             check_reporters(config.tracking)
             check_directory(config, stage.free)
-            finished = config.checkpoint.resume == "auto" and is_finished(output)
+            finished = is_finished(output)
     if world.from_main(finished):
         log.info("already finished: %s", output)
         return output
@@ -233,7 +236,7 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
     log.info("computing on %s%s", named(world.device), f", rank 0 of {world.size}" if world.size > 1 else "")
     with world.together():
         if world.is_main:
-            claim_directory(config, stage.outputs)
+            claim_directory(config)
     resume(trainer)
     trainer.stop, stop.polled = stop, True
     with world.together():
@@ -262,23 +265,18 @@ def run_steps(trainer: Trainer, tracker: Tracker) -> None:
                 save_checkpoint(trainer)
             if trainer.stopping:
                 raise Preempted(
-                    f"{trainer.stop.name} at step {trainer.step} of {trainer.total}: saved; start again with "
-                    "checkpoint.resume=auto (the default) to go on"
+                    f"{trainer.stop.name} at step {trainer.step} of {trainer.total}: saved; start again to go on"
                 )
 
 
 def check_alike(config: Config, world: World) -> None:
-    """Raise `UserError` unless there are as many ranks as wanted, with the same settings on the same versions.
+    """Raise `UserError` unless all ranks have the same settings and versions.
 
     A rank that differs would compute something else, or wait in another collective for ever.
     """
     versions = {f"version of {name}": metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
     # First: rank 0 keeps the store that others may still be connecting through, and must not end before they have.
     first, *others = world.gather(flatten(to_dict(config)) | versions)
-    if config.train.ranks not in (0, world.size):
-        raise UserError(
-            f"train.ranks is {config.train.ranks}, but {world.size} started: look at the launcher's arguments and hosts"
-        )
     for rank, other in enumerate(others, 1):
         for key in sorted(first.keys() | other.keys()):
             if first.get(key) != other.get(key):
@@ -290,8 +288,6 @@ def check_alike(config: Config, world: World) -> None:
 def resume(trainer: Trainer) -> None:
     """Restore the newest checkpoint that verifies, if there is one; rank 0 chooses it."""
     world = trainer.world
-    if trainer.config.checkpoint.resume == "never":
-        return
     path = None
     with world.together():
         if world.is_main:
@@ -356,7 +352,7 @@ def report(trainer: Trainer, tracker: Tracker, metrics: dict[str, float], second
         "peak_memory_gb": peak_memory_gb(trainer.world.device),
     }
     tracker.log(step, metrics)
-    if step % config.tracking.image_every == 0 or step == trainer.total - 1:
+    if step % PICTURE_EVERY == 0 or step == trainer.total - 1:
         tracker.picture(step, trainer.pictures())
 
 

@@ -108,8 +108,8 @@ class Tracker:
         self._modules = [_start(name, config) for name in names if name != "tensorboard"]
 
     def log(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Write `stage/name` scalars every `log_every` steps and at the last; JSONL has null for NaN and infinity."""
-        if self._metrics is None or (step % self.config.tracking.log_every and step != self.last_step):
+        """Write a step's scalars as `stage/name`; JSONL has null for NaN and infinity."""
+        if self._metrics is None:
             return
         values = {f"{self.stage}/{name}": float(value) for name, value in scalars.items()}
         self._write_line(step, values)

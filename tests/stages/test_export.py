@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from nuteprune.arch import PROJECTIONS, read_spec
 from nuteprune.errors import UserError
+from nuteprune.exporting import small
 from nuteprune.exporting import folding
 from nuteprune.exporting.folding import exported_parameters, fold_model, kept_units, plan_fold, small_config
 from nuteprune.exporting.small import ExportError
@@ -265,13 +266,14 @@ def test_card_says_how_it_was_made(exports):
     assert (exports["qwen2", "per_layer"][0] / "README.md").read_text().count("trust_remote_code=True") == 2
 
 
-def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog):
+def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog, monkeypatch):
     config, model, gates, lora = trained(
         tmp_path,
         "llama",
         lambda s: some_gates(s, "uniform"),
-        **{"export.dtype": "bfloat16", "export.shard_size": "20KB"},
+        **{"export.dtype": "bfloat16"},
     )
+    monkeypatch.setattr(small, "SHARD", "20KB")
     with caplog.at_level("INFO", logger="nuteprune"):
         directory = export.run(config)
     shards = list(directory.glob("model-*.safetensors"))
@@ -283,12 +285,11 @@ def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog):
     assert "after the cast to bfloat16" in (directory / "README.md").read_text()
 
 
-def test_fewer_shards_after_the_cast_leave_no_stale_index(tmp_path):
-    size = {"export.dtype": "bfloat16", "export.shard_size": "1MB"}
-    config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "uniform"), **size)
+def test_fewer_shards_after_the_cast_leave_no_stale_index(tmp_path, monkeypatch):
+    config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "uniform"), **{"export.dtype": "bfloat16"})
     whole = (export.run(config) / "model.safetensors").stat().st_size
     # Twice the bytes in float32, which is saved and checked first, need two files; in bfloat16 one is enough.
-    config = replace(config, export=replace(config.export, shard_size=f"{whole // 1000 + 1}KB"))
+    monkeypatch.setattr(small, "SHARD", f"{whole // 1000 + 1}KB")
     directory = export.run(config)
     assert [p.name for p in directory.glob("model*")] == ["model.safetensors"]
 

@@ -24,7 +24,7 @@ def test_every_rung_is_exported_and_compared(arguments, run_dir, capsys, tmp_pat
     records.write_text('[{"prompt": "The river", "completion": " is wide"}]')
     assert main(["finetune", str(run_dir), "--data", str(records), "--sparsity", "0.2", "finetune.steps=2",
                  "finetune.seq_len=32", "finetune.batch_size=1"]) == 0  # fmt: skip
-    assert main([*arguments, "--ladder", "0.4,0.1,0.2", "export.ladder_per_layer=true"]) == 0
+    assert main([*arguments, "--ladder", "0.4,0.1,0.2"]) == 0
     printed = capsys.readouterr().out
     directory = run_dir / "ladder"
     verify(directory)
@@ -37,18 +37,16 @@ def test_every_rung_is_exported_and_compared(arguments, run_dir, capsys, tmp_pat
         record = json.loads((directory / f"{point['sparsity']:g}" / "nuteprune.json").read_text())
         assert record["sparsity"] == pytest.approx(point["sparsity"], abs=0.01)
         assert point["perplexity"] > 0
-        assert point["per_layer_perplexity"] > 0
         assert point["prefill"] > 0
         assert point["delta_nll"] == pytest.approx(math.log(point["perplexity"] / points[0]["perplexity"]))
     assert points[0]["prefill"] == 1.0
     assert [p.get("finetuned", 0) for p in points] == [0, 0, 2, 0]
     assert found["knee"] == ladder.knee(points)
     assert "| intact |" in printed
-    assert "cost of the shape" in printed
     assert "| perplexity | ΔNLL | loops |" in printed
     assert (directory / "ladder.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((directory / "evaluate" / "report.json").read_text())
-    scores = [m["perplexity"]["train.txt"]["perplexity"] for m in report["models"][:4]]
+    scores = [m["perplexity"]["train.txt"]["perplexity"] for m in report["models"]]
     assert scores == [p["perplexity"] for p in points]
 
 

@@ -136,13 +136,10 @@ MISTAKES = {
     "no file": (None, {}, "give an existing .json"),
     "no form": ([{"text": "a"}], {}, "record 1 must have the keys instruction and output, or messages, or .* has text"),
     "missing key": ([ALPACA, ALPACA | {"output": None}], {}, "record 2 has no text in 'output'"),
-    "empty answer": ([ALPACA, ALPACA | {"output": " "}], {}, "1 empty answers, first in record 2: .*unusable=drop"),
-    "too long": ([ALPACA, ALPACA | {"output": "word " * 99}], {"seq_len": 250},
-                 r"1 of 2 records are longer than finetune.seq_len 250 \(record 2: \d+ tokens\): raise it"),
     "no template": ([ALPACA], {"template": "chat"}, "tokenizer has no chat template; use finetune.template=alpaca"),
     "messages without template": ([{"messages": [{"role": "user", "content": "a"}]}], {}, "need a chat template"),
     "no records": ([], {}, "no records"),
-    "nothing left": ([ALPACA | {"output": ""}], {"unusable": "drop"}, "no record has an answer and fits"),
+    "nothing left": ([ALPACA | {"output": ""}], {}, "no record has an answer and fits"),
 }  # fmt: skip
 
 
@@ -167,8 +164,9 @@ def test_mistakes_in_conversations(tmp_path, chat):
         parts(tmp_path, chat, {"messages": [user, assistant, user, assistant]})
 
 
-def test_unusable_records_are_dropped_where_that_is_asked_for(tmp_path, tokenizer, caplog):
+def test_records_that_cannot_be_learned_are_left_out_and_counted(tmp_path, tokenizer, caplog):
     data = file_of(tmp_path, ALPACA, ALPACA | {"output": ""}, ALPACA | {"output": "word " * 99})
-    windows = packed_windows(FinetuneConfig(data=data, seq_len=150, unusable="drop"), tokenizer)
+    windows = packed_windows(FinetuneConfig(data=data, seq_len=150), tokenizer)
     assert len(windows) == 1
-    assert "2 records dropped: 1 empty answers, 1 too long" in caplog.text
+    assert "1 of 3 records are left out, which have an empty answer, first record 2" in caplog.text
+    assert "1 of 3 records are left out, which are longer than finetune.seq_len 150, first record 3" in caplog.text

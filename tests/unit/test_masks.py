@@ -381,9 +381,9 @@ def test_hidden_alone_reaches_the_target_by_halving_the_multiple(target, shape):
     assert sparsity_of(spec, gates) == pytest.approx(target, abs=0.01)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cubic"])
-def test_schedule_rises_to_the_target_and_stays(schedule):
-    config = load_config(None, [f"sparsity.schedule={schedule}", "sparsity.target=0.4", "sparsity.warmup=0.5"])
+@pytest.mark.parametrize("constraint", ["projection", "lagrangian"])
+def test_schedule_rises_to_the_target_and_stays(constraint):
+    config = load_config(None, [f"sparsity.constraint={constraint}", "sparsity.target=0.4", "sparsity.warmup=0.5"])
     path = [target_at(config, step, 60) for step in range(60)]
     assert warmup_steps(config, 60) == 30
     assert path == sorted(path)
@@ -393,8 +393,8 @@ def test_schedule_rises_to_the_target_and_stays(schedule):
 
 
 def test_noise_falls_geometrically_until_the_gates_settle():
-    config = load_config(None, ["gates.noise=1.0", "gates.noise_end=0.01", "gates.settle=0.5"])
+    config = load_config(None, ["gates.noise=0.5", "gates.settle=0.5"])
     path = [noise_at(config, step, 100) for step in range(100)]
-    assert path[0] == 1.0
-    assert path[49] == pytest.approx(0.01)
+    assert path[0] == 0.5
+    assert path[49] == pytest.approx(0.1)
     assert path[24] / path[23] == pytest.approx(path[10] / path[9])

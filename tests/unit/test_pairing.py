@@ -41,7 +41,7 @@ def separate_passes(pair: Pair, loss: LossConfig):
             squares = [x.detach()[..., kept].square().mean(-1) for x in (s, t)]
             squared = squared / torch.maximum(*squares)
         terms.append(squared.mean())
-    layer = torch.stack(terms).sum() if loss.layer_reduction == "sum" else torch.stack(terms).mean()
+    layer = torch.stack(terms).sum() if loss.layer == "raw" else torch.stack(terms).mean()
     t = loss.temperature
     kl = t**2 * F.kl_div((logits / t).log_softmax(-1), (target / t).softmax(-1), reduction="sum") / IDS.numel()
     entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
@@ -65,9 +65,7 @@ def test_without_gates_and_lora_the_model_is_untouched(name):
 @pytest.mark.parametrize("kind", ["normalized", "raw"])
 def test_paired_loss_equals_two_separate_passes(name, kind):
     pair = Pair(name)
-    loss = LossConfig(
-        layer=kind, layer_reduction="sum" if kind == "raw" else "mean", label_weight=0.3, temperature=2 / 3, chunk=7
-    )
+    loss = LossConfig(layer=kind, label_weight=0.3, temperature=2 / 3)
     expected = separate_passes(pair, loss)
     paired = pair.model(IDS, pair.student, pair.teacher, loss).total
     torch.testing.assert_close(paired, expected, rtol=1e-6, atol=0)
@@ -126,7 +124,7 @@ def test_no_list_of_hidden_states_is_kept():
 
 def test_no_teacher_is_the_language_model_loss():
     pair = Pair("qwen2")
-    loss = pair.model(IDS, pair.student, None, LossConfig(chunk=5)).total
+    loss = pair.model(IDS, pair.student, None, LossConfig()).total
     logits = pair.model.logits(IDS, pair.student)
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)

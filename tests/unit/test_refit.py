@@ -83,17 +83,6 @@ def test_no_ranks_are_kept_for_it_where_it_has_nothing_to_do(setting):
     assert load_config(None, [setting]).lora.refit == 0
 
 
-def test_a_run_from_before_it_has_no_such_ranks(tmp_path):
-    (tmp_path / "config.yaml").write_text("lora: {rank: 4, alpha: 8, targets: [down_proj]}\n")
-    assert load_config(tmp_path).lora.rank_of("down_proj") == 4
-    assert load_config(tmp_path / "config.yaml").lora.rank_of("down_proj") == 4
-
-
-def test_weight_decay_would_shrink_it_and_is_refused():
-    with pytest.raises(UserError, match=r"train\.weight_decay would shrink it: set one of them to 0"):
-        load_config(None, ["train.weight_decay=0.1"])
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "olmo2", "phi3", "granite", "llama-bias"])
 def test_the_student_is_nearer_to_the_intact_model(name):
     model = paired(name, ranks=16, rank=8, alpha=4.0)

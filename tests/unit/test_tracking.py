@@ -65,14 +65,6 @@ def test_nan_is_null_in_jsonl_so_that_every_line_is_strict_json(tmp_path):
     assert lines(tmp_path) == [{"step": 0, "total": 1, "prune/loss": None, "prune/norm": None}]
 
 
-def test_log_every_keeps_the_last_step(tmp_path):
-    with tracker(tmp_path, 7, 0, "tracking.log_every=4") as own:
-        for step in range(7):
-            own.log(step, {"loss": step})
-    assert [line["step"] for line in lines(tmp_path)] == [0, 4, 6]
-    assert [s.step for s in events(tmp_path).Scalars("prune/loss")] == [0, 4, 6]
-
-
 def test_resume_drops_what_is_done_again(tmp_path):
     with tracker(tmp_path, 6) as own:
         for step in range(5):
@@ -168,10 +160,7 @@ def test_a_place_that_is_not_installed_is_one_line_before_anything_is_loaded(set
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_of_an_earlier_version_load():
-    assert load_config({"tracking": {"tensorboard": False, "log_every": 3}}).tracking.report_to == []
-    assert load_config({"tracking": {"tensorboard": True}}).tracking.report_to == ["tensorboard"]
-    assert load_config(None, ["tracking.report_to=[]", "tracking.tensorboard=true"]).tracking.report_to != []
+def test_a_place_that_is_not_known_is_one_line():
     with pytest.raises(UserError, match=r"tracking\.report_to: expected .* did you mean 'wandb'"):
         load_config(None, ["tracking.report_to=[wand]"])
 

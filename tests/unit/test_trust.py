@@ -295,7 +295,7 @@ def test_foreign_names_are_harmless_in_reports_and_cards(tmp_path):
     for text in (markdown_words(EVIL), code(EVIL), plain(EVIL)):
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", text)
     assert plain("a\tb\nc é 漢") == "a\tb\nc é 漢"
-    score = {"perplexity": 1.0, "stride": 8, "window": 8, "blocks": 1, "tokens": 7, "delta_nll": 0.0}
+    score = {"perplexity": 1.0, "window": 8, "blocks": 1, "tokens": 7, "delta_nll": 0.0}
     sample = {"prompt": EVIL, "continuation": EVIL, "loops": True}
     models = [
         {"name": EVIL + str(i), "path": EVIL, "parameters": 1, "perplexity": {EVIL: score}, "samples": [sample],

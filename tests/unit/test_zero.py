@@ -67,7 +67,7 @@ def test_sizes_of_the_file_win(tmp_path):
         ({"zero_optimization": {"stage": 3}, "train_batch_size": 4}, "train_batch_size is 4 there, but .* says 16"),
         ({"zero_optimization": {"stage": 3}, "fp16": {"enabled": True}}, "fp16 .* model.dtype=float32"),
         ({"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}}, "remove optimizer; .*train.lora_lr"),
-        ({"zero_optimization": {"stage": 3}, "gradient_clipping": 1}, "remove gradient_clipping; set train.grad_clip"),
+        ({"zero_optimization": {"stage": 3}, "gradient_clipping": 1}, "remove gradient_clipping; the run clips"),
         ({"zero_optimization": {"stage": 3, "stage3_max_liv": 1}}, "zero_optimization.stage3_max_liv: Extra inputs"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
         ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size needs stage 3"),
