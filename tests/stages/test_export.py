@@ -28,8 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from nuteprune.arch import PROJECTIONS, read_spec
 from nuteprune.errors import UserError
-from nuteprune.exporting import small
-from nuteprune.exporting import folding
+from nuteprune.exporting import folding, small
 from nuteprune.exporting.folding import exported_parameters, fold_model, kept_units, plan_fold, small_config
 from nuteprune.exporting.small import ExportError
 from nuteprune.masks import Gates, sparsity_of

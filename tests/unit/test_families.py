@@ -49,7 +49,7 @@ def test_a_refused_shape_is_refused_by_the_export_too():
     spec = read_spec(config)
     fold = plan_fold(spec, Gates(ffn=torch.ones(spec.layers, spec.ffn)), {}, 1.0)
     assert small_config(config, fold, "uniform").intermediate_size == spec.ffn
-    with pytest.raises(ValueError, match=r"export.shape: phi3 cannot have per_layer"):
+    with pytest.raises(UserError, match=r"export.shape: phi3 cannot have per_layer"):
         small_config(config, fold, "per_layer")
 
 
@@ -102,7 +102,7 @@ def test_experts_without_lora_are_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("changes", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])
 def test_qwen3_moe_with_dense_layers_is_refused(changes):
-    with pytest.raises(ValueError, match="dense layers"):
+    with pytest.raises(UserError, match="dense layers"):
         read_spec(tiny_config("qwen3_moe", **changes))
 
 
@@ -119,7 +119,7 @@ def test_gemma_in_float16_is_one_line(tmp_path, capsys, dry, text_file, tokenize
 
 
 def test_gemma_with_softcapped_logits_is_refused():
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
+    with pytest.raises(UserError, match="final_logit_softcapping"):
         read_spec(tiny_config("gemma3", final_logit_softcapping=30.0))
 
 

@@ -47,7 +47,7 @@ def test_prunable_parameters_are_those_of_the_projections(name):
 def test_unsupported_family_names_the_supported_ones():
     from transformers import GPT2Config
 
-    with pytest.raises(ValueError, match=r"gpt2.*llama, mistral, qwen2, qwen3, granite, .*gemma3_text"):
+    with pytest.raises(UserError, match=r"gpt2.*llama, mistral, qwen2, qwen3, granite, .*gemma3_text"):
         read_spec(GPT2Config())
 
 
