@@ -38,6 +38,11 @@ _OURS = {
 }
 """Keys of a DeepSpeed file that would do nothing here, and what to do instead."""
 
+_READ_AT_2 = {
+    "zero_optimization", "zero_optimization.stage", "train_batch_size", "gradient_accumulation_steps", "bf16", "fp16",
+}  # fmt: skip
+"""Keys of a stage 2 file that are read, or must say what the run says."""
+
 
 def read_settings(name: str) -> dict:
     """The DeepSpeed settings of a name in ds_configs/ or a JSON file; raises `UserError` for one that cannot work."""
@@ -58,12 +63,20 @@ def read_settings(name: str) -> dict:
     stage = zero.get("stage")
     if stage not in (2, 3):
         raise UserError(f"deepspeed {path}: zero_optimization.stage must be 2 or 3, got {stage!r}")
-    only = sorted(key for key in zero if key.startswith(("stage3", "offload", "zero_hpz")))
-    if stage == 2 and only:
-        raise UserError(f"deepspeed {path}: {only[0]} needs stage 3, under stage 2 every rank holds the whole model")
+    if stage == 2 and (unread := _unread(settings)):
+        raise UserError(
+            f"deepspeed {path}: remove {', '.join(unread)}: stage 2 is torch's ZeroRedundancyOptimizer here, which "
+            "spreads the state of LoRA's AdamW and reads none of it; every rank holds the whole model and all gradients"
+        )
     if "offload_optimizer" in zero:
         raise UserError(f"deepspeed {path}: remove offload_optimizer; only LoRA has one, on each rank's device")
     return settings
+
+
+def _unread(settings: dict) -> list[str]:
+    """Keys of a stage 2 file that say something and that nothing reads."""
+    zero = {f"zero_optimization.{key}": value for key, value in settings["zero_optimization"].items()}
+    return [key for key, value in (settings | zero).items() if key not in _READ_AT_2 and value != "auto"]
 
 
 def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:

@@ -31,10 +31,10 @@ def test_every_form_of_the_test_set_is_the_same_text(tmp_path, monkeypatch, capl
     datasets.Dataset.from_dict({"text": ROWS}).to_parquet(tmp_path / "rows.parquet")
     datasets.Dataset.from_dict({"text": ROWS}).to_json(tmp_path / "rows.jsonl")
     for name in ("original.txt", "joined.txt", "rows.parquet", "rows.jsonl"):
-        assert published_text(settings(tmp_path / name)) == ("WikiText-2", TEXT), name
+        assert published_text(settings(tmp_path / name), "text") == ("WikiText-2", TEXT), name
     assert not caplog.text
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: {"text": ROWS} if split == "test" else None)
-    assert published_text(settings()) == ("WikiText-2", TEXT)
+    assert published_text(settings(), "text") == ("WikiText-2", TEXT)
 
 
 def test_windows_stand_side_by_side_over_one_first_token_and_the_text(tmp_path):
@@ -56,7 +56,7 @@ def test_windows_stand_side_by_side_over_one_first_token_and_the_text(tmp_path):
 
 def test_another_text_is_named_as_such(tmp_path, caplog):
     (tmp_path / "mine.txt").write_text("One.\n\nTwo.\n")
-    assert published_text(settings(tmp_path / "mine.txt")) == ("mine.txt (not WikiText-2)", "One.\n\nTwo.\n")
+    assert published_text(settings(tmp_path / "mine.txt"), "text") == ("mine.txt (not WikiText-2)", "One.\n\nTwo.\n")
     assert "is not WikiText-2's raw test set" in caplog.text
 
 
@@ -69,7 +69,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("texts", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_one_line(texts, message):
     with pytest.raises(UserError, match=message):
-        published_text(settings(*texts))
+        published_text(settings(*texts), "text")
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch):
@@ -78,4 +78,4 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"from the hub \(no route\): name the file"):
-        published_text(settings())
+        published_text(settings(), "text")

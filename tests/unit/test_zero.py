@@ -69,8 +69,9 @@ def test_sizes_of_the_file_win(tmp_path):
         ({"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}}, "remove optimizer; .*train.lora_lr"),
         ({"zero_optimization": {"stage": 3}, "gradient_clipping": 1}, "remove gradient_clipping; the run clips"),
         ({"zero_optimization": {"stage": 3, "stage3_max_liv": 1}}, "zero_optimization.stage3_max_liv: Extra inputs"),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
-        ({"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size needs stage 3"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "remove zero_optimization.off"),
+        ({"wall_clock_breakdown": True, "zero_optimization": {"stage": 2, "contiguous_gradients": True}},
+         "remove wall_clock_breakdown, zero_optimization.contiguous_gradients: stage 2 is torch's"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, "3 does not divide the 8 ranks"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "offload_param.device: Input"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "remove offload_optimizer"),
@@ -82,6 +83,13 @@ def test_a_file_that_cannot_work_is_one_line(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as error:
         settings(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_stage_2_file_may_leave_the_choice_to_the_run(tmp_path):
+    path = tmp_path / "own.json"
+    zero = {"stage": 2, "overlap_comm": "auto"}
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto", "bf16": "auto", "zero_optimization": zero}))
+    assert settings(path)["bf16"] == {"enabled": False}
 
 
 def test_no_such_file_names_those_there_are(tmp_path):
