@@ -293,7 +293,7 @@ class Config:
     run_dir: str = opt("", "Directory of the run: configuration, checkpoints, logs, results.")
     seed: int = opt(0, "Seed of data order, gate samples and LoRA initialisation.", ge=0)
     deepspeed: str = opt(
-        "", "How several ranks share the memory: zero2, zero3, zero3_hpz, zero3_offload, zero3_nvme, or a DeepSpeed "
+        "", "How several ranks share the memory: zero2, zero3, zero3_hpz, zero3_offload, or a DeepSpeed "
         "JSON file; empty: every rank holds everything."
     )  # fmt: skip
     model: ModelConfig = field(default_factory=ModelConfig)

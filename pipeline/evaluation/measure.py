@@ -5,7 +5,6 @@ Shape letters: n tokens of a text, T tokens of a window, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import math
 import platform
@@ -22,6 +21,7 @@ from nuteprune.errors import UserError
 from nuteprune.evaluation.head import Head
 from nuteprune.exporting.folding import exported_parameters
 from nuteprune.model.distill import IGNORE
+from nuteprune.parallel.host import processor
 
 PASS_BYTES = 8 * 2**20
 """Of logits that are compared in one go: what is made of them stays in a CPU's cache."""
@@ -196,15 +196,11 @@ def sizes(model: PreTrainedModel, folder: Path) -> dict:
 
 def environment(device: torch.device) -> dict:
     """What the numbers were measured with: versions, hardware, threads and the time (UTC)."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux only; elsewhere the name above stands
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         **{package: version(package) for package in ("torch", "transformers", "lm_eval")},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": cpu,
+        "cpu": processor().get("model name") or platform.processor() or platform.machine(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -30,7 +30,6 @@ from nuteprune.errors import UserError
 from nuteprune.exporting import modeling_ragged
 from nuteprune.masks import Gates, Kept, kept_units
 from nuteprune.model.layers import LoraWeights
-from nuteprune.model.loading import OWN_TYPES
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,6 @@ def _register() -> None:
         own = isinstance(cls, type) and cls.__module__ == modeling_ragged.__name__
         if own and issubclass(cls, PreTrainedConfig):
             AutoConfig.register(cls.model_type, cls, exist_ok=True)
-            OWN_TYPES.add(cls.model_type)
         elif own and issubclass(cls, PreTrainedModel):
             auto = AutoModelForCausalLM if cls.__name__.endswith("ForCausalLM") else AutoModel
             auto.register(cls.config_class, cls, exist_ok=True)

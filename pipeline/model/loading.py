@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 USABLE = 0.9
 """Share of a device's memory that the weights of a model may fill, the rest is for what is computed with them."""
-OWN_TYPES: set[str] = set()
-"""Model types whose classes this package registered with transformers (`exporting.folding`)."""
+OWN_TYPES = "nuteprune_"
+"""How the model types begin whose classes are this package's (`exporting.modeling_ragged`), never a directory's."""
 
 
 def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -189,7 +189,7 @@ def _asking_for_code(folder: Path) -> str:
     for name in ("config.json", "tokenizer_config.json"):
         file = folder / name
         facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        ours = name == "config.json" and facts.get("model_type") in OWN_TYPES
+        ours = name == "config.json" and str(facts.get("model_type")).startswith(OWN_TYPES)
         if facts.get("auto_map") and not ours:
             return name
     return ""

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,11 +21,11 @@ from torch import Tensor
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config
 from nuteprune.errors import UserError
-from nuteprune.model.loading import load_model, read_config
+from nuteprune.model.loading import load_model
 from nuteprune.model.pairing import PairedDecoderLayer, PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.shards import load_partitioned
-from nuteprune.parallel.sizes import nvme_buffers, total_parameters, zero3_sizes
+from nuteprune.parallel.sizes import zero3_sizes
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 _OURS = {
@@ -101,8 +98,11 @@ def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
         for key, size in zero3_sizes(spec).items():
             if zero.get(key, "auto") == "auto":
                 zero[key] = size
-        if isinstance(zero.get("offload_param"), dict):
-            _fill_offload(zero["offload_param"], spec, world)
+        offload = zero.get("offload_param")
+        if isinstance(offload, dict):
+            if offload.get("device") == "nvme":
+                raise UserError(f"deepspeed {config.deepspeed}: offload_param to nvme is not supported: use cpu")
+            offload.setdefault("pin_memory", world.device.type == "cuda")
         _check_hpz(zero, world)
     _validate(config.deepspeed, zero)
     return settings
@@ -122,47 +122,6 @@ def _check_hpz(zero: dict, world: World) -> None:
     size = zero.get(key, 1)
     if isinstance(size, int) and size > 1 and world.size % size:
         raise UserError(f"deepspeed: {key} {size} does not divide the {world.size} ranks: set it to those of a node")
-
-
-def _fill_offload(offload: dict, spec: ArchSpec, world: World) -> None:
-    """Fill in how weights are kept off the accelerator; a disk is reached through buffers."""
-    offload.setdefault("pin_memory", world.device.type == "cuda")
-    if offload.get("device") == "nvme":
-        offload.setdefault("nvme_path", "auto")
-        for key, size in nvme_buffers(spec, world.size).items():
-            if offload.get(key, "auto") == "auto":
-                offload[key] = size
-
-
-def _swap_directory(config: Config, settings: dict, world: World) -> TemporaryDirectory | None:
-    """A directory of this rank's own on the disk that weights are offloaded to, removed at the end; None without."""
-    offload = settings["zero_optimization"].get("offload_param") or {}
-    if offload.get("device") != "nvme":
-        return None
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-    from deepspeed.utils import logger
-
-    disk = tempfile.gettempdir() if offload["nvme_path"] == "auto" else offload["nvme_path"]
-    itemsize = getattr(torch, config.model.dtype).itemsize
-    need = total_parameters(read_config(config.model.path)[1]) * itemsize * world.local_size // world.size
-    try:
-        free = shutil.disk_usage(disk).free
-        if free < need:
-            raise UserError(
-                f"deepspeed: offload_param.nvme_path {disk}: {free / 1e9:.1f} GB are free, the node's share of the "
-                f"weights takes {need / 1e9:.1f} GB; name another disk"
-            )
-        if not AsyncIOBuilder().is_compatible():
-            raise UserError("deepspeed: offload_param to nvme needs libaio and its headers: install libaio-dev")
-        directory = TemporaryDirectory(prefix="nuteprune-", dir=disk)
-    except OSError as error:
-        raise UserError(
-            f"deepspeed: offload_param.nvme_path {disk}: {error.strerror}; name a directory on a disk of each node"
-        ) from None
-    offload["nvme_path"] = directory.name
-    # What it warns of, wear by repeated writing, does not happen: frozen weights are written once.
-    logger.addFilter(lambda record: "heavy write traffic" not in record.getMessage())
-    return directory
 
 
 def _validate(name: str, zero: dict) -> None:
@@ -190,12 +149,9 @@ def load_paired(config: Config, world: World, settings: dict | None) -> PairedMo
             hf_model, spec = load_model(config.model, world.device)
         return PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
     quiet()
-    with world.together():
-        swap = _swap_directory(config, settings, world)
     hf_model, spec = load_partitioned(config.model, world, settings)
     model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
     attach(model, settings)
-    model.partitioning += (swap,)
     return model
 
 

@@ -194,9 +194,7 @@ def rung_lora(trained: Run, snapshot: Snapshot) -> dict[str, tuple[Tensor, Tenso
     merged = {}
     for key, (a_RK, b_NR) in trained.lora.items():
         merged[key] = a_RK[-rank:], share * b_NR[:, -rank:]
-    # Runs of earlier versions kept both in one pair.
-    older = {key: (a[:-rank], b[:, :-rank]) for key, (a, b) in snapshot.lora.items() if len(a) > rank}
-    return joined(merged, snapshot.frozen or older)
+    return joined(merged, snapshot.frozen)
 
 
 def structure(

@@ -1,7 +1,6 @@
 """The exported model computes what the masked model computes, in all families and shapes, and loads anywhere."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -24,7 +23,7 @@ from exporting import (
     some_ids,
     trained,
 )  # fmt: skip
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nuteprune.arch import PROJECTIONS, read_spec
 from nuteprune.errors import UserError
@@ -210,36 +209,6 @@ def test_the_stock_class_and_the_base_settings_are_carried_over(exports):
     assert (moe.num_experts, moe.num_experts_per_tok, moe.moe_intermediate_size) == (3, 2, 8)
     assert (mixtral.num_local_experts, mixtral.num_experts_per_tok, mixtral.intermediate_size) == (3, 2, 24)
     assert configs["qwen2"].layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
-
-
-@pytest.mark.parametrize("shape", SHAPES[1:])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_exports_of_earlier_versions_load(exports, tmp_path, family, shape):
-    """They said the layers' sizes in fields of their own, and held the norms of absent sublayers."""
-    directory, wanted, _ = exports[family, shape]
-    sizes = [loaded(directory).config.layer_sizes(index) for index in range(LAYERS)]
-    old = shutil.copytree(directory, tmp_path / "old")
-    values = json.loads((old / "config.json").read_text())
-    new_fields = [values.pop(name, None) for name in ("per_layer_config", "block_configs")]
-    assert new_fields[0]
-    stem = values["auto_map"]["AutoConfig"].removeprefix("modeling_ragged.").removesuffix("Config")
-    values |= {"architectures": [f"{stem}ForCausalLM"], "heads_per_group": [groups for groups, _ in sizes],
-               "ffn_sizes": [ffn for _, ffn in sizes]}  # fmt: skip
-    (old / "config.json").write_text(json.dumps(values))
-    tensors = load_file(old / "model.safetensors")
-    for index, (groups, ffn) in enumerate(sizes):
-        absent = ["input_layernorm"] * (not groups) + ["post_attention_layernorm"] * (not ffn)
-        absent += ["self_attn.q_norm", "self_attn.k_norm"] * (not groups and family == "qwen3")
-        for name in absent:
-            width = 8 if "self_attn" in name else values["hidden_size"]
-            assert f"model.layers.{index}.{name}.weight" not in tensors
-            tensors[f"model.layers.{index}.{name}.weight"] = torch.rand(width)
-    save_file(tensors, old / "model.safetensors", {"format": "pt"})
-    model = loaded(old)
-    assert model.config.layer_sizes(0) == sizes[0]
-    with torch.no_grad():
-        assert_close(model(some_ids()).logits, wanted)
-        model.generate(some_ids(), max_new_tokens=3, do_sample=False)
 
 
 def test_qwen2_that_stock_vllm_would_misread_is_said(tmp_path, caplog):

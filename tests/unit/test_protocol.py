@@ -77,5 +77,5 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"from the hub \(no route\): name the file"):
+    with pytest.raises(UserError, match=r"from the hub \(no\): name the file"):
         published_text(settings(), "text")
