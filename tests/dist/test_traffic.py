@@ -26,7 +26,7 @@ LAYERS = 24
 
 
 class GatheredBytes:
-    """Counts the bytes that DeepSpeed's gathers deliver to this rank, by the ranks that take part, and of the largest."""
+    """Counts the bytes that DeepSpeed gathers on this rank, by the ranks that take part, and of the largest gather."""
 
     def __init__(self):
         self.by_ranks: dict[int, int] = {}
