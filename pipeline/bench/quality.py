@@ -34,7 +34,6 @@ from matplotlib.figure import Figure
 from torch import LongTensor, Tensor
 from transformers import PreTrainedModel
 
-from nuteprune.__main__ import quiet_libraries
 from nuteprune.config import Config, load_config
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import text_tokens
@@ -44,6 +43,7 @@ from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
 from nuteprune.model.loading import load_any
 from nuteprune.parallel.distributed import discover
+from nuteprune.runs.log import quiet_libraries
 from nuteprune.stages import finetune, prune, recover
 
 WINDOW = 1024

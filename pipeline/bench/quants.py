@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nuteprune.__main__ import quiet_libraries
 from nuteprune.arch import read_spec
 from nuteprune.errors import UserError
 from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.gguf_model import FILE, gguf_architecture
 from nuteprune.exporting.gguf_quants import llama_cpp, write_quantized
 from nuteprune.exporting.modeling_ragged import RaggedConfig
+from nuteprune.runs.log import quiet_libraries
 
 
 def main(argv: list[str] | None = None) -> int:

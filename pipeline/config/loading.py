@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import operator
+import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,9 +43,9 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
         if not file.is_file():
             raise UserError(f"{settings} is not the directory of a run: it has no config.yaml")
         # The directory may have been moved since.
-        layers += [(str(file), read_settings(file)), ("the run's directory", {"run_dir": str(settings)})]
+        layers += [(str(file), file_settings(file)), ("the run's directory", {"run_dir": str(settings)})]
     elif settings is not None:
-        layers.append((str(settings), read_settings(Path(settings))))
+        layers.append((str(settings), file_settings(Path(settings))))
     for item in overrides:
         key, sep, value = item.partition("=")
         if not sep or not key:
@@ -145,7 +146,7 @@ def read_yaml(path: Path) -> dict:
     return tree
 
 
-def read_settings(path: Path) -> dict:
+def file_settings(path: Path) -> dict:
     """The settings in a YAML file; of the config.yaml of a run, which holds all, without those that have gone since.
 
     Raises:
@@ -195,21 +196,21 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def describe(sections: list[str]) -> str:
-    """Every field of the given sections with type, default and meaning, for `--help`."""
-    lines = []
+    """The settings outside sections and every field of the given ones with type, default and meaning, for `--help`."""
     hints = typing.get_type_hints(Config)
-    for f in dataclasses.fields(Config):
-        if not dataclasses.is_dataclass(hints[f.name]):
-            lines.append(_describe_field(f.name, f, hints[f.name]))
-    for section in sections:
-        cls = hints[section]
-        inner = typing.get_type_hints(cls)
-        lines += [_describe_field(f"{section}.{f.name}", f, inner[f.name]) for f in dataclasses.fields(cls)]
+    single = [f for f in dataclasses.fields(Config) if not dataclasses.is_dataclass(hints[f.name])]
+    parts = [_describe(Config, single, "")]
+    parts += [_describe(hints[section], dataclasses.fields(hints[section]), f"{section}.") for section in sections]
+    return "\n\n".join(parts)
+
+
+def _describe(cls: type, fields: Iterable[dataclasses.Field], prefix: str) -> str:
+    """A heading, and a paragraph for each field."""
+    lines, hints = [f"{cls.__doc__}\n"], typing.get_type_hints(cls)
+    for f in fields:
+        lines.append(f"  {prefix}{f.name} ({type_name(hints[f.name])}, default {default_of(f)!r})")
+        lines.append(textwrap.fill(f.metadata["help"], 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)
-
-
-def _describe_field(key: str, f: dataclasses.Field, hint: Any) -> str:
-    return f"  {key} ({type_name(hint)}, default {default_of(f)!r})\n      {f.metadata['help']}"
 
 
 def default_of(f: dataclasses.Field) -> Any:

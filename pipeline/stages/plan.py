@@ -12,6 +12,7 @@ import yaml
 
 from nuteprune.config import Config, Dtype
 from nuteprune.errors import MachineError, UserError
+from nuteprune.planning import dryrun
 from nuteprune.planning.cards import CARDS, UNNAMED, Card, card_named, quantity
 from nuteprune.planning.job import Cluster, Job
 from nuteprune.planning.models import MODELS, read_model
@@ -108,6 +109,16 @@ def write(files: dict[str, str], out: Path) -> None:
             (out / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise MachineError(f"--out {out}: cannot write there ({error.strerror})") from None
+
+
+def dry_run(config: Config, args: argparse.Namespace) -> str:
+    """What a dry run of the prune stage found, and the planner's figures for it; the flags are those of `plan` too."""
+    ranks, per_node = args.world_size, min(args.world_size, args.gpus_per_node)
+    if ranks < 1 or per_node < 1 or ranks % per_node:
+        raise UserError(f"--world-size {ranks} is not made of whole nodes of {args.gpus_per_node} GPUs")
+    args.nodes, args.gpus_per_node = ranks // per_node, per_node
+    found = dryrun.text(dryrun.dry_run(config, ranks, per_node), config)
+    return f"{found}\n\n{figures(config, args)}"
 
 
 def figures(config: Config, args: argparse.Namespace) -> str:

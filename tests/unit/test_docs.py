@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nuteprune.__main__ import SHORTCUTS, parser
 from nuteprune.config import load_config
 from nuteprune.config.reference import markdown
+from nuteprune.flags import SHORTCUTS, parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(p for folder in (".", "docs", "kernels", "slurm") for p in ROOT.glob(f"{folder}/*.md"))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 ROOMS = (
     "errors", "kernels", "config", "arch", "masks", "model", "runs", "data", "parallel", "training", "exporting",
-    "evaluation", "planning", "stages", "api", "chain", "__main__", "bench",
+    "evaluation", "planning", "stages", "api", "chain", "flags", "__main__", "bench",
 )  # fmt: skip
 """From the bottom up: a room imports from rooms before it, never from those behind it."""
 

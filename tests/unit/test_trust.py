@@ -18,7 +18,6 @@ from exporting import base_model, loaded, on_disk, some_gates, some_ids, trained
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nuteprune.__main__ import PlainFormatter
 from nuteprune.config import ExportConfig, ModelConfig, load_config
 from nuteprune.errors import UserError
 from nuteprune.evaluation import page, pictures, report
@@ -29,6 +28,7 @@ from nuteprune.model.loading import load_any, load_model
 from nuteprune.runs import jobs
 from nuteprune.runs.checkpoint import CheckpointError, inside, verify, write_atomic, write_manifest
 from nuteprune.runs.fingerprint import fingerprint
+from nuteprune.runs.log import PlainFormatter
 from nuteprune.runs.rundir import load_run, save_config
 from nuteprune.runs.snapshot_files import load_snapshots
 from nuteprune.runs.words import code, markdown_words, plain
