@@ -159,10 +159,6 @@ class LoraConfig:
         "are experts.", ge=0
     )  # fmt: skip
 
-    def rank_of(self, projection: str) -> int:
-        """All ranks of a projection's update, those of `refit` too."""
-        return self.rank + (self.refit if projection == "down_proj" else 0)
-
 
 @dataclass(frozen=True)
 class LossConfig:

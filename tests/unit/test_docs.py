@@ -21,10 +21,6 @@ def test_the_reference_of_settings_is_up_to_date():
     assert written == markdown(), "run `make docs`"
 
 
-def test_readme_is_short_enough_to_be_read():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
-
-
 @pages
 def test_every_relative_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
