@@ -139,7 +139,7 @@ def test_where_no_token_comes_first_perplexity_is_bit_for_bit_that_of_the_output
         states = model.model(input_ids=block[None]).last_hidden_state[0, :-1]
         for hidden, target in zip(states.split(256), block[1:].split(256), strict=True):
             total += torch.nn.functional.cross_entropy(model.lm_head(hidden), target, reduction="sum").item()
-    assert measure.perplexity(model, ids, 640, 0, 0)["nll"] == total / (2 * 639)
+    assert measure.perplexity(model, ids, 640, 0)["nll"] == total / (2 * 639)
 
 
 def test_logits_of_a_large_vocabulary_are_few_at_a_time(model, monkeypatch):
@@ -333,7 +333,7 @@ def test_published_scores_the_whole_text_in_the_papers_windows(settings, base, t
     scores = result["models"][0]["perplexity"]
     name = "long.txt (not WikiText-2), windows of"
     assert [score["window"] for score in scores.values()] == [2048, 128]
-    assert scores[f"{name} 128"] == {**measure.perplexity(model, ids, 128, 0, 0), "delta_nll": 0.0}
+    assert scores[f"{name} 128"] == {**measure.perplexity(model, ids, 128, 0), "delta_nll": 0.0}
     assert scores[f"{name} 128"]["blocks"] == len(ids) // 128
     text = report.markdown(result)
     assert "Protocol `published`: all rows of the test set joined by blank lines and tokenised as one text" in text
@@ -480,4 +480,4 @@ def test_a_spread_model_has_the_same_perplexity(base, model, tokens, tmp_path, m
         base, dtype=torch.float32, device_map=parts, offload_folder=str(tmp_path)
     ).eval()
     assert any(p.is_meta for p in spread.parameters())
-    assert measure.perplexity(spread, tokens, 32, 0, 0) == measure.perplexity(model, tokens, 32, 0, 0)
+    assert measure.perplexity(spread, tokens, 32, 0) == measure.perplexity(model, tokens, 32, 0)
