@@ -17,7 +17,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
+from nuteprune.config import STAGE_SECTIONS, Config, describe, load_config
+from nuteprune.errors import UserError
 from nuteprune.runs.words import plain
 from nuteprune.training.memory import is_out_of_memory
 from nuteprune.training.signals import Preempted, stop_signals
@@ -191,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
         if not is_main:
             logging.getLogger("nuteprune").setLevel(logging.ERROR)
         if world.size > 1 and args.stage not in DISTRIBUTED:
-            raise ConfigError(f"{args.stage} runs in one process, not in {world.size}: start it without a launcher")
+            raise UserError(f"{args.stage} runs in one process, not in {world.size}: start it without a launcher")
         config = read_settings(args)
         if getattr(args, "dry_run", False):
             sys.stdout.write(dry_run(config, args) + "\n")
@@ -206,7 +207,7 @@ def run(args: argparse.Namespace) -> int:
         text = run_chain(config) if args.stage == "run" else run_stage(args.stage, config)
         if is_main:
             sys.stdout.write(plain(text) + "\n")
-    except ConfigError as error:
+    except UserError as error:
         if is_main:
             sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return 2
@@ -237,7 +238,7 @@ def dry_run(config: Config, args: argparse.Namespace) -> str:
 
     ranks, per_node = args.world_size, min(args.world_size, args.gpus_per_node)
     if ranks < 1 or per_node < 1 or ranks % per_node:
-        raise ConfigError(f"--world-size {ranks} is not made of whole nodes of {args.gpus_per_node} GPUs")
+        raise UserError(f"--world-size {ranks} is not made of whole nodes of {args.gpus_per_node} GPUs")
     flags = {flag.strip("-").replace("-", "_"): default for flag, (default, _) in PLAN_FLAGS.items()}
     flags |= {"nodes": ranks // per_node, "gpus_per_node": per_node, "gpu": args.gpu, "gpu_memory": args.gpu_memory}
     found = dryrun.text(dryrun.dry_run(config, ranks, per_node), config)
@@ -262,7 +263,7 @@ def show_status(args: argparse.Namespace) -> int:
     args.overrides = [o if "=" in o or os.path.isfile(f"{o}/config.yaml") else f"run_dir={o}" for o in args.overrides]
     try:
         found = status.run(read_settings(args))
-    except ConfigError as error:
+    except UserError as error:
         sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return 2
     sys.stdout.write(plain(status.table(found) if args.tsv else json.dumps(found, indent=2) if args.json else
@@ -276,7 +277,7 @@ def read_settings(args: argparse.Namespace) -> Config:
         args.overrides = [word if "=" in word else f"model.path={word}" for word in args.overrides]
     runs = [word for word in args.overrides if "=" not in word and os.path.isdir(word)]
     if len(runs) + (args.config is not None) > 1:
-        raise ConfigError("give one run directory or one --config")
+        raise UserError("give one run directory or one --config")
     overrides = [word for word in args.overrides if word not in runs]
     for flag, key in SHORTCUTS.get(args.stage, {}).items():
         value = getattr(args, flag.strip("-").replace("-", "_"))

@@ -1,6 +1,6 @@
 """Run configuration: frozen dataclasses filled from a recipe, a YAML file and `key.sub=value` overrides.
 
-A user's mistake (unknown key, wrong type, value out of range) raises `ConfigError` with one line that names the key and
+A user's mistake (unknown key, wrong type, value out of range) raises `UserError` with one line that names the key and
 says how to mend it. `nuteprune STAGE --help` prints every field from its metadata.
 """
 
@@ -14,7 +14,6 @@ from nuteprune.config.fields import (
     STAGE_SECTIONS,
     CheckpointConfig,
     Config,
-    ConfigError,
     DataConfig,
     Dtype,
     EvaluateConfig,
@@ -39,7 +38,6 @@ __all__ = [
     "STAGE_SECTIONS",
     "CheckpointConfig",
     "Config",
-    "ConfigError",
     "DataConfig",
     "Dtype",
     "EvaluateConfig",

@@ -16,7 +16,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ExportShape = Literal[Shape, "as_trained"]
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
     """A mistake in the user's input, told in one line; the command line prints it and exits with 2."""
 
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import yaml
 
-from nuteprune.config.fields import ASKED_EACH_TIME, Config, ConfigError
+from nuteprune.config.fields import ASKED_EACH_TIME, Config
+from nuteprune.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 YAML_LIMIT = 1 << 20
@@ -30,7 +31,7 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
         overrides: strings `key.sub=value`; the value is read as YAML.
 
     Raises:
-        ConfigError: unreadable file, unknown key, wrong type or value out of range.
+        UserError: unreadable file, unknown key, wrong type or value out of range.
     """
     layers = []
     if isinstance(settings, Config):
@@ -40,7 +41,7 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
     elif settings is not None and Path(settings).is_dir():
         file = Path(settings) / "config.yaml"
         if not file.is_file():
-            raise ConfigError(f"{settings} is not the directory of a run: it has no config.yaml")
+            raise UserError(f"{settings} is not the directory of a run: it has no config.yaml")
         # The directory may have been moved since.
         layers += [(str(file), read_yaml(file)), ("the run's directory", {"run_dir": str(settings)})]
     elif settings is not None:
@@ -48,11 +49,11 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
     for item in overrides:
         key, sep, value = item.partition("=")
         if not sep or not key:
-            raise ConfigError(f"override '{item}': write it as key.sub=value")
+            raise UserError(f"override '{item}': write it as key.sub=value")
         try:
             value = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ConfigError(f"override '{item}': the value is not readable as YAML") from None
+            raise UserError(f"override '{item}': the value is not readable as YAML") from None
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -89,13 +90,13 @@ def _difference(tree: dict, base: dict) -> dict:
 def _consistent(config: Config) -> Config:
     """Checks over several fields; no ranks of `lora.refit` where no FFN unit leaves or down_proj has no LoRA."""
     if not config.loss.layer_weight and not config.loss.kl_weight:
-        raise ConfigError("loss.layer_weight and loss.kl_weight are both 0: nothing would be learned; set one of them")
+        raise UserError("loss.layer_weight and loss.kl_weight are both 0: nothing would be learned; set one of them")
     if not ("down_proj" in config.lora.targets and "ffn" in config.gates.units):
         config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, refit=0))
     if config.lora.refit and config.train.weight_decay:
-        raise ConfigError("lora.refit is not trained, and train.weight_decay would shrink it: set one of them to 0")
+        raise UserError("lora.refit is not trained, and train.weight_decay would shrink it: set one of them to 0")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", config.export.shard_size):
-        raise ConfigError(f"export.shard_size: expected a size such as 5GB or 500MB, got '{config.export.shard_size}'")
+        raise UserError(f"export.shard_size: expected a size such as 5GB or 500MB, got '{config.export.shard_size}'")
     return config
 
 
@@ -125,7 +126,7 @@ def _renamed(layer: dict) -> dict:
 def _recipe_layers(name: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
     """A recipe's file, behind those of the recipes that it names as its base."""
     if name in above:
-        raise ConfigError(f"recipe '{name}' is its own base: {' -> '.join((*above, name))}")
+        raise UserError(f"recipe '{name}' is its own base: {' -> '.join((*above, name))}")
     tree = read_yaml(recipe_path(name))
     base = tree.get("recipe")
     return [*(_recipe_layers(str(base), (*above, name)) if base else []), (f"recipe {name}", tree)]
@@ -137,7 +138,7 @@ def recipe_path(name: str) -> Path:
         if path.suffix == ".yaml" and path.is_file():
             return path
     known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-    raise ConfigError(f"recipe '{name}' not found: use one of {known}, or the path of a YAML file")
+    raise UserError(f"recipe '{name}' not found: use one of {known}, or the path of a YAML file")
 
 
 class _NoAliases(yaml.SafeLoader):
@@ -150,23 +151,23 @@ class _NoAliases(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file; raises `ConfigError` where there is none."""
+    """The mapping in a YAML file; raises `UserError` where there is none."""
     try:
         if path.stat().st_size > YAML_LIMIT:
-            raise ConfigError(f"{path} has more than {YAML_LIMIT} bytes: settings are shorter")
+            raise UserError(f"{path} has more than {YAML_LIMIT} bytes: settings are shorter")
         tree = yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise ConfigError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
+        raise UserError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines at its top level")
+        raise UserError(f"{path} must hold `key: value` lines at its top level")
     for section, field in ASKED_EACH_TIME:
         if isinstance(tree.get(section), dict) and field in tree[section]:
-            raise ConfigError(
+            raise UserError(
                 f"{path} sets {section}.{field}, which no file can: give {section}.{field}=… when you start the stage"
             )
     return tree
@@ -230,10 +231,10 @@ def _check_keys(cls: type, tree: dict, source: str, prefix: str) -> None:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1) or _elsewhere(str(key))
             hint = f"; did you mean '{prefix + near[0] if near[0] in names else near[0]}'?" if near else ""
-            raise ConfigError(f"{source}: unknown key '{prefix}{key}'{hint}")
+            raise UserError(f"{source}: unknown key '{prefix}{key}'{hint}")
         if dataclasses.is_dataclass(hints[key]):
             if value is not None and not isinstance(value, dict):
-                raise ConfigError(f"{source}: '{prefix}{key}' is a section; set its fields, e.g. {prefix}{key}.…")
+                raise UserError(f"{source}: '{prefix}{key}' is a section; set its fields, e.g. {prefix}{key}.…")
             _check_keys(hints[key], value or {}, source, f"{prefix}{key}.")
 
 
@@ -292,7 +293,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return value
     expected = type_name(hint)
     near = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(hint)], n=1)
-    raise ConfigError(f"{key}: expected {expected}, got {value!r}" + (f"; did you mean '{near[0]}'?" if near else ""))
+    raise UserError(f"{key}: expected {expected}, got {value!r}" + (f"; did you mean '{near[0]}'?" if near else ""))
 
 
 BOUNDS = {
@@ -308,5 +309,5 @@ def _bounded(value: Any, f: dataclasses.Field, key: str) -> Any:
     bounds = [(*BOUNDS[name], limit) for name, limit in f.metadata.items() if name in BOUNDS and limit is not None]
     if not all(holds(value, limit) for _, holds, limit in bounds):
         wanted = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
-        raise ConfigError(f"{key}: must be {wanted}, got {value!r}")
+        raise UserError(f"{key}: must be {wanted}, got {value!r}")
     return value

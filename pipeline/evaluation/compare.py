@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
 from nuteprune.data.sequences import first_tokens
+from nuteprune.errors import UserError
 from nuteprune.evaluation import generation, report
 from nuteprune.evaluation.generation import Continued
 from nuteprune.evaluation.measure import SIZES, environment, perplexity, sizes
@@ -40,7 +41,7 @@ def evaluate_models(config: Config) -> dict:
         The report, as written to `report.json`; see `report.write` for the directory.
 
     Raises:
-        ConfigError: a missing model, text, task or output directory; a text shorter than one window.
+        UserError: a missing model, text, task or output directory; a text shorter than one window.
     """
     settings = config.evaluate
     paths, output = _model_paths(config), report_directory(config)
@@ -165,19 +166,19 @@ def _model_paths(config: Config) -> list[str]:
     if config.evaluate.models:
         return list(config.evaluate.models)
     if not config.model.path:
-        raise ConfigError("model.path: name the base model, or the models to evaluate in evaluate.models")
+        raise UserError("model.path: name the base model, or the models to evaluate in evaluate.models")
     if not (config.export.output or config.run_dir):
-        raise ConfigError("run_dir: name the run whose export is evaluated, or set evaluate.models")
+        raise UserError("run_dir: name the run whose export is evaluated, or set evaluate.models")
     export = Path(config.export.output or Path(config.run_dir) / "export")
     if not (export / "config.json").is_file():
-        raise ConfigError(f"no exported model at {export}: run the export stage first, or set evaluate.models")
+        raise UserError(f"no exported model at {export}: run the export stage first, or set evaluate.models")
     return [config.model.path, str(export)]
 
 
 def report_directory(config: Config) -> Path:
-    """Where the report goes; raises `ConfigError` where neither it nor a run is named."""
+    """Where the report goes; raises `UserError` where neither it nor a run is named."""
     if not (config.evaluate.output or config.run_dir):
-        raise ConfigError("evaluate.output: name the directory of the report (or set run_dir)")
+        raise UserError("evaluate.output: name the directory of the report (or set run_dir)")
     return Path(config.evaluate.output or Path(config.run_dir) / "evaluate")
 
 

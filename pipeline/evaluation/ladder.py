@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from nuteprune.config import Config, ConfigError, ExportShape
+from nuteprune.config import Config, ExportShape
+from nuteprune.errors import UserError
 from nuteprune.evaluation import pictures, report
 from nuteprune.evaluation.compare import evaluate_models
 from nuteprune.evaluation.contents import nats, number
@@ -31,14 +32,14 @@ def run(config: Config) -> Path:
         ladder.md, ladder.png, ladder.json.
 
     Raises:
-        ConfigError: a rung that the run never reached, before anything is exported; or as the two stages.
+        UserError: a rung that the run never reached, before anything is exported; or as the two stages.
         ExportError: as `export_model`.
     """
     rungs = sorted(set(config.export.ladder))
     if not all(0 < rung < 1 for rung in rungs):
-        raise ConfigError(f"export.ladder: sparsities lie between 0 and 1, got {config.export.ladder}")
+        raise UserError(f"export.ladder: sparsities lie between 0 and 1, got {config.export.ladder}")
     if config.export.push_to_hub:
-        raise ConfigError("export.push_to_hub takes one model: push a rung with `nuteprune export RUN --sparsity …`")
+        raise UserError("export.push_to_hub takes one model: push a rung with `nuteprune export RUN --sparsity …`")
     trained = open_run(config)
     for rung in rungs:
         choose_student(trained, rung)

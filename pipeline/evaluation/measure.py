@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 from nuteprune.evaluation.head import Head
 from nuteprune.exporting.folding import exported_parameters
 from nuteprune.model.distill import IGNORE
@@ -56,14 +56,14 @@ def perplexity(
         `perplexity`, `nll` (nats per token), `tokens` (predicted), `window`, `stride`, `blocks` (scored).
 
     Raises:
-        ConfigError: a stride beyond the window, a text shorter than one window, token ids without an embedding, or a
+        UserError: a stride beyond the window, a text shorter than one window, token ids without an embedding, or a
             model whose head is not known.
     """
     stride = stride or window
     spans = _spans(len(tokens), window, stride, blocks, len(first))
     rows = model.get_input_embeddings().num_embeddings
     if tokens.max() >= rows:
-        raise ConfigError(f"the text has token id {tokens.max()} but the model {rows} embeddings: wrong tokenizer")
+        raise UserError(f"the text has token id {tokens.max()} but the model {rows} embeddings: wrong tokenizer")
     head, total, count = Head(model), 0.0, 0
     for begin, end, scored in tqdm(spans, desc=progress, unit="block", disable=progress is None):
         total += _nll_sum(head, _window(first, tokens[begin:end], model.device), scored)
@@ -77,10 +77,10 @@ def perplexity(
 def _spans(n: int, window: int, stride: int, blocks: int, first: int = 0) -> list[tuple[int, int, int]]:
     """Windows over n tokens as (begin, end, scored), behind `first` others: the last `scored` of each are predicted."""
     if stride > window:
-        raise ConfigError(f"evaluate.stride {stride} leaves out tokens: give at most evaluate.window ({window}), or 0")
+        raise UserError(f"evaluate.stride {stride} leaves out tokens: give at most evaluate.window ({window}), or 0")
     length = window - first
     if n < length or length < 2:
-        raise ConfigError(
+        raise UserError(
             f"the evaluation text has {n} tokens, less than one window of {window}: give more text or lower "
             "evaluate.window"
         )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError, GateConfig
+from nuteprune.config import GateConfig
+from nuteprune.errors import UserError
 from nuteprune.masks import hard_concrete as hc
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
 from nuteprune.masks.selection import cheapest_units, most_removed, select_units
@@ -49,25 +50,25 @@ def multiples(config: GateConfig) -> tuple[int, int, int]:
 
 
 def check_target(spec: ArchSpec, config: GateConfig, target: float, lora: Sequence[str] = ()) -> None:
-    """Raise `ConfigError` if the selected units cannot reach the target, or cannot be removed in the shape asked.
+    """Raise `UserError` if the selected units cannot reach the target, or cannot be removed in the shape asked.
 
     Or if the family cannot have LoRA on the projections in `lora`.
     """
     if (refusal := spec.refusal(config.units)) is not None:
-        raise ConfigError(f"gates.units: {refusal}")
+        raise UserError(f"gates.units: {refusal}")
     if config.shape == "uniform" and {"attn_sublayers", "ffn_sublayers"} & set(config.units):
-        raise ConfigError(
+        raise UserError(
             "gates.units: whole sublayers need gates.shape=per_layer_ffn or per_layer (no stock model lacks a "
             "sublayer); in the uniform shape gate `layers`"
         )
     if (refusal := spec.refusal([config.shape])) is not None:
-        raise ConfigError(f"gates.shape: {refusal}")
+        raise UserError(f"gates.shape: {refusal}")
     if (refusal := spec.refusal(lora)) is not None:
-        raise ConfigError(f"lora.targets: {refusal}")
+        raise UserError(f"lora.targets: {refusal}")
     kinds = gated_kinds(spec, config.units)
     most = most_removed(spec, kinds, config.shape)
     if target > most:
-        raise ConfigError(
+        raise UserError(
             f"sparsity.target {target:g} is out of reach: removing {', '.join(config.units)} takes away at most "
             f"{most:.3f} of this model; add units to gates.units or lower the target"
         )
@@ -75,7 +76,7 @@ def check_target(spec: ArchSpec, config: GateConfig, target: float, lora: Sequen
     scores = {k: torch.rand(unit_shape(spec, k), generator=generator) for k in kinds}
     nearest = sparsity_of(spec, select_units(spec, scores, target, config.shape, *multiples(config)))
     if abs(nearest - target) > POINT:
-        raise ConfigError(
+        raise UserError(
             f"sparsity.target {target:g}: {', '.join(config.units)} are so coarse in the {config.shape} shape that the "
             f"nearest reachable sparsity is {nearest:.3f}; use that, or add ffn to gates.units"
         )

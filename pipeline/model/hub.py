@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import get_session
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def fetch(path: str) -> Path:
     """The directory of a model's files, downloaded into the hub's cache where `path` is a hub id.
 
     Raises:
-        ConfigError: there is no such directory or model, or it cannot be downloaded.
+        UserError: there is no such directory or model, or it cannot be downloaded.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -82,7 +82,7 @@ def fetch(path: str) -> Path:
     # The client lets through what its HTTP library raises.
     except Exception as error:
         reason = why or str(error).strip().splitlines()[0]
-        raise ConfigError(
+        raise UserError(
             f"model.path {path}: neither a directory here nor a model the hub would give ({reason})"
         ) from None
     return folder

@@ -22,7 +22,8 @@ import torch.distributed
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
+from nuteprune.errors import UserError
 from nuteprune.model.loading import load_model, read_config
 from nuteprune.model.pairing import PairedDecoderLayer, PairedModel
 from nuteprune.parallel.distributed import World
@@ -39,29 +40,29 @@ _OURS = {
 
 
 def read_settings(name: str) -> dict:
-    """The DeepSpeed settings of a name in ds_configs/ or a JSON file; raises `ConfigError` for one that cannot work."""
+    """The DeepSpeed settings of a name in ds_configs/ or a JSON file; raises `UserError` for one that cannot work."""
     path = next((p for p in (DS_CONFIGS / f"{name}.json", Path(name)) if p.is_file()), None)
     if path is None:
         known = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
-        raise ConfigError(f"deepspeed '{name}': no such file; use one of {known}, or the path of a JSON file")
+        raise UserError(f"deepspeed '{name}': no such file; use one of {known}, or the path of a JSON file")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"deepspeed {path}: not readable as JSON ({error})") from None
+        raise UserError(f"deepspeed {path}: not readable as JSON ({error})") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
-        raise ConfigError(f"deepspeed {path}: has no section zero_optimization, which says what is partitioned")
+        raise UserError(f"deepspeed {path}: has no section zero_optimization, which says what is partitioned")
     for key, advice in _OURS.items():
         if key in settings:
-            raise ConfigError(f"deepspeed {path}: remove {key}; {advice}")
+            raise UserError(f"deepspeed {path}: remove {key}; {advice}")
     zero = settings["zero_optimization"]
     stage = zero.get("stage")
     if stage not in (2, 3):
-        raise ConfigError(f"deepspeed {path}: zero_optimization.stage must be 2 or 3, got {stage!r}")
+        raise UserError(f"deepspeed {path}: zero_optimization.stage must be 2 or 3, got {stage!r}")
     only = sorted(key for key in zero if key.startswith(("stage3", "offload", "zero_hpz")))
     if stage == 2 and only:
-        raise ConfigError(f"deepspeed {path}: {only[0]} needs stage 3, under stage 2 every rank holds the whole model")
+        raise UserError(f"deepspeed {path}: {only[0]} needs stage 3, under stage 2 every rank holds the whole model")
     if "offload_optimizer" in zero:
-        raise ConfigError(f"deepspeed {path}: remove offload_optimizer; only LoRA has one, on each rank's device")
+        raise UserError(f"deepspeed {path}: remove offload_optimizer; only LoRA has one, on each rank's device")
     return settings
 
 
@@ -69,7 +70,7 @@ def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
     """The complete DeepSpeed settings of a run: its file, with batch, precision and sizes filled in; None without.
 
     Raises:
-        ConfigError: the file cannot be used, contradicts the run's configuration, or does not suit the ranks.
+        UserError: the file cannot be used, contradicts the run's configuration, or does not suit the ranks.
     """
     if not config.deepspeed:
         return None
@@ -96,7 +97,7 @@ def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
 
 def _fill(settings: dict, key: str, value: Any, source: str) -> None:
     if settings.get(key, "auto") not in ("auto", value):
-        raise ConfigError(f"deepspeed: {key} is {settings[key]!r} there, but {source} says {value!r}: remove it there")
+        raise UserError(f"deepspeed: {key} is {settings[key]!r} there, but {source} says {value!r}: remove it there")
     settings[key] = value
 
 
@@ -107,7 +108,7 @@ def _check_hpz(zero: dict, world: World) -> None:
         zero[key] = world.local_size
     size = zero.get(key, 1)
     if isinstance(size, int) and size > 1 and world.size % size:
-        raise ConfigError(f"deepspeed: {key} {size} does not divide the {world.size} ranks: set it to those of a node")
+        raise UserError(f"deepspeed: {key} {size} does not divide the {world.size} ranks: set it to those of a node")
 
 
 def _fill_offload(offload: dict, spec: ArchSpec, world: World) -> None:
@@ -134,15 +135,15 @@ def _swap_directory(config: Config, settings: dict, world: World) -> TemporaryDi
     try:
         free = shutil.disk_usage(disk).free
         if free < need:
-            raise ConfigError(
+            raise UserError(
                 f"deepspeed: offload_param.nvme_path {disk}: {free / 1e9:.1f} GB are free, the node's share of the "
                 f"weights takes {need / 1e9:.1f} GB; name another disk"
             )
         if not AsyncIOBuilder().is_compatible():
-            raise ConfigError("deepspeed: offload_param to nvme needs libaio and its headers: install libaio-dev")
+            raise UserError("deepspeed: offload_param to nvme needs libaio and its headers: install libaio-dev")
         directory = TemporaryDirectory(prefix="nuteprune-", dir=disk)
     except OSError as error:
-        raise ConfigError(
+        raise UserError(
             f"deepspeed: offload_param.nvme_path {disk}: {error.strerror}; name a directory on a disk of each node"
         ) from None
     offload["nvme_path"] = directory.name
@@ -160,7 +161,7 @@ def _validate(name: str, zero: dict) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"deepspeed {name}: zero_optimization.{key}: {first['msg']}") from None
+        raise UserError(f"deepspeed {name}: zero_optimization.{key}: {first['msg']}") from None
 
 
 def load_paired(config: Config, world: World, settings: dict | None) -> PairedModel:

@@ -84,7 +84,7 @@ def choose(config: Config, machine: Machine) -> tuple[list[Choice], Plan | None]
     """Settings for a run on a machine that `config` leaves as they are by default, and the plan that they follow.
 
     Raises:
-        ConfigError: no such model, or as `make_plan`.
+        UserError: no such model, or as `make_plan`.
     """
     default = flatten(to_dict(load_config(None)))
     given = {key for key, value in flatten(to_dict(config)).items() if value != default[key]}

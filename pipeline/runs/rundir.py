@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ASKED_EACH_TIME, Config, ConfigError, load_config, to_dict
+from nuteprune.config import ASKED_EACH_TIME, Config, load_config, to_dict
 from nuteprune.masks import Gates
 from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, read_json, verify, write_atomic
 from nuteprune.runs.fingerprint import fingerprint
@@ -26,6 +26,7 @@ from nuteprune.runs.fused import BLOCKS, from_metadata, fuse, patterns, to_metad
 from nuteprune.runs.snapshot import Snapshot
 from nuteprune.runs.snapshot_files import gate_tensors, load_snapshots, save_snapshots, split_gates
 from nuteprune.runs.words import one_line
+from nuteprune.errors import UserError
 
 PEFT_PREFIX = "base_model.model.model.layers"
 DAMAGED = (CheckpointError, SafetensorError, OSError, ValueError, LookupError, TypeError)
@@ -137,12 +138,12 @@ def save_run(
 
 
 def load_run(directory: str | Path) -> Run:
-    """Read a finished prune stage; raises `ConfigError` (one line) where it is missing, unfinished or damaged."""
+    """Read a finished prune stage; raises `UserError` (one line) where it is missing, unfinished or damaged."""
     if not str(directory):
-        raise ConfigError("run_dir is empty: set it to the directory of a finished prune run")
+        raise UserError("run_dir is empty: set it to the directory of a finished prune run")
     pruned = Path(directory) / "pruned"
     if not pruned.is_dir():
-        raise ConfigError(
+        raise UserError(
             f"{directory} holds no finished prune run (no `pruned` directory): run `nuteprune prune` first"
         )
     try:
@@ -154,7 +155,7 @@ def load_run(directory: str | Path) -> Run:
             load_snapshots(pruned), facts["sparsity"], facts,
         )  # fmt: skip
     except DAMAGED as error:
-        raise ConfigError(f"the finished run in {pruned} is damaged: {reason(error)}") from None
+        raise UserError(f"the finished run in {pruned} is damaged: {reason(error)}") from None
 
 
 def reason(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError, Shape, load_config
+from nuteprune.config import Config, Shape, load_config
 from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
 from nuteprune.model.lora import joined
@@ -30,6 +30,7 @@ from nuteprune.runs.rundir import (
     save_gates,
 )
 from nuteprune.runs.snapshot import Snapshot
+from nuteprune.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def open_run(config: Config) -> Run:
     """The finished run in `config.run_dir` on the base model of `model.path`, or where that is empty on the run's own.
 
     Raises:
-        ConfigError: no finished run there, or another base model than the one that was pruned.
+        UserError: no finished run there, or another base model than the one that was pruned.
     """
     trained = load_run(config.run_dir)
     model = config.model if config.model.path else trained.config.model
@@ -109,7 +110,7 @@ def newest_student(config: Config, trained: Run, spec: ArchSpec) -> Student:
     """The student that `config.export` asks for: fine-tuned where `export.source` wants that and it is finished.
 
     Raises:
-        ConfigError: a sparsity that the run never reached, a shape that cannot hold the structure, or no finished
+        UserError: a sparsity that the run never reached, a shape that cannot hold the structure, or no finished
             fine-tuning where one is asked for.
     """
     source, sparsity = config.export.source, config.export.sparsity
@@ -148,12 +149,12 @@ def save_tuned(
 
 
 def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], target: float, again: str) -> Student:
-    """Read what `save_tuned` wrote; raises `ConfigError` where it is missing, damaged, or of an earlier pruning.
+    """Read what `save_tuned` wrote; raises `UserError` where it is missing, damaged, or of an earlier pruning.
 
     `again` says how to make it anew.
     """
     if not directory.is_dir():
-        raise ConfigError(f"no finished fine-tuning in {directory.parent}: {again} (finetune.sparsity names a rung)")
+        raise UserError(f"no finished fine-tuning in {directory.parent}: {again} (finetune.sparsity names a rung)")
     try:
         verify(directory)
         gates, _ = load_gates(directory / "gates.safetensors")
@@ -161,9 +162,9 @@ def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], targ
         lora, config = load_adapter(directory / "adapter"), load_config(directory / "config.yaml").lora
         pruned = facts["pruned"]
     except DAMAGED as error:
-        raise ConfigError(f"the student in {directory} is damaged: {reason(error)}; {again}") from None
+        raise UserError(f"the student in {directory} is damaged: {reason(error)}; {again}") from None
     if pruned != sha256(trained.directory / "pruned" / MANIFEST):
-        raise ConfigError(
+        raise UserError(
             f"{directory} comes from an earlier pruning of this run: {again} with checkpoint.resume=never, or "
             "set export.source=pruned"
         )
@@ -179,7 +180,7 @@ def choose_student(trained: Run, sparsity: float) -> Student:
     rungs: dict[float, Snapshot | None] = {s.sparsity: s for s in trained.snapshots} | {trained.sparsity: None}
     if sparsity > max(rungs) + POINT:
         known = ", ".join(f"{reached:.3f}" for reached in sorted(rungs))
-        raise ConfigError(f"sparsity {sparsity:g}: the run never got there; it has {known}")
+        raise UserError(f"sparsity {sparsity:g}: the run never got there; it has {known}")
     reached = min(rungs, key=lambda reached: abs(reached - sparsity))
     log.info("from the run's snapshot at sparsity %.3f", reached)
     if (nearest := rungs[reached]) is None:
@@ -222,10 +223,10 @@ def structure(
         like: the run's final student, whose kind of structure is taken where one has to be chosen.
 
     Raises:
-        ConfigError: whole sublayers are removed but the shape is uniform, or the target is missed.
+        UserError: whole sublayers are removed but the shape is uniform, or the target is missed.
     """
     if shape == "uniform" and any((gates.as_dict()[k] == 0).any() for k in SUBLAYERS if k in gates.as_dict()):
-        raise ConfigError(
+        raise UserError(
             "the run removed whole sublayers, which no stock model lacks: use export.shape=per_layer_ffn or per_layer"
         )
     before = sparsity_of(spec, gates)
@@ -242,7 +243,7 @@ def structure(
             "%d units change to fit the %s shape at %.2f%% (%.2f%% before)",
             changed_units(spec, gates, settled), shape, 100 * reached, 100 * before)  # fmt: skip
     if abs(reached - target) > POINT:
-        raise ConfigError(
+        raise UserError(
             f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: lower export.ffn_multiple and "
             "export.hidden_multiple, or gate more kinds of units"
         )

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
 from nuteprune.data.text import BatchStream
+from nuteprune.errors import UserError
 from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.model.layers import View
 from nuteprune.model.loading import load_tokenizer, read_config
@@ -42,14 +43,14 @@ def run(config: Config) -> list[Path]:
     """Recover each rung of `recover.ladder` that is not finished yet; returns the directories of the results.
 
     Raises:
-        ConfigError: no rung or one out of range, no finished run, another base model, a rung that the run never
+        UserError: no rung or one out of range, no finished run, another base model, a rung that the run never
             reached, or several rungs under a launcher. As `train` otherwise.
     """
     rungs = sorted(set(config.recover.ladder))
     if not rungs or not all(0 < rung < 1 for rung in rungs):
-        raise ConfigError(f"recover.ladder: give sparsities between 0 and 1 (--ladder 0.1,0.2), got {rungs}")
+        raise UserError(f"recover.ladder: give sparsities between 0 and 1 (--ladder 0.1,0.2), got {rungs}")
     if len(rungs) > 1 and discover().size > 1:
-        raise ConfigError("several ranks recover one rung in a start: give one with --sparsity")
+        raise UserError("several ranks recover one rung in a start: give one with --sparsity")
     trained = open_run(config)
     _, spec = read_config(trained.config.model.path)
     for rung in rungs:

@@ -7,7 +7,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
+from nuteprune.errors import UserError
 from nuteprune.runs.checkpoint import CheckpointError, verify
 from nuteprune.runs.rundir import save_config
 from nuteprune.training.resume import check_same_run
@@ -23,17 +24,17 @@ def check_directory(config: Config, free: tuple[str, ...]) -> Path:
         free: sections that may differ from those of an earlier start.
 
     Raises:
-        ConfigError: none is set, it belongs to another configuration, or it cannot be written to.
+        UserError: none is set, it belongs to another configuration, or it cannot be written to.
     """
     if not config.run_dir:
-        raise ConfigError("run_dir is empty: set it to the directory this run may write to")
+        raise UserError("run_dir is empty: set it to the directory this run may write to")
     run_dir = Path(config.run_dir)
     if config.checkpoint.resume == "auto":
         check_same_run(run_dir, config, free)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
+        raise UserError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
     return run_dir
 
 
@@ -50,7 +51,7 @@ def claim_directory(config: Config, outputs: tuple[str, ...]) -> None:
                 shutil.rmtree(run_dir / name, ignore_errors=True)
         save_config(run_dir / "config.yaml", replace(config, checkpoint=replace(config.checkpoint, resume="auto")))
     except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
+        raise UserError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
 
 
 def is_finished(output: Path) -> bool:

@@ -24,8 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import cached_file
 
-from nuteprune.config import Config, ConfigError, flatten, to_dict
+from nuteprune.config import Config, flatten, to_dict
 from nuteprune.data.text import BatchStream
+from nuteprune.errors import UserError
 from nuteprune.kernels.api import into_grad
 from nuteprune.model.pairing import Losses, PairedModel
 from nuteprune.parallel.device import named
@@ -203,7 +204,7 @@ def train(config: Config, stage: type[Trainer]) -> Path:
     the result is finished.
 
     Raises:
-        ConfigError: a mistake in the configuration, the model, the data or the run directory.
+        UserError: a mistake in the configuration, the model, the data or the run directory.
         TrainingFailed: too many steps in a row were not finite.
         Preempted: SIGTERM, SIGUSR1 or SIGINT came to any rank; the state is saved.
         RankLost: another rank died.
@@ -267,7 +268,7 @@ def run_steps(trainer: Trainer, tracker: Tracker) -> None:
 
 
 def check_alike(config: Config, world: World) -> None:
-    """Raise `ConfigError` unless there are as many ranks as wanted, with the same settings on the same versions.
+    """Raise `UserError` unless there are as many ranks as wanted, with the same settings on the same versions.
 
     A rank that differs would compute something else, or wait in another collective for ever.
     """
@@ -275,13 +276,13 @@ def check_alike(config: Config, world: World) -> None:
     # First: rank 0 keeps the store that others may still be connecting through, and must not end before they have.
     first, *others = world.gather(flatten(to_dict(config)) | versions)
     if config.train.ranks not in (0, world.size):
-        raise ConfigError(
+        raise UserError(
             f"train.ranks is {config.train.ranks}, but {world.size} started: look at the launcher's arguments and hosts"
         )
     for rank, other in enumerate(others, 1):
         for key in sorted(first.keys() | other.keys()):
             if first.get(key) != other.get(key):
-                raise ConfigError(
+                raise UserError(
                     f"rank {rank} has {key}={other.get(key)!r}, rank 0 {first.get(key)!r}: start all ranks alike"
                 )
 
@@ -300,17 +301,17 @@ def resume(trainer: Trainer) -> None:
         return
     with world.together():
         if not path.is_dir():
-            raise ConfigError(f"{path} is not seen here: run_dir must be in a file system that all ranks share")
+            raise UserError(f"{path} is not seen here: run_dir must be in a file system that all ranks share")
         try:
             if world.is_main:
                 check_fits(path, trainer.config, trainer.free, trainer.inputs)
             counters, scale = trainer.load(path), trainer.engine.scale
             trainer.step, trainer.bad_total = int(counters["step"]), int(counters["bad_total"])
             scale.value, scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
-        except ConfigError:
+        except UserError:
             raise
         except (*DAMAGED, RuntimeError) as error:  # whole, but of something else
-            raise ConfigError(f"{path} does not fit this run ({reason(error)}): remove it and start again") from error
+            raise UserError(f"{path} does not fit this run ({reason(error)}): remove it and start again") from error
     log.info("resumed at step %d from %s", trainer.step, path)
 
 

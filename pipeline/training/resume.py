@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nuteprune.config import Config, ConfigError, flatten, read_yaml, to_dict
+from nuteprune.config import Config, flatten, read_yaml, to_dict
+from nuteprune.errors import UserError
 from nuteprune.masks import Gates, MaskSet
 from nuteprune.model.lora import Update, joined
 from nuteprune.runs.checkpoint import CheckpointError, read_json
@@ -79,7 +80,7 @@ def load_state(
 
 
 def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None:
-    """Raise `ConfigError` naming the first setting in which a run directory was made with another configuration.
+    """Raise `UserError` naming the first setting in which a run directory was made with another configuration.
 
     Args:
         run_dir: the directory; fine where it holds no configuration yet.
@@ -94,14 +95,14 @@ def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None
         if key.split(".")[0] in free or key in FREE_KEYS or old.get(key) == value:
             continue
         was = f"{key}={old[key]!r}" if key in old else f"no {key}, from an older version"
-        raise ConfigError(
+        raise UserError(
             f"run_dir {run_dir} belongs to a run with {was}, not {value!r}: choose another run_dir, "
             "or checkpoint.resume=never to start it anew"
         )
 
 
 def check_fits(checkpoint: Path, config: Config, free: tuple[str, ...], inputs: Mapping[str, str | None]) -> None:
-    """Raise `ConfigError` where a checkpoint is of a run with other settings, on another base model or other data.
+    """Raise `UserError` where a checkpoint is of a run with other settings, on another base model or other data.
 
     Args:
         checkpoint: its directory.
@@ -112,7 +113,7 @@ def check_fits(checkpoint: Path, config: Config, free: tuple[str, ...], inputs: 
     known = read_json(checkpoint / "state.json").get("inputs", {})
     for name, value in inputs.items():
         if known.get(name, value) != value:
-            raise ConfigError(
+            raise UserError(
                 f"{name} is not what {checkpoint} was trained on, or is packed otherwise by this version: put that "
                 "back, or start anew with checkpoint.resume=never"
             )

@@ -15,7 +15,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from nuteprune import api
 from nuteprune.__main__ import main
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.runs.checkpoint import Checkpoints, atomic_directory
 from nuteprune.stages import prune
 
@@ -199,7 +200,7 @@ def test_full_disk_while_a_tokenizer_is_saved_is_one_line(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], check=True)
     try:
         with (
-            pytest.raises(ConfigError, match=r"No space left on device.*what was saved before is intact"),
+            pytest.raises(UserError, match=r"No space left on device.*what was saved before is intact"),
             atomic_directory(disk / "export") as directory,
         ):
             tiny_tokenizer().save_pretrained(directory)

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, PreTrainedTokenizerFast
 
 from nuteprune.arch import read_spec
-from nuteprune.config import Config, ConfigError, EvaluateConfig, ModelConfig, TrackingConfig
+from nuteprune.config import Config, EvaluateConfig, ModelConfig, TrackingConfig
+from nuteprune.errors import UserError
 from nuteprune.evaluation import compare, head, measure, report, speed
 from nuteprune.evaluation.tasks import PAPER, lm_eval_tasks, load_tasks, mean_accuracy
 from nuteprune.model import loading
@@ -150,7 +151,7 @@ def test_logits_of_a_large_vocabulary_are_few_at_a_time(model, monkeypatch):
 def test_a_model_that_does_not_call_its_decoder_is_one_line():
     config = OPTConfig(vocab_size=300, hidden_size=24, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2,
                        word_embed_proj_dim=24)  # fmt: skip
-    with pytest.raises(ConfigError, match="OPTForCausalLM does not call its base_model"):
+    with pytest.raises(UserError, match="OPTForCausalLM does not call its base_model"):
         measure.perplexity(AutoModelForCausalLM.from_config(config).eval(), torch.arange(64), 32, 0, 0)
 
 
@@ -222,7 +223,7 @@ def test_weights_read_for_a_token_are_all_but_the_rows_of_an_untied_embedding(ti
 def test_lm_eval_knows_the_papers_tasks_and_an_unknown_one_is_one_line(monkeypatch):
     made = []
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kw: made.append(TaskManager(**kw)) or made[-1])
-    with pytest.raises(ConfigError, match="no task 'no_such_task'"):
+    with pytest.raises(UserError, match="no task 'no_such_task'"):
         load_tasks(["no_such_task"])
     assert len(set(PAPER)) == 7
     assert set(PAPER) <= set(made[0].all_tasks)
@@ -393,7 +394,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("values", "message"), ERRORS.values(), ids=ERRORS)
 def test_mistakes_are_one_line(settings, values, message):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         evaluate.run(changed(settings, **values))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -401,7 +402,7 @@ def test_mistakes_are_one_line(settings, values, message):
 
 
 def test_missing_export_names_the_stage(settings, tmp_path):
-    with pytest.raises(ConfigError, match="run the export stage first"):
+    with pytest.raises(UserError, match="run the export stage first"):
         evaluate.run(dataclasses.replace(settings, run_dir=str(tmp_path / "other")))
 
 
@@ -409,7 +410,7 @@ def test_unreachable_task_is_named(tmp_path):
     file = tmp_path / "gone.yaml"
     file.write_text("task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\n"
                     "test_split: test\noutput_type: multiple_choice\n")  # fmt: skip
-    with pytest.raises(ConfigError, match=r"gone.yaml' cannot be loaded") as caught:
+    with pytest.raises(UserError, match=r"gone.yaml' cannot be loaded") as caught:
         load_tasks([str(file)], trust=True)
     assert "\n" not in str(caught.value)
 

@@ -27,7 +27,7 @@ from exporting import (
 from safetensors.torch import load_file, save_file
 
 from nuteprune.arch import PROJECTIONS, read_spec
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 from nuteprune.exporting import folding
 from nuteprune.exporting.folding import exported_parameters, fold_model, kept_units, plan_fold, small_config
 from nuteprune.exporting.small import ExportError
@@ -351,7 +351,7 @@ def test_ladder_rung_is_exported_from_the_same_run(tmp_path):
         learned = {key: (a, share * b) for key, (a, b) in lora.items()}
         assert_close(small(some_ids()).logits, masked_logits(model, wanted.gates.opened(), learned, some_ids()))
     config = replace(config, export=replace(config.export, sparsity=0.9))
-    with pytest.raises(ConfigError, match=r"the run never got there; it has 0\.\d+, 0\.\d+, 0\.\d+"):
+    with pytest.raises(UserError, match=r"the run never got there; it has 0\.\d+, 0\.\d+, 0\.\d+"):
         export.run(config)
 
 
@@ -406,14 +406,14 @@ def test_free_ffn_widths_of_a_per_layer_run_are_rounded():
 def test_target_that_the_shape_cannot_meet():
     spec = read_spec(base_model("llama").config)
     gates = Gates(kv_groups=torch.ones(LAYERS, 3))
-    with pytest.raises(ConfigError, match=r"export\.ffn_multiple"):
+    with pytest.raises(UserError, match=r"export\.ffn_multiple"):
         students.structure(spec, gates, {"kv_groups": torch.rand(LAYERS, 3)}, 0.07, "uniform", (16, 16, 1))
 
 
 def test_removed_sublayers_need_the_per_layer_shape(tmp_path):
     config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "per_layer"),
                          **{"gates.shape": "per_layer", "export.shape": "uniform"})  # fmt: skip
-    with pytest.raises(ConfigError, match=r"use export\.shape=per_layer_ffn or per_layer"):
+    with pytest.raises(UserError, match=r"use export\.shape=per_layer_ffn or per_layer"):
         export.run(config)
 
 
@@ -425,11 +425,11 @@ def test_output_directory_is_only_replaced_if_it_is_ours(tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     for output, message in (("mine", "not an earlier export"), ("base", "the base model"), ("text.txt", "is a file")):
         elsewhere = replace(config, export=replace(config.export, output=str(tmp_path / output)))
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             export.run(elsewhere)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
 
 def test_run_directory_without_a_run(tmp_path):
-    with pytest.raises(ConfigError, match="no finished prune run"):
+    with pytest.raises(UserError, match="no finished prune run"):
         export.run(run_config(tmp_path))

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from nuteprune.__main__ import main
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.evaluation import ladder
 from nuteprune.runs.checkpoint import verify
 
@@ -55,7 +56,7 @@ def test_a_rung_that_was_never_reached_stops_the_ladder_before_anything_is_expor
     assert main([*arguments, "--ladder", "0.1,0.7"]) == 2
     assert "sparsity 0.7: the run never got there; it has 0." in capsys.readouterr().err
     assert not (run_dir / "ladder").exists()
-    with pytest.raises(ConfigError, match="between 0 and 1"):
+    with pytest.raises(UserError, match="between 0 and 1"):
         ladder.run(load_config(run_dir, ["export.ladder=[1.5]"]))
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from nuteprune import load_masked
 from nuteprune.__main__ import main
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.model.loading import read_config
 from nuteprune.runs.students import open_run, pruned_student, snapshot_student
 from nuteprune.stages import export, finetune, recover
@@ -140,5 +141,5 @@ def test_mistakes_are_one_line(arguments, told, run_dir, capsys):
 
 
 def test_without_a_finished_run_there_is_nothing_to_recover(tmp_path):
-    with pytest.raises(ConfigError, match="holds no finished prune run"):
+    with pytest.raises(UserError, match="holds no finished prune run"):
         recover.run(load_config(None, [f"run_dir={tmp_path}", "recover.ladder=[0.2]"]))

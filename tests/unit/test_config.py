@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nuteprune.__main__ import main
-from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, load_config
+from nuteprune.config import STAGE_SECTIONS, Config, load_config
+from nuteprune.errors import UserError
 from nuteprune.runs.rundir import save_config
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ def test_the_file_of_a_run_from_before_counts_importance_in_tokens_and_has_no_re
     path.write_text(text)
     assert load_config(path).gates.importance_tokens == 6 * 4 * 256
     assert load_config(path).lora.refit == 0
-    with pytest.raises(ConfigError, match="importance_tokens"):
+    with pytest.raises(UserError, match="importance_tokens"):
         load_config(None, ["gates.importance_batches=6"])
 
 
@@ -67,9 +68,9 @@ def test_the_papers_recipe_is_the_papers():
 
 
 def test_a_wrong_list_or_section_is_one_line():
-    with pytest.raises(ConfigError, match=r"lora\.targets: expected"):
+    with pytest.raises(UserError, match=r"lora\.targets: expected"):
         load_config(None, ["lora.targets=3"])
-    with pytest.raises(ConfigError, match=r"'gates' is a section"):
+    with pytest.raises(UserError, match=r"'gates' is a section"):
         load_config(None, ["gates=uniform"])
 
 
@@ -110,5 +111,5 @@ def test_a_recipe_builds_on_another(tmp_path):
     paper = load_config(None, ["recipe=paper"])
     assert (config.train.batch_size, config.gates) == (8, paper.gates)
     (tmp_path / "mine.yaml").write_text(f"recipe: {tmp_path / 'mine.yaml'}\n")
-    with pytest.raises(ConfigError, match="its own base"):
+    with pytest.raises(UserError, match="its own base"):
         load_config(None, [f"recipe={tmp_path / 'mine.yaml'}"])

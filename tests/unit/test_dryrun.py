@@ -4,7 +4,8 @@ import pytest
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nuteprune.__main__ import main
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.parallel.sizes import total_parameters
 from nuteprune.planning.dryrun import dry_run
 from nuteprune.planning.models import HUB, named_spec
@@ -82,7 +83,7 @@ def test_beside_a_gpu_it_runs_on_the_cpu():
 )
 def test_what_cannot_work_is_told(overrides, ranks, complaint):
     config = load_config(None, ["recipe=llama2-13b", *overrides])
-    with pytest.raises(ConfigError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         dry_run(config, ranks, 8)
 
 

@@ -11,7 +11,8 @@ from tiny import VOCAB, tiny_config, tiny_model
 from transformers import AttentionInterface
 
 from nuteprune.arch import read_spec
-from nuteprune.config import ConfigError, LoraConfig, LossConfig, ModelConfig
+from nuteprune.config import LoraConfig, LossConfig, ModelConfig
+from nuteprune.errors import UserError
 from nuteprune.exporting.modeling_ragged import RaggedLlamaConfig, RaggedLlamaForCausalLM
 from nuteprune.masks import Gates
 from nuteprune.model.layers import build_view
@@ -87,5 +88,5 @@ def test_a_per_layer_export_computes_with_it_beside_the_paired_model(flash):
 
 def test_float32_is_refused_in_one_line(model_dir):
     config = ModelConfig(path=str(model_dir), attention="flash_attention_2")
-    with pytest.raises(ConfigError, match=r"set model\.dtype=bfloat16"):
+    with pytest.raises(UserError, match=r"set model\.dtype=bfloat16"):
         load_model(config)

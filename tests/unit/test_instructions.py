@@ -9,8 +9,9 @@ import torch
 from tiny import tiny_model
 
 from nuteprune.arch import read_spec
-from nuteprune.config import ConfigError, FinetuneConfig, LoraConfig, LossConfig
+from nuteprune.config import FinetuneConfig, LoraConfig, LossConfig
 from nuteprune.data.instructions import pack, packed_windows, worded
+from nuteprune.errors import UserError
 from nuteprune.masks import Gates
 from nuteprune.model.distill import IGNORE
 from nuteprune.model.layers import build_view
@@ -148,7 +149,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("rows", "options", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_one_line(rows, options, message, tmp_path, tokenizer):
     data = "nowhere.json" if rows is None else file_of(tmp_path, *rows)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         packed_windows(FinetuneConfig(data=data, **options), tokenizer)
     assert "\n" not in str(caught.value)
 
@@ -159,10 +160,10 @@ def test_mistakes_in_conversations(tmp_path, chat):
         ([user], "record 1 does not end with a message of the assistant"),
         ([{"role": "user"}, assistant], "record 1 has a message without text"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             parts(tmp_path, chat, {"messages": messages})
     chat.chat_template = "{{ messages|length }}: {{ messages[-1].content }}"
-    with pytest.raises(ConfigError, match="record 1 is worded differently by the chat template"):
+    with pytest.raises(UserError, match="record 1 is worded differently by the chat template"):
         parts(tmp_path, chat, {"messages": [user, assistant, user, assistant]})
 
 

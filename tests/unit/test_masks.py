@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tiny import CONFIGS, tiny_config, tiny_model
 
 from nuteprune.arch import projections, read_spec
-from nuteprune.config import ConfigError, GateConfig, load_config
+from nuteprune.config import GateConfig, load_config
+from nuteprune.errors import UserError
 from nuteprune.masks import (
     KINDS,
     Gates,
@@ -350,7 +351,7 @@ def test_uniform_counts_of_real_models_are_multiples_that_gpus_like(name, parall
 
 
 def test_a_tensor_parallel_size_that_the_model_cannot_have_is_one_line():
-    with pytest.raises(ConfigError, match="tensor_parallel 4 does not divide the model's 2 KV groups: use one of 1, 2"):
+    with pytest.raises(UserError, match="tensor_parallel 4 does not divide the model's 2 KV groups: use one of 1, 2"):
         check_target(SPEC, GateConfig(units=["ffn"], tensor_parallel=4), 0.2)
 
 
@@ -363,11 +364,11 @@ def test_per_layer_selection_keeps_the_highest_scores_of_a_kind():
 
 
 def test_a_target_out_of_reach_is_refused_with_what_is_possible():
-    with pytest.raises(ConfigError, match=r"out of reach: removing kv_groups takes away at most 0\.\d+"):
+    with pytest.raises(UserError, match=r"out of reach: removing kv_groups takes away at most 0\.\d+"):
         check_target(SPEC, GateConfig(units=["kv_groups"]), 0.9)
-    with pytest.raises(ConfigError, match=r"per_layer_ffn or per_layer .*; in the uniform shape gate `layers`"):
+    with pytest.raises(UserError, match=r"per_layer_ffn or per_layer .*; in the uniform shape gate `layers`"):
         check_target(SPEC, GateConfig(shape="uniform", units=["ffn", "ffn_sublayers"]), 0.2)
-    with pytest.raises(ConfigError, match=r"so coarse in the uniform shape that the nearest reachable .* is 0\.\d+"):
+    with pytest.raises(UserError, match=r"so coarse in the uniform shape that the nearest reachable .* is 0\.\d+"):
         check_target(SPEC, GateConfig(shape="uniform", units=["kv_groups"]), 0.1)
     check_target(SPEC, GateConfig(shape="uniform", units=["kv_groups", "ffn"], ffn_multiple=1), 0.5)
 

@@ -11,7 +11,8 @@ import torch
 from tiny import SENTENCES, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from nuteprune.config import Config, ConfigError, EvaluateConfig
+from nuteprune.config import Config, EvaluateConfig
+from nuteprune.errors import UserError
 from nuteprune.evaluation import protocol
 from nuteprune.evaluation.protocol import published_text, scored_texts
 
@@ -67,7 +68,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("texts", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_one_line(texts, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         published_text(settings(*texts))
 
 
@@ -76,5 +77,5 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ConfigError, match=r"from the hub \(no route\): name the file"):
+    with pytest.raises(UserError, match=r"from the hub \(no route\): name the file"):
         published_text(settings())

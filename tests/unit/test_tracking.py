@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from nuteprune.__main__ import main
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.training.pictures import kept_units
 from nuteprune.training.tracking import PICTURE_WIDTH, Tracker, progress_bar
 
@@ -154,7 +155,7 @@ def test_nothing_but_jsonl_where_nothing_is_reported_to(tmp_path):
 
 def test_unwritable_run_directory_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot write the run directory .*Not a directory.*set run_dir") as error:
+    with pytest.raises(UserError, match=r"cannot write the run directory .*Not a directory.*set run_dir") as error:
         tracker(tmp_path / "file" / "run", 1)
     assert "\n" not in str(error.value)
 
@@ -171,7 +172,7 @@ def test_settings_of_an_earlier_version_load():
     assert load_config({"tracking": {"tensorboard": False, "log_every": 3}}).tracking.report_to == []
     assert load_config({"tracking": {"tensorboard": True}}).tracking.report_to == ["tensorboard"]
     assert load_config(None, ["tracking.report_to=[]", "tracking.tensorboard=true"]).tracking.report_to != []
-    with pytest.raises(ConfigError, match=r"tracking\.report_to: expected .* did you mean 'wandb'"):
+    with pytest.raises(UserError, match=r"tracking\.report_to: expected .* did you mean 'wandb'"):
         load_config(None, ["tracking.report_to=[wand]"])
 
 

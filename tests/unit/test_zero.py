@@ -7,7 +7,8 @@ import torch
 from tiny import tiny_config
 
 from nuteprune.arch import read_spec
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.sizes import layer_tensors
 from nuteprune.parallel.zero import DS_CONFIGS, load_paired, read_settings, zero_settings
@@ -78,18 +79,18 @@ def test_sizes_of_the_file_win(tmp_path):
 def test_a_file_that_cannot_work_is_one_line(tmp_path, content, message):
     path = tmp_path / "own.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         settings(path)
     assert "\n" not in str(error.value)
 
 
 def test_no_such_file_names_those_there_are(tmp_path):
     known = "zero2, zero3, zero3_hpz, zero3_nvme, zero3_offload"
-    with pytest.raises(ConfigError, match=f"'zero4': no such file; use one of {known}"):
+    with pytest.raises(UserError, match=f"'zero4': no such file; use one of {known}"):
         settings("zero4")
     path = tmp_path / "own.json"
     path.write_text("{")
-    with pytest.raises(ConfigError, match="not readable as JSON"):
+    with pytest.raises(UserError, match="not readable as JSON"):
         settings(path)
 
 
@@ -100,6 +101,6 @@ def test_a_disk_that_cannot_take_the_weights_is_one_line(tmp_path):
         offload = {"device": "nvme", "nvme_path": str(disk)}
         path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": offload}}))
         config = load_config(None, [f"model.path={tmp_path / 'model'}", f"deepspeed={path}", "train.batch_size=1"])
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             load_paired(config, World(), zero_settings(config, SPEC, World()))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "own.json"]
