@@ -246,7 +246,7 @@ def _broken_line(file: Path) -> str:
             try:
                 json.loads(line)
             except ValueError as error:
-                return f"line {number}: {_one_line(error)}"
+                return f"line {number}: {first_line(error)}"
     return ""
 
 
