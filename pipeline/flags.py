@@ -47,7 +47,7 @@ DISTRIBUTED = ("prune", "recover", "finetune")
 """Stages that several ranks run together."""
 OVERRIDES = "directory of a run (for --config RUN/config.yaml), and settings that win over the file"
 PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"
-PLAN_FLAGS = {
+PLAN_FLAGS: dict[str, tuple[str | float, str]] = {
     "--model": ("", "directory, config.json, hub id, or a name such as llama-3.1-70b (default: model.path)"),
     "--nodes": (1, "nodes"),
     "--gpus-per-node": (8, "GPUs of a node"),
@@ -75,60 +75,70 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="nuteprune", description="Structured pruning with numerous teachers.")
     # The deepspeed launcher adds it; the variable LOCAL_RANK says the same.
     top.add_argument("--local_rank", help=argparse.SUPPRESS)
-    stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    whole = stages.add_parser("run", help=RUN, description=_sentence(RUN))
-    whole.add_argument("--config", help="YAML file with the run's settings, such as the run.yaml of an earlier start")
-    for flag, key in SHORTCUTS["run"].items():
-        whole.add_argument(flag, metavar="X", help=f"same as {key}=X")
-    whole.add_argument("overrides", nargs="*", metavar="MODEL | key.sub=value",
-                       help="directory or hub id of the model (for model.path=MODEL), and settings")  # fmt: skip
+    commands = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    run = commands.add_parser("run", help=RUN, description=_sentence(RUN))
+    _settings(run, "MODEL | key.sub=value", "directory or hub id of the model (for model.path=MODEL), and settings",
+              "YAML file with the run's settings, such as the run.yaml of an earlier start")  # fmt: skip
+    _shortcuts(run, "run")
+    _plan(commands.add_parser("plan", help=PLAN, description=_sentence(PLAN)))
     for name, meaning in STAGES.items():
-        sub = stages.add_parser(
-            name, help=meaning, description=_sentence(meaning),
-            epilog=describe(STAGE_SECTIONS[name]),
+        stage = commands.add_parser(
+            name, help=meaning, description=_sentence(meaning), epilog=describe(STAGE_SECTIONS[name]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        sub.add_argument("--config", help="YAML file with the run's settings")
-        for flag, key in SHORTCUTS.get(name, {}).items():
-            sub.add_argument(flag, metavar="X", help=f"same as {key}=X")
+        _settings(stage)
+        _shortcuts(stage, name)
         if name == "prune":
-            sub.set_defaults(**{_name(flag): default for flag, (default, _) in PLAN_FLAGS.items()})
-            sub.add_argument("--dry-run", action="store_true", help="build the run without weights and print its plan")
-            for flag in DRY_RUN_FLAGS:
-                default, meaning = PLAN_FLAGS.get(flag, (1, "ranks"))
-                meaning += f" (default {default})" if default else ""
-                sub.add_argument(flag, type=type(default), default=default, metavar="X",
-                                 help=f"of a dry run: {meaning}")  # fmt: skip
-        sub.add_argument("overrides", nargs="*", metavar="RUN | key.sub=value", help=OVERRIDES)
-    submission = stages.add_parser("submit", help=SUBMIT, description=_sentence(SUBMIT))
+            _dry_run(stage)
+    submit = commands.add_parser("submit", help=SUBMIT, description=_sentence(SUBMIT))
     for flag, meaning in SUBMIT_FLAGS.items():
-        submission.add_argument(flag, metavar="X", help=meaning)
-    submission.add_argument("--dry-run", action="store_true", help="print the sbatch commands only")
-    submission.add_argument("--example", action="store_true", help="print a cluster file to edit, and nothing else")
-    submission.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
-    status = stages.add_parser("status", help=STATUS, description=_sentence(STATUS))
-    status.add_argument("--config", help="YAML file of the run, instead of its directory")
+        submit.add_argument(flag, metavar="X", help=meaning)
+    submit.add_argument("--dry-run", action="store_true", help="print the sbatch commands only")
+    submit.add_argument("--example", action="store_true", help="print a cluster file to edit, and nothing else")
+    submit.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
+    status = commands.add_parser("status", help=STATUS, description=_sentence(STATUS))
     status.add_argument("--json", action="store_true", help="print JSON")
     status.add_argument("--tsv", action="store_true", help="print stage, state and job between tabs")
-    status.add_argument("overrides", nargs="*", metavar="RUN | key.sub=value", help=OVERRIDES)
-    plan = stages.add_parser("plan", help=PLAN, description=_sentence(PLAN))
+    _settings(status, file="YAML file of the run, instead of its directory")
+    return top
+
+
+def _settings(
+    command: argparse.ArgumentParser, words: str = "RUN | key.sub=value", meaning: str = OVERRIDES,
+    file: str = "YAML file with the run's settings",
+) -> None:  # fmt: skip
+    command.add_argument("--config", help=file)
+    command.add_argument("overrides", nargs="*", metavar=words, help=meaning)
+
+
+def _shortcuts(command: argparse.ArgumentParser, stage: str) -> None:
+    for flag, key in SHORTCUTS.get(stage, {}).items():
+        command.add_argument(flag, metavar="X", help=f"same as {key}=X")
+
+
+def _plan(command: argparse.ArgumentParser) -> None:
     for flag, (default, meaning) in PLAN_FLAGS.items():
-        meaning += f" (default {default})" if default else ""
-        plan.add_argument(flag, type=type(default), default=default, metavar="X", help=meaning)
-    plan.add_argument("--zero", choices=("auto", "2", "3"), default="auto", help="ZeRO stage (auto: the faster)")
-    plan.add_argument(
+        _with_default(command, flag, default, meaning)
+    command.add_argument("--zero", choices=("auto", "2", "3"), default="auto", help="ZeRO stage (auto: the faster)")
+    command.add_argument(
         "--table", action="store_true", help="well-known models on one card, a node and two, at 20%% and 50%%"
     )
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument("--config", help="YAML file with the run's settings")
-    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
-    return top
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _settings(command, "key.sub=value", "settings that win over the file")
+
+
+def _dry_run(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(**{flag.strip("-").replace("-", "_"): default for flag, (default, _) in PLAN_FLAGS.items()})
+    command.add_argument("--dry-run", action="store_true", help="build the run without weights and print its plan")
+    for flag in DRY_RUN_FLAGS:
+        default, meaning = PLAN_FLAGS.get(flag, (1, "ranks"))
+        _with_default(command, flag, default, f"of a dry run: {meaning}")
+
+
+def _with_default(command: argparse.ArgumentParser, flag: str, default: str | float, meaning: str) -> None:
+    meaning += f" (default {default})" if default else ""
+    command.add_argument(flag, type=type(default), default=default, metavar="X", help=meaning)
 
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
-
-
-def _name(flag: str) -> str:
-    """The attribute of a flag's value."""
-    return flag.strip("-").replace("-", "_")
