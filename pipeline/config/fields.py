@@ -154,9 +154,9 @@ class LoraConfig:
     rank: int = opt(16, "Rank of LoRA.", ge=1)
     alpha: float = opt(16.0, "LoRA's update is scaled by alpha / rank.", gt=0)
     refit: int = opt(
-        112, "Further ranks on down_proj, which are not trained: by least squares on the text they let the FFN units "
-        "that stay make up for those that leave; 0: off, as where no FFN units leave, down_proj has no LoRA or there "
-        "are experts.", ge=0
+        112, "Extra ranks of down_proj through which the FFN units that stay replace those that leave, by least "
+        "squares on the text and not trained; 0: off, as where no FFN units leave, down_proj has no LoRA or layers "
+        "have experts.", ge=0
     )  # fmt: skip
 
 
@@ -191,8 +191,8 @@ class TeacherConfig:
     )  # fmt: skip
     interval: float = opt(0.01, "Sparsity between two snapshots.", gt=0, lt=1)
     lag: int = opt(
-        20, "Intervals that a teacher is behind the student at least while sparsity rises (the paper: 10); until then "
-        "the intact model teaches.", ge=1
+        20, "Smallest gap in sparsity to the teacher while sparsity rises, in intervals (the paper: 10); below it the "
+        "intact model teaches.", ge=1
     )  # fmt: skip
     share: float = opt(
         0.4, "Largest sparsity of a teacher as a share of the student's (the paper: 1, no such limit).", gt=0, le=1
