@@ -1,7 +1,7 @@
 """The calls of the Python API, which the command line uses too.
 
 Each takes the settings as a YAML file, the directory of a run, a nested dict, or a `Config`, and overrides as on the
-command line. A user's mistake raises `nuteprune.config.UserError` with one line that says how to mend it.
+command line. A user's mistake raises `nuteprune.errors.UserError` with one line that says how to mend it.
 """
 
 from __future__ import annotations
