@@ -81,7 +81,7 @@ def settings(tmp_path, base, tokenizer) -> Config:
         for i in range(10)
     ]
     (run / "metrics.jsonl").write_text("\n".join([*map(json.dumps, steps), '{"step": 10, "pru']))
-    kept = {"kv_groups": [[True, True], [True, False]], "heads": [[0, 1, 2, 3], [0, 1]], "ffn": [24, 24]}
+    kept = {"kv_groups": [[0, 1], [0]], "heads": [[0, 1, 2, 3], [0, 1]], "ffn": [list(range(24))] * 2}
     original = {"heads": 4, "kv_heads": 2, "ffn": 40, "hidden": 24}
     (run / "export" / "nuteprune.json").write_text(json.dumps({"kept": kept, "layers": 2, "original": original}))
     write_manifest(run / "export")
