@@ -8,11 +8,12 @@ from typing import Any
 
 from nuteprune.errors import UserError
 
-_NEVER = object()
+BEFORE_0_2 = object()
 REMOVED: dict[str, tuple[str, Any]] = {
-    "gates.importance_batches": ("gates.importance_tokens counts tokens; export a run before 0.2 with its version", _NEVER),
-    "evaluate.sample_prompt": ("evaluate.prompts counts prompts; export a run before 0.2 with its version", _NEVER),
-    "tracking.tensorboard": ("tracking.report_to names places; export a run before 0.2 with its version", _NEVER),
+    "gates.importance_batches": ("gates.importance_tokens counts tokens; export a run before 0.2 with its own version",
+                                 BEFORE_0_2),
+    "evaluate.sample_prompt": ("evaluate.prompts counts prompts from the text", None),
+    "tracking.tensorboard": ("tracking.report_to names the places", None),
     "train.lora_schedule": ("it goes with train.lora_optimizer: a cosine for scaled, the paper's linear for adamw",
                             lambda s: "linear" if s["train.lora_optimizer"] == "adamw" else "cosine"),
     "train.lora_warmup": ("it goes with train.lora_optimizer: 3% of the steps for scaled, none for adamw",
