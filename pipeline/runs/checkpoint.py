@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from nuteprune.errors import MachineError
 
+from nuteprune.errors import MachineError
 
 MANIFEST = "manifest.json"
 JSON_LIMIT = 1 << 26

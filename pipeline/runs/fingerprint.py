@@ -10,8 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
-from nuteprune.runs.checkpoint import sha256
 from nuteprune.errors import MachineError, UserError
+from nuteprune.runs.checkpoint import sha256
 
 SAMPLE = 1024
 """Bytes read at the start, the middle and the end of each tensor: any training changes all of them, and 70B parameters

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import ASKED_EACH_TIME, Config, load_config, to_dict
+from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.masks import Gates
 from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, read_json, verify, write_atomic
 from nuteprune.runs.fingerprint import fingerprint
@@ -26,7 +27,6 @@ from nuteprune.runs.fused import BLOCKS, from_metadata, fuse, patterns, to_metad
 from nuteprune.runs.snapshot import Snapshot
 from nuteprune.runs.snapshot_files import gate_tensors, load_snapshots, save_snapshots, split_gates
 from nuteprune.runs.words import one_line
-from nuteprune.errors import MachineError, UserError, first_line
 
 PEFT_PREFIX = "base_model.model.model.layers"
 DAMAGED = (CheckpointError, SafetensorError, OSError, ValueError, LookupError, TypeError)
@@ -143,9 +143,7 @@ def load_run(directory: str | Path) -> Run:
         raise UserError("run_dir is empty: set it to the directory of a finished prune run")
     pruned = Path(directory) / "pruned"
     if not pruned.is_dir():
-        raise UserError(
-            f"{directory} holds no finished prune run (no `pruned` directory): run `nuteprune prune` first"
-        )
+        raise UserError(f"{directory} holds no finished prune run (no `pruned` directory): run `nuteprune prune` first")
     try:
         verify(pruned)
         gates, scores = load_gates(pruned / "gates.safetensors")

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nuteprune.errors import MachineError
 from nuteprune.masks import KINDS, Gates
 from nuteprune.runs.checkpoint import inside, read_json
 from nuteprune.runs.snapshot import Pairs, Snapshot
-from nuteprune.errors import MachineError
 
 FOLDER = "teachers"
 

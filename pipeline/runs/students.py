@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, Shape, load_config
+from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
 from nuteprune.model.lora import joined
@@ -29,7 +30,6 @@ from nuteprune.runs.rundir import (
     save_gates,
 )
 from nuteprune.runs.snapshot import Snapshot
-from nuteprune.errors import MachineError, UserError, first_line
 
 log = logging.getLogger(__name__)
 
