@@ -12,8 +12,8 @@ from nuteprune.arch import read_spec
 from nuteprune.config import ConfigError, FinetuneConfig, LoraConfig, LossConfig
 from nuteprune.data.instructions import pack, packed_windows, worded
 from nuteprune.masks import Gates
-from nuteprune.model.distill import IGNORE
 from nuteprune.model.layers import build_view
+from nuteprune.model.losses import IGNORE
 from nuteprune.model.pairing import Answers, PairedModel
 
 TEMPLATE = (
