@@ -19,7 +19,7 @@ from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import finetune_directory, open_run, pruned_student
 from nuteprune.training import fixed
 from nuteprune.training.loop import train
-from nuteprune.training.teachers import constant
+from nuteprune.training.teachers import constant_mode
 
 
 def run(config: Config) -> Path:
@@ -56,7 +56,7 @@ def settings(config: Config, trained: Run) -> Config:
         loss=replace(config.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
         lora=replace(old.lora, targets=[name for name in get_args(Projection) if name in possible], rank=rank,
                      alpha=rank * old.lora.alpha / old.lora.rank),
-        teacher=replace(old.teacher, mode=constant(bool(tune.distill))),
+        teacher=replace(old.teacher, mode=constant_mode(bool(tune.distill))),
     )  # fmt: skip
 
 

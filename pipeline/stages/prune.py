@@ -33,7 +33,7 @@ from nuteprune.training.preparation import Preparation
 from nuteprune.training.refit import Refit
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Preempted
-from nuteprune.training.teachers import TEACHERS, Teacher, constant
+from nuteprune.training.teachers import TEACHERS, Teacher, constant_mode
 from nuteprune.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -248,7 +248,7 @@ class Pruning(Trainer):
         sparsity = metrics["teacher_sparsity"]
         return super().progress(metrics) | {
             "sparsity": f"{metrics['expected_sparsity']:.1%}/{metrics['target_sparsity']:.1%}",
-            "teacher": f"{sparsity:.1%}" if sparsity else constant(self.teacher.taught),
+            "teacher": f"{sparsity:.1%}" if sparsity else constant_mode(self.teacher.taught),
         }
 
     def pictures(self) -> dict[str, Tensor]:

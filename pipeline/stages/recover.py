@@ -15,7 +15,7 @@ from nuteprune.runs.students import open_run, recover_directory, snapshot_studen
 from nuteprune.training import fixed
 from nuteprune.training.inputs import shared_blocks
 from nuteprune.training.loop import train
-from nuteprune.training.teachers import TEACHERS, constant
+from nuteprune.training.teachers import TEACHERS, constant_mode
 
 SHARE = 0.4
 """Steps of a rung, of those of its run, where `recover.steps` is 0."""
@@ -56,7 +56,7 @@ def settings(config: Config, trained: Run, rung: float) -> Config:
         recover=replace(wanted, ladder=[rung]),
         train=replace(old.train, steps=steps, lora_lr=wanted.lr or old.train.lora_lr, ranks=config.train.ranks,
                       micro_batch=config.train.micro_batch),
-        teacher=replace(old.teacher, mode=constant(TEACHERS[old.teacher.mode].taught)),
+        teacher=replace(old.teacher, mode=constant_mode(TEACHERS[old.teacher.mode].taught)),
     )  # fmt: skip
 
 

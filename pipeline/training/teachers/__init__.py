@@ -6,15 +6,14 @@ Stages and the planner ask a policy what it does; none of them knows its name.
 from typing import Literal
 
 from nuteprune.training.teachers.base import Teacher
-from nuteprune.training.teachers.intact import Intact
-from nuteprune.training.teachers.nobody import Nobody
+from nuteprune.training.teachers.constant import Intact, Nobody
 from nuteprune.training.teachers.numerous import Numerous
 
-__all__ = ["TEACHERS", "Intact", "Nobody", "Numerous", "Teacher", "constant"]
+__all__ = ["TEACHERS", "Intact", "Nobody", "Numerous", "Teacher", "constant_mode"]
 
 TEACHERS: dict[str, type[Teacher]] = {"numerous": Numerous, "intact": Intact, "none": Nobody}
 
 
-def constant(taught: bool) -> Literal["intact", "none"]:
+def constant_mode(taught: bool) -> Literal["intact", "none"]:
     """The mode in which the teacher never changes, or in which there is none."""
     return "intact" if taught else "none"

@@ -1,4 +1,4 @@
-"""One teacher: the intact model."""
+"""Teachers that never change."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from nuteprune.training.teachers.base import Teacher
 
 
 class Intact(Teacher):
-    """The intact model in each step."""
+    """The intact model teaches each step."""
 
     def view(self, step: int, total: int, sparsity: float) -> View:
         """See `Teacher`."""
         return self.activate(None)
+
+
+class Nobody(Teacher):
+    """No step has a teacher."""
+
+    taught = False
+
+    def view(self, step: int, total: int, sparsity: float) -> None:
+        """See `Teacher`."""
