@@ -65,6 +65,6 @@ class Target:
 
         Args:
             directory: takes the place of the output directory when all is written.
-            model: the small model, in the exported type, read back from the directory and checked.
+            model: the small model as read back from the directory and checked; float32, rounded to the exported type.
         """
         raise NotImplementedError

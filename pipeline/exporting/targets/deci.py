@@ -21,8 +21,9 @@ class Deci(Target):
 
     def write(self, directory: Path, plan: Plan, model: PreTrainedModel) -> None:
         """See `Target`."""
-        model.config.block_configs = _blocks(plan)
-        model.config.save_pretrained(directory)
+        config = type(model.config).from_pretrained(directory)
+        config.block_configs = _blocks(plan)
+        config.save_pretrained(directory)
 
 
 def _blocks(plan: Plan) -> list[dict]:

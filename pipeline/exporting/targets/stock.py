@@ -14,7 +14,7 @@ from nuteprune.exporting.targets.base import Plan, Target
 class Transformers(Target):
     """A directory that `from_pretrained` loads, with a modelling file where layers have sizes of their own.
 
-    The export writes it first and checks what it reads back, so here the model is not checked yet.
+    The export writes it first, before its cast too, and checks what it reads back: here the model is not checked yet.
     """
 
     def check(self, plan: Plan) -> bool:
