@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from nuteprune.data.text import packed_blocks
 from nuteprune.exporting.card import RECORD, Result, kept_record, model_card
 from nuteprune.exporting.folding import exported_parameters, fold_model, model_class, plan_fold, small_config
 from nuteprune.exporting.publish import push
-from nuteprune.exporting.targets import TARGETS, Plan
+from nuteprune.exporting.targets import TARGETS, Plan, Target
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import build_view
 from nuteprune.model.loading import check_dtype, load_model, load_tokenizer, read_config
@@ -70,7 +69,7 @@ def export_model(config: Config) -> Path:
     first, *others = [target for target in TARGETS.values() if target.check(plan)]
     tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
     with atomic_directory(output) as directory:
-        result, model = write_model(partial(first.write, directory, plan), directory, base, plan, tokens)
+        result, model = write_model(first, directory, base, plan, tokens)
         for target in others:
             target.write(directory, plan, model)
         write_record(directory, plan, result)
@@ -116,15 +115,16 @@ def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
 
 
 def write_model(
-    save: Callable[[PreTrainedModel], None], directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tensor
+    target: Target, directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tensor
 ) -> tuple[Result, PreTrainedModel]:
-    """Fold the base into a small model, save it to the directory and check what was saved; consumes the base.
+    """Fold the base into a small model, write it as a target and check what was written; consumes the base.
 
     The check is on float32 weights read back from the directory; they are cast, and saved again, only after it.
     """
     fold, before = plan.fold, base.num_parameters()
     wanted = masked_logits(base, plan, tokens)
     model = fold_model(base, plan.small, fold, partial(tqdm, desc="folding layers", unit="layer", disable=None))
+    save = partial(target.write, directory, plan)
     save(model)
     del model
     attention = plan.config.model.attention if plan.config.model.attention in FLOAT32_ATTENTION else "sdpa"

@@ -20,7 +20,6 @@ from nuteprune.masks.schedule import noise_at, settle_step, target_at
 from nuteprune.masks.selection import BATCHES
 from nuteprune.model.layers import View
 from nuteprune.model.loading import load_tokenizer, read_config
-from nuteprune.model.lora import Update
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
@@ -31,9 +30,8 @@ from nuteprune.training.inputs import shared_blocks
 from nuteprune.training.loop import save_checkpoint, train
 from nuteprune.training.preparation import Preparation
 from nuteprune.training.refit import Refit
-from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Preempted
-from nuteprune.training.teachers import TEACHERS, Teacher, constant_mode
+from nuteprune.training.teachers import TEACHERS, constant_mode
 from nuteprune.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -61,11 +59,9 @@ class Pruning(Trainer):
     outputs = ("checkpoints", *PASSING, "pruned")
     free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
 
-    def __init__(
-        self, *parts, masks: MaskSet, multipliers: Multipliers | None, teacher: Teacher, refit: Refit | None
-    ):  # fmt: skip
+    def __init__(self, *parts, refit: Refit | None):
         super().__init__(*parts)
-        self.masks, self.multipliers, self.teacher, self.refit = masks, multipliers, teacher, refit
+        self.refit = refit
 
     @classmethod
     def build(cls, config: Config, world: World) -> Pruning:
@@ -91,8 +87,7 @@ class Pruning(Trainer):
         refit = Refit(model, config, world, stream, total) if config.lora.refit else None
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
                  total)  # fmt: skip
-        return cls(config, world, model, engine, stream, total, masks=masks, multipliers=multipliers,
-                   teacher=teacher, refit=refit)  # fmt: skip
+        return cls(config, world, model, engine, stream, total, masks, teacher, multipliers, refit=refit)
 
     def start(self) -> None:
         """Rank the units in a new run, if not all start alike, and look at the FFN units until gates settle."""
@@ -229,19 +224,6 @@ class Pruning(Trainer):
         """Gates of this step, a function of (seed, step): the same in every micro-batch, on every rank and start."""
         key = (self.config.seed * 1_000_003 + self.step) * 65_537
         return self.masks.sample(torch.Generator().manual_seed(key % (1 << 63)))
-
-    def save(self, directory: Path, counters: dict) -> None:
-        """Gates, multipliers, LoRA, optimizers, teachers and counters."""
-        save_state(directory, self.config, *self._parts(), counters, self.checkpoints.newest())
-
-    def load(self, directory: Path) -> dict[str, float]:
-        """Restore what `save` wrote; returns the counters."""
-        return load_state(directory, *self._parts())
-
-    def _parts(
-        self,
-    ) -> tuple[MaskSet, Multipliers | None, Update, dict[str, torch.optim.Optimizer], Teacher]:
-        return self.masks, self.multipliers, self.model.update, self.engine.optimizers, self.teacher
 
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
         """Loss, sparsity against its target, and the teacher."""

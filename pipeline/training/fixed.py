@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +17,6 @@ from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.model.layers import View
 from nuteprune.model.loading import load_tokenizer, read_config
-from nuteprune.model.lora import Update
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
@@ -26,8 +24,7 @@ from nuteprune.runs.checkpoint import MANIFEST, sha256
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import TUNED, Student, open_run, rounding_of, save_tuned, shape_of
 from nuteprune.training.engine import Engine
-from nuteprune.training.resume import load_state, save_state
-from nuteprune.training.teachers import TEACHERS, Teacher
+from nuteprune.training.teachers import TEACHERS
 from nuteprune.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -57,9 +54,9 @@ class FixedGates(Trainer):
     output = TUNED
     outputs = ("checkpoints", TUNED)
 
-    def __init__(self, *parts, trained: Run, student: Student, masks: MaskSet, teacher: Teacher):
+    def __init__(self, *parts, trained: Run, student: Student):
         super().__init__(*parts)
-        self.trained, self.student, self.masks, self.teacher = trained, student, masks, teacher
+        self.trained, self.student = trained, student
 
     @staticmethod
     @abstractmethod
@@ -94,8 +91,7 @@ class FixedGates(Trainer):
         teacher = TEACHERS[config.teacher.mode](spec, config.teacher, model.scaling, world.device, model.dtype)
         log.info("%s at sparsity %.4f: %d sequences, %d steps", cls.stage, sparsity_of(spec, student.gates),
                  len(stream.blocks), total)  # fmt: skip
-        return cls(config, world, model, engine, stream, total, trained=trained, student=student, masks=masks,
-                   teacher=teacher)  # fmt: skip
+        return cls(config, world, model, engine, stream, total, masks, teacher, trained=trained, student=student)
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:
@@ -114,17 +110,6 @@ class FixedGates(Trainer):
     def forward(self, batch: Tensor, teacher: View | None) -> Losses:
         """Losses of token ids [b, T]."""
         return self.model(batch, self.model.view(self.masks.fixed), teacher, self.config.loss)
-
-    def save(self, directory: Path, counters: dict) -> None:
-        """Gates, LoRA, its optimizer and counters."""
-        save_state(directory, self.config, *self._parts(), counters)
-
-    def load(self, directory: Path) -> dict[str, float]:
-        """Restore what `save` wrote; returns the counters."""
-        return load_state(directory, *self._parts())
-
-    def _parts(self) -> tuple[MaskSet, None, Update, dict[str, torch.optim.Optimizer], Teacher]:
-        return self.masks, None, self.model.update, self.engine.optimizers, self.teacher
 
     def finish(self) -> Path:
         """Save the student."""

@@ -20,13 +20,17 @@ from transformers.utils import cached_file
 from nuteprune.config import Config
 from nuteprune.data.text import BatchStream
 from nuteprune.kernels.api import into_grad
+from nuteprune.masks import MaskSet
+from nuteprune.model.lora import Update
 from nuteprune.model.pairing import Losses, PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.runs.checkpoint import Checkpoints, sha256
 from nuteprune.runs.fingerprint import fingerprint
-from nuteprune.training.engine import Engine
+from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.memory import is_out_of_memory
+from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Stop
+from nuteprune.training.teachers import Teacher
 from nuteprune.training.tracking import progress_bar
 
 log = logging.getLogger(__name__)
@@ -46,6 +50,9 @@ class Trainer(ABC):
         engine: its optimizers.
         stream: batches by step.
         total: steps of the run.
+        masks: gates, in training or fixed.
+        teacher: who teaches.
+        multipliers: the Lagrangian's, where there are any.
     """
 
     stage: ClassVar[str]
@@ -58,10 +65,12 @@ class Trainer(ABC):
     """Sections of the configuration that may change between two starts of one run."""
 
     def __init__(
-        self, config: Config, world: World, model: PairedModel, engine: Engine, stream: BatchStream, total: int
-    ):
+        self, config: Config, world: World, model: PairedModel, engine: Engine, stream: BatchStream, total: int,
+        masks: MaskSet, teacher: Teacher, multipliers: Multipliers | None = None,
+    ):  # fmt: skip
         self.config, self.world, self.model, self.engine = config, world, model, engine
         self.stream, self.total = stream, total
+        self.masks, self.teacher, self.multipliers = masks, teacher, multipliers
         self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep)
         self.step = self.bad_in_a_row = self.bad_total = 0
         self.micro_batch = config.train.micro_batch or stream.local_size
@@ -82,16 +91,19 @@ class Trainer(ABC):
         """Step `self.step`: forward, backward, update; returns the scalars to log."""
 
     @abstractmethod
-    def save(self, directory: Path, counters: dict) -> None:
-        """Write all that `load` needs, on rank 0."""
-
-    @abstractmethod
-    def load(self, directory: Path) -> dict[str, float]:
-        """Restore in place what `save` wrote; returns the counters."""
-
-    @abstractmethod
     def finish(self) -> Path:
         """Write the result after the last step, on rank 0; returns its directory."""
+
+    def save(self, directory: Path, counters: dict) -> None:
+        """Write all that `load` needs, on rank 0."""
+        save_state(directory, self.config, *self._state(), counters, self.checkpoints.newest())
+
+    def load(self, directory: Path) -> dict[str, float]:
+        """Restore in place what `save` wrote; returns the counters."""
+        return load_state(directory, *self._state())
+
+    def _state(self) -> tuple[MaskSet, Multipliers | None, Update, dict[str, torch.optim.Optimizer], Teacher]:
+        return self.masks, self.multipliers, self.model.update, self.engine.optimizers, self.teacher
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:

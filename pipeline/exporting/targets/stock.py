@@ -17,10 +17,6 @@ class Transformers(Target):
     The export writes it first, before its cast too, and checks what it reads back: here the model is not checked yet.
     """
 
-    def check(self, plan: Plan) -> bool:
-        """Always."""
-        return True
-
     def write(self, directory: Path, plan: Plan, model: PreTrainedModel) -> None:
         """See `Target`."""
         for old in directory.glob("model*.safetensors*"):  # an earlier save may have had more shards

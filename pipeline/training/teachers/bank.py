@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,8 +110,12 @@ class SnapshotBank:
 
     def activate(self, index: int | None) -> View:
         """The view of a snapshot (None: the intact model); moved and converted only when the teacher changes."""
-        if self._active is None or self._active[0] != index:
-            self._active = (index, self._view(index))
+        return self.hold(index, lambda: self._view(index))
+
+    def hold(self, key: int | None, make: Callable[[], View]) -> View:
+        """The view that was made for this key, in place of that of another key."""
+        if self._active is None or self._active[0] != key:
+            self._active = (key, make())
         return self._active[1]
 
     def prefetch(self, index: int | None) -> None:
