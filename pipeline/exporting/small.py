@@ -21,7 +21,7 @@ from nuteprune.data.text import packed_blocks
 from nuteprune.exporting.card import RECORD, Result, kept_record, model_card
 from nuteprune.exporting.folding import exported_parameters, fold_model, model_class, plan_fold, small_config
 from nuteprune.exporting.publish import push
-from nuteprune.exporting.targets import TARGETS, Plan, Target
+from nuteprune.exporting.targets import TARGETS, ExportPlan, Target
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import build_view
 from nuteprune.model.loading import check_dtype, load_model, load_tokenizer, read_config
@@ -65,7 +65,7 @@ def export_model(config: Config) -> Path:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
-    plan = Plan(trained, student, fold, small, shape, dtype, tokenizer, base.generation_config, config.export)
+    plan = ExportPlan(trained, student, fold, small, shape, dtype, tokenizer, base.generation_config, config.export)
     first, *others = [target for target in TARGETS.values() if target.check(plan)]
     tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
     with atomic_directory(output) as directory:
@@ -115,7 +115,7 @@ def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
 
 
 def write_model(
-    target: Target, directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tensor
+    target: Target, directory: Path, base: PreTrainedModel, plan: ExportPlan, tokens: Tensor
 ) -> tuple[Result, PreTrainedModel]:
     """Fold the base into a small model, write it as a target and check what was written; consumes the base.
 
@@ -150,7 +150,7 @@ def write_model(
     return result, model
 
 
-def _read(plan: Plan, model: PreTrainedModel) -> tuple[int, int]:
+def _read(plan: ExportPlan, model: PreTrainedModel) -> tuple[int, int]:
     """Parameters that are read for a token, of the small model and of the base; zeros where that is all of them."""
     spec, kept = plan.fold.spec, plan.fold.kept
     if spec.experts == 1:
@@ -161,7 +161,7 @@ def _read(plan: Plan, model: PreTrainedModel) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def masked_logits(base: PreTrainedModel, plan: Plan, tokens: Tensor) -> list[Tensor]:
+def masked_logits(base: PreTrainedModel, plan: ExportPlan, tokens: Tensor) -> list[Tensor]:
     """Logits [T, V] of the masked model for each block of tokens; the base keeps its weights."""
     fold = plan.fold
     paired = PairedModel(base, fold.spec, plan.config.lora)
@@ -200,7 +200,7 @@ def check_count(spec: ArchSpec, gates: Gates, model: PreTrainedModel) -> float:
     return counted
 
 
-def write_record(directory: Path, plan: Plan, result: Result) -> None:
+def write_record(directory: Path, plan: ExportPlan, result: Result) -> None:
     """Write README.md and nuteprune.json."""
     card = model_card(plan.run, plan.student, plan.fold, plan.shape, plan.dtype_name, result)
     (directory / "README.md").write_text(card, encoding="utf-8")

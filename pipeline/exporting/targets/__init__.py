@@ -3,11 +3,11 @@
 They are written in this order. The first is what an export reads back and checks.
 """
 
-from nuteprune.exporting.targets.base import Plan, Target
+from nuteprune.exporting.targets.base import ExportPlan, Target
 from nuteprune.exporting.targets.deci import Deci
 from nuteprune.exporting.targets.gguf import Gguf
 from nuteprune.exporting.targets.stock import Transformers
 
-__all__ = ["TARGETS", "Plan", "Target"]
+__all__ = ["TARGETS", "ExportPlan", "Target"]
 
 TARGETS: dict[str, Target] = {"transformers": Transformers(), "deci": Deci(), "gguf": Gguf()}

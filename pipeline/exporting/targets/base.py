@@ -1,7 +1,5 @@
 """What an export target is, and the plan that it is given."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from nuteprune.runs.students import Student
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """How a base model becomes the small one.
 
     Attributes:
@@ -52,7 +50,7 @@ class Plan:
 class Target:
     """A form in which the small model is written; `targets.TARGETS` lists them. An export is of one process."""
 
-    def check(self, plan: Plan) -> bool:
+    def check(self, plan: ExportPlan) -> bool:
         """Whether it is written; asked before anything is.
 
         Raises:
@@ -60,7 +58,7 @@ class Target:
         """
         return True
 
-    def write(self, directory: Path, plan: Plan, model: PreTrainedModel) -> None:
+    def write(self, directory: Path, plan: ExportPlan, model: PreTrainedModel) -> None:
         """Write the files of the target; those of targets before it are there.
 
         Args:

@@ -1,12 +1,10 @@
 """vLLM's own DeciLM: a `per_layer_ffn` model that it serves unmodified, by `block_configs` in config.json."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from nuteprune.exporting.targets.base import Plan, Target
+from nuteprune.exporting.targets.base import ExportPlan, Target
 
 FAMILIES = ("llama", "mistral")
 """Whose layers DeciLM computes (those of Qwen have biases or norms that it lacks)."""
@@ -15,18 +13,18 @@ FAMILIES = ("llama", "mistral")
 class Deci(Target):
     """Written wherever DeciLM computes these layers."""
 
-    def check(self, plan: Plan) -> bool:
+    def check(self, plan: ExportPlan) -> bool:
         """See `Target`; never refuses."""
         return bool(_blocks(plan))
 
-    def write(self, directory: Path, plan: Plan, model: PreTrainedModel) -> None:
+    def write(self, directory: Path, plan: ExportPlan, model: PreTrainedModel) -> None:
         """See `Target`."""
         config = type(model.config).from_pretrained(directory)
         config.block_configs = _blocks(plan)
         config.save_pretrained(directory)
 
 
-def _blocks(plan: Plan) -> list[dict]:
+def _blocks(plan: ExportPlan) -> list[dict]:
     """`block_configs` of the layers; empty where DeciLM does not compute them."""
     if plan.shape != "per_layer_ffn":
         return []

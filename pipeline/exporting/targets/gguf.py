@@ -1,7 +1,5 @@
 """llama.cpp: model.gguf, and a Modelfile for Ollama."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -9,13 +7,13 @@ from transformers import PreTrainedModel
 from nuteprune.exporting.gguf_model import FILE, TYPES, gguf_architecture
 from nuteprune.exporting.gguf_quants import K_QUANTS, check_quantizer, write_quantized
 from nuteprune.exporting.gguf_vocab import vocabulary
-from nuteprune.exporting.targets.base import Plan, Target
+from nuteprune.exporting.targets.base import ExportPlan, Target
 
 
 class Gguf(Target):
     """Written where `export.gguf` names a type."""
 
-    def check(self, plan: Plan) -> bool:
+    def check(self, plan: ExportPlan) -> bool:
         """See `Target`."""
         if plan.export.gguf not in (*TYPES, *K_QUANTS):
             return False
@@ -24,7 +22,7 @@ class Gguf(Target):
         check_quantizer(plan.export.gguf)
         return True
 
-    def write(self, directory: Path, plan: Plan, model: PreTrainedModel) -> None:
+    def write(self, directory: Path, plan: ExportPlan, model: PreTrainedModel) -> None:
         """See `Target`."""
         architecture = gguf_architecture(plan.fold.spec, plan.shape, plan.small)
         write_quantized(directory, model, plan.tokenizer, architecture, plan.export.gguf)

@@ -1,14 +1,12 @@
 """Hugging Face transformers: weights, configuration, tokenizer."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from nuteprune.exporting import modeling_ragged
-from nuteprune.exporting.targets.base import Plan, Target
+from nuteprune.exporting.targets.base import ExportPlan, Target
 
 
 class Transformers(Target):
@@ -17,7 +15,7 @@ class Transformers(Target):
     The export writes it first, before its cast too, and checks what it reads back: here the model is not checked yet.
     """
 
-    def write(self, directory: Path, plan: Plan, model: PreTrainedModel) -> None:
+    def write(self, directory: Path, plan: ExportPlan, model: PreTrainedModel) -> None:
         """See `Target`."""
         for old in directory.glob("model*.safetensors*"):  # an earlier save may have had more shards
             old.unlink()

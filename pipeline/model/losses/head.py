@@ -1,7 +1,5 @@
 """The output terms in chunks of tokens, through the frozen output head."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

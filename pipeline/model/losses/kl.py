@@ -1,7 +1,5 @@
 """The KL term: T²·KL(teacher‖student) of the logits over the full vocabulary."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from nuteprune.model.losses.base import OutputTerm, log_softmax_

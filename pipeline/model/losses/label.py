@@ -1,7 +1,5 @@
 """The label term: cross entropy of the next token."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

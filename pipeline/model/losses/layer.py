@@ -1,7 +1,5 @@
 """The layer term: distance of the student's residual stream from the teacher's, behind each layer."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

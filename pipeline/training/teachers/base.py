@@ -1,7 +1,5 @@
 """What a teacher policy is."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from nuteprune.model.layers import View

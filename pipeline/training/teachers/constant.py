@@ -1,7 +1,5 @@
 """Teachers that never change."""
 
-from __future__ import annotations
-
 from nuteprune.model.layers import View
 from nuteprune.training.teachers.base import Teacher
 

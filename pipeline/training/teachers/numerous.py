@@ -1,7 +1,5 @@
 """Numerous teachers: the student's own earlier snapshots (paper, section 3.3)."""
 
-from __future__ import annotations
-
 from nuteprune.config import TeacherConfig
 from nuteprune.model.layers import View
 from nuteprune.training.teachers.base import Teacher
