@@ -198,11 +198,6 @@ class TeacherConfig:
         0.4, "Largest sparsity of a teacher as a share of the student's (the paper: 1, no such limit).", gt=0, le=1
     )
 
-    @property
-    def from_snapshots(self) -> bool:
-        """Snapshots of the student may teach: they are recorded, and planned for."""
-        return self.mode not in ("intact", "none")
-
 
 @dataclass(frozen=True)
 class CheckpointConfig:

@@ -17,7 +17,7 @@ from nuteprune.config import FinetuneConfig
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import read_rows
 from nuteprune.errors import UserError
-from nuteprune.model.distill import IGNORE
+from nuteprune.model.losses import IGNORE
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from nuteprune.errors import UserError
 from nuteprune.evaluation.head import Head
 from nuteprune.exporting.folding import exported_parameters
-from nuteprune.model.distill import IGNORE
+from nuteprune.model.losses import IGNORE
 from nuteprune.parallel.host import processor
 
 PASS_BYTES = 8 * 2**20

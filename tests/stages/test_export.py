@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 
 from nuteprune.arch import PROJECTIONS, read_spec
 from nuteprune.errors import UserError
-from nuteprune.exporting import folding, small
+from nuteprune.exporting import folding
 from nuteprune.exporting.folding import exported_parameters, fold_model, kept_units, plan_fold, small_config
 from nuteprune.exporting.small import ExportError
+from nuteprune.exporting.targets import stock
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.runs import students
 from nuteprune.runs.checkpoint import verify
@@ -241,7 +242,7 @@ def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog, monke
         lambda s: some_gates(s, "uniform"),
         **{"export.dtype": "bfloat16"},
     )
-    monkeypatch.setattr(small, "SHARD", "20KB")
+    monkeypatch.setattr(stock, "SHARD", "20KB")
     with caplog.at_level("INFO", logger="nuteprune"):
         directory = export.run(config)
     shards = list(directory.glob("model-*.safetensors"))
@@ -257,7 +258,7 @@ def test_fewer_shards_after_the_cast_leave_no_stale_index(tmp_path, monkeypatch)
     config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "uniform"), **{"export.dtype": "bfloat16"})
     whole = (export.run(config) / "model.safetensors").stat().st_size
     # Twice the bytes in float32, which is saved and checked first, need two files; in bfloat16 one is enough.
-    monkeypatch.setattr(small, "SHARD", f"{whole // 1000 + 1}KB")
+    monkeypatch.setattr(stock, "SHARD", f"{whole // 1000 + 1}KB")
     directory = export.run(config)
     assert [p.name for p in directory.glob("model*")] == ["model.safetensors"]
 

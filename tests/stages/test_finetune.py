@@ -17,8 +17,8 @@ from nuteprune import load_masked
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.errors import UserError
-from nuteprune.model.distill import IGNORE
 from nuteprune.model.layers import build_view
+from nuteprune.model.losses import IGNORE
 from nuteprune.parallel.distributed import World
 from nuteprune.runs.rundir import load_run
 from nuteprune.runs.students import load_tuned, open_run
