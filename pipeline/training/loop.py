@@ -142,13 +142,8 @@ def resume(trainer: Trainer) -> None:
             scale.value, scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
         except UserError:
             raise
-        except (
-            CheckpointError,
-            SafetensorError,
-            OSError,
-            LookupError,
-            RuntimeError,
-        ) as error:  # whole, but of something else
+        # Whole, but of something else.
+        except (CheckpointError, SafetensorError, OSError, LookupError, RuntimeError) as error:
             raise UserError(f"{path} does not fit this run ({first_line(error)}): remove it and start again") from error
     log.info("resumed at step %d from %s", trainer.step, path)
 
