@@ -7,7 +7,7 @@ With h the FFN's activations, K the units that stay and R those that leave, W_R 
 with the intact model's own activations, each token weighted by w = 1 / the mean square of the stream, as in the layer
 term of the loss, so that a few tokens with massive activations do not rule it. (Frantar et al. 2022, arXiv 2208.11580,
 fit a layer's weights so; SlimLLM, ICML 2025, those of output matrices.) Kept is what adds most to the output: with U
-the leading eigenvectors of S = ΔW G_KK ΔWᵀ the pair is A = `PART` Uᵀ ΔW, B = U.
+the leading eigenvectors of S = W_R G_RK (G_KK + ridge)⁻¹ G_KR W_Rᵀ the pair is A = `PART` Uᵀ ΔW, B = U.
 
 Shape letters: D hidden, F units, K units that stay, R units that leave, Q ranks.
 """
@@ -71,7 +71,7 @@ class Refit:
         self.every = max(1, min(settle_step(config, total), total) // TIMES)
         self.layers = [index for index in range(model.spec.layers) if f"{index}.down_proj" in model.update.frozen]
         self._measured = False
-        self._grams: dict[int, Tensor] = {}
+        self._packed: dict[int, Tensor] = {}
         self._weights: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -85,9 +85,9 @@ class Refit:
         for index in self.layers:
             a_QF, b_DQ = model.update.frozen[f"{index}.down_proj"]
             parts += [a_QF, b_DQ]
-            if index in self._grams:
-                weight_DF, gram_FF = (held[index].to(device) for held in (self._weights, self._grams))
-                a, b = low_rank(weight_DF, gram_FF, gate_LF[index], self.ranks)
+            if index in self._packed:
+                weight_DF, packed_FF = (held[index].to(device) for held in (self._weights, self._packed))
+                a, b = low_rank(weight_DF, packed_FF, gate_LF[index], self.ranks)
                 a_QF.copy_(a)
                 b_DQ.copy_(b / model.scaling)
             else:
@@ -118,9 +118,9 @@ class Refit:
             self._check_memory(batches * tokens)
         store = store if len(self.layers) * FP32 * ffn**2 <= STORED_BYTES else None
         own = [index for index in self.layers if owner_of(index, world) == world.rank]
-        found = {index: store.load(f"gram-{index}") for index in own} if store else {}
-        self._grams = {index: tensors["gram"] for index, tensors in found.items() if tensors is not None}
-        missing = sorted(i for each in world.gather([i for i in own if i not in self._grams]) for i in each)
+        found = {index: store.load(f"units-{index}") for index in own} if store else {}
+        self._packed = {index: tensors["packed"] for index, tensors in found.items() if tensors is not None}
+        missing = sorted(i for each in world.gather([i for i in own if i not in self._packed]) for i in each)
         if missing:
             log.info("measuring the FFN units on %d tokens", batches * tokens)
             ids = torch.cat([self.stream.batch(number) for number in range(batches)])
@@ -128,17 +128,17 @@ class Refit:
         for index in self.layers:
             weight = _down_proj(self.model.layers[index].layer)
             with gathered(weight):
-                if index in self._grams:
+                if index in self._packed:
                     self._weights[index] = weight.to("cpu", copy=True) if hasattr(weight, "ds_id") else weight
         self._measured = True
 
     def _keep(self, store: Preparation | None, index: int, gram_FF: Tensor | None) -> None:
         if gram_FF is not None:
-            self._grams[index] = gram_FF
+            self._packed[index] = packed(gram_FF).cpu()
         if store is not None:
             with self.world.together():
                 if gram_FF is not None:
-                    store.save(f"gram-{index}", {"gram": gram_FF})
+                    store.save(f"units-{index}", {"packed": self._packed[index]})
 
     def _check_memory(self, tokens: int) -> None:
         """Raise `ConfigError` unless this node's memory holds G, the text on its way and gathered weights."""
@@ -155,32 +155,51 @@ class Refit:
 
     def free(self) -> None:
         """Give the memory back, when the gates have settled."""
-        self._grams, self._weights, self._measured = {}, {}, False
+        self._packed, self._weights, self._measured = {}, {}, False
 
 
-def low_rank(weight_DF: Tensor, gram_FF: Tensor, gate_F: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+def packed(gram_FF: Tensor) -> Tensor:
+    """P [F + 1, F] in the place of G: M = G + ridge is the lower triangle of P[1:], M⁻¹ the upper one of P[:-1].
+
+    With M⁻¹ a fit is a matter of the units that leave, of which there are few for long: with C = (M⁻¹)_RR it is
+    M_KK⁻¹ G_KR = -(M⁻¹)_KR C⁻¹, and G_RK M_KK⁻¹ G_KR = M_RR - C⁻¹.
+    """
+    matrix_FF = gram_FF.clone()
+    matrix_FF.diagonal().mul_(1 + RIDGE).add_(_EPS * gram_FF.diagonal().mean())  # a unit that never fires
+    packed_FF = gram_FF.new_zeros(len(gram_FF) + 1, len(gram_FF))
+    packed_FF[1:] = matrix_FF.tril()
+    packed_FF[:-1] += torch.cholesky_inverse(torch.linalg.cholesky(matrix_FF)).triu_()
+    return packed_FF
+
+
+def low_rank(weight_DF: Tensor, packed_FF: Tensor, gate_F: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
     """A [Q, F] and B [D, Q], float32: `PART` of the best update of those ranks; zero where there is none.
 
     Args:
         weight_DF: down_proj.
-        gram_FF: G, float32.
+        packed_FF: of G, float32.
         gate_F: gates of the units.
         ranks: Q.
     """
-    (hidden, units), new = weight_DF.shape, gram_FF.new_zeros
+    (hidden, units), new = weight_DF.shape, packed_FF.new_zeros
     a, b = new(ranks, units), new(hidden, ranks)
     stays, leaves = (gate_F != 0).nonzero().flatten(), (gate_F == 0).nonzero().flatten()
     if not len(stays) or not len(leaves):
         return a, b
-    among_KK = gram_FF[stays][:, stays]
-    among_KK.diagonal().mul_(1 + RIDGE).add_(_EPS * gram_FF.diagonal().mean())  # a unit that never fires
-    toward_KD = gram_FF[stays][:, leaves] @ weight_DF[:, leaves].float().T
-    update_KD = torch.cholesky_solve(toward_KD, torch.linalg.cholesky(among_KK))
-    adds_DD = toward_KD.T @ update_KD
+    lower_FF, upper_FF = packed_FF[1:], packed_FF[:-1]
+    upper_RF, weight_DR = upper_FF[leaves], weight_DF[:, leaves].float()
+    factor_RR = torch.linalg.cholesky(upper_RF[:, leaves], upper=True)  # it reads no more than that triangle
+    solved_RD = torch.linalg.solve_triangular(factor_RR.T, weight_DR.T, upper=False)
+    among_RR = lower_FF[leaves][:, leaves]
+    among_RR = among_RR.tril_() + among_RR.tril(-1).T
+    adds_DD = weight_DR @ (among_RR @ weight_DR.T) - solved_RD.T @ solved_RD
     directions_DQ = _leading(adds_DD, min(ranks, hidden))
+    toward_RQ = torch.linalg.solve_triangular(factor_RR, solved_RD @ directions_DQ, upper=True)
+    behind_RF = torch.arange(units, device=leaves.device) >= leaves[:, None]
+    inverse_RF = torch.where(behind_RF, upper_RF, upper_FF[:, leaves].T)
     found = directions_DQ.shape[1]
     b[:, :found] = directions_DQ
-    a[:found, stays] = PART * directions_DQ.T @ update_KD.T
+    a[:found] = (toward_RQ.T @ inverse_RF).mul_(-PART * (gate_F != 0))
     return a, b
 
 
