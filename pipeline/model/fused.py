@@ -71,7 +71,7 @@ class _Ffn:
         self.inner, self.parts, self.gelu = inner, (gate, up, down), gelu
 
     def __call__(self, x: Tensor) -> Tensor:
-        # Whoever hooks down_proj wants to see its input, which the kernels never make a tensor of its own, or its output.
+        # Whoever hooks down_proj wants to see its input, which the kernels never make a tensor of its own.
         down = self.parts[2]
         call = None if down._forward_pre_hooks or down._forward_hooks else fused_ffn(x)
         return self.inner(x) if call is None else call(x, tuple(part.product for part in self.parts), self.gelu)

@@ -15,7 +15,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError, Shape, load_config
 from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
-from nuteprune.model.lora import joined
+from nuteprune.model.lora import joined, padded
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory, read_json, sha256, verify
 from nuteprune.runs.fingerprint import check_base
 from nuteprune.runs.rundir import (
@@ -202,7 +202,7 @@ def rung_lora(trained: Run, snapshot: Snapshot) -> dict[str, tuple[Tensor, Tenso
         merged[key] = a_RK[-rank:], share * b_NR[:, -rank:]
     # Runs of earlier versions kept both in one pair.
     older = {key: (a[:-rank], b[:, :-rank]) for key, (a, b) in snapshot.lora.items() if len(a) > rank}
-    return joined(merged, snapshot.frozen or older)
+    return joined(merged, padded(snapshot.frozen, trained.config.lora.refit) or older)
 
 
 def structure(

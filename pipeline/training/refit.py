@@ -193,11 +193,11 @@ def low_rank(weight_DF: Tensor, packed_FF: Tensor, gate_F: Tensor, ranks: int) -
     among_RR = lower_FF[leaves][:, leaves]
     among_RR = among_RR.tril_() + among_RR.tril(-1).T
     adds_DD = weight_DR @ (among_RR @ weight_DR.T) - solved_RD.T @ solved_RD
-    directions_DQ = _leading(adds_DD, min(ranks, hidden))
+    found = min(ranks, hidden, len(leaves))  # the rank of what is fitted, at most
+    directions_DQ = _leading(adds_DD, found)
     toward_RQ = torch.linalg.solve_triangular(factor_RR, solved_RD @ directions_DQ, upper=True)
     behind_RF = torch.arange(units, device=leaves.device) >= leaves[:, None]
     inverse_RF = torch.where(behind_RF, upper_RF, upper_FF[:, leaves].T)
-    found = directions_DQ.shape[1]
     b[:, :found] = directions_DQ
     a[:found] = (toward_RQ.T @ inverse_RF).mul_(-PART * (gate_F != 0))
     return a, b

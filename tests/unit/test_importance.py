@@ -19,7 +19,10 @@ def paired(name="llama", checkpointing=False):
 
 @pytest.mark.parametrize(("name", "checkpointing"), [("llama-bias", False), ("gemma3", True), ("qwen3_moe", False)])
 def test_importance_is_the_squared_gradient_of_each_sequence(name, checkpointing):
-    model, ids = paired(name, checkpointing), torch.randint(0, VOCAB, (5, 12), generator=torch.Generator().manual_seed(0))
+    model, ids = (
+        paired(name, checkpointing),
+        torch.randint(0, VOCAB, (5, 12), generator=torch.Generator().manual_seed(0)),
+    )
     kinds = [kind for kind in KINDS if kind != "experts" or model.spec.experts > 1]
     found = taylor_importance(model, kinds, [ids[:4], ids[4:]], 3)
     expected = {kind: torch.zeros(unit_shape(model.spec, kind)) for kind in kinds}
