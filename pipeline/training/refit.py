@@ -159,16 +159,16 @@ class Refit:
 
 
 def packed(gram_FF: Tensor) -> Tensor:
-    """P [F + 1, F] in the place of G: M = G + ridge is the lower triangle of P[1:], M⁻¹ the upper one of P[:-1].
+    """G, overwritten, as P [F + 1, F]: M = G + ridge is the lower triangle of P[1:], M⁻¹ the upper one of P[:-1].
 
-    With M⁻¹ a fit is a matter of the units that leave, of which there are few for long: with C = (M⁻¹)_RR it is
+    With M⁻¹ a fit costs what the units that leave cost, of which there are few for long: with C = (M⁻¹)_RR it is
     M_KK⁻¹ G_KR = -(M⁻¹)_KR C⁻¹, and G_RK M_KK⁻¹ G_KR = M_RR - C⁻¹.
     """
-    matrix_FF = gram_FF.clone()
-    matrix_FF.diagonal().mul_(1 + RIDGE).add_(_EPS * gram_FF.diagonal().mean())  # a unit that never fires
+    diagonal_F = gram_FF.diagonal()
+    diagonal_F.add_(RIDGE * diagonal_F + _EPS * diagonal_F.mean())  # the second: a unit that never fires
     packed_FF = gram_FF.new_zeros(len(gram_FF) + 1, len(gram_FF))
-    packed_FF[1:] = matrix_FF.tril()
-    packed_FF[:-1] += torch.cholesky_inverse(torch.linalg.cholesky(matrix_FF)).triu_()
+    packed_FF[:-1] = torch.cholesky_inverse(torch.linalg.cholesky(gram_FF)).triu_()
+    packed_FF[1:] += gram_FF.tril_()
     return packed_FF
 
 
