@@ -40,7 +40,8 @@ def taylor_importance(
     device = next(model.parameters()).device
     gates = {k: torch.ones(unit_shape(model.spec, k), device=device, requires_grad=True) for k in kinds}
     total = {k: torch.zeros_like(gate) for k, gate in gates.items()}
-    places = list(_places(model, build_view(model.spec, Gates(**gates), {}, model.scaling, model.dtype)))
+    view = build_view(model.spec, Gates(**gates), {}, model.scaling, model.dtype)
+    places = [place for place in _places(model, view) if place[2].requires_grad]  # others only say what is gone
     at_once = 1 if model.spec.experts > 1 else at_once
     for batch in batches:
         left = batch.to(device)

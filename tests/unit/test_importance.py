@@ -23,17 +23,19 @@ def test_importance_is_the_squared_gradient_of_each_sequence(name, checkpointing
         paired(name, checkpointing),
         torch.randint(0, VOCAB, (5, 12), generator=torch.Generator().manual_seed(0)),
     )
-    kinds = [kind for kind in KINDS if kind != "experts" or model.spec.experts > 1]
-    found = taylor_importance(model, kinds, [ids[:4], ids[4:]], 3)
-    expected = {kind: torch.zeros(unit_shape(model.spec, kind)) for kind in kinds}
-    for sequence in ids.split(1):
-        gates = Gates(**{kind: torch.ones_like(value).requires_grad_() for kind, value in expected.items()})
-        view = build_view(model.spec, gates, {}, 1.0, torch.float32)
-        model(sequence, view, None, LossConfig()).total.backward()
-        for kind, gate in gates.as_dict().items():
-            expected[kind] += gate.grad.square()
-    for kind in kinds:
-        torch.testing.assert_close(found[kind], expected[kind])
+    every = [kind for kind in KINDS if kind != "experts" or model.spec.experts > 1]
+    for kinds in (every, ["attn_sublayers", "ffn"]):
+        found = taylor_importance(model, kinds, [ids[:4], ids[4:]], 3)
+        assert list(found) == kinds
+        expected = {kind: torch.zeros(unit_shape(model.spec, kind)) for kind in kinds}
+        for sequence in ids.split(1):
+            gates = Gates(**{kind: torch.ones_like(value).requires_grad_() for kind, value in expected.items()})
+            view = build_view(model.spec, gates, {}, 1.0, torch.float32)
+            model(sequence, view, None, LossConfig()).total.backward()
+            for kind, gate in gates.as_dict().items():
+                expected[kind] += gate.grad.square()
+        for kind in kinds:
+            torch.testing.assert_close(found[kind], expected[kind])
     assert not any(module._forward_pre_hooks for layer in model.layers for module in layer.layer.modules())
 
 
