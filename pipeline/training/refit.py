@@ -45,6 +45,8 @@ TIMES = 25
 STORED_BYTES = 4 * 2**30
 """Of G that a run writes for a restart. More is measured again: several accelerators do that in the time that writing
 takes."""
+FEW = 0.4
+"""Share of the units that leave, from which on a fit by those that stay costs less than one by those that leave."""
 FP32 = 4
 _EPS, _ITERATIONS = 1e-8, 3
 
@@ -161,7 +163,7 @@ class Refit:
 def packed(gram_FF: Tensor) -> Tensor:
     """G, overwritten, as P [F + 1, F]: M = G + ridge is the lower triangle of P[1:], M⁻¹ the upper one of P[:-1].
 
-    With M⁻¹ a fit costs what the units that leave cost, of which there are few for long: with C = (M⁻¹)_RR it is
+    With M⁻¹ a fit costs what the units that leave cost, which are few at first: with C = (M⁻¹)_RR it is
     M_KK⁻¹ G_KR = -(M⁻¹)_KR C⁻¹, and G_RK M_KK⁻¹ G_KR = M_RR - C⁻¹.
     """
     diagonal_F = gram_FF.diagonal()
@@ -186,21 +188,30 @@ def low_rank(weight_DF: Tensor, packed_FF: Tensor, gate_F: Tensor, ranks: int) -
     stays, leaves = (gate_F != 0).nonzero().flatten(), (gate_F == 0).nonzero().flatten()
     if not len(stays) or not len(leaves):
         return a, b
-    lower_FF, upper_FF = packed_FF[1:], packed_FF[:-1]
-    upper_RF, weight_DR = upper_FF[leaves], weight_DF[:, leaves].float()
-    factor_RR = torch.linalg.cholesky(upper_RF[:, leaves], upper=True)  # it reads no more than that triangle
-    solved_RD = torch.linalg.solve_triangular(factor_RR.T, weight_DR.T, upper=False)
-    among_RR = lower_FF[leaves][:, leaves]
-    among_RR = among_RR.tril_() + among_RR.tril(-1).T
-    adds_DD = weight_DR @ (among_RR @ weight_DR.T) - solved_RD.T @ solved_RD
+    weight_RD = weight_DF[:, leaves].float().T
     found = min(ranks, hidden, len(leaves))  # the rank of what is fitted, at most
-    directions_DQ = _leading(adds_DD, found)
-    toward_RQ = torch.linalg.solve_triangular(factor_RR, solved_RD @ directions_DQ, upper=True)
-    behind_RF = torch.arange(units, device=leaves.device) >= leaves[:, None]
-    inverse_RF = torch.where(behind_RF, upper_RF, upper_FF[:, leaves].T)
-    b[:, :found] = directions_DQ
-    a[:found] = (toward_RQ.T @ inverse_RF).mul_(-PART * (gate_F != 0))
+    if len(leaves) < FEW * units:
+        inverse_RF = _rows(packed_FF[:-1], leaves, upper=True)
+        factor_RR = torch.linalg.cholesky(inverse_RF[:, leaves])
+        solved_RD = torch.linalg.solve_triangular(factor_RR, weight_RD, upper=False)
+        among_RR = _rows(packed_FF[1:], leaves, upper=False)[:, leaves]
+        b[:, :found] = _leading(weight_RD.T @ (among_RR @ weight_RD) - solved_RD.T @ solved_RD, found)
+        toward_RQ = torch.linalg.solve_triangular(factor_RR.T, solved_RD @ b[:, :found], upper=True)
+        a[:found] = (toward_RQ.T @ inverse_RF).mul_(-PART * (gate_F != 0))
+    else:
+        toward_KD = _rows(packed_FF[1:], leaves, upper=False)[:, stays].T @ weight_RD
+        factor_KK = torch.linalg.cholesky(packed_FF[1:][stays][:, stays])  # it reads the lower triangle alone
+        solved_KD = torch.linalg.solve_triangular(factor_KK, toward_KD, upper=False)
+        b[:, :found] = _leading(solved_KD.T @ solved_KD, found)
+        a[:found, stays] = PART * torch.linalg.solve_triangular(factor_KK.T, solved_KD @ b[:, :found], upper=True).T
     return a, b
+
+
+def _rows(matrix_FF: Tensor, rows_R: Tensor, upper: bool) -> Tensor:
+    """Rows [R, F] of a symmetric matrix of which one triangle is there."""
+    order_1F, rows_R1 = torch.arange(len(matrix_FF), device=rows_R.device)[None], rows_R[:, None]
+    there_RF = order_1F >= rows_R1 if upper else order_1F <= rows_R1
+    return torch.where(there_RF, matrix_FF[rows_R], matrix_FF[:, rows_R].T)
 
 
 def _leading(matrix_DD: Tensor, count: int) -> Tensor:
