@@ -82,8 +82,7 @@ def _gradients(model: PairedModel, places: list[tuple[nn.Module, bool, Tensor]],
     with ExitStack() as hooks:
         for (module, before, _), sums in zip(places, found, strict=True):
             hooks.enter_context(_watch(module, before, sums))
-        # As many tokens' logits at once as a sequence has.
-        loss = model(ids, plain, None, LossConfig(chunk=min(LossConfig().chunk, ids.shape[1]))).total
+        loss = model(ids, plain, None, LossConfig()).total
         # A whole backward, not autograd.grad: it also passes the places where ZeRO-3 frees what it gathered.
         (loss * len(ids)).backward()
     return found
