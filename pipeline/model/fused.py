@@ -72,7 +72,8 @@ class _Ffn:
 
     def __call__(self, x: Tensor) -> Tensor:
         # Whoever hooks down_proj wants to see its input, which the kernels never make a tensor of its own.
-        call = None if self.parts[2]._forward_pre_hooks else fused_ffn(x)
+        down = self.parts[2]
+        call = None if down._forward_pre_hooks or down._forward_hooks else fused_ffn(x)
         return self.inner(x) if call is None else call(x, tuple(part.product for part in self.parts), self.gelu)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nuteprune.model.layers import LoraParameters, LoraWeights
@@ -73,3 +74,14 @@ def joined(lora: LoraWeights, frozen: LoraWeights) -> dict[str, tuple[Tensor, Te
         a, b = lora.get(key, (a_QK[:0], b_NQ[:, :0]))
         whole[key] = torch.cat([a_QK.to(a.dtype), a]), torch.cat([b_NQ.to(b.dtype), b], 1)
     return whole
+
+
+def trimmed(pairs: LoraWeights) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs without the last ranks whose row of A is zero, in memory of their own."""
+    used = {key: max(a.any(1).nonzero().flatten().tolist(), default=-1) + 1 for key, (a, _) in pairs.items()}
+    return {key: (a[: used[key]].clone(), b[:, : used[key]].clone()) for key, (a, b) in pairs.items()}
+
+
+def padded(pairs: LoraWeights, ranks: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs of so many ranks, the last of them zero: the inverse of `trimmed`."""
+    return {key: (F.pad(a, (0, 0, 0, ranks - len(a))), F.pad(b, (0, ranks - len(a)))) for key, (a, b) in pairs.items()}

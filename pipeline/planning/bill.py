@@ -103,8 +103,8 @@ def importance_seconds(job: Job, layout: Layout) -> float:
     """Forward and backward of the intact model, with gradients of gates alone, on N/n tokens of each rank.
 
     FLOP of a token: 4 a weight of the projections, 3.5 · 2·T·H·P of causal attention, 4 a weight of the head. Sequences
-    go through one by one; each gathers what a micro-batch of a step does, and takes two thirds of its launches: there
-    is no teacher.
+    go through as many at a time as in a step, one by one where there are experts; each pass gathers what one of a step
+    does, and takes two thirds of its launches: there is no teacher.
     """
     spec, config = job.spec, job.config
     if config.gates.init != "importance":
@@ -112,7 +112,8 @@ def importance_seconds(job: Job, layout: Layout) -> float:
     tokens = math.ceil(min(config.gates.importance_tokens, job.text) / job.tokens) * job.tokens
     attention = spec.layers * 2 * config.data.seq_len * spec.heads * spec.head_dim
     compute = tokens * (4 * spec.prunable_read + 3.5 * attention + 4 * spec.vocab * spec.hidden)
-    count = tokens // (job.cluster.ranks * config.data.seq_len)
+    at_once = 1 if spec.experts > 1 else layout.micro_batch
+    count = math.ceil(tokens / (job.cluster.ranks * config.data.seq_len * at_once))
     moved, part = traffic(job, layout), count / passes(job, layout)
     gathers = part * (gather_seconds(moved.intra, moved.inter, job.cluster) + moved.host / job.cluster.card.host)
     return max(compute / job.cluster.ranks / job.flops + gathers, 2 / 3 * count * launch_seconds(spec))
@@ -146,19 +147,20 @@ def reading_seconds(job: Job, layout: Layout) -> float:
 def fitting_seconds(job: Job, layout: Layout) -> float:
     """`TIMES` fits while units leave, and one when the gates settle; each rank fits the layers that it owns.
 
-    FLOP of a fit, in float32, with K of the F units kept as the schedule has it: Cholesky K³/3, what is fitted
-    2·K·(F - K)·D, solving 2·K²·D, its part of the output 2·K·D². G comes from host memory (4·F² bytes), and so does
-    down_proj under ZeRO-3 (s·F·D); the pairs (Q·(F + D) of each layer, in the model's type) are summed over the ranks.
+    FLOP in float32: F³ once for each layer, to invert G with its ridge; of a fit, with R of the F units gone as the
+    schedule has it, Cholesky R³/3, solving and products 3·R²·D + 4·R·D², and 2·R·F·Q for the pair. What is kept of G
+    comes from host memory (4·F² bytes), and so does down_proj under ZeRO-3 (s·F·D); the pairs (Q·(F + D) of each layer,
+    in the model's type) are summed over the ranks.
     """
     spec, cluster = job.spec, job.cluster
     if not refit_sizes(job):
         return 0.0
     settled = settle_step(job.config, job.steps)
     count = min(TIMES, settled) + 1
-    d, f, flops = spec.hidden, spec.ffn, 0.0
+    d, f, flops = spec.hidden, spec.ffn, float(spec.ffn**3)
     for number in range(1, count + 1):
-        k = f * (1 - target_at(job.config, settled * number // count, job.steps))
-        flops += k**3 / 3 + 2 * k * (f - k) * d + 2 * k**2 * d + 2 * k * d**2
+        r = f * target_at(job.config, settled * number // count, job.steps)
+        flops += r**3 / 3 + 3 * r**2 * d + 4 * r * d**2 + 2 * r * f * job.config.lora.refit
     copied = count * (FP32 * f**2 + (job.itemsize * f * d if layout.stage == 3 else 0))
     fits = flops / (cluster.card.single * cluster.mfu) + copied / cluster.card.host
     summed = 2 * job.itemsize * refit_parameters(job)

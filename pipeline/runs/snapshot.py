@@ -22,7 +22,8 @@ class Snapshot:
         gates: deterministic gates, float32.
         scores: log-alpha by kind, float32: the order in which units leave, for export.
         lora: LoRA pairs in bfloat16.
-        frozen: those of `lora.refit`, in bfloat16; snapshots between which they did not change have the same ones.
+        frozen: those of `lora.refit`, in bfloat16, without the last ranks where those are zero; snapshots between which
+            they did not change have the same ones.
         fitted: step of which those are, None where there are none.
         teaches: whether it can be a teacher. One that cannot is a rung: it has no LoRA, and while the run trains no
             tensors at all, which lie on the disk.

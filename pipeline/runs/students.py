@@ -16,7 +16,7 @@ from nuteprune.config import Config, Shape, load_config
 from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
-from nuteprune.model.lora import joined
+from nuteprune.model.lora import joined, padded
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory, read_json, sha256, verify
 from nuteprune.runs.fingerprint import check_base
 from nuteprune.runs.rundir import (
@@ -194,7 +194,7 @@ def rung_lora(trained: Run, snapshot: Snapshot) -> dict[str, tuple[Tensor, Tenso
     merged = {}
     for key, (a_RK, b_NR) in trained.lora.items():
         merged[key] = a_RK[-rank:], share * b_NR[:, -rank:]
-    return joined(merged, snapshot.frozen)
+    return joined(merged, padded(snapshot.frozen, trained.config.lora.refit))
 
 
 def structure(

@@ -123,7 +123,7 @@ class Pruning(Trainer):
                     bar.update()
 
         log.info("measuring the importance of %s on %d tokens", ", ".join(self.masks.kinds), count * tokens)
-        importance = taylor_importance(self.model, self.masks.kinds, batches())
+        importance = taylor_importance(self.model, self.masks.kinds, batches(), self.micro_batch)
         return {kind: self.world.sum(value) for kind, value in importance.items()}
 
     def halt(self) -> None:

@@ -70,7 +70,7 @@ def measure_grams(
         layers: whose G is wanted, rising.
         shown: show a progress bar.
         halt: called before each part of the text, to end it by an exception.
-        keep: called on every rank for each of `layers`, with G (float32, in host memory) where `owner_of` names it.
+        keep: called on every rank for each of `layers`, with G (float32) where `owner_of` names it.
     """
     streams, count = Streams(model, ids_NT, world), layers[-1] + 1
     with tqdm(total=count * len(streams.parts), desc="FFN units", unit="batch", leave=False, disable=not shown) as bar:
@@ -86,7 +86,7 @@ def measure_grams(
                 continue
             total = gram_of(streams, index, before_part)
             here = world.sum_at(total, owner_of(index, world))
-            keep(index, (total.triu_() + total.triu(1).T).cpu() if here else None)
+            keep(index, total.triu_() + total.triu(1).T if here else None)
 
 
 def owner_of(index: int, world: World) -> int:

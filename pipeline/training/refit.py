@@ -7,7 +7,7 @@ With h the FFN's activations, K the units that stay and R those that leave, W_R 
 with the intact model's own activations, each token weighted by w = 1 / the mean square of the stream, as in the layer
 term of the loss, so that a few tokens with massive activations do not rule it. (Frantar et al. 2022, arXiv 2208.11580,
 fit a layer's weights so; SlimLLM, ICML 2025, those of output matrices.) Kept is what adds most to the output: with U
-the leading eigenvectors of S = ΔW G_KK ΔWᵀ the pair is A = `PART` Uᵀ ΔW, B = U.
+the leading eigenvectors of S = W_R G_RK (G_KK + ridge)⁻¹ G_KR W_Rᵀ the pair is A = `PART` Uᵀ ΔW, B = U.
 
 Shape letters: D hidden, F units, K units that stay, R units that leave, Q ranks.
 """
@@ -46,6 +46,8 @@ TIMES = 25
 STORED_BYTES = 4 * 2**30
 """Of G that a run writes for a restart. More is measured again: several accelerators do that in the time that writing
 takes."""
+FEW = 0.4
+"""Share of the units that leave, from which on a fit by those that stay costs less than one by those that leave."""
 FP32 = 4
 _EPS, _ITERATIONS = 1e-8, 3
 
@@ -72,7 +74,7 @@ class Refit:
         self.every = max(1, min(settle_step(config, total), total) // TIMES)
         self.layers = [index for index in range(model.spec.layers) if f"{index}.down_proj" in model.update.frozen]
         self._measured = False
-        self._grams: dict[int, Tensor] = {}
+        self._packed: dict[int, Tensor] = {}
         self._weights: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -86,9 +88,9 @@ class Refit:
         for index in self.layers:
             a_QF, b_DQ = model.update.frozen[f"{index}.down_proj"]
             parts += [a_QF, b_DQ]
-            if index in self._grams:
-                weight_DF, gram_FF = (held[index].to(device) for held in (self._weights, self._grams))
-                a, b = low_rank(weight_DF, gram_FF, gate_LF[index], self.ranks)
+            if index in self._packed:
+                weight_DF, packed_FF = (held[index].to(device) for held in (self._weights, self._packed))
+                a, b = low_rank(weight_DF, packed_FF, gate_LF[index], self.ranks)
                 a_QF.copy_(a)
                 b_DQ.copy_(b / model.scaling)
             else:
@@ -119,9 +121,9 @@ class Refit:
             self._check_memory(batches * tokens)
         store = store if len(self.layers) * FP32 * ffn**2 <= STORED_BYTES else None
         own = [index for index in self.layers if owner_of(index, world) == world.rank]
-        found = {index: store.load(f"gram-{index}") for index in own} if store else {}
-        self._grams = {index: tensors["gram"] for index, tensors in found.items() if tensors is not None}
-        missing = sorted(i for each in world.gather([i for i in own if i not in self._grams]) for i in each)
+        found = {index: store.load(f"units-{index}") for index in own} if store else {}
+        self._packed = {index: tensors["packed"] for index, tensors in found.items() if tensors is not None}
+        missing = sorted(i for each in world.gather([i for i in own if i not in self._packed]) for i in each)
         if missing:
             log.info("measuring the FFN units on %d tokens", batches * tokens)
             ids = torch.cat([self.stream.batch(number) for number in range(batches)])
@@ -129,17 +131,17 @@ class Refit:
         for index in self.layers:
             weight = _down_proj(self.model.layers[index].layer)
             with gathered(weight):
-                if index in self._grams:
+                if index in self._packed:
                     self._weights[index] = weight.to("cpu", copy=True) if hasattr(weight, "ds_id") else weight
         self._measured = True
 
     def _keep(self, store: Preparation | None, index: int, gram_FF: Tensor | None) -> None:
         if gram_FF is not None:
-            self._grams[index] = gram_FF
+            self._packed[index] = packed(gram_FF).cpu()
         if store is not None:
             with self.world.together():
                 if gram_FF is not None:
-                    store.save(f"gram-{index}", {"gram": gram_FF})
+                    store.save(f"units-{index}", {"packed": self._packed[index]})
 
     def _check_memory(self, tokens: int) -> None:
         """Raise `UserError` unless this node's memory holds G, the text on its way and gathered weights."""
@@ -156,33 +158,61 @@ class Refit:
 
     def free(self) -> None:
         """Give the memory back, when the gates have settled."""
-        self._grams, self._weights, self._measured = {}, {}, False
+        self._packed, self._weights, self._measured = {}, {}, False
 
 
-def low_rank(weight_DF: Tensor, gram_FF: Tensor, gate_F: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+def packed(gram_FF: Tensor) -> Tensor:
+    """G, overwritten, as P [F + 1, F]: M = G + ridge is the lower triangle of P[1:], M⁻¹ the upper one of P[:-1].
+
+    With M⁻¹ a fit costs what the units that leave cost, which are few at first: with C = (M⁻¹)_RR it is
+    M_KK⁻¹ G_KR = -(M⁻¹)_KR C⁻¹, and G_RK M_KK⁻¹ G_KR = M_RR - C⁻¹.
+    """
+    diagonal_F = gram_FF.diagonal()
+    diagonal_F.add_(RIDGE * diagonal_F + _EPS * diagonal_F.mean())  # the second: a unit that never fires
+    packed_FF = gram_FF.new_zeros(len(gram_FF) + 1, len(gram_FF))
+    packed_FF[:-1] = torch.cholesky_inverse(torch.linalg.cholesky(gram_FF)).triu_()
+    packed_FF[1:] += gram_FF.tril_()
+    return packed_FF
+
+
+def low_rank(weight_DF: Tensor, packed_FF: Tensor, gate_F: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
     """A [Q, F] and B [D, Q], float32: `PART` of the best update of those ranks; zero where there is none.
 
     Args:
         weight_DF: down_proj.
-        gram_FF: G, float32.
+        packed_FF: of G, float32.
         gate_F: gates of the units.
         ranks: Q.
     """
-    (hidden, units), new = weight_DF.shape, gram_FF.new_zeros
+    (hidden, units), new = weight_DF.shape, packed_FF.new_zeros
     a, b = new(ranks, units), new(hidden, ranks)
     stays, leaves = (gate_F != 0).nonzero().flatten(), (gate_F == 0).nonzero().flatten()
     if not len(stays) or not len(leaves):
         return a, b
-    among_KK = gram_FF[stays][:, stays]
-    among_KK.diagonal().mul_(1 + RIDGE).add_(_EPS * gram_FF.diagonal().mean())  # a unit that never fires
-    toward_KD = gram_FF[stays][:, leaves] @ weight_DF[:, leaves].float().T
-    update_KD = torch.cholesky_solve(toward_KD, torch.linalg.cholesky(among_KK))
-    adds_DD = toward_KD.T @ update_KD
-    directions_DQ = _leading(adds_DD, min(ranks, hidden))
-    found = directions_DQ.shape[1]
-    b[:, :found] = directions_DQ
-    a[:found, stays] = PART * directions_DQ.T @ update_KD.T
+    weight_RD = weight_DF[:, leaves].float().T
+    found = min(ranks, hidden, len(leaves))  # the rank of what is fitted, at most
+    if len(leaves) < FEW * units:
+        inverse_RF = _rows(packed_FF[:-1], leaves, upper=True)
+        factor_RR = torch.linalg.cholesky(inverse_RF[:, leaves])
+        solved_RD = torch.linalg.solve_triangular(factor_RR, weight_RD, upper=False)
+        among_RR = _rows(packed_FF[1:], leaves, upper=False)[:, leaves]
+        b[:, :found] = _leading(weight_RD.T @ (among_RR @ weight_RD) - solved_RD.T @ solved_RD, found)
+        toward_RQ = torch.linalg.solve_triangular(factor_RR.T, solved_RD @ b[:, :found], upper=True)
+        a[:found] = (toward_RQ.T @ inverse_RF).mul_(-PART * (gate_F != 0))
+    else:
+        toward_KD = _rows(packed_FF[1:], leaves, upper=False)[:, stays].T @ weight_RD
+        factor_KK = torch.linalg.cholesky(packed_FF[1:][stays][:, stays])  # it reads the lower triangle alone
+        solved_KD = torch.linalg.solve_triangular(factor_KK, toward_KD, upper=False)
+        b[:, :found] = _leading(solved_KD.T @ solved_KD, found)
+        a[:found, stays] = PART * torch.linalg.solve_triangular(factor_KK.T, solved_KD @ b[:, :found], upper=True).T
     return a, b
+
+
+def _rows(matrix_FF: Tensor, rows_R: Tensor, upper: bool) -> Tensor:
+    """Rows [R, F] of a symmetric matrix of which one triangle is there."""
+    order_1F, rows_R1 = torch.arange(len(matrix_FF), device=rows_R.device)[None], rows_R[:, None]
+    there_RF = order_1F >= rows_R1 if upper else order_1F <= rows_R1
+    return torch.where(there_RF, matrix_FF[rows_R], matrix_FF[:, rows_R].T)
 
 
 def _leading(matrix_DD: Tensor, count: int) -> Tensor:

@@ -67,8 +67,10 @@ def test_a_rung_has_what_the_run_learned_to_its_end(rung, config, run_dir, text_
         fitted = len(a) - rank
         assert fitted == (trained.config.lora.refit if key.endswith("down_proj") else 0)
         if fitted:
-            assert torch.equal(a[:fitted], snapshot.frozen[key][0].float())
-            assert torch.equal(b[:, :fitted], snapshot.frozen[key][1].float())
+            used = len(snapshot.frozen[key][0])
+            assert torch.equal(a[:used], snapshot.frozen[key][0].float())
+            assert torch.equal(b[:, :used], snapshot.frozen[key][1].float())
+            assert not a[used:fitted].any()
     merged = cross_entropy(config, rung, text_file)
     untrained = {key: (a, torch.cat([b[:, :-rank], 0 * b[:, -rank:]], 1)) for key, (a, b) in before.lora.items()}
     monkeypatch.setattr("nuteprune.runs.students.rung_lora", lambda *_: untrained)

@@ -21,7 +21,7 @@ from nuteprune.parallel.distributed import World
 from nuteprune.runs.rundir import load_adapter, load_run
 from nuteprune.stages import export, finetune, prune, recover
 from nuteprune.training import gram, refit
-from nuteprune.training.refit import PART, RIDGE, Refit, low_rank
+from nuteprune.training.refit import PART, RIDGE, Refit, low_rank, packed
 from nuteprune.training.signals import Preempted
 
 TEXT = torch.randint(0, VOCAB, (64, 32), generator=torch.Generator().manual_seed(0))
@@ -58,7 +58,7 @@ def test_all_ranks_are_the_least_squares_fit_and_fewer_its_best_part():
     fit = torch.linalg.lstsq(rows.double(), wanted.double()).solution.T.float()
     errors = []
     for ranks in (1, 3, 10, 14):
-        a, b = low_rank(weight, gram, gate, ranks)
+        a, b = low_rank(weight, packed(gram.clone()), gate, ranks)
         assert a.shape == (ranks, 24)
         assert b.shape == (10, ranks)
         assert not a[:, leaves].any()
@@ -72,7 +72,7 @@ def test_all_ranks_are_the_least_squares_fit_and_fewer_its_best_part():
 
 @pytest.mark.parametrize("gate", [torch.ones(6), torch.zeros(6)])
 def test_nothing_is_fitted_where_all_or_no_units_stay(gate):
-    a, b = low_rank(random(4, 6), torch.eye(6), gate, 2)
+    a, b = low_rank(random(4, 6), packed(torch.eye(6)), gate, 2)
     assert not a.any()
     assert not b.any()
 
@@ -190,13 +190,13 @@ def test_what_was_measured_before_a_signal_is_not_measured_again(settings, tmp_p
     with pytest.raises(Preempted, match="SIGTERM before the first step"):
         trainer.start()
     stored = sorted(path.name.split(".")[0] for path in Path(parted.run_dir, "preparation").iterdir())
-    assert stored == ["gram-0", "gram-1", "importance"]
+    assert stored == ["importance", "units-0", "units-1"]
     looked = []
     again = prune.Pruning.build(parted, World())
     again.importance, again.halt = None, lambda: looked.append(again)
     again.start()
     assert len(looked) == 3  # the text went through all layers, to measure the last
-    next(Path(parted.run_dir, "preparation").glob("gram-1*")).write_bytes(b"damaged")
+    next(Path(parted.run_dir, "preparation").glob("units-1*")).write_bytes(b"damaged")
     prune.run(parted)
     assert not Path(parted.run_dir, "preparation").exists()
     lines = [Path(config.run_dir, "metrics.jsonl").read_text().splitlines() for config in (whole, parted)]
@@ -215,7 +215,7 @@ def test_memory_is_asked_for_before_and_given_back_when_gates_settle(settings, m
     trainer.step = 15
     trainer.constrain()
     assert trainer.masks.fixed is not None
-    assert not trainer.refit._grams
+    assert not trainer.refit._packed
 
 
 def test_peft_opens_the_adapter_and_later_stages_go_on_from_it(settings, model_dir, tmp_path):

@@ -9,6 +9,7 @@ from tiny import tiny_config
 from nuteprune.arch import read_spec
 from nuteprune.config import TeacherConfig
 from nuteprune.masks import Gates, unit_shape
+from nuteprune.model.lora import padded
 from nuteprune.runs.snapshot_files import load_snapshots, save_snapshots
 from nuteprune.training.teachers import TEACHERS, Numerous, Teacher
 
@@ -118,8 +119,9 @@ def test_what_can_never_teach_is_a_rung_on_the_disk_of_one_rank(tmp_path):
 
 def test_frozen_ranks_that_did_not_change_are_held_and_written_once(tmp_path):
     b, frozen = bank(), {"0.down_proj": (torch.randn(3, SPEC.ffn).bfloat16(), torch.randn(SPEC.hidden, 3).bfloat16())}
+    room = padded(frozen, 5)  # of the ranks for which there was nothing to fit, none is kept
     others = {"0.down_proj": tuple(t * 2 for t in frozen["0.down_proj"])}
-    for percent, ranks, fitted in ((1, frozen, 0), (2, frozen, 0), (3, others, 4)):
+    for percent, ranks, fitted in ((1, room, 0), (2, room, 0), (3, others, 4)):
         gates = Gates(ffn=torch.rand(unit_shape(SPEC, "ffn")))
         b.record(percent, percent / 100, gates, {}, {"0.q_proj": (torch.randn(2, 4), torch.randn(4, 2))}, ranks, fitted)
     first, second, third = b.snapshots

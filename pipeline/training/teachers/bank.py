@@ -13,7 +13,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import TeacherConfig
 from nuteprune.masks import Gates
 from nuteprune.model.layers import LoraWeights, View, build_view
-from nuteprune.model.lora import joined
+from nuteprune.model.lora import joined, trimmed
 from nuteprune.runs.snapshot import Pairs, Snapshot, nbytes
 from nuteprune.runs.snapshot_files import write_rung
 
@@ -76,7 +76,7 @@ class SnapshotBank:
                 scores={k: s.detach().to("cpu", torch.float32, copy=True) for k, s in scores.items()},
                 # As a rung it gets the LoRA that the run ends with (`students.rung_lora`).
                 lora=_on_host(lora if teaches else {}),
-                frozen=last.frozen if same else _on_host(frozen or {}),
+                frozen=last.frozen if same else trimmed(_on_host(frozen or {})),
             )
             if teaches:
                 known = whole
