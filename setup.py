@@ -34,13 +34,13 @@ setup(
         "gguf>=0.10",
         "lm-eval[hf]>=0.4.10",
         "matplotlib>=3.9",
-        "mpi4py>=4.0",
+        "mpi4py>=4.1",  # the first with wheels
         "numpy>=2.0",
         "peft>=0.18",
         "psutil>=5.9",
         "pyyaml>=6.0",
         "safetensors>=0.5",
-        "tensorboard>=2.16",
+        "tensorboard>=2.16.2",  # 2.16.0 wants a nightly TensorFlow
         "torch>=2.7.1",  # before, init_process_group(device_id=…) hangs
         "tqdm>=4.66",
         "transformers>=5.13",  # before, a folder named `kernels` on the path keeps every model from loading

@@ -37,7 +37,7 @@ from nuteprune.training.determinism import deterministic
 from nuteprune.training.engine import Engine
 from nuteprune.training.inputs import fetch_model
 from nuteprune.training.lifecycle import check_directory, claim_directory, is_finished
-from nuteprune.training.memory import is_out_of_memory
+from nuteprune.training.memory import TooLarge, is_out_of_memory, remember, remembered
 from nuteprune.training.resume import check_fits
 from nuteprune.training.signals import Preempted, Stop, stop_signals
 from nuteprune.training.tracking import Tracker, check_reporters, progress_bar
@@ -149,7 +149,11 @@ class Trainer(ABC):
     def _backward(self, forward: Callable[[Tensor], Losses]) -> Tensor | None:
         """Sums of the loss terms over the rank's batch; None where it has to be gone through again, in smaller parts.
 
-        Each rank goes by its own memory. Not where weights are partitioned: there the others would wait in a gather.
+        Each rank goes by its own memory, unless weights are partitioned: there the others wait in a gather, and all of
+        them have to start again.
+
+        Raises:
+            TooLarge: that.
         """
         batch = self.stream.batch(self.step).to(self.world.device)
         sums = torch.zeros(5, dtype=torch.float64, device=self.world.device)
@@ -162,7 +166,7 @@ class Trainer(ABC):
                 self.engine.backward(losses.total * share)
                 sums[:4] += torch.stack(losses).detach().double() * share
         except (RuntimeError, MemoryError) as error:
-            if self.micro_batch == 1 or self.model.partitioning or not is_out_of_memory(error):
+            if self.micro_batch == 1 or not is_out_of_memory(error):
                 raise
         else:
             return sums
@@ -170,6 +174,12 @@ class Trainer(ABC):
         self.engine.discard()
         torch.cuda.empty_cache()
         self.micro_batch = -(-min(self.micro_batch, len(batch)) // 2)
+        if self.model.partitioning:
+            remember(self.checkpoints.directory, self.micro_batch)
+            raise TooLarge(
+                f"rank {self.world.rank}: out of memory at step {self.step}: start the same command again, it goes on "
+                f"from the newest checkpoint with train.micro_batch={self.micro_batch}"
+            )
         log.warning("out of memory: step %d again, %d sequences at a time", self.step, self.micro_batch)
         return None
 
@@ -207,6 +217,7 @@ def train(config: Config, stage: type[Trainer]) -> Path:
         TrainingFailed: too many steps in a row were not finite.
         Preempted: SIGTERM, SIGUSR1 or SIGINT came to any rank; the state is saved.
         RankLost: another rank died.
+        TooLarge: this rank's memory was too small for a micro-batch on partitioned weights.
     """
     world = discover()
     ranks = connected(world, config.train.rank_timeout) if world.size > 1 or config.deepspeed else nullcontext()
@@ -233,6 +244,7 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
     with world.together():
         if world.is_main:
             claim_directory(config, stage.outputs)
+    trainer.micro_batch = world.from_main(remembered(trainer.checkpoints.directory, trainer.micro_batch))
     resume(trainer)
     trainer.stop, stop.polled = stop, True
     with world.together():
