@@ -20,7 +20,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants chaos check-vllm check-llamacpp check-torchao check-transformers docs lint lock format clean
+.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants chaos check-vllm check-llamacpp check-torchao check-transformers docs site site-links lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -113,6 +113,12 @@ check-transformers: $(call HAVE,config.json) $(VENV) ## load exports and generat
 docs: $(VENV) ## write docs/configuration.md anew from the settings' fields
 	$(BIN)/python -m nuteprune.config.reference > docs/configuration.md
 
+site: $(VENV) ## the documents as a site, build/site/docs/index.html; a dead link or anchor is an error
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site
+
+site-links: $(VENV) ## ask every link that leads out, where there is a network
+	$(BIN)/sphinx-build -q -W --keep-going -b linkcheck -c docs . build/links
+
 lint: $(VENV) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -123,7 +129,7 @@ lock: ## renew constraints.txt, the versions that make venv and CI install
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet uv
 	echo "torch==$(TORCH)" >.venv-lock/torch.txt
-	.venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --no-annotate \
+	.venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --extra docs --no-annotate \
 		--no-emit-package nuteprune --custom-compile-command "make lock" --constraint .venv-lock/torch.txt \
 		setup.py --output-file constraints.txt
 
@@ -139,7 +145,7 @@ $(VENV): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is older than 3.10: make venv PYTHON=python3.12, say"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 # Of the package only its plugin, for what vLLM chooses by itself (IMPL=auto).

@@ -31,7 +31,7 @@ setup(
         "accelerate>=1.0",
         "datasets>=4.0",
         "deepspeed>=0.19",
-        "gguf>=0.10",
+        "gguf>=0.17.1",  # before, its import needs sentencepiece, which it does not bring
         "lm-eval[hf]>=0.4.10",
         "matplotlib>=3.9",
         "mpi4py>=4.1",  # the first with wheels
@@ -40,7 +40,7 @@ setup(
         "psutil>=5.9",
         "pyyaml>=6.0",
         "safetensors>=0.5",
-        "tensorboard>=2.16.2",  # 2.16.0 wants a nightly TensorFlow
+        "tensorboard>=2.18",  # before, it knows no NumPy 2
         "torch>=2.7.1",  # before, init_process_group(device_id=…) hangs
         "tqdm>=4.66",
         "transformers>=5.13",  # before, a folder named `kernels` on the path keeps every model from loading
@@ -61,7 +61,8 @@ setup(
             "triton>=3.3; platform_system == 'Linux'",  # whose interpreter the tests use beside torch's CPU build
             "types-PyYAML",
             "types-tqdm",
-        ]
+        ],
+        "docs": ["furo", "myst-parser>=4.0", "sphinx>=8.1"],
     },
     entry_points={
         "console_scripts": ["nuteprune=nuteprune.__main__:cli"],
