@@ -20,7 +20,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants chaos check-vllm check-llamacpp check-torchao check-transformers docs site site-links lint lock format clean
+.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants chaos check-vllm check-llamacpp check-torchao check-transformers docs site site-links picture lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -118,6 +118,12 @@ site: $(VENV) ## the documents as a site, build/site/docs/index.html; a dead lin
 
 site-links: $(VENV) ## ask every link that leads out, where there is a network
 	$(BIN)/sphinx-build -q -W --keep-going -b linkcheck -c docs . build/links
+
+picture: $(VENV) ## docs/report.png, which the README shows, from the report of `make demo`; needs Chromium
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1430 --screenshot=docs/report.png \
+		file://$(abspath runs/demo/evaluate/report.html)
+	$(BIN)/python -c "from PIL import Image; \
+		Image.open('docs/report.png').convert('RGB').quantize(128, dither=0).save('docs/report.png', optimize=True)"
 
 lint: $(VENV) ## check style and types
 	$(BIN)/ruff check .
