@@ -17,6 +17,7 @@ from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World, discover
 from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.planning.machine import with_micro_batch
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import (
     open_run,
@@ -103,6 +104,7 @@ class Recovering(FixedGates):
         with world.together():
             # Another order than that of pruning, whose last batches the snapshot has not seen.
             stream = BatchStream(blocks, config.train.batch_size, config.seed + 1, world.rank, world.size)
+        config = with_micro_batch(config, spec, world, zero, config.train.steps)
         model = load_paired(config, world, zero)
         model.update.load(student.lora)
         masks = MaskSet(spec, config.gates).to(world.device)
