@@ -20,11 +20,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-<<<<<<< HEAD
-.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants chaos check-vllm check-llamacpp check-torchao check-transformers docs site site-links picture lint lock format clean
-=======
-.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants bench-peers chaos check-vllm check-llamacpp check-torchao check-transformers docs lint lock format clean
->>>>>>> main
+.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants bench-peers chaos check-vllm check-llamacpp check-torchao check-transformers docs site site-links picture lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
