@@ -20,7 +20,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants bench-peers chaos check-vllm check-llamacpp check-torchao check-transformers docs site site-links picture lint lock format clean
+.PHONY: help venv demo models demo-slurm test test-lowest bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants bench-peers chaos check-vllm check-llamacpp check-torchao check-transformers docs site site-links picture lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,15 @@ demo-slurm: $(VENV) $(FETCHED) $(TEXT) ## the same as jobs of a real SLURM clust
 
 test: $(VENV) $(FETCHED) ## run the tests; TESTS=tests/unit runs some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+
+test-lowest: ## the unit tests with the lowest versions that setup.py allows (torch's CUDA build: 3 GB)
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet uv
+	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev --no-emit-package nuteprune setup.py \
+		--output-file .venv-lowest/lowest.txt
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --requirement .venv-lowest/lowest.txt
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --no-deps --editable .
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) $(TESTS)/unit
 
 bench: $(VENV) $(FETCHED) ## time a training step against sparsity
 	$(BIN)/python -m nuteprune.bench.steps

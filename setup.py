@@ -29,10 +29,10 @@ setup(
     },
     install_requires=[
         "accelerate>=1.0",
-        "datasets>=4.0",
+        "datasets>=4.8.5",  # before, a column of mixed types in JSONL ends the reading of the others
         "deepspeed>=0.19",
         "gguf>=0.17.1",  # before, its import needs sentencepiece, which it does not bring
-        "lm-eval[hf]>=0.4.10",
+        "lm-eval[hf]>=0.4.12",  # before, its TaskManager has no `load`
         "matplotlib>=3.9",
         "mpi4py>=4.1",  # the first with wheels
         "numpy>=2.0",
@@ -41,9 +41,9 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "tensorboard>=2.18",  # before, it knows no NumPy 2
-        "torch>=2.7.1",  # before, init_process_group(device_id=…) hangs
+        "torch>=2.9",
         "tqdm>=4.66",
-        "transformers>=5.13",  # before, a folder named `kernels` on the path keeps every model from loading
+        "transformers>=5.16.1",  # before 5.15 `per_layer_config` holds plain dicts; 5.15 was not enough either
         # No triton: torch's builds for CUDA and ROCm bring theirs, and PyPI's would overwrite that of ROCm's.
     ],
     extras_require={
