@@ -46,7 +46,7 @@ test-lowest: ## the unit tests with the lowest versions that setup.py allows (to
 		--output-file .venv-lowest/lowest.txt
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --requirement .venv-lowest/lowest.txt
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --no-deps --editable .
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) $(TESTS)/unit
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) tests/unit
 
 bench: $(VENV) $(FETCHED) ## time a training step against sparsity
 	$(BIN)/python -m nuteprune.bench.steps
