@@ -28,7 +28,7 @@ def test_the_next_start_takes_half_the_sequences_with_the_same_losses(tokenizer,
     tiny_model("llama", intermediate_size=4096).save_pretrained(base)
     tokenizer.save_pretrained(base)
     settings = [
-        f"model.path={base}", f"data.source={text_file}", "data.seq_len=256", "train.steps=2", "train.batch_size=16",
+        f"model.path={base}", f"data.source={text_file}", "data.seq_len=256", "train.steps=1", "train.batch_size=16",
         "gates.init=drop_rate", "lora.refit=0", "tracking.progress=false",
     ]  # fmt: skip
     command = ["prune", *settings, f"run_dir={tmp_path / 'two'}", "deepspeed=zero3"]
