@@ -28,7 +28,7 @@ setup(
         "nuteprune.slurm": ["*.sh", "*.sbatch", "*.md", "clusters/*.env"],
     },
     install_requires=[
-        "accelerate>=1.0",
+        "accelerate>=1.1",  # which transformers wants
         "datasets>=4.8.5",  # before, a column of mixed types in JSONL ends the reading of the others
         "deepspeed>=0.19",
         "gguf>=0.17.1",  # before, its import needs sentencepiece, which it does not bring
@@ -41,9 +41,9 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "tensorboard>=2.18",  # before, it knows no NumPy 2
-        "torch>=2.9",
+        "torch>=2.11",  # before, a dry run lacks a fake broadcast
         "tqdm>=4.66",
-        "transformers>=5.16.1",  # before 5.15 `per_layer_config` holds plain dicts; 5.15 was not enough either
+        "transformers>=5.19",  # before, a model with code of its own is not loaded
         # No triton: torch's builds for CUDA and ROCm bring theirs, and PyPI's would overwrite that of ROCm's.
     ],
     extras_require={
