@@ -154,6 +154,6 @@ def with_micro_batch(config: Config, spec: ArchSpec, world: World, zero: dict | 
 
 def layout_of(zero: dict | None, checkpointing: bool) -> Layout:
     """The layout that complete DeepSpeed settings (None: without) stand for, one sequence at a time."""
-    section = zero["zero_optimization"] if zero else {"stage": 0}
+    section: dict[str, Any] = zero["zero_optimization"] if zero else {"stage": 0}
     offload = (section.get("offload_param") or {}).get("device", "none") != "none"
     return Layout(section["stage"], 1, checkpointing, offload, section.get("zero_hpz_partition_size", 1) > 1)
