@@ -30,7 +30,7 @@ setup(
     install_requires=[
         "accelerate>=1.1",  # which transformers wants
         "datasets>=4.8.5",  # before, a column of mixed types in JSONL ends the reading of the others
-        "deepspeed>=0.19",
+        "deepspeed>=0.19.2",  # before, a dry run fails
         "gguf>=0.17.1",  # before, its import needs sentencepiece, which it does not bring
         "lm-eval[hf]>=0.4.12",  # before, its TaskManager has no `load`
         "matplotlib>=3.9",
