@@ -5,34 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError
 from nuteprune.data.prepared import load_blocks
 from nuteprune.data.text import packed_blocks
-from nuteprune.exporting import modeling_ragged
 from nuteprune.exporting.card import RECORD, Result, kept_record, model_card
-from nuteprune.exporting.folding import (
-    Fold,
-    exported_parameters,
-    fold_model,
-    model_class,
-    plan_fold,
-    small_config,
-)
-from nuteprune.exporting.gguf_model import FILE, gguf_architecture
-from nuteprune.exporting.gguf_quants import check_quantizer, write_quantized
-from nuteprune.exporting.gguf_vocab import vocabulary
+from nuteprune.exporting.folding import exported_parameters, fold_model, model_class, plan_fold, small_config
 from nuteprune.exporting.publish import push
+from nuteprune.exporting.targets import TARGETS, ExportPlan, Target
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import build_view
 from nuteprune.model.loading import check_dtype, load_model, load_tokenizer, read_config
@@ -40,7 +29,7 @@ from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import Student, newest_student, open_run, shape_of
+from nuteprune.runs.students import newest_student, open_run, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -54,38 +43,6 @@ FLOAT32_ATTENTION = ("sdpa", "eager")
 
 class ExportError(RuntimeError):
     """The small model does not compute what the masked model computes, or has another size: nothing was written."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a base model becomes the small one.
-
-    Attributes:
-        run, student: what is exported.
-        fold: what its gates and LoRA do to the weights.
-        small: configuration of the small model.
-        shape: "uniform", "per_layer_ffn" or "per_layer".
-        dtype: type of the exported weights.
-        shard_size: largest safetensors file.
-    """
-
-    run: Run
-    student: Student
-    fold: Fold
-    small: PreTrainedConfig
-    shape: str
-    dtype: torch.dtype
-    shard_size: str
-
-    @property
-    def config(self) -> Config:
-        """The run's configuration."""
-        return self.run.config
-
-    @property
-    def dtype_name(self) -> str:
-        """The type's name without `torch.`."""
-        return str(self.dtype).removeprefix("torch.")
 
 
 def export_model(config: Config) -> Path:
@@ -108,20 +65,13 @@ def export_model(config: Config) -> Path:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
-    architecture = ""
-    if config.export.gguf != "none":  # what llama.cpp does not know fails before anything is written
-        architecture = gguf_architecture(spec, shape, small)
-        vocabulary(tokenizer)
-        check_quantizer(config.export.gguf)
-    plan = Plan(trained, student, fold, small, shape, dtype, config.export.shard_size)
+    plan = ExportPlan(trained, student, fold, small, shape, dtype, tokenizer, base.generation_config, config.export)
+    first, *others = [target for target in TARGETS.values() if target.check(plan)]
     tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
     with atomic_directory(output) as directory:
-        tokenizer.save_pretrained(directory)
-        result, model = write_model(directory, base, plan, tokens)
-        if architecture:
-            write_quantized(directory, model, tokenizer, architecture, config.export.gguf)
-            # Of Ollama, which takes the chat template from the file too.
-            (directory / "Modelfile").write_text(f"FROM ./{FILE}\n", encoding="utf-8")
+        result, model = write_model(first, directory, base, plan, tokens)
+        for target in others:
+            target.write(directory, plan, model)
         write_record(directory, plan, result)
     log.info("exported %s: %.2f%% of the prunable parameters removed, %s parameters left (%s before)", output,
              100 * result.sparsity, f"{result.parameters:,}", f"{result.base_parameters:,}")  # fmt: skip
@@ -164,15 +114,17 @@ def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
     return blocks[: -(-count // length)]
 
 
-def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tensor) -> tuple[Result, PreTrainedModel]:
-    """Fold the base into a small model, save it and check what was saved; consumes the base.
+def write_model(
+    target: Target, directory: Path, base: PreTrainedModel, plan: ExportPlan, tokens: Tensor
+) -> tuple[Result, PreTrainedModel]:
+    """Fold the base into a small model, write it as a target and check what was written; consumes the base.
 
     The check is on float32 weights read back from the directory; they are cast, and saved again, only after it.
     """
     fold, before = plan.fold, base.num_parameters()
     wanted = masked_logits(base, plan, tokens)
     model = fold_model(base, plan.small, fold, partial(tqdm, desc="folding layers", unit="layer", disable=None))
-    save = partial(_save, directory, plan=plan, generation=base.generation_config)
+    save = partial(target.write, directory, plan)
     save(model)
     del model
     attention = plan.config.model.attention if plan.config.model.attention in FLOAT32_ATTENTION else "sdpa"
@@ -198,7 +150,7 @@ def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tens
     return result, model
 
 
-def _read(plan: Plan, model: PreTrainedModel) -> tuple[int, int]:
+def _read(plan: ExportPlan, model: PreTrainedModel) -> tuple[int, int]:
     """Parameters that are read for a token, of the small model and of the base; zeros where that is all of them."""
     spec, kept = plan.fold.spec, plan.fold.kept
     if spec.experts == 1:
@@ -209,7 +161,7 @@ def _read(plan: Plan, model: PreTrainedModel) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def masked_logits(base: PreTrainedModel, plan: Plan, tokens: Tensor) -> list[Tensor]:
+def masked_logits(base: PreTrainedModel, plan: ExportPlan, tokens: Tensor) -> list[Tensor]:
     """Logits [T, V] of the masked model for each block of tokens; the base keeps its weights."""
     fold = plan.fold
     paired = PairedModel(base, fold.spec, plan.config.lora)
@@ -248,19 +200,9 @@ def check_count(spec: ArchSpec, gates: Gates, model: PreTrainedModel) -> float:
     return counted
 
 
-def write_record(directory: Path, plan: Plan, result: Result) -> None:
+def write_record(directory: Path, plan: ExportPlan, result: Result) -> None:
     """Write README.md and nuteprune.json."""
     card = model_card(plan.run, plan.student, plan.fold, plan.shape, plan.dtype_name, result)
     (directory / "README.md").write_text(card, encoding="utf-8")
     record = json.dumps(kept_record(plan.run, plan.student, plan.fold, result))
     (directory / RECORD).write_text(record + "\n", encoding="utf-8")
-
-
-def _save(directory: Path, model: PreTrainedModel, *, plan: Plan, generation: GenerationConfig) -> None:
-    for old in directory.glob("model*.safetensors*"):  # an earlier save may have had more shards
-        old.unlink()
-    model.save_pretrained(directory, max_shard_size=plan.shard_size)
-    # Copied as it is: transformers refuses to save some of the generation configs that it loads.
-    generation.to_json_file(directory / "generation_config.json", use_diff=True)
-    if plan.shape != "uniform":
-        shutil.copyfile(modeling_ragged.__file__, directory / "modeling_ragged.py")

@@ -1,31 +1,97 @@
-"""What fine-tuning and recovery share: the LoRA of a finished run's student in training, its gates fixed."""
+"""The trainer of students whose gates no longer change: their LoRA, on a stage's batches and with its teacher."""
 
 from __future__ import annotations
 
+import logging
+from abc import abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from nuteprune.masks import MaskSet
-from nuteprune.model.lora import Update
+from nuteprune.arch import ArchSpec
+from nuteprune.config import Config
+from nuteprune.data.text import BatchStream
+from nuteprune.masks import MaskSet, sparsity_of
+from nuteprune.model.layers import View
+from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.pairing import Losses
+from nuteprune.parallel.distributed import World
+from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.checkpoint import MANIFEST, sha256
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import TUNED
-from nuteprune.training.loop import Trainer
-from nuteprune.training.resume import load_state, save_state
-from nuteprune.training.teachers import TeacherBank
+from nuteprune.runs.students import TUNED, Student, open_run, rounding_of, save_tuned, shape_of
+from nuteprune.training.engine import Engine
+from nuteprune.training.teachers import TEACHERS
+from nuteprune.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def settings(config: Config, trained: Run, directory: Path, **own) -> Config:
+    """The configuration of a finished run for a stage that trains a student of it on, in a directory of its own.
+
+    Args:
+        config: of this start.
+        own: sections of the stage.
+    """
+    old, (ffn, hidden, parallel) = trained.config, rounding_of(config, trained)
+    gates = replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
+                    tensor_parallel=parallel)  # fmt: skip
+    return replace(old, run_dir=str(directory), deepspeed=config.deepspeed, checkpoint=config.checkpoint,
+                   tracking=config.tracking, export=config.export, gates=gates, **own)  # fmt: skip
 
 
 class FixedGates(Trainer):
-    """A stage that trains the LoRA of a student of `trained`, whose gates `masks` no longer change."""
+    """A stage that trains the LoRA of a student of the finished run above its directory.
+
+    A stage says which student (`choose`), on which batches (`batches`) and what its result records (`facts`); the loss
+    and the teacher are those of its configuration.
+    """
 
     output = TUNED
     outputs = ("checkpoints", TUNED)
 
-    def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank):
+    def __init__(self, *parts, trained: Run, student: Student):
         super().__init__(*parts)
-        self.trained, self.masks, self.bank = trained, masks, bank
+        self.trained, self.student = trained, student
+
+    @staticmethod
+    @abstractmethod
+    def choose(config: Config, trained: Run, spec: ArchSpec) -> Student:
+        """The student that is trained on."""
+
+    @staticmethod
+    @abstractmethod
+    def batches(config: Config, world: World, tokenizer: PreTrainedTokenizerBase, spec: ArchSpec) -> BatchStream:
+        """What it is trained on; every rank calls it, inside no collective."""
+
+    @abstractmethod
+    def facts(self) -> dict:
+        """What the result's tuned.json says of the training."""
+
+    @classmethod
+    def build(cls, config: Config, world: World) -> FixedGates:
+        """Load the model, the student and its batches, at step 0."""
+        with world.together():
+            trained = open_run(replace(config, run_dir=str(Path(config.run_dir).parent)))
+            _, spec = read_config(config.model.path)
+            student = cls.choose(config, trained, spec)
+            zero = zero_settings(config, spec, world)
+            tokenizer = load_tokenizer(config.model.path, spec.vocab)
+        stream = cls.batches(config, world, tokenizer, spec)
+        total = config.train.steps or max(1, round(config.train.epochs * stream.steps_per_epoch))
+        model = load_paired(config, world, zero)
+        model.update.load(student.lora)
+        masks = MaskSet(spec, config.gates).to(world.device)
+        masks.fix(student.gates)
+        engine = Engine(model, masks, None, config, total, world)
+        teacher = TEACHERS[config.teacher.mode](spec, config.teacher, model.scaling, world.device, model.dtype)
+        log.info("%s at sparsity %.4f: %d sequences, %d steps", cls.stage, sparsity_of(spec, student.gates),
+                 len(stream.blocks), total)  # fmt: skip
+        return cls(config, world, model, engine, stream, total, masks, teacher, trained=trained, student=student)
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:
@@ -35,13 +101,19 @@ class FixedGates(Trainer):
     def start(self) -> None:
         """Nothing to do: the student is there."""
 
-    def save(self, directory: Path, counters: dict) -> None:
-        """Gates, LoRA, its optimizer and counters."""
-        save_state(directory, self.config, *self._parts(), counters)
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step."""
+        teacher = self.teacher.view(self.step, self.total, 0.0)
+        metrics = self.accumulate(lambda batch: self.forward(batch, teacher))
+        return metrics | self.update(metrics["loss"])
 
-    def load(self, directory: Path) -> dict[str, float]:
-        """Restore what `save` wrote; returns the counters."""
-        return load_state(directory, *self._parts())
+    def forward(self, batch: Tensor, teacher: View | None) -> Losses:
+        """Losses of token ids [b, T]."""
+        return self.model(batch, self.model.view(self.masks.fixed), teacher, self.config.loss)
 
-    def _parts(self) -> tuple[MaskSet, None, Update, dict[str, torch.optim.Optimizer], TeacherBank]:
-        return self.masks, None, self.model.update, self.engine.optimizers, self.bank
+    def finish(self) -> Path:
+        """Save the student."""
+        config, spec, gates = self.config, self.model.spec, self.masks.fixed
+        assert gates is not None
+        facts = self.facts() | {"sparsity": sparsity_of(spec, gates), "skipped_steps": self.bad_total}
+        return save_tuned(Path(config.run_dir), config, self.trained, spec, gates, self.model.update.pairs(), facts)
