@@ -50,8 +50,8 @@ class TrainConfig:
     epochs: float = opt(7.0, "Passes over the data when `steps` is 0.", gt=0)
     batch_size: int = opt(16, "Sequences per optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(
-        0, "Sequences per forward pass on one rank. 0: on a GPU as many as the planner finds room for, on a CPU the "
-        "whole batch. Halved where memory runs out, with the same losses.", ge=0
+        0, "Sequences per forward pass on one rank. 0: in pruning on a GPU as many as the planner finds room for, else "
+        "the whole batch. Halved where memory runs out, with the same losses.", ge=0
     )  # fmt: skip
     lora_lr: float = opt(2e-3, "Peak learning rate of the LoRA weights.", gt=0)
     lora_optimizer: Literal["scaled", "adamw"] = opt(
