@@ -20,7 +20,7 @@ for sparsity in SPARSITIES:
         "data": {"source": text},
         "sparsity": {"target": sparsity},
         "train": {"steps": 500},
-        "evaluate": {"speed": False, "prompts": 0},
+        "evaluate": {"batch_sizes": [], "prompts": 0},
     }
     nuteprune.prune(run, settings)
     nuteprune.export(run, settings)

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
 from nuteprune.data.sequences import SequenceForm, sequence_form
 from nuteprune.data.text import packed_blocks
+from nuteprune.errors import UserError
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, read_json, verify
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def load_blocks(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.Lon
     """The blocks [N, T] that the prepare stage made with these settings and that are whole, or None.
 
     Raises:
-        ConfigError: they were made with these settings, but without the tokenizer's own first token and separator, as
+        UserError: they were made with these settings, but without the tokenizer's own first token and separator, as
             earlier versions made them.
     """
     directory = Path(config.run_dir) / "prepared"
@@ -53,7 +54,7 @@ def load_blocks(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.Lon
     if facts != _settings(config):
         return None
     if packed != sequence_form(tokenizer).as_dict():
-        raise ConfigError(
+        raise UserError(
             f"{directory} was packed by another version, without the tokenizer's own first token and separator: "
             "remove it and run `nuteprune prepare` again with the same settings"
         )

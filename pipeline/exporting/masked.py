@@ -41,7 +41,7 @@ class MaskedModel:
 
 
 def load(config: Config) -> MaskedModel:
-    """The student that `config.export` asks for; raises `ConfigError` as the export does."""
+    """The student that `config.export` asks for; raises `UserError` as the export does."""
     trained, world = open_run(config), discover()
     model, spec = load_model(trained.config.model, world.device)
     student = newest_student(config, trained, spec)

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
 from nuteprune.data.prepared import load_blocks
 from nuteprune.data.text import packed_blocks
+from nuteprune.errors import UserError
 from nuteprune.exporting.card import RECORD, Result, kept_record, model_card
 from nuteprune.exporting.folding import exported_parameters, fold_model, model_class, plan_fold, small_config
 from nuteprune.exporting.publish import push
@@ -49,7 +50,7 @@ def export_model(config: Config) -> Path:
     """Export the run in `config.run_dir`; returns the directory of the small model.
 
     Raises:
-        ConfigError: no finished run there, an output directory that is not ours to replace, a sparsity the run has no
+        UserError: no finished run there, an output directory that is not ours to replace, a sparsity the run has no
             snapshot of, or a structure that the asked shape cannot hold.
         ExportError: the small model failed its checks.
     """
@@ -59,11 +60,8 @@ def export_model(config: Config) -> Path:
     student = newest_student(config, trained, spec)
     shape = shape_of(config, trained)
     base, spec, dtype = load_base(trained.config, config.export.dtype)
-    try:
-        fold = plan_fold(spec, student.gates, student.lora, student.scaling)
-        small = small_config(base.config, fold, shape)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    fold = plan_fold(spec, student.gates, student.lora, student.scaling)
+    small = small_config(base.config, fold, shape)
     tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
     plan = ExportPlan(trained, student, fold, small, shape, dtype, tokenizer, base.generation_config, config.export)
     first, *others = [target for target in TARGETS.values() if target.check(plan)]
@@ -81,15 +79,15 @@ def export_model(config: Config) -> Path:
 
 
 def output_directory(config: Config, trained: Run) -> Path:
-    """Where the model goes; raises `ConfigError` if something else than an earlier export is there."""
+    """Where the model goes; raises `UserError` if something else than an earlier export is there."""
     output = Path(config.export.output) if config.export.output else trained.directory / "export"
     if output.resolve() == Path(trained.config.model.path).resolve():
-        raise ConfigError(f"export.output {output} is the base model itself: choose another directory")
+        raise UserError(f"export.output {output} is the base model itself: choose another directory")
     if output.exists() and not output.is_dir():
-        raise ConfigError(f"export.output {output} is a file: choose a directory")
+        raise UserError(f"export.output {output} is a file: choose a directory")
     ours = (output / MANIFEST).is_file() and (output / RECORD).is_file()
     if output.is_dir() and any(output.iterdir()) and not ours:
-        raise ConfigError(f"export.output {output} holds files that are not an earlier export: choose another one")
+        raise UserError(f"export.output {output} holds files that are not an earlier export: choose another one")
     return output
 
 

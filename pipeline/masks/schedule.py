@@ -6,14 +6,17 @@ import math
 
 from nuteprune.config import Config
 
+LORA_WARMUP = 0.03
+"""Share of the steps over which LoRA's learning rate rises from 0."""
+
 
 def target_at(config: Config, step: int, total: int) -> float:
     """Target sparsity after optimizer step `step` (0-based) of `total`: rises to the full target by the warm-up's end.
 
-    Linear as in the paper (section 3.2), or cubic as in Zhu & Gupta 2017: t·(1 − (1 − p)³).
+    Linear for the Lagrangian as in the paper (section 3.2), else cubic as in Zhu & Gupta 2017: t·(1 − (1 − p)³).
     """
     progress = min(1.0, (step + 1) / warmup_steps(config, total))
-    if config.sparsity.schedule == "cubic":
+    if config.sparsity.constraint == "projection":
         progress = 1.0 - (1.0 - progress) ** 3
     return config.sparsity.target * progress
 
@@ -31,7 +34,7 @@ def settle_step(config: Config, total: int) -> int:
 
 
 def noise_at(config: Config, step: int, total: int) -> float:
-    """Noise scale ν at `step`: geometric from `gates.noise` to `gates.noise_end` at the step the gates settle."""
+    """Noise scale ν at `step`: geometric from `gates.noise` to `noise_end` at the step the gates settle."""
     start, end = config.gates.noise, config.gates.noise_end
     if start == end:
         return start
@@ -41,14 +44,12 @@ def noise_at(config: Config, step: int, total: int) -> float:
 
 
 def lora_lr_at(config: Config, step: int, total: int) -> float:
-    """LoRA's learning rate at `step`: linear warm-up, then constant, cosine to a tenth of the peak, or linear to 0."""
+    """LoRA's learning rate at `step`: linear warm-up, then cosine to a tenth of the peak; the paper's linear to 0."""
     train = config.train
-    warm = max(1, round(train.lora_warmup * total))
+    warm = 1 if train.lora_optimizer == "adamw" else max(1, round(LORA_WARMUP * total))
     if step < warm:
         return train.lora_lr * (step + 1) / warm
-    if train.lora_schedule == "constant":
-        return train.lora_lr
     progress = (step - warm) / max(1, total - warm)
-    if train.lora_schedule == "linear":
+    if train.lora_optimizer == "adamw":
         return train.lora_lr * (1 - progress)
     return train.lora_lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))

@@ -21,29 +21,30 @@ from transformers import (
 )
 
 from nuteprune.arch import ArchSpec, read_spec
-from nuteprune.config import ConfigError, ModelConfig
+from nuteprune.config import ModelConfig
+from nuteprune.errors import UserError, first_line
 from nuteprune.model.hub import PICKLED, WEIGHTS, fetch, unreachable
 
 log = logging.getLogger(__name__)
 
 USABLE = 0.9
 """Share of a device's memory that the weights of a model may fill, the rest is for what is computed with them."""
-OWN_TYPES: set[str] = set()
-"""Model types whose classes this package registered with transformers (`exporting.folding`)."""
+OWN_TYPES = "nuteprune_"
+"""How the model types begin whose classes are this package's (`exporting.modeling_ragged`), never a directory's."""
 
 
 def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        ConfigError: there is none, or it has more tokens than the model's vocabulary.
+        UserError: there is none, or it has more tokens than the model's vocabulary.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.path {path}: no usable tokenizer there ({_first_line(error)})") from None
+        raise UserError(f"model.path {path}: no usable tokenizer there ({first_line(error)})") from None
     if len(tokenizer) > vocab_size:
-        raise ConfigError(
+        raise UserError(
             f"model.path {path}: the tokenizer has {len(tokenizer)} tokens but the model only {vocab_size}: "
             "they do not belong together"
         )
@@ -51,49 +52,49 @@ def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
-    """transformers' configuration of a model and its `ArchSpec`; raises `ConfigError` as `load_model` does."""
+    """transformers' configuration of a model and its `ArchSpec`; raises `UserError` as `load_model` does."""
     if not path:
-        raise ConfigError("model.path is empty: set it to a model directory or a hub id")
+        raise UserError("model.path is empty: set it to a model directory or a hub id")
     silent = "" if Path(path).exists() else unreachable()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if Path(path).exists():
-            raise ConfigError(f"model.path {path}: no readable config.json there ({_first_line(error)})") from None
-        raise ConfigError(
+            raise UserError(f"model.path {path}: no readable config.json there ({first_line(error)})") from None
+        raise UserError(
             f"model.path {path}: neither a directory here nor a model the hub would give "
-            f"({silent or _first_line(error)})"
+            f"({silent or first_line(error)})"
         ) from None
     try:
         return config, read_spec(config)
-    except ValueError as error:
-        raise ConfigError(f"model.path {path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"model.path {path}: {error}") from None
 
 
 def check_dtype(spec: ArchSpec, dtype: str, setting: str = "model.dtype") -> None:
-    """Raise `ConfigError` for a type that a family cannot compute in, named by the setting that asks for it."""
+    """Raise `UserError` for a type that a family cannot compute in, named by the setting that asks for it."""
     if (refusal := spec.refusal([dtype])) is not None:
-        raise ConfigError(f"{setting}: {refusal}")
+        raise UserError(f"{setting}: {refusal}")
 
 
 def check_attention(config: ModelConfig) -> None:
-    """Raise `ConfigError` for an attention that does not compute in the model's type."""
+    """Raise `UserError` for an attention that does not compute in the model's type."""
     if config.attention == "flash_attention_2" and config.dtype == "float32":
-        raise ConfigError("model.attention=flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
+        raise UserError("model.attention=flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
 
 
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[nn.Module, ArchSpec]:
     """The pretrained model, unmodified, in `config.dtype` on `device`, and its architecture.
 
     Raises:
-        ConfigError: no such model, unsupported family, or missing, damaged or incomplete weights.
+        UserError: no such model, unsupported family, or missing, damaged or incomplete weights.
     """
     check_attention(config)
     _, spec = read_config(config.path)
     check_dtype(spec, config.dtype)
     directory = Path(config.path)
     if directory.is_dir() and not any(p for pattern in (WEIGHTS, PICKLED) for p in directory.glob(pattern)):
-        raise ConfigError(f"model.path {config.path}: config.json but no weights (*.safetensors) there")
+        raise UserError(f"model.path {config.path}: config.json but no weights (*.safetensors) there")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             config.path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
@@ -104,7 +105,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> tuple
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, UnpicklingError, struct.error, RuntimeError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path {config.path}: the weights cannot be loaded ({_first_line(error)})") from None
+        raise UserError(f"model.path {config.path}: the weights cannot be loaded ({first_line(error)})") from None
     _check_whole(config.path, info)
     return model.to(device), spec
 
@@ -117,7 +118,7 @@ def weight_bytes(path: str, config: ModelConfig) -> int:
     try:
         folder = fetch(path)
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (ConfigError, OSError, ValueError):
+    except (UserError, OSError, ValueError):
         return 0  # loading it says what is wrong
     dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype") or "float32"), torch.float32)
     files = list(folder.glob(WEIGHTS)) or folder.glob(PICKLED)
@@ -155,16 +156,16 @@ def load_any(
         device: the weights are read shard by shard onto it; a model that does not fit is spread over all devices.
 
     Raises:
-        ConfigError: no whole model or no tokenizer there, or code of its own that is not trusted.
+        UserError: no whole model or no tokenizer there, or code of its own that is not trusted.
     """
     check_attention(config)
     try:
         folder = fetch(path)
         asking = _asking_for_code(folder)
-    except (ConfigError, OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"cannot load the model '{path}' for evaluation: {_first_line(error)}") from error
+    except (UserError, OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
     if asking and not trust:
-        raise ConfigError(
+        raise UserError(
             f"model {path}: its {asking} asks to run Python code that came with it (auto_map), which may do anything "
             "you can: read that code, then set evaluate.trust_remote_code=true"
         )
@@ -178,7 +179,7 @@ def load_any(
             device_map=placement(weight_bytes(path, config), torch.device(device)),
         )  # fmt: skip
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"cannot load the model '{path}' for evaluation: {_first_line(error)}") from error
+        raise UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
     _check_whole(path, info)
     return model.eval(), tokenizer, folder
 
@@ -188,7 +189,7 @@ def _asking_for_code(folder: Path) -> str:
     for name in ("config.json", "tokenizer_config.json"):
         file = folder / name
         facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        ours = name == "config.json" and facts.get("model_type") in OWN_TYPES
+        ours = name == "config.json" and str(facts.get("model_type")).startswith(OWN_TYPES)
         if facts.get("auto_map") and not ours:
             return name
     return ""
@@ -197,8 +198,4 @@ def _asking_for_code(folder: Path) -> str:
 def _check_whole(path: str, info: dict) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ConfigError(f"model {path}: {len(missing)} weights are missing, first {missing[0]}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"model {path}: {len(missing)} weights are missing, first {missing[0]}")

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from nuteprune.arch import ArchSpec, family_of, split_fused, stored
-from nuteprune.config import ConfigError, ModelConfig
+from nuteprune.config import ModelConfig
+from nuteprune.errors import UserError, first_line
 from nuteprune.model.loading import check_attention, check_dtype, read_config
 from nuteprune.parallel.distributed import World
 
@@ -32,7 +33,7 @@ def load_partitioned(config: ModelConfig, world: World, settings: dict) -> tuple
         settings: complete DeepSpeed settings, stage 3.
 
     Raises:
-        ConfigError: no safetensors there, or weights are missing or damaged.
+        UserError: no safetensors there, or weights are missing or damaged.
     """
     import deepspeed
 
@@ -105,8 +106,8 @@ def _files(path: str) -> dict[str, Path]:
         weights = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         found = {name: Path(cached_file(path, name)) for name in sorted(set(weights.values()))}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ConfigError(
-            f"model.path {path}: ZeRO-3 reads safetensors, and they cannot be read ({str(error).splitlines()[0][:200]})"
+        raise UserError(
+            f"model.path {path}: ZeRO-3 reads safetensors, and they cannot be read ({first_line(error)})"
         ) from None
     return {weight: found[name] for weight, name in weights.items()}
 
@@ -114,4 +115,4 @@ def _files(path: str) -> dict[str, Path]:
 def _check_whole(path: str, files: dict[str, Path], wanted: Iterable[str]) -> None:
     missing = sorted(set(wanted) - files.keys())
     if missing:
-        raise ConfigError(f"model {path}: {len(missing)} weights are missing, first {missing[0]}")
+        raise UserError(f"model {path}: {len(missing)} weights are missing, first {missing[0]}")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
+from nuteprune.errors import UserError
 from nuteprune.masks import gated_kinds, unit_shape
 from nuteprune.masks.schedule import warmup_steps
 from nuteprune.parallel.sizes import projection_shapes
@@ -95,11 +96,11 @@ class Job:
 
     @property
     def local_batch(self) -> int:
-        """Sequences of one rank and step; raises `ConfigError` if the ranks do not divide the batch."""
+        """Sequences of one rank and step; raises `UserError` if the ranks do not divide the batch."""
         batch, ranks = self.config.train.batch_size, self.cluster.ranks
         if batch % ranks:
             above = -(-batch // ranks) * ranks
-            raise ConfigError(
+            raise UserError(
                 f"train.batch_size {batch} cannot be split over {ranks} ranks "
                 f"({self.cluster.nodes} x {self.cluster.gpus_per_node}): set train.batch_size={above}"
             )
@@ -117,7 +118,7 @@ class Job:
         if config.train.steps:
             return config.train.steps
         if not config.data.documents:
-            raise ConfigError("data.documents is 0 (all), so the planner cannot count them: set train.steps")
+            raise UserError("data.documents is 0 (all), so the planner cannot count them: set train.steps")
         return max(1, round(config.train.epochs * (self.text // config.data.seq_len) / config.train.batch_size))
 
 

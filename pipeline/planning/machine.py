@@ -6,9 +6,7 @@ import json
 import logging
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, flatten, load_config, to_dict
 from nuteprune.model.loading import read_config
 from nuteprune.parallel.distributed import World
+from nuteprune.parallel.host import processor
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
 from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.planning.planner import Plan, largest_micro_batch, make_plan
@@ -72,10 +71,7 @@ def this_machine() -> Machine:
 
 
 def _processor() -> Machine:
-    facts: dict[str, str] = {}
-    with suppress(OSError):  # Linux only
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    facts = processor()
     bf16 = bool({"avx512_bf16", "amx_bf16"} & set(facts.get("flags", "").split()))
     return Machine(facts.get("model name", "CPU"), bf16=bf16)
 
@@ -91,7 +87,7 @@ def choose(config: Config, machine: Machine) -> tuple[list[Choice], Plan | None]
     """Settings for a run on a machine that `config` leaves as they are by default, and the plan that they follow.
 
     Raises:
-        ConfigError: no such model, or as `make_plan`.
+        UserError: no such model, or as `make_plan`.
     """
     default = flatten(to_dict(load_config(None)))
     given = {key for key, value in flatten(to_dict(config)).items() if value != default[key]}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError, Shape, load_config
+from nuteprune.config import Config, Shape, load_config
+from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
 from nuteprune.model.lora import joined
@@ -24,7 +25,6 @@ from nuteprune.runs.rundir import (
     load_adapter,
     load_gates,
     load_run,
-    reason,
     save_adapter,
     save_config,
     save_gates,
@@ -62,7 +62,7 @@ def open_run(config: Config) -> Run:
     """The finished run in `config.run_dir` on the base model of `model.path`, or where that is empty on the run's own.
 
     Raises:
-        ConfigError: no finished run there, or another base model than the one that was pruned.
+        UserError: no finished run there, or another base model than the one that was pruned.
     """
     trained = load_run(config.run_dir)
     model = config.model if config.model.path else trained.config.model
@@ -73,12 +73,6 @@ def open_run(config: Config) -> Run:
 def shape_of(config: Config, trained: Run) -> Shape:
     """The shape that is asked for: `uniform`, `per_layer_ffn` or `per_layer`."""
     return trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
-
-
-def rounding_of(config: Config, trained: Run) -> tuple[int, int, int]:
-    """Multiples of the FFN width and the hidden size, and the tensor-parallel size: the export's, or else the run's."""
-    asked, (ffn, hidden, parallel) = config.export, multiples(trained.config.gates)
-    return asked.ffn_multiple or ffn, asked.hidden_multiple or hidden, asked.tensor_parallel or parallel
 
 
 def pruned_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
@@ -101,7 +95,7 @@ def snapshot_student(config: Config, trained: Run, spec: ArchSpec, sparsity: flo
 
 def _in_structure(config: Config, trained: Run, spec: ArchSpec, student: Student) -> Student:
     gates = structure(spec, student.gates, student.scores, student.target, shape_of(config, trained),
-                      rounding_of(config, trained), trained.gates)  # fmt: skip
+                      multiples(trained.config.gates), trained.gates)  # fmt: skip
     return replace(student, gates=gates)
 
 
@@ -109,7 +103,7 @@ def newest_student(config: Config, trained: Run, spec: ArchSpec) -> Student:
     """The student that `config.export` asks for: fine-tuned where `export.source` wants that and it is finished.
 
     Raises:
-        ConfigError: a sparsity that the run never reached, a shape that cannot hold the structure, or no finished
+        UserError: a sparsity that the run never reached, a shape that cannot hold the structure, or no finished
             fine-tuning where one is asked for.
     """
     source, sparsity = config.export.source, config.export.sparsity
@@ -148,12 +142,12 @@ def save_tuned(
 
 
 def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], target: float, again: str) -> Student:
-    """Read what `save_tuned` wrote; raises `ConfigError` where it is missing, damaged, or of an earlier pruning.
+    """Read what `save_tuned` wrote; raises `UserError` where it is missing, damaged, or of an earlier pruning.
 
     `again` says how to make it anew.
     """
     if not directory.is_dir():
-        raise ConfigError(f"no finished fine-tuning in {directory.parent}: {again} (finetune.sparsity names a rung)")
+        raise UserError(f"no finished fine-tuning in {directory.parent}: {again} (finetune.sparsity names a rung)")
     try:
         verify(directory)
         gates, _ = load_gates(directory / "gates.safetensors")
@@ -161,10 +155,10 @@ def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], targ
         lora, config = load_adapter(directory / "adapter"), load_config(directory / "config.yaml").lora
         pruned = facts["pruned"]
     except DAMAGED as error:
-        raise ConfigError(f"the student in {directory} is damaged: {reason(error)}; {again}") from None
+        raise MachineError(f"the student in {directory} is damaged: {first_line(error)}; {again}") from None
     if pruned != sha256(trained.directory / "pruned" / MANIFEST):
-        raise ConfigError(
-            f"{directory} comes from an earlier pruning of this run: {again} with checkpoint.resume=never, or "
+        raise UserError(
+            f"{directory} comes from an earlier pruning of this run: remove {directory.parent} and {again}, or "
             "set export.source=pruned"
         )
     return Student(gates, scores, lora, config.alpha / config.rank, target, facts)
@@ -179,7 +173,7 @@ def choose_student(trained: Run, sparsity: float) -> Student:
     rungs: dict[float, Snapshot | None] = {s.sparsity: s for s in trained.snapshots} | {trained.sparsity: None}
     if sparsity > max(rungs) + POINT:
         known = ", ".join(f"{reached:.3f}" for reached in sorted(rungs))
-        raise ConfigError(f"sparsity {sparsity:g}: the run never got there; it has {known}")
+        raise UserError(f"sparsity {sparsity:g}: the run never got there; it has {known}")
     reached = min(rungs, key=lambda reached: abs(reached - sparsity))
     log.info("from the run's snapshot at sparsity %.3f", reached)
     if (nearest := rungs[reached]) is None:
@@ -200,9 +194,7 @@ def rung_lora(trained: Run, snapshot: Snapshot) -> dict[str, tuple[Tensor, Tenso
     merged = {}
     for key, (a_RK, b_NR) in trained.lora.items():
         merged[key] = a_RK[-rank:], share * b_NR[:, -rank:]
-    # Runs of earlier versions kept both in one pair.
-    older = {key: (a[:-rank], b[:, :-rank]) for key, (a, b) in snapshot.lora.items() if len(a) > rank}
-    return joined(merged, snapshot.frozen or older)
+    return joined(merged, snapshot.frozen)
 
 
 def structure(
@@ -222,10 +214,10 @@ def structure(
         like: the run's final student, whose kind of structure is taken where one has to be chosen.
 
     Raises:
-        ConfigError: whole sublayers are removed but the shape is uniform, or the target is missed.
+        UserError: whole sublayers are removed but the shape is uniform, or the target is missed.
     """
     if shape == "uniform" and any((gates.as_dict()[k] == 0).any() for k in SUBLAYERS if k in gates.as_dict()):
-        raise ConfigError(
+        raise UserError(
             "the run removed whole sublayers, which no stock model lacks: use export.shape=per_layer_ffn or per_layer"
         )
     before = sparsity_of(spec, gates)
@@ -242,9 +234,9 @@ def structure(
             "%d units change to fit the %s shape at %.2f%% (%.2f%% before)",
             changed_units(spec, gates, settled), shape, 100 * reached, 100 * before)  # fmt: skip
     if abs(reached - target) > POINT:
-        raise ConfigError(
-            f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: lower export.ffn_multiple and "
-            "export.hidden_multiple, or gate more kinds of units"
+        raise UserError(
+            f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: take another "
+            "sparsity, or export.shape=per_layer"
         )
     return settled
 

@@ -22,7 +22,7 @@ from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.checkpoint import MANIFEST, sha256
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import TUNED, Student, open_run, rounding_of, save_tuned, shape_of
+from nuteprune.runs.students import TUNED, Student, open_run, save_tuned, shape_of
 from nuteprune.training.engine import Engine
 from nuteprune.training.teachers import TEACHERS
 from nuteprune.training.trainer import Trainer
@@ -37,9 +37,8 @@ def settings(config: Config, trained: Run, directory: Path, **own) -> Config:
         config: of this start.
         own: sections of the stage.
     """
-    old, (ffn, hidden, parallel) = trained.config, rounding_of(config, trained)
-    gates = replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
-                    tensor_parallel=parallel)  # fmt: skip
+    old = trained.config
+    gates = replace(old.gates, shape=shape_of(config, trained))
     return replace(old, run_dir=str(directory), deepspeed=config.deepspeed, checkpoint=config.checkpoint,
                    tracking=config.tracking, export=config.export, gates=gates, **own)  # fmt: skip
 
@@ -52,7 +51,6 @@ class FixedGates(Trainer):
     """
 
     output = TUNED
-    outputs = ("checkpoints", TUNED)
 
     def __init__(self, *parts, trained: Run, student: Student):
         super().__init__(*parts)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
 from nuteprune.data.prepared import load_blocks, save_blocks, training_blocks
 from nuteprune.data.text import check_split, packed_blocks
+from nuteprune.errors import UserError
 from nuteprune.model.hub import fetch
 from nuteprune.parallel.distributed import World
 
@@ -38,6 +39,6 @@ def shared_blocks(config: Config, world: World, tokenizer: PreTrainedTokenizerBa
     with world.together():
         blocks = load_blocks(config, tokenizer)
         if blocks is None:
-            raise ConfigError(f"{config.run_dir}/prepared is not seen here: run_dir must be in a file system that all "
+            raise UserError(f"{config.run_dir}/prepared is not seen here: run_dir must be in a file system that all "
                               "ranks share")  # fmt: skip
     return blocks
