@@ -35,7 +35,8 @@ def test_what_is_logged_is_defined_and_what_is_defined_is_logged(run_dir, settin
     prune.run(load_config(None, ["recipe=paper", *settings, f"run_dir={tmp_path / 'paper'}", "train.steps=1"]))
     config = load_config(run_dir, [
         "recover.ladder=[0.2]", "recover.steps=1", f"finetune.data={records}", "finetune.steps=1",
-        "finetune.seq_len=32", "finetune.batch_size=1", "finetune.distill=1", f"evaluate.models=[{model_dir},{model_dir}]",
+        "finetune.distill=1",
+        "finetune.seq_len=32", "finetune.batch_size=1", f"evaluate.models=[{model_dir},{model_dir}]",
         f"evaluate.text=[{text_file}]", "evaluate.window=32", "evaluate.blocks=2", "evaluate.tasks=[local_mc]",
         "evaluate.task_limit=1", "evaluate.prompts=1", "evaluate.prompt_tokens=8", "evaluate.new_tokens=2",
     ])  # fmt: skip
