@@ -20,7 +20,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-engines bench-quants bench-peers chaos check-vllm check-llamacpp check-torchao check-transformers docs lint lock format clean
+.PHONY: help venv demo models demo-slurm test test-lowest bench bench-kernels gpu-check bench-quality bench-overhead bench-engines bench-quants bench-peers chaos check-vllm check-llamacpp check-torchao check-transformers docs site site-links picture lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,15 @@ demo-slurm: $(VENV) $(FETCHED) $(TEXT) ## the same as jobs of a real SLURM clust
 
 test: $(VENV) $(FETCHED) ## run the tests; TESTS=tests/unit runs some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+
+test-lowest: ## the unit tests with the lowest versions that setup.py allows (torch's CUDA build: 3 GB)
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet uv
+	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev --no-emit-package nuteprune setup.py \
+		--output-file .venv-lowest/lowest.txt
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --requirement .venv-lowest/lowest.txt
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --no-deps --editable .
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) tests/unit
 
 bench: $(VENV) $(FETCHED) ## time a training step against sparsity
 	$(BIN)/python -m nuteprune.bench.steps
@@ -109,6 +118,18 @@ check-transformers: $(call HAVE,config.json) $(VENV) ## load exports and generat
 docs: $(VENV) ## write docs/configuration.md anew from the settings' fields
 	$(BIN)/python -m nuteprune.config.reference > docs/configuration.md
 
+site: $(VENV) ## the documents as a site, build/site/docs/index.html; a dead link or anchor is an error
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site
+
+site-links: $(VENV) ## ask every link that leads out, where there is a network
+	$(BIN)/sphinx-build -q -W --keep-going -b linkcheck -c docs . build/links
+
+picture: $(VENV) ## docs/report.png, which the README shows, from the report of `make demo`; needs Chromium
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1430 --screenshot=docs/report.png \
+		file://$(abspath runs/demo/evaluate/report.html)
+	$(BIN)/python -c "from PIL import Image; \
+		Image.open('docs/report.png').convert('RGB').quantize(128, dither=0).save('docs/report.png', optimize=True)"
+
 lint: $(VENV) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -119,7 +140,7 @@ lock: ## renew constraints.txt, the versions that make venv and CI install
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet uv
 	echo "torch==$(TORCH)" >.venv-lock/torch.txt
-	.venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --no-annotate \
+	.venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --extra docs --no-annotate \
 		--no-emit-package nuteprune --custom-compile-command "make lock" --constraint .venv-lock/torch.txt \
 		setup.py --output-file constraints.txt
 
@@ -135,7 +156,7 @@ $(VENV): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is older than 3.10: make venv PYTHON=python3.12, say"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 # Of the package only its plugin, for what vLLM chooses by itself (IMPL=auto).

@@ -28,22 +28,22 @@ setup(
         "nuteprune.slurm": ["*.sh", "*.sbatch", "*.md", "clusters/*.env"],
     },
     install_requires=[
-        "accelerate>=1.0",
-        "datasets>=4.0",
-        "deepspeed>=0.19",
-        "gguf>=0.10",
-        "lm-eval[hf]>=0.4.10",
+        "accelerate>=1.1",  # which transformers wants
+        "datasets>=4.8.5",  # before, a column of mixed types in JSONL ends the reading of the others
+        "deepspeed>=0.19.2",  # before, a dry run fails
+        "gguf>=0.17.1",  # before, its import needs sentencepiece, which it does not bring
+        "lm-eval[hf]>=0.4.12",  # before, its TaskManager has no `load`
         "matplotlib>=3.9",
-        "mpi4py>=4.0",
+        "mpi4py>=4.1",  # the first with wheels
         "numpy>=2.0",
         "peft>=0.18",
         "psutil>=5.9",
         "pyyaml>=6.0",
         "safetensors>=0.5",
-        "tensorboard>=2.16",
-        "torch>=2.7.1",  # before, init_process_group(device_id=…) hangs
+        "tensorboard>=2.18",  # before, it knows no NumPy 2
+        "torch>=2.11",  # before, a dry run lacks a fake broadcast
         "tqdm>=4.66",
-        "transformers>=5.13",  # before, a folder named `kernels` on the path keeps every model from loading
+        "transformers>=5.19",  # before, a model with code of its own is not loaded
         # No triton: torch's builds for CUDA and ROCm bring theirs, and PyPI's would overwrite that of ROCm's.
     ],
     extras_require={
@@ -61,7 +61,8 @@ setup(
             "triton>=3.3; platform_system == 'Linux'",  # whose interpreter the tests use beside torch's CPU build
             "types-PyYAML",
             "types-tqdm",
-        ]
+        ],
+        "docs": ["furo", "myst-parser>=4.0", "sphinx>=8.1"],
     },
     entry_points={
         "console_scripts": ["nuteprune=nuteprune.__main__:cli"],

@@ -21,18 +21,17 @@ from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.flags import DISTRIBUTED, SHORTCUTS, parser
 from nuteprune.runs.log import quiet_libraries
 from nuteprune.runs.words import plain
-from nuteprune.training.memory import is_out_of_memory
+from nuteprune.training.memory import TooLarge, is_out_of_memory
 from nuteprune.training.signals import Preempted, stop_signals
 
 BLAMED = "a fault of this machine, not of the settings: "
 OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 OUT_OF_MEMORY = {
-    "prune": "set model.dtype=bfloat16 and train.micro_batch=1 (0, the default, is the whole batch), lower "
-    "data.seq_len, set train.activation_checkpointing=true, or share the weights out with deepspeed=zero3 "
-    "(`nuteprune plan` says what fits)",
-    "recover": "set train.micro_batch=1, or share the weights out with deepspeed=zero3",
-    "finetune": "set finetune.micro_batch=1, lower finetune.seq_len, set train.activation_checkpointing=true, or share "
-    "the weights out with deepspeed=zero3",
+    "prune": "set model.dtype=bfloat16, lower data.seq_len, set train.activation_checkpointing=true, or share the "
+    "weights out with deepspeed=zero3 (`nuteprune plan` says what fits)",
+    "recover": "share the weights out with deepspeed=zero3",
+    "finetune": "lower finetune.seq_len, set train.activation_checkpointing=true, or share the weights out with "
+    "deepspeed=zero3",
     "export": "it folds on the CPU in float32: lower export.check_tokens, or export on a machine with more memory",
     "evaluate": "lower evaluate.window or evaluate.batch_sizes, or set model.dtype=bfloat16; what was measured is in "
     "report.json",
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
             return 1
         if not type(error).__module__.startswith("nuteprune."):
             raise
-        if is_main or isinstance(error, RankLost):
+        if is_main or isinstance(error, (RankLost, TooLarge)):
             sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return getattr(error, "exit_code", 1)
     return 0

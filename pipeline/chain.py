@@ -18,6 +18,7 @@ from nuteprune.errors import UserError
 from nuteprune.model.loading import read_config
 from nuteprune.planning.machine import Choice, Machine, choose, this_machine
 from nuteprune.runs.checkpoint import write_atomic
+from nuteprune.training.memory import LIMIT
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +78,14 @@ def run(config: Config) -> str:
 
 
 def _on_all_cards(stage: str, settings: Path, ranks: int) -> None:
+    """Run a stage, and again where one of the ranks learned that it takes too many sequences at a time."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*launch, "-m", "nuteprune", stage, "--config", str(settings)], check=False)
-    if done.returncode:
-        raise StageFailed(stage, done.returncode)
+    limits = None
+    while limits != (limits := set(settings.parent.rglob(f"{LIMIT}*"))):
+        done = subprocess.run([*launch, "-m", "nuteprune", stage, "--config", str(settings)], check=False)
+        if not done.returncode:
+            return
+    raise StageFailed(stage, done.returncode)
 
 
 def hold_out(config: Config) -> tuple[Config, list[Choice]]:

@@ -127,8 +127,8 @@ class TrainConfig:
     epochs: float = opt(7.0, "Passes over the text where `steps` is 0.", gt=0)
     batch_size: int = opt(16, "Sequences of an optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(
-        0, "Sequences of a forward pass on one rank, halved where the device runs out of memory (not under ZeRO-3), "
-        "with the same losses; 0: begin with all.", ge=0
+        0, "Sequences of a forward pass on one rank, halved where memory runs out, with the same losses; 0: begin with "
+        "all, in pruning on a GPU with as many as the planner finds room for.", ge=0
     )  # fmt: skip
     lora_lr: float = opt(2e-3, "Peak learning rate of LoRA.", gt=0)
     lora_optimizer: Literal["scaled", "adamw"] = opt(

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, flatten, load_config, to_dict
 from nuteprune.model.loading import read_config
+from nuteprune.parallel.distributed import World
 from nuteprune.parallel.host import processor
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
-from nuteprune.planning.job import Cluster, Job
-from nuteprune.planning.planner import Plan, make_plan
+from nuteprune.planning.job import Cluster, Job, Layout
+from nuteprune.planning.planner import Plan, largest_micro_batch, make_plan
+
+log = logging.getLogger(__name__)
 
 _PROBE = """
 import json, torch
@@ -117,3 +124,32 @@ def choose(config: Config, machine: Machine) -> tuple[list[Choice], Plan | None]
             "deepspeed", name, f"{why}; {'the weights are shared out' if layout.stage == 3 else 'each card holds them'}"
         )
     return choices, plan
+
+
+def with_micro_batch(config: Config, spec: ArchSpec, world: World, zero: dict | None, steps: int) -> Config:
+    """The run with `train.micro_batch` as planned for what is free on its cards, where it is 0; collective.
+
+    Args:
+        config: the run.
+        spec: its architecture.
+        world: this rank's place; a run on CPUs stays as it is.
+        zero: complete DeepSpeed settings, or None.
+        steps: of the run.
+    """
+    if config.train.micro_batch or world.device.type != "cuda":
+        return config
+    free, _ = torch.cuda.mem_get_info(world.device)
+    card = replace(UNNAMED, memory=float(min(world.gather(free))))
+    cluster = Cluster(world.size // world.local_size, world.local_size, card)
+    layout = layout_of(zero, config.train.activation_checkpointing)
+    job = Job(spec, replace(config, train=replace(config.train, steps=steps)), cluster)
+    size = largest_micro_batch(job, layout)
+    log.info("%d sequences at a time, as planned for %.1f GB", size, card.memory / 1e9)
+    return replace(config, train=replace(config.train, micro_batch=size))
+
+
+def layout_of(zero: dict | None, checkpointing: bool) -> Layout:
+    """The layout that complete DeepSpeed settings (None: without) stand for, one sequence at a time."""
+    section: dict[str, Any] = zero["zero_optimization"] if zero else {"stage": 0}
+    offload = (section.get("offload_param") or {}).get("device", "none") != "none"
+    return Layout(section["stage"], 1, checkpointing, offload, section.get("zero_hpz_partition_size", 1) > 1)

@@ -23,6 +23,7 @@ from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.planning.machine import with_micro_batch
 from nuteprune.runs.rundir import save_run
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
@@ -74,6 +75,7 @@ class Pruning(Trainer):
         with world.together():
             stream = BatchStream(blocks, config.train.batch_size, config.seed, world.rank, world.size)
         total = config.train.steps or max(1, round(config.train.epochs * stream.steps_per_epoch))
+        config = with_micro_batch(config, spec, world, settings, total)
         model = load_paired(config, world, settings)
         masks = MaskSet(spec, config.gates).to(world.device)
         multipliers = Multipliers().to(world.device) if config.sparsity.constraint == "lagrangian" else None

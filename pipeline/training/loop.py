@@ -25,6 +25,7 @@ from nuteprune.runs.checkpoint import CheckpointError, Checkpoints, atomic_direc
 from nuteprune.training.determinism import deterministic
 from nuteprune.training.inputs import fetch_model
 from nuteprune.training.lifecycle import check_directory, claim_directory, is_finished
+from nuteprune.training.memory import remembered
 from nuteprune.training.resume import check_fits
 from nuteprune.training.signals import Preempted, Stop, stop_signals
 from nuteprune.training.tracking import Tracker, check_reporters
@@ -47,6 +48,7 @@ def train(config: Config, stage: type[Trainer]) -> Path:
         TrainingFailed: too many steps in a row were not finite.
         Preempted: SIGTERM, SIGUSR1 or SIGINT came to any rank; the state is saved.
         RankLost: another rank died.
+        TooLarge: this rank's memory was too small for a micro-batch on partitioned weights.
     """
     world = discover()
     ranks = connected(world, config.train.rank_timeout) if world.size > 1 or config.deepspeed else nullcontext()
@@ -73,6 +75,7 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
     with world.together():
         if world.is_main:
             claim_directory(config)
+    trainer.micro_batch = world.from_main(remembered(trainer.checkpoints.directory, trainer.micro_batch))
     resume(trainer)
     trainer.stop, stop.polled = stop, True
     with world.together():

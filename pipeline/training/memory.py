@@ -1,4 +1,18 @@
-"""What a failed allocation looks like. Imports no torch: the command line asks too."""
+"""What a failed allocation looks like, and what a run learns from it. Imports no torch: the command line asks too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LIMIT = "micro-batch-"
+"""Empty files of such names beside a run's checkpoints: sequences at a time that a start may take at most."""
+
+
+class TooLarge(RuntimeError):
+    """A rank ran out of memory while the others wait for it in a gather; the next start takes fewer sequences."""
+
+    exit_code = 75
+    """As of `signals.Preempted`: the same command goes on from the newest checkpoint."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -8,3 +22,14 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     )
+
+
+def remember(directory: Path, size: int) -> None:
+    """Let later starts take at most `size` sequences at a time. Any rank may say so, several at once too."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{LIMIT}{size}").touch()
+
+
+def remembered(directory: Path, size: int) -> int:
+    """`size`, or the least that was remembered there."""
+    return min([size, *(int(path.name.removeprefix(LIMIT)) for path in directory.glob(f"{LIMIT}*"))])

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+if not hasattr(signal, "SIGUSR1"):
+    raise SystemExit("nuteprune: does not run on Windows itself: start it inside WSL")
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 

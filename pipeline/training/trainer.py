@@ -27,7 +27,7 @@ from nuteprune.parallel.distributed import World
 from nuteprune.runs.checkpoint import Checkpoints, sha256
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.training.engine import Engine, Multipliers
-from nuteprune.training.memory import is_out_of_memory
+from nuteprune.training.memory import TooLarge, is_out_of_memory, remember
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Stop
 from nuteprune.training.teachers import Teacher
@@ -151,7 +151,11 @@ class Trainer(ABC):
         """The terms' names, and sums over the rank's batch of the loss and of them, with a place behind them; None
         where it has to be gone through again, in smaller parts.
 
-        Each rank goes by its own memory. Not where weights are partitioned: there the others would wait in a gather.
+        Each rank goes by its own memory, unless weights are partitioned: there the others wait in a gather, and all of
+        them have to start again.
+
+        Raises:
+            TooLarge: that.
         """
         batch = self.stream.batch(self.step).to(self.world.device)
         names: list[str] = []
@@ -168,7 +172,7 @@ class Trainer(ABC):
                     names, sums = list(losses.terms), values.new_zeros(len(values) + 1)
                 sums[:-1] += values
         except (RuntimeError, MemoryError) as error:
-            if self.micro_batch == 1 or self.model.partitioning or not is_out_of_memory(error):
+            if self.micro_batch == 1 or not is_out_of_memory(error):
                 raise
         else:
             return names, sums
@@ -176,6 +180,12 @@ class Trainer(ABC):
         self.engine.discard()
         torch.cuda.empty_cache()
         self.micro_batch = -(-min(self.micro_batch, len(batch)) // 2)
+        if self.model.partitioning:
+            remember(self.checkpoints.directory, self.micro_batch)
+            raise TooLarge(
+                f"rank {self.world.rank}: out of memory at step {self.step}: start the same command again, it goes on "
+                f"from the newest checkpoint with train.micro_batch={self.micro_batch}"
+            )
         log.warning("out of memory: step %d again, %d sequences at a time", self.step, self.micro_batch)
         return None
 

@@ -235,4 +235,4 @@ def test_out_of_memory_is_one_line_with_what_to_lower(settings, capsys, monkeypa
     told = capsys.readouterr().err.strip()
     assert "\n" not in told
     assert "out of memory" in told
-    assert "model.dtype=bfloat16 and train.micro_batch=1 " in told
+    assert "set model.dtype=bfloat16, lower data.seq_len" in told

@@ -108,3 +108,10 @@ def test_a_signal_that_a_finalizer_swallows_is_kept_and_not_shown(monkeypatch):
         assert stop.received == "SIGUSR1"
     assert not shown
     assert sys.unraisablehook == shown.append
+
+
+def test_a_system_without_posix_signals_is_told_so_in_one_line():
+    code = "import signal; del signal.SIGUSR1; import nuteprune.__main__"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "nuteprune: does not run on Windows itself: start it inside WSL\n"

@@ -49,8 +49,9 @@ from nuteprune.planning.job import (
     teacher_tensors,
     teaching,
 )
+from nuteprune.planning.machine import layout_of
 from nuteprune.planning.models import MODELS, named_spec
-from nuteprune.planning.planner import TABLE, candidates, lay_out
+from nuteprune.planning.planner import TABLE, candidates, largest_micro_batch, lay_out
 
 TOTALS = {
     "llama-7b": 6_738_415_616,
@@ -450,6 +451,30 @@ def test_micro_batches_above_and_below_the_configured_one_are_tried():
     sizes = {layout.micro_batch for layout in candidates(job("llama-7b", 1, 8, "train.batch_size=96",
                                                              "train.micro_batch=5"), "auto")}  # fmt: skip
     assert sizes == {1, 2, 3, 5, 6, 12}
+
+
+def test_a_run_without_a_micro_batch_takes_the_largest_that_fits_its_settings_and_memory():
+    def largest(memory, deepspeed):
+        run = job("llama-7b", 1, 8, "train.batch_size=96", f"deepspeed={deepspeed}", memory=memory)
+        return largest_micro_batch(
+            run, layout_of(zero_settings(run.config, run.spec, World(size=8, local_size=8)), False)
+        )
+
+    whole, shared = ([largest(memory, zero) for memory in (10e9, 24e9, 400e9)] for zero in ("", "zero3"))
+    assert whole[0] == shared[0] == 1
+    assert 1 <= whole[1] < shared[1] < 12
+    assert whole[2] == shared[2] == 12
+
+
+def test_a_layout_is_read_from_complete_deepspeed_settings():
+    def read(name):
+        config = load_config(None, ["train.batch_size=8", f"deepspeed={name}"])
+        return layout_of(zero_settings(config, named_spec("llama-7b"), World(size=8, local_size=4)), True)
+
+    assert read("") == Layout(0, 1, True)
+    assert read("zero2") == Layout(2, 1, True)
+    assert read("zero3_offload") == Layout(3, 1, True, offload=True)
+    assert read("zero3_hpz") == Layout(3, 1, True, hpz=True)
 
 
 @pytest.mark.parametrize("batch", [8, 256])
