@@ -75,10 +75,10 @@ def known_lists(x: Tensor, weight: Tensor, *operands, backend: str | None = None
             compact_in, compact_out; a compact side has its list. Perhaps behind them a pair `whole`, see `Product`.
     """
     if choose_backend(x, backend) == "torch":
-        return torch_path.masked_lora_linear(x, weight, *operands)
+        return torch_path.torch_linear(x, weight, *operands)
     from nuteprune.kernels import masked_lora  # torch.compile follows no other import
 
-    return masked_lora.masked_lora_linear(x, weight, *operands)
+    return masked_lora.triton_linear(x, weight, *operands)
 
 
 def product_of(*operands) -> "Product":
@@ -91,10 +91,10 @@ def product_of(*operands) -> "Product":
 
 
 def fused_projections(x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
-    """`masked_lora.masked_lora_linears`, for products of one x, where its kernels run on x, else None."""
+    """`masked_lora.triton_linears`, for products of one x, where its kernels run on x, else None."""
     if choose_backend(x) == "torch" or _module("masked_lora").is_traced(x):
         return None
-    return _module("masked_lora").masked_lora_linears
+    return _module("masked_lora").triton_linears
 
 
 def fused_kernels(*tensors: Tensor) -> ModuleType | None:

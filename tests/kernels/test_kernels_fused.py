@@ -134,7 +134,7 @@ def test_gated_ffn(gelu, kind, dtype):
 
 @pytest.mark.parametrize("kind", [None, "half"])
 def test_projections_of_one_input_together(kind):
-    from nuteprune.kernels.masked_lora import masked_lora_linears
+    from nuteprune.kernels.masked_lora import triton_linears
 
     cases = [build(Case(lead=(2, 5), k=33, n=n, in_kind=kind, out_kind="soft", seed=n)) for n in (17, 8, 8)]
     x = cases[0]["x"]
@@ -143,7 +143,7 @@ def test_projections_of_one_input_together(kind):
     for case in cases:
         if kind:
             case["keep_in"] = case["in_gate"].detach().nonzero().flatten()
-    together = masked_lora_linears(x, tuple(product_of(*(case[name] for name in order)) for case in cases))
+    together = triton_linears(x, tuple(product_of(*(case[name] for name in order)) for case in cases))
     apart = [masked_lora_linear(**{**case, "x": x}) for case in cases]
     leaves = [x, *(case[name] for case in cases for name in GRADS[1:] if case[name] is not None)]
     upstream = [drawn(*y.shape, seed=5) for y in together]
@@ -156,7 +156,7 @@ def test_projections_of_one_input_together(kind):
 
 def test_measuring_tile_sizes_adds_nothing(monkeypatch):
     from nuteprune.kernels import launch, tuning
-    from nuteprune.kernels.masked_lora import masked_lora_linears
+    from nuteprune.kernels.masked_lora import triton_linears
 
     def measure(product, x, run):
         for _ in range(2):
@@ -167,9 +167,9 @@ def test_measuring_tile_sizes_adds_nothing(monkeypatch):
     x = case["x"]
     parts = [product_of(case["weight"], case["bias"], case["lora_a"], case["lora_b"]) for _ in range(2)]
     upstream = [drawn(2, 5, 17)] * 2
-    want = torch.autograd.grad(masked_lora_linears(x, tuple(parts)), x, upstream)
+    want = torch.autograd.grad(triton_linears(x, tuple(parts)), x, upstream)
     monkeypatch.setattr(launch, "config_of", measure)
-    torch.testing.assert_close(torch.autograd.grad(masked_lora_linears(x, tuple(parts)), x, upstream), want)
+    torch.testing.assert_close(torch.autograd.grad(triton_linears(x, tuple(parts)), x, upstream), want)
 
 
 @pytest.mark.parametrize(("kind", "recomputed"), [("half", False), ("list", False), ("half", True)])
