@@ -180,15 +180,15 @@ def matmul(
         lasting: u is read after the next call too.
         onto: y of another product, to which this one is added.
     """
-    fused, add = fuses_u(product), onto is not None
+    fuse_u, add = fuses_u(product), onto is not None
     place = (x.shape, x.stride(), x.dtype, add)
     tiles = product.plans.get(place)
     y = onto if onto is not None else empty_output(product, x) if tiles is None else tiles.output(x)
-    u = empty_u(product, x, lasting) if product.rank and (keep_u or not fused) else None
-    if u is not None and not fused:
+    u = empty_u(product, x, lasting) if product.rank and (keep_u or not fuse_u) else None
+    if u is not None and not fuse_u:
         skinny(product, x, u)
     if tiles is None:
-        tiles = _tiles(product, x, u, y, fused, add)
+        tiles = _tiles(product, x, u, y, fuse_u, add)
         if not capturing(x):  # then no sizes were measured
             product.plans[place] = tiles
     if tiles.grid[0]:
@@ -196,15 +196,15 @@ def matmul(
     return y, u
 
 
-def _tiles(product: Product, x: Tensor, u: Tensor | None, y: Tensor, fused: bool, add: bool) -> Tiles:
+def _tiles(product: Product, x: Tensor, u: Tensor | None, y: Tensor, fuse_u: bool, add: bool) -> Tiles:
     """The launch of a product in the tile sizes chosen for it."""
     scratch = lru_cache(lambda: empty_output(product, x)) if add else (lambda: y)  # measuring must not add
 
     def measured(config: Config) -> None:
-        Tiles(product, x, scratch(), fused, config).start(product, x, u, scratch())
+        Tiles(product, x, scratch(), fuse_u, config).start(product, x, u, scratch())
 
     runs = product.kept[0] and tokens(x)
-    return Tiles(product, x, y, fused, config_of(product, x, measured) if runs else INTERPRETER, add)
+    return Tiles(product, x, y, fuse_u, config_of(product, x, measured) if runs else INTERPRETER, add)
 
 
 def capturing(x: Tensor) -> bool:

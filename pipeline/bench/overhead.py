@@ -134,14 +134,14 @@ class _Stub:
 @contextmanager
 def stubbed_launches() -> Iterator[None]:
     """The triton path without its kernels."""
-    from nuteprune.kernels import fused, launch, masked_lora, pointwise, triton_kernels, tuning
+    from nuteprune.kernels import launch, masked_lora, pointwise, rowwise, triton_kernels, tuning
 
     changes: list[tuple[Any, str, Any]] = [
         (module, name, _Stub(name, *outputs))
         for module, kernels in ((triton_kernels, PROJECTIONS), (pointwise, POINTWISE))
         for name, outputs in kernels.items()
     ]
-    changes += [(module, "INTERPRETING", True) for module in (fused, launch, masked_lora, tuning)]
+    changes += [(module, "INTERPRETING", True) for module in (rowwise, launch, masked_lora, tuning)]
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     os.environ["NUTEPRUNE_KERNELS"] = "triton"
     for module, name, value in changes:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nuteprune.kernels.api import fused_kernels
+from nuteprune.kernels.api import rowwise_kernels
 
 IGNORE = -100
 """Label of a token that is not learned."""
@@ -43,7 +43,7 @@ def layer_loss(student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, kin
 
 def layer_terms(student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, kind: str) -> Tensor:
     """`layer_loss`; where triton runs, its terms by token [B·T], float32, of which it is the mean."""
-    kernels = fused_kernels(student, teacher)
+    kernels = rowwise_kernels(student, teacher)
     if kernels is None:
         return layer_loss(student, teacher, hidden_gate, kind)
     return kernels.layer_distances(student, teacher, hidden_gate, kind == "normalized")

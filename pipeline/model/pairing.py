@@ -21,7 +21,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import LoraConfig, LossConfig
 from nuteprune.masks import Gates
 from nuteprune.model.distill import IGNORE, HeadLosses, head_loss, layer_terms
-from nuteprune.model.fused import install_fused
+from nuteprune.model.kernels import install_kernels
 from nuteprune.model.layers import LoraParameters, View, activate, at_hand, build_view, fresh_lora, install
 from nuteprune.model.lora import Update
 
@@ -162,7 +162,7 @@ class PairedModel(nn.Module):
         self.spec, self.model = spec, model
         self.scaling = lora.alpha / lora.rank
         install(model.model.layers, spec)
-        install_fused(model.model.layers, model.model.norm, spec)
+        install_kernels(model.model.layers, model.model.norm, spec)
         self.head = _Head(model.lm_head.weight)
         pairs = fresh_lora(model.model.layers, lora, model.device)
         frozen = {key: lora.refit for key in pairs if lora.refit and key.endswith(".down_proj")}
