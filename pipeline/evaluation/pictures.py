@@ -78,14 +78,14 @@ def _as_gates(counts: list[int], total: int | None) -> Tensor:
     return (torch.arange(total or max(counts)) < torch.tensor(counts)[:, None]).float()
 
 
-def _count(kept_units: int | list, total: int | None) -> int:
+def _count(units: int | list, total: int | None) -> int:
     """Kept units given as a count, as flags (one per unit), or as indices."""
-    if isinstance(kept_units, int):
-        return kept_units
-    flags = all(isinstance(unit, bool) for unit in kept_units) or (
-        len(kept_units) == total and set(kept_units) <= {0, 1} and len(kept_units) > 2
+    if isinstance(units, int):
+        return units
+    flags = all(isinstance(unit, bool) for unit in units) or (
+        len(units) == total and set(units) <= {0, 1} and len(units) > 2
     )
-    return sum(map(bool, kept_units)) if flags else len(kept_units)
+    return sum(map(bool, units)) if flags else len(units)
 
 
 def training(file: Path, width: float = WIDTH) -> Figure | None:
