@@ -55,7 +55,7 @@ def outputs(config: Config) -> dict[str, Path]:
 
 
 def _stage(run_dir: Path, stage: str, output: Path, number: str | None) -> dict:
-    job = jobs.find(number) if number else jobs.Job("")
+    job = jobs.find(number) if number else jobs.SlurmJob("")
     complete = (output / "manifest.json").is_file()
     state = job.standing or ("complete" if complete else job.state.lower() if job.failed else "incomplete")
     found = {"state": state, "job": vars(job) if number else None}
