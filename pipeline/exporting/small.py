@@ -57,7 +57,7 @@ class ExportError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """How a base model becomes the small one.
 
     Attributes:
@@ -113,7 +113,7 @@ def export_model(config: Config) -> Path:
         architecture = gguf_architecture(spec, shape, small)
         vocabulary(tokenizer)
         check_quantizer(config.export.gguf)
-    plan = Plan(trained, student, fold, small, shape, dtype, config.export.shard_size)
+    plan = ExportPlan(trained, student, fold, small, shape, dtype, config.export.shard_size)
     tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
     with atomic_directory(output) as directory:
         tokenizer.save_pretrained(directory)
@@ -164,7 +164,7 @@ def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
     return blocks[: -(-count // length)]
 
 
-def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tensor) -> tuple[Result, PreTrainedModel]:
+def write_model(directory: Path, base: PreTrainedModel, plan: ExportPlan, tokens: Tensor) -> tuple[Result, PreTrainedModel]:
     """Fold the base into a small model, save it and check what was saved; consumes the base.
 
     The check is on float32 weights read back from the directory; they are cast, and saved again, only after it.
@@ -198,7 +198,7 @@ def write_model(directory: Path, base: PreTrainedModel, plan: Plan, tokens: Tens
     return result, model
 
 
-def _read(plan: Plan, model: PreTrainedModel) -> tuple[int, int]:
+def _read(plan: ExportPlan, model: PreTrainedModel) -> tuple[int, int]:
     """Parameters that are read for a token, of the small model and of the base; zeros where that is all of them."""
     spec, kept = plan.fold.spec, plan.fold.kept
     if spec.experts == 1:
@@ -209,7 +209,7 @@ def _read(plan: Plan, model: PreTrainedModel) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def masked_logits(base: PreTrainedModel, plan: Plan, tokens: Tensor) -> list[Tensor]:
+def masked_logits(base: PreTrainedModel, plan: ExportPlan, tokens: Tensor) -> list[Tensor]:
     """Logits [T, V] of the masked model for each block of tokens; the base keeps its weights."""
     fold = plan.fold
     paired = PairedModel(base, fold.spec, plan.config.lora)
@@ -248,7 +248,7 @@ def check_count(spec: ArchSpec, gates: Gates, model: PreTrainedModel) -> float:
     return counted
 
 
-def write_record(directory: Path, plan: Plan, result: Result) -> None:
+def write_record(directory: Path, plan: ExportPlan, result: Result) -> None:
     """Write README.md and nuteprune.json."""
     card = model_card(plan.run, plan.student, plan.fold, plan.shape, plan.dtype_name, result)
     (directory / "README.md").write_text(card, encoding="utf-8")
@@ -256,7 +256,7 @@ def write_record(directory: Path, plan: Plan, result: Result) -> None:
     (directory / RECORD).write_text(record + "\n", encoding="utf-8")
 
 
-def _save(directory: Path, model: PreTrainedModel, *, plan: Plan, generation: GenerationConfig) -> None:
+def _save(directory: Path, model: PreTrainedModel, *, plan: ExportPlan, generation: GenerationConfig) -> None:
     for old in directory.glob("model*.safetensors*"):  # an earlier save may have had more shards
         old.unlink()
     model.save_pretrained(directory, max_shard_size=plan.shard_size)
