@@ -163,7 +163,7 @@ def triton_linear(x: Tensor, *args) -> Tensor:
         from nuteprune.kernels import traced
 
         check_runs(x, args[0])
-        return traced.TracedLoraLinear.apply(x, *torch_path.joined(*args))
+        return traced.TracedLoraLinear.apply(x, *torch_path.without_whole(*args))
     return triton_linears(x, (product_of(*args),))[0]
 
 

@@ -216,7 +216,7 @@ def torch_linear(x: Tensor, weight: Tensor, *operands) -> Tensor:
     return MaskedLoraLinear.apply(x, weight, *operands, *[None] * (WHOLE - len(operands)))
 
 
-def joined(weight: Tensor, *operands) -> tuple:
+def without_whole(weight: Tensor, *operands) -> tuple:
     """The same operands without `whole`: A and B of all ranks, through which the gradients of its last ones go."""
     if len(operands) < WHOLE or operands[-1] is None:
         return weight, *operands[: WHOLE - 1]

@@ -57,7 +57,7 @@ BARS = {"sampled": 20, "settled": 10}
 """Host syncs that a step may take, at any depth."""
 
 
-class Counts(TorchDispatchMode):
+class OperationCounts(TorchDispatchMode):
     """Counts operations by name, launches of our own kernels, and operations for which the host waits."""
 
     def __init__(self):
@@ -89,7 +89,7 @@ def _has_mask(args: tuple) -> bool:
 
 
 @contextmanager
-def counted_copies(counts: Counts) -> Iterator[None]:
+def counted_copies(counts: OperationCounts) -> Iterator[None]:
     """Count copies to the host that do not pass the dispatcher on a CPU."""
     before = {name: getattr(Tensor, name) for name in ("tolist", "numpy", "cpu")}
 
@@ -197,13 +197,13 @@ def step(made: Pruning) -> None:
     made.step += 1
 
 
-def counts(layers: int, phase: str, batch: int = 1) -> Counts:
+def counts(layers: int, phase: str, batch: int = 1) -> OperationCounts:
     """What one step takes, after two that settle what is kept between steps."""
     made = trainer(layers, phase, batch)
     with stubbed_launches():
         for _ in range(2):
             step(made)
-        with Counts() as found, counted_copies(found):
+        with OperationCounts() as found, counted_copies(found):
             step(made)
     return found
 

@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from nuteprune.arch import ATTENTION, FUSED, PROJECTIONS, ArchSpec, family_of, pack, projections
+from nuteprune.arch import ATTENTION, FUSED, PROJECTIONS, ArchSpec, family_of, fuse, projections
 from nuteprune.exporting import modeling_ragged
 from nuteprune.masks import Gates, Kept, kept_units
 from nuteprune.model.layers import LoraWeights
@@ -224,7 +224,7 @@ def fold_model(model: PreTrainedModel, config: PreTrainedConfig, fold: Fold, pro
     for index in progress(range(fold.spec.layers)):
         if index in place:
             into = small.model.layers[place[index]]
-            into.load_state_dict(pack(fold_layer(fold, layers[index], index), into), assign=True)
+            into.load_state_dict(fuse(fold_layer(fold, layers[index], index), into), assign=True)
         layers[index] = nn.Identity()
     embedding, norm, head = fold_ends(fold, model)
     small.model.embed_tokens.load_state_dict({"weight": embedding}, assign=True)

@@ -164,7 +164,9 @@ def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
     return blocks[: -(-count // length)]
 
 
-def write_model(directory: Path, base: PreTrainedModel, plan: ExportPlan, tokens: Tensor) -> tuple[Result, PreTrainedModel]:
+def write_model(
+    directory: Path, base: PreTrainedModel, plan: ExportPlan, tokens: Tensor
+) -> tuple[Result, PreTrainedModel]:
     """Fold the base into a small model, save it and check what was saved; consumes the base.
 
     The check is on float32 weights read back from the directory; they are cast, and saved again, only after it.

@@ -38,7 +38,7 @@ _OURS = {
 """Keys of a DeepSpeed file that would do nothing here, and what to do instead."""
 
 
-def read_settings(name: str) -> dict:
+def read_deepspeed(name: str) -> dict:
     """The DeepSpeed settings of a name in ds_configs/ or a JSON file; raises `ConfigError` for one that cannot work."""
     path = next((p for p in (DS_CONFIGS / f"{name}.json", Path(name)) if p.is_file()), None)
     if path is None:
@@ -73,7 +73,7 @@ def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
     """
     if not config.deepspeed:
         return None
-    settings = read_settings(config.deepspeed)
+    settings = read_deepspeed(config.deepspeed)
     dtype = config.model.dtype
     # The run drives its own micro-batches, so for DeepSpeed a step is one.
     _fill(settings, "train_batch_size", config.train.batch_size, "train.batch_size")

@@ -12,7 +12,7 @@ from nuteprune.model.hub import fetch
 from nuteprune.parallel.distributed import World
 
 
-def fetch_model(config: Config, world: World) -> None:
+def fetch_once(config: Config, world: World) -> None:
     """Download a model of the hub, by the first rank of each node while the others wait; collective.
 
     Otherwise rank 0 would download it where the others wait in a collective, longer than `train.rank_timeout`.

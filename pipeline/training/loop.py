@@ -35,7 +35,7 @@ from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.rundir import DAMAGED, reason
 from nuteprune.training.determinism import deterministic
 from nuteprune.training.engine import Engine
-from nuteprune.training.inputs import fetch_model
+from nuteprune.training.inputs import fetch_once
 from nuteprune.training.lifecycle import check_directory, claim_directory, is_finished
 from nuteprune.training.memory import is_out_of_memory
 from nuteprune.training.resume import check_fits
@@ -226,7 +226,7 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
     if world.from_main(finished):
         log.info("already finished: %s", output)
         return output
-    fetch_model(config, world)
+    fetch_once(config, world)
     torch.manual_seed(config.seed)
     trainer = stage.build(config, world)
     log.info("computing on %s%s", named(world.device), f", rank 0 of {world.size}" if world.size > 1 else "")

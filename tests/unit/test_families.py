@@ -6,7 +6,7 @@ from tiny import CONFIGS, tiny_config, tiny_model
 from torch import nn
 
 from nuteprune.__main__ import main
-from nuteprune.arch import pack, projections, read_spec, split_fused, stored
+from nuteprune.arch import fuse, projections, read_spec, split_fused, stored
 from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig, load_config
 from nuteprune.exporting.folding import fold_model, plan_fold, small_config
 from nuteprune.exporting.gguf_model import gguf_architecture
@@ -186,7 +186,7 @@ def test_split_layers_know_their_files_and_pack_again(name):
         linear = getattr(owner, attribute)
         assert isinstance(linear, nn.Linear)
         single |= {f"{block}.{projection}.{part}": tensor for part, tensor in linear.named_parameters()}
-    packed = pack(single, tiny_model(name).model.layers[1])
+    packed = fuse(single, tiny_model(name).model.layers[1])
     kept = {k: v.shape for k, v in whole.items() if "norm" not in k and k != "mlp.gate.weight"}
     assert kept == {k: v.shape for k, v in packed.items()}
     assert all(torch.equal(whole[k], v) for k, v in packed.items())
