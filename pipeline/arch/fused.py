@@ -1,4 +1,4 @@
-"""A layer's projections; those that it holds in one linear layer are split into parameters of their own, and fused again."""
+"""A layer's projections; those that it holds in one linear layer are split into parameters of their own, and fused."""
 
 from __future__ import annotations
 
