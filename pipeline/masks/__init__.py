@@ -3,9 +3,10 @@
 Pure arithmetic on tensors and an `ArchSpec`: no model, no files. Everything above may call it.
 """
 
+from nuteprune.masks.counts import Rounding
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
 from nuteprune.masks.kept import Kept, kept_units
-from nuteprune.masks.mask_set import POINT, MaskSet, check_target, gated_kinds, multiples
+from nuteprune.masks.mask_set import POINT, MaskSet, check_target, gated_kinds
 from nuteprune.masks.selection import describe, select_units
 
 __all__ = [
@@ -14,12 +15,12 @@ __all__ = [
     "Gates",
     "Kept",
     "MaskSet",
+    "Rounding",
     "check_target",
     "describe",
     "gated_kinds",
     "kept_parameters",
     "kept_units",
-    "multiples",
     "select_units",
     "sparsity_of",
     "unit_shape",

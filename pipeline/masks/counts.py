@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError
+from nuteprune.config import ConfigError, GateConfig
 from nuteprune.masks.gates import Gates
 
 TOLERANCE = 0.009
@@ -51,11 +51,24 @@ class Counts:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Multiples of the FFN width and the hidden size, halved where they would miss; tensor-parallel size."""
+    """Multiples of the FFN width and the hidden size, halved where the target would be missed by more than `TOLERANCE`.
+
+    KV groups and FFN widths are multiples of `parallel`, the tensor-parallel size, which is never halved. FFN widths
+    and groups are free in the per_layer shape.
+    """
 
     ffn: int = 1
     hidden: int = 1
     parallel: int = 1
+
+    @classmethod
+    def of(cls, gates: GateConfig) -> Rounding:
+        """As the settings have it."""
+        return cls(gates.ffn_multiple, gates.hidden_multiple, gates.tensor_parallel)
+
+
+EXACT = Rounding()
+"""Any count is allowed."""
 
 
 def intact(spec: ArchSpec) -> Counts:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError, Shape, load_config
-from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
+from nuteprune.config import Config, ConfigError, GateConfig, Shape, load_config
+from nuteprune.masks import POINT, Gates, Rounding, kept_units, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
 from nuteprune.model.lora import joined
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory, read_json, sha256, verify
@@ -75,10 +75,12 @@ def shape_of(config: Config, trained: Run) -> Shape:
     return trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
 
 
-def rounding_of(config: Config, trained: Run) -> tuple[int, int, int]:
-    """Multiples of the FFN width and the hidden size, and the tensor-parallel size: the export's, or else the run's."""
-    asked, (ffn, hidden, parallel) = config.export, multiples(trained.config.gates)
-    return asked.ffn_multiple or ffn, asked.hidden_multiple or hidden, asked.tensor_parallel or parallel
+def export_gates(config: Config, trained: Run) -> GateConfig:
+    """The run's settings of its gates, with the shape and the rounding that the export asks for."""
+    own, asked = trained.config.gates, config.export
+    return replace(own, shape=shape_of(config, trained), ffn_multiple=asked.ffn_multiple or own.ffn_multiple,
+                   hidden_multiple=asked.hidden_multiple or own.hidden_multiple,
+                   tensor_parallel=asked.tensor_parallel or own.tensor_parallel)  # fmt: skip
 
 
 def pruned_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
@@ -100,8 +102,9 @@ def snapshot_student(config: Config, trained: Run, spec: ArchSpec, sparsity: flo
 
 
 def _in_structure(config: Config, trained: Run, spec: ArchSpec, student: Student) -> Student:
-    gates = structure(spec, student.gates, student.scores, student.target, shape_of(config, trained),
-                      rounding_of(config, trained), trained.gates)  # fmt: skip
+    asked = export_gates(config, trained)
+    gates = structure(spec, student.gates, student.scores, student.target, asked.shape, Rounding.of(asked),
+                      trained.gates)  # fmt: skip
     return replace(student, gates=gates)
 
 
@@ -207,7 +210,7 @@ def rung_lora(trained: Run, snapshot: Snapshot) -> dict[str, tuple[Tensor, Tenso
 
 def structure(
     spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: Shape,
-    rounding: tuple[int, int, int], like: Gates | None = None,
+    rounding: Rounding, like: Gates | None = None,
 ) -> Gates:  # fmt: skip
     """Gates of the model to export: the run's own if they fit the shape and the target, else chosen by score.
 
@@ -218,7 +221,7 @@ def structure(
         gates, scores: the run's gates and log-alpha.
         target: wanted sparsity.
         shape: "uniform", "per_layer_ffn" or "per_layer".
-        rounding: as from `multiples`.
+        rounding: to what counts are rounded.
         like: the run's final student, whose kind of structure is taken where one has to be chosen.
 
     Raises:
@@ -234,7 +237,7 @@ def structure(
         return gates
     if shape == "uniform":
         scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
-    chosen = select_units(spec, scores, target, shape, *rounding, like=like).as_dict()
+    chosen = select_units(spec, scores, target, shape, rounding, like).as_dict()
     values = {k: torch.where(z == 0, torch.ones_like(z), z) for k, z in gates.as_dict().items()}
     settled = Gates(**{k: v * chosen[k] if k in chosen else v for k, v in values.items()})
     reached = sparsity_of(spec, settled)
@@ -249,18 +252,18 @@ def structure(
     return settled
 
 
-def _fits(spec: ArchSpec, gates: Gates, shape: str, rounding: tuple[int, ...]) -> bool:
+def _fits(spec: ArchSpec, gates: Gates, shape: str, rounding: Rounding) -> bool:
     """Whether a shape can hold what the gates keep."""
-    kept, (ffn_multiple, _, parallel) = kept_units(spec, gates), rounding
+    kept = kept_units(spec, gates)
     if shape == "per_layer" or not kept.experts_are_alike(spec):
         return kept.experts_are_alike(spec)
     every_width = [width for layer in kept.ffn_widths(spec) for width in layer]
     counts = [len(units) for units in kept.kv_groups] + every_width
-    if any(count % parallel for count in counts):
+    if any(count % rounding.parallel for count in counts):
         return False
     if shape == "uniform":
         return kept.is_uniform(spec)
-    widths = all(width % ffn_multiple == 0 or width == spec.ffn for width in every_width)
+    widths = all(width % rounding.ffn == 0 or width == spec.ffn for width in every_width)
     return kept.attention_is_alike(spec) and widths
 
 

@@ -21,12 +21,11 @@ from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import (
+    export_gates,
     finetune_directory,
     open_run,
     pruned_student,
-    rounding_of,
     save_tuned,
-    shape_of,
 )
 from nuteprune.training.engine import Engine
 from nuteprune.training.fixed import FixedGates
@@ -60,7 +59,6 @@ def settings(config: Config, trained: Run) -> Config:
         raise ConfigError(
             f"finetune.lora_rank {rank} is less than the pruned student's {old.lora.rank}, which it keeps"
         )
-    ffn, hidden, parallel = rounding_of(config, trained)
     possible = read_config(old.model.path)[1].lora_targets
     return replace(
         old,
@@ -74,8 +72,7 @@ def settings(config: Config, trained: Run) -> Config:
         lora=replace(old.lora, targets=[name for name in get_args(Projection) if name in possible], rank=rank,
                      alpha=rank * old.lora.alpha / old.lora.rank),
         teacher=replace(old.teacher, mode="intact" if tune.distill else "none"),
-        gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
-                      tensor_parallel=parallel),
+        gates=export_gates(config, trained),
     )  # fmt: skip
 
 

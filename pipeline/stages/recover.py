@@ -19,11 +19,10 @@ from nuteprune.parallel.distributed import World, discover
 from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import (
+    export_gates,
     open_run,
     recover_directory,
-    rounding_of,
     save_tuned,
-    shape_of,
     snapshot_student,
 )
 from nuteprune.training.engine import Engine
@@ -67,7 +66,6 @@ def summary(config: Config, result: list[Path]) -> str:
 def settings(config: Config, trained: Run, rung: float) -> Config:
     """The run's configuration for one rung, in a directory of its own."""
     old, wanted = trained.config, config.recover
-    ffn, hidden, parallel = rounding_of(config, trained)
     steps = wanted.steps or max(1, round(SHARE * int(trained.facts["steps"])))
     return replace(
         old,
@@ -78,8 +76,7 @@ def settings(config: Config, trained: Run, rung: float) -> Config:
         train=replace(old.train, steps=steps, lora_lr=wanted.lr or old.train.lora_lr, ranks=config.train.ranks,
                       micro_batch=config.train.micro_batch),
         teacher=replace(old.teacher, mode="none" if old.teacher.mode == "none" else "intact"),
-        gates=replace(old.gates, shape=shape_of(config, trained), ffn_multiple=ffn, hidden_multiple=hidden,
-                      tensor_parallel=parallel),
+        gates=export_gates(config, trained),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from tiny import VOCAB, tiny_config, tiny_model
 
 from nuteprune.arch import read_spec
 from nuteprune.config import ConfigError, GateConfig, LoraConfig
-from nuteprune.masks import Gates, check_target, kept_units, multiples, select_units, sparsity_of, unit_shape
+from nuteprune.masks import Gates, Rounding, check_target, kept_units, select_units, sparsity_of, unit_shape
 from nuteprune.model.layers import GatedRouter, build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters, total_parameters
@@ -75,7 +75,7 @@ def test_uniform_structures_are_those_of_a_stock_class(name, units, target):
     check_target(spec, config, target)
     generator = torch.Generator().manual_seed(0)
     scores = {kind: torch.randn(unit_shape(spec, kind), generator=generator) for kind in units}
-    gates = select_units(spec, scores, target, "uniform", *multiples(config))
+    gates = select_units(spec, scores, target, "uniform", Rounding.of(config))
     kept = kept_units(spec, gates)
     assert kept.is_uniform(spec)
     widths = {width for layer in kept.ffn_widths(spec) for width in layer}
@@ -98,7 +98,7 @@ def test_free_structures_have_experts_of_one_width_in_a_layer(name, units, shape
     generator = torch.Generator().manual_seed(0)
     scores = {kind: torch.randn(unit_shape(spec, kind), generator=generator) for kind in units}
     scores["ffn"] -= torch.arange(spec.layers)[:, None]  # the first layers deserve more
-    gates = select_units(spec, scores, target, shape, *multiples(config))
+    gates = select_units(spec, scores, target, shape, Rounding.of(config))
     kept = kept_units(spec, gates)
     assert kept.experts_are_alike(spec)
     widths = [set(kept.ffn_widths(spec)[i]) for i in kept.layers]
@@ -107,10 +107,10 @@ def test_free_structures_have_experts_of_one_width_in_a_layer(name, units, shape
     assert all(len(kept.experts[i]) >= spec.top_k for i in kept.layers)
     assert shape == "per_layer" or kept.attention_is_alike(spec)
     assert abs(sparsity_of(spec, gates) - target) <= 0.01
-    assert structure(spec, gates, scores, target, shape, (1, 1, 1)) is gates
+    assert structure(spec, gates, scores, target, shape, Rounding()) is gates
     ragged = gates.ffn.clone()
     ragged[0, ragged[0].nonzero()[0]] = 0  # as in a snapshot
-    settled = structure(spec, replace(gates, ffn=ragged), scores, target, shape, multiples(config))
+    settled = structure(spec, replace(gates, ffn=ragged), scores, target, shape, Rounding.of(config))
     assert kept_units(spec, settled).experts_are_alike(spec)
 
 
