@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from nuteprune.arch import ATTENTION, FUSED, PROJECTIONS, ArchSpec, family_of, fuse, projections
 from nuteprune.exporting import modeling_ragged
-from nuteprune.masks import Gates, Kept, kept_units
+from nuteprune.masks import Gates, Kept
 from nuteprune.model.layers import LoraWeights
 from nuteprune.model.loading import OWN_TYPES
 
@@ -91,7 +91,7 @@ class Fold:
 def plan_fold(spec: ArchSpec, gates: Gates, lora: LoraWeights, scaling: float) -> Fold:
     """The fold of given gates and LoRA; raises ValueError where no hidden dimension or no layer is left."""
     full = gates.detach().to("cpu", torch.float32).full(spec)
-    kept = kept_units(spec, full)
+    kept = Kept.of(spec, full)
     if len(kept.hidden) == 0:
         raise ValueError("no hidden dimension is left: lower the target sparsity")
     if len(kept.layers) == 0:
@@ -114,8 +114,8 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
     if (refusal := fold.spec.refusal([shape])) is not None:
         raise ValueError(f"export.shape: {refusal}")
     kept = fold.kept.layers.tolist()
-    every_group = fold.kept.heads_per_group(fold.spec)
-    every_width, family = fold.kept.ffn_widths(fold.spec), family_of(base)
+    every_group = fold.kept.heads_per_group
+    every_width, family = fold.kept.ffn_widths, family_of(base)
     groups, ffn = [every_group[i] for i in kept], [max(every_width[i], default=0) for i in kept]
     values = {k: v for k, v in base.to_dict().items() if k not in _RENAMED}
     values |= {
@@ -310,7 +310,7 @@ def _sides(fold: Fold, name: str, index: int) -> tuple[Tensor, Tensor, Tensor | 
         unit, gate = _expand(kept.kv_groups[index], dim), None
     else:
         expert = int(name.split(".")[1]) if fold.spec.experts > 1 else 0
-        unit, gate = kept.ffn_of(fold.spec, index, expert), fold.ffn_gate[index].view(-1, fold.spec.ffn)[expert]
+        unit, gate = kept.ffn_of(index, expert), fold.ffn_gate[index].view(-1, fold.spec.ffn)[expert]
     if name.endswith(("o_proj", "down_proj")):
         added = fold.added_gates[int(name != "o_proj"), index]
         return kept.hidden, unit, fold.hidden_gate * (1.0 if fold.spec.norms_behind else added), gate

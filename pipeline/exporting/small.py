@@ -205,7 +205,7 @@ def _read(plan: ExportPlan, model: PreTrainedModel) -> tuple[int, int]:
     spec, kept = plan.fold.spec, plan.fold.kept
     if spec.experts == 1:
         return 0, 0
-    every_width = kept.ffn_widths(spec)
+    every_width = kept.ffn_widths
     unread = sum(sum(every_width[i][spec.top_k :]) for i in kept.layers)
     return model.num_parameters() - unread * spec.ffn_cost(len(kept.hidden)), read_parameters(spec)
 

@@ -5,7 +5,7 @@ Pure arithmetic on tensors and an `ArchSpec`: no model, no files. Everything abo
 
 from nuteprune.masks.counts import Rounding
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
-from nuteprune.masks.kept import Kept, kept_units
+from nuteprune.masks.kept import Kept
 from nuteprune.masks.mask_set import POINT, MaskSet, check_target, gated_kinds
 from nuteprune.masks.selection import describe, select_units
 
@@ -20,7 +20,6 @@ __all__ = [
     "describe",
     "gated_kinds",
     "kept_parameters",
-    "kept_units",
     "select_units",
     "sparsity_of",
     "unit_shape",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import ConfigError, GateConfig
-from nuteprune.masks.gates import Gates
+from nuteprune.masks.kept import Kept
 
 TOLERANCE = 0.009
 """Largest distance from the target that rounding to multiples may cause before the multiple is halved."""
@@ -76,27 +76,20 @@ def intact(spec: ArchSpec) -> Counts:
     return Counts(spec.kv_heads, spec.group_size, spec.hidden, spec.layers, spec.experts, spec.ffn)
 
 
-def mean_counts(spec: ArchSpec, gates: Gates) -> Counts:
+def mean_counts(kept: Kept) -> Counts:
     """What the layers that stay keep on average."""
-    full = gates.full(spec)
-    head_gate, ffn_gate, every_kind = full.head_gate(spec), full.ffn_gate(spec), full.as_dict()
-    assert head_gate is not None, "all kinds are there"
-    assert ffn_gate is not None, "all kinds are there"
-    heads = head_gate.unflatten(1, (spec.kv_heads, spec.group_size)) != 0
-    groups, layers = heads.any(-1).double().sum(), every_kind["layers"].double()
-    with_attention = (layers * every_kind["attn_sublayers"].double()).sum().clamp(min=1)
-    experts = ((every_kind["experts"] != 0) * layers[:, None]).sum()
+    heads, groups = int(kept.heads_LKG.sum()), int(kept.heads_LKG.any(2).sum())
+    layers, attention = int(kept.layers_L.sum()), int(kept.attention_L.sum())
+    experts, units = int(kept.experts_LE[kept.layers_L].sum()), int(kept.ffn_LEF.sum())
     return Counts(
-        float(groups / with_attention), float(heads.double().sum() / groups.clamp(min=1)),
-        float(every_kind["hidden"].double().sum()), float(layers.sum()),
-        float(experts / layers.sum().clamp(min=1)), float((ffn_gate != 0).double().sum() / experts.clamp(min=1)),
+        groups / max(1, attention), heads / max(1, groups), float(kept.hidden_D.sum()), float(layers),
+        experts / max(1, layers), units / max(1, experts),
     )  # fmt: skip
 
 
-def whole_counts(spec: ArchSpec, gates: Gates) -> Counts:
+def whole_counts(kept: Kept) -> Counts:
     """The counts of a structure that is alike in all layers, as whole numbers and with the FFN left open."""
-    mean = mean_counts(spec, gates)
-    return replace(Counts(*map(round, astuple(mean))), ffn=spec.ffn)
+    return replace(Counts(*map(round, astuple(mean_counts(kept)))), ffn=kept.spec.ffn)
 
 
 def between(spec: ArchSpec, counts: Counts, share: float) -> Counts:

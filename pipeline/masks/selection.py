@@ -32,6 +32,7 @@ from nuteprune.masks.counts import (
     with_ffn,
 )
 from nuteprune.masks.gates import Gates, kept_parameters, sparsity_of, unit_shape
+from nuteprune.masks.kept import Kept
 
 MEASURED = 12
 """Structures that are measured in a first round, at most."""
@@ -80,9 +81,9 @@ def select_units(
             f"{fitting}, or the per_layer shape"
         )
     free = _as_gates(_threshold(spec, scores, target, {}))
-    near = mean_counts(spec, free)
+    near = mean_counts(Kept.of(spec, free))
     if like is not None and (reached := sparsity_of(spec, like)) > 0:
-        near = between(spec, mean_counts(spec, like), min(1.0, target / reached))
+        near = between(spec, mean_counts(Kept.of(spec, like)), min(1.0, target / reached))
     while True:
         gates = _as_gates(_SHAPES[shape](spec, scores, target, near, rounding))
         missed = abs(sparsity_of(spec, gates) - target) > TOLERANCE
@@ -105,7 +106,7 @@ def cheapest_units(
         loss: the losses of models with given gates.
     """
     own = select_units(spec, scores, target, shape, rounding)
-    near = whole_counts(spec, own)
+    near = whole_counts(Kept.of(spec, own))
     kinds = set(scores)
     if shape != "uniform":  # where FFN widths are free, scores say which layers and experts go
         kinds -= {"layers", "experts"}
@@ -130,10 +131,10 @@ def cheapest_units(
     return gates[measure(midpoints(spec, kinds, best, possible, rounding))]
 
 
-def describe(spec: ArchSpec, gates: Gates) -> str:
+def describe(kept: Kept) -> str:
     """What the layers that stay keep on average, for a log."""
-    c = mean_counts(spec, gates)
-    experts = f"{c.experts:g} experts of " if spec.experts > 1 else ""
+    c = mean_counts(kept)
+    experts = f"{c.experts:g} experts of " if kept.spec.experts > 1 else ""
     return (
         f"{c.layers:g} layers of {c.groups:g} x {c.heads:g} heads and {experts}{c.ffn:g} FFN units, hidden size "
         f"{c.hidden:g}"

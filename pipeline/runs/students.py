@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError, GateConfig, Shape, load_config
-from nuteprune.masks import POINT, Gates, Rounding, kept_units, select_units, sparsity_of
+from nuteprune.masks import POINT, Gates, Kept, Rounding, select_units, sparsity_of
 from nuteprune.model.layers import LoraWeights
 from nuteprune.model.lora import joined
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory, read_json, sha256, verify
@@ -233,7 +233,8 @@ def structure(
         )
     before = sparsity_of(spec, gates)
     near = abs(before - target) <= POINT
-    if near and _fits(spec, gates, shape, rounding):
+    kept = Kept.of(spec, gates)
+    if near and _fits(kept, shape, rounding):
         return gates
     if shape == "uniform":
         scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
@@ -243,7 +244,7 @@ def structure(
     reached = sparsity_of(spec, settled)
     log.log(logging.INFO if near else logging.WARNING,
             "%d units change to fit the %s shape at %.2f%% (%.2f%% before)",
-            changed_units(spec, gates, settled), shape, 100 * reached, 100 * before)  # fmt: skip
+            kept.changed(Kept.of(spec, settled)), shape, 100 * reached, 100 * before)  # fmt: skip
     if abs(reached - target) > POINT:
         raise ConfigError(
             f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: lower export.ffn_multiple and "
@@ -252,23 +253,15 @@ def structure(
     return settled
 
 
-def _fits(spec: ArchSpec, gates: Gates, shape: str, rounding: Rounding) -> bool:
-    """Whether a shape can hold what the gates keep."""
-    kept = kept_units(spec, gates)
-    if shape == "per_layer" or not kept.experts_are_alike(spec):
-        return kept.experts_are_alike(spec)
-    every_width = [width for layer in kept.ffn_widths(spec) for width in layer]
+def _fits(kept: Kept, shape: Shape, rounding: Rounding) -> bool:
+    """Whether a shape can hold what is kept."""
+    if shape == "per_layer" or not kept.experts_are_alike:
+        return kept.experts_are_alike
+    every_width = [width for layer in kept.ffn_widths for width in layer]
     counts = [len(units) for units in kept.kv_groups] + every_width
     if any(count % rounding.parallel for count in counts):
         return False
     if shape == "uniform":
-        return kept.is_uniform(spec)
-    widths = all(width % rounding.ffn == 0 or width == spec.ffn for width in every_width)
-    return kept.attention_is_alike(spec) and widths
-
-
-def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:
-    """Query heads, FFN units and hidden dimensions that are in one of two structures only."""
-    a, b = before.full(spec), after.full(spec)
-    pairs = ((a.head_gate(spec), b.head_gate(spec)), (a.ffn_gate(spec), b.ffn_gate(spec)), (a.hidden, b.hidden))
-    return sum(int(torch.ne(x != 0, y != 0).sum()) for x, y in pairs)
+        return kept.is_uniform
+    widths = all(width % rounding.ffn == 0 or width == kept.spec.ffn for width in every_width)
+    return kept.attention_is_alike and widths

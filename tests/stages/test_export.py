@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from nuteprune.arch import PROJECTIONS, read_spec
 from nuteprune.config import ConfigError
 from nuteprune.exporting import folding
-from nuteprune.exporting.folding import exported_parameters, fold_model, kept_units, plan_fold, small_config
+from nuteprune.exporting.folding import exported_parameters, fold_model, plan_fold, small_config
 from nuteprune.exporting.small import ExportError
-from nuteprune.masks import Gates, Rounding, sparsity_of
+from nuteprune.masks import Gates, Kept, Rounding, sparsity_of
 from nuteprune.runs import students
 from nuteprune.runs.checkpoint import verify
 from nuteprune.runs.snapshot import Snapshot
@@ -378,14 +378,14 @@ def test_run_that_missed_its_target_is_cut_to_it():
     scores = {k: torch.rand(z.shape) for k, z in gates.as_dict().items()}
     chosen = students.structure(spec, gates, scores, 0.3, "uniform", Rounding())
     assert abs(sparsity_of(spec, chosen) - 0.3) <= 0.01
-    assert kept_units(spec, chosen).is_uniform(spec)
+    assert Kept.of(spec, chosen).is_uniform
     before, after = gates.full(spec).ffn_gate(spec), chosen.full(spec).ffn_gate(spec)
     stayed = (before != 0) & (after != 0)
     assert torch.equal(before[stayed], after[stayed])
     assert (after[(before == 0) & (after != 0)] == 1).all()
     split = students.structure(spec, gates, scores, 0.3, "uniform", Rounding(parallel=3))
-    assert len(kept_units(spec, split).kv_groups[0]) == 3
-    assert len(kept_units(spec, split).ffn[0]) % 3 == 0
+    assert len(Kept.of(spec, split).kv_groups[0]) == 3
+    assert len(Kept.of(spec, split).ffn[0]) % 3 == 0
     same = students.structure(spec, gates, scores, sparsity_of(spec, gates), "uniform", Rounding(16, 16))
     assert same is gates
 
@@ -397,7 +397,7 @@ def test_free_ffn_widths_of_a_per_layer_run_are_rounded():
     gates = Gates(ffn=(scores["ffn"] > 0.5).float())
     target = sparsity_of(spec, gates)
     chosen = students.structure(spec, gates, scores, target, "per_layer_ffn", Rounding(8))
-    assert {len(units) % 8 for units in kept_units(spec, chosen).ffn} == {0}
+    assert {len(units) % 8 for units in Kept.of(spec, chosen).ffn} == {0}
     assert abs(sparsity_of(spec, chosen) - target) <= 0.01
     assert students.structure(spec, chosen, scores, target, "per_layer_ffn", Rounding(8)) is chosen
     assert students.structure(spec, gates, scores, target, "per_layer", Rounding(8)) is gates

@@ -11,7 +11,7 @@ from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig, lo
 from nuteprune.exporting.folding import fold_model, plan_fold, small_config
 from nuteprune.exporting.gguf_model import gguf_architecture
 from nuteprune.exporting.small import load_base
-from nuteprune.masks import Gates, MaskSet, Rounding, check_target, kept_units, select_units, sparsity_of, unit_shape
+from nuteprune.masks import Gates, Kept, MaskSet, Rounding, check_target, select_units, sparsity_of, unit_shape
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 
@@ -132,8 +132,8 @@ def test_heads_divide_the_hidden_size_where_the_stock_class_wants_it(target):
     torch.manual_seed(0)
     scores = {kind: torch.randn(unit_shape(spec, kind)) for kind in config.units}
     gates = select_units(spec, scores, target, "uniform", Rounding(hidden=4))
-    kept = kept_units(spec, gates)
-    assert kept.is_uniform(spec)
+    kept = Kept.of(spec, gates)
+    assert kept.is_uniform
     assert len(kept.hidden) % len(kept.heads[0]) == 0
     assert abs(sparsity_of(spec, gates) - target) <= 0.01
 

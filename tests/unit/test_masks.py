@@ -12,11 +12,11 @@ from nuteprune.config import ConfigError, GateConfig, load_config
 from nuteprune.masks import (
     KINDS,
     Gates,
+    Kept,
     MaskSet,
     Rounding,
     check_target,
     kept_parameters,
-    kept_units,
     select_units,
     sparsity_of,
     unit_shape,
@@ -253,8 +253,8 @@ def test_attention_is_alike_where_there_is_any(units, parallel):
     config = GateConfig(units=units, shape="per_layer_ffn", tensor_parallel=parallel)
     check_target(spec, config, 0.5)
     gates = select_units(spec, random_scores(spec, units), 0.5, "per_layer_ffn", Rounding.of(config))
-    kept = kept_units(spec, gates)
-    assert kept.attention_is_alike(spec)
+    kept = Kept.of(spec, gates)
+    assert kept.attention_is_alike
     assert all(len(layer) % parallel == 0 for layer in (*kept.kv_groups, *kept.ffn))
     assert all(len(layer) % 128 == 0 for layer in kept.ffn)
     assert abs(sparsity_of(spec, gates) - 0.5) <= 0.01
@@ -276,7 +276,7 @@ def test_of_the_structures_at_the_target_the_cheapest_is_taken(units, shape, tar
 
     def loss(structures):
         """Cheapest where most is left of attention, and among those where the most layers are."""
-        counts = [mean_counts(spec, gates) for gates in structures]
+        counts = [mean_counts(Kept.of(spec, gates)) for gates in structures]
         seen.extend(structures)
         return [-c.groups * c.heads - 0.01 * c.layers for c in counts]
 
@@ -285,9 +285,9 @@ def test_of_the_structures_at_the_target_the_cheapest_is_taken(units, shape, tar
     assert all(abs(sparsity_of(spec, g) - target) <= 0.01 for g in seen)
     assert len({tuple(g.layers.tolist() + g.ffn.sum(1).tolist()) for g in seen}) > 1
     if shape == "uniform":
-        assert all(kept_units(spec, g).is_uniform(spec) for g in seen)
-    attention = {c.groups * c.heads for c in (mean_counts(spec, g) for g in seen)}
-    best = mean_counts(spec, gates)
+        assert all(Kept.of(spec, g).is_uniform for g in seen)
+    attention = {c.groups * c.heads for c in (mean_counts(Kept.of(spec, g)) for g in seen)}
+    best = mean_counts(Kept.of(spec, gates))
     assert best.groups * best.heads == max(attention) == 9
     again = cheapest_units(spec, scores, target, shape, Rounding(128, 64), loss)
     assert all(torch.equal(a, b) for a, b in zip(gates.as_dict().values(), again.as_dict().values(), strict=True))
@@ -310,9 +310,10 @@ def test_a_structure_like_another_has_its_kind_at_another_sparsity():
     for layers, groups in ((20, 3), (25, 2)):
         within = Rounding(128, 64)
         sparse = cheapest_units(spec, scores, 0.5, "uniform", within, lambda structures, n=layers, k=groups: [
-            abs(c.layers - n) + abs(c.groups - k) for c in (mean_counts(spec, g) for g in structures)])  # fmt: skip
-        rung = mean_counts(spec, select_units(spec, scores, 0.25, "uniform", within, sparse))
-        found = mean_counts(spec, sparse)
+            abs(c.layers - n) + abs(c.groups - k)
+            for c in (mean_counts(Kept.of(spec, g)) for g in structures)])  # fmt: skip
+        rung = mean_counts(Kept.of(spec, select_units(spec, scores, 0.25, "uniform", within, sparse)))
+        found = mean_counts(Kept.of(spec, sparse))
         assert (found.layers, found.groups) == (layers, groups)
         assert abs(rung.layers - (30 + layers) / 2) <= 1
         assert rung.groups in (groups, 3)
