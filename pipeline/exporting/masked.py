@@ -42,9 +42,9 @@ class MaskedModel:
 
 def load(config: Config) -> MaskedModel:
     """The student that `config.export` asks for; raises `ConfigError` as the export does."""
-    trained, world = open_run(config), discover()
+    trained, world = open_run(config.run_dir, config.model), discover()
     model, spec = load_model(trained.config.model, world.device)
-    student = newest_student(config, trained, spec)
+    student = newest_student(config.export, trained, spec)
     paired = PairedModel(model, spec, trained.config.lora)
     gates = student.gates.to(world.device)
     lora = {key: tuple(t.to(world.device) for t in pair) for key, pair in student.lora.items()}

@@ -40,7 +40,7 @@ from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import Student, newest_student, open_run, shape_of
+from nuteprune.runs.students import Student, export_gates, newest_student, open_run
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +96,11 @@ def export_model(config: Config) -> Path:
             snapshot of, or a structure that the asked shape cannot hold.
         ExportError: the small model failed its checks.
     """
-    trained = open_run(config)
+    trained = open_run(config.run_dir, config.model)
     output = output_directory(config, trained)
     _, spec = read_config(trained.config.model.path)
-    student = newest_student(config, trained, spec)
-    shape = shape_of(config, trained)
+    student = newest_student(config.export, trained, spec)
+    shape = export_gates(config.export, trained).shape
     base, spec, dtype = load_base(trained.config, config.export.dtype)
     try:
         fold = plan_fold(spec, student.gates, student.lora, student.scaling)

@@ -4,6 +4,7 @@ Pure arithmetic on tensors and an `ArchSpec`: no model, no files. Everything abo
 """
 
 from nuteprune.masks.counts import Rounding
+from nuteprune.masks.fitting import fit_shape
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
 from nuteprune.masks.kept import Kept
 from nuteprune.masks.mask_set import POINT, MaskSet, check_target, gated_kinds
@@ -18,6 +19,7 @@ __all__ = [
     "Rounding",
     "check_target",
     "describe",
+    "fit_shape",
     "gated_kinds",
     "kept_parameters",
     "select_units",

@@ -19,14 +19,10 @@ from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Answers, Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.runs.directories import finetune_directory
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import (
-    export_gates,
-    finetune_directory,
-    open_run,
-    pruned_student,
-    save_tuned,
-)
+from nuteprune.runs.students import export_gates, open_run, pruned_student
+from nuteprune.runs.tuned import save_tuned
 from nuteprune.training.engine import Engine
 from nuteprune.training.fixed import FixedGates
 from nuteprune.training.loop import train
@@ -42,7 +38,7 @@ def run(config: Config) -> Path:
         ConfigError: no finished run, another base model, a rung that the run never reached, or unusable records.
         As `train` otherwise.
     """
-    return train(settings(config, open_run(config)), Finetuning)
+    return train(settings(config, open_run(config.run_dir, config.model)), Finetuning)
 
 
 def summary(config: Config, result: Path) -> str:
@@ -62,7 +58,7 @@ def settings(config: Config, trained: Run) -> Config:
     possible = read_config(old.model.path)[1].lora_targets
     return replace(
         old,
-        run_dir=str(finetune_directory(trained, tune.sparsity)),
+        run_dir=str(finetune_directory(trained.directory, old.sparsity.target, tune.sparsity)),
         deepspeed=config.deepspeed,
         finetune=tune, checkpoint=config.checkpoint, tracking=config.tracking, export=config.export,
         data=replace(old.data, source=tune.data, seq_len=tune.seq_len),
@@ -72,7 +68,7 @@ def settings(config: Config, trained: Run) -> Config:
         lora=replace(old.lora, targets=[name for name in get_args(Projection) if name in possible], rank=rank,
                      alpha=rank * old.lora.alpha / old.lora.rank),
         teacher=replace(old.teacher, mode="intact" if tune.distill else "none"),
-        gates=export_gates(config, trained),
+        gates=export_gates(config.export, trained),
     )  # fmt: skip
 
 
@@ -93,9 +89,9 @@ class Finetuning(FixedGates):
     def build(cls, config: Config, world: World) -> Finetuning:
         """Load the model, the student and the records, at step 0."""
         with world.together():
-            trained = open_run(replace(config, run_dir=str(Path(config.run_dir).parent)))
+            trained = open_run(Path(config.run_dir).parent, config.model)
             _, spec = read_config(config.model.path)
-            student = pruned_student(config, trained, spec, config.finetune.sparsity)
+            student = pruned_student(config.export, trained, spec, config.finetune.sparsity)
             zero = zero_settings(config, spec, world)
             if config.model.attention == "flash_attention_2" and config.finetune.micro_batch != 1:
                 raise ConfigError(

@@ -17,14 +17,10 @@ from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World, discover
 from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.runs.directories import recover_directory
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import (
-    export_gates,
-    open_run,
-    recover_directory,
-    save_tuned,
-    snapshot_student,
-)
+from nuteprune.runs.students import export_gates, open_run, snapshot_student
+from nuteprune.runs.tuned import save_tuned
 from nuteprune.training.engine import Engine
 from nuteprune.training.fixed import FixedGates
 from nuteprune.training.inputs import shared_blocks
@@ -49,10 +45,11 @@ def run(config: Config) -> list[Path]:
         raise ConfigError(f"recover.ladder: give sparsities between 0 and 1 (--ladder 0.1,0.2), got {rungs}")
     if len(rungs) > 1 and discover().size > 1:
         raise ConfigError("several ranks recover one rung in a start: give one with --sparsity")
-    trained = open_run(config)
+    trained = open_run(config.run_dir, config.model)
     _, spec = read_config(trained.config.model.path)
     for rung in rungs:
-        snapshot_student(config, trained, spec, rung)  # a rung that is out of reach costs no training of the others
+        # A rung that is out of reach costs no training of the others.
+        snapshot_student(config.export, trained, spec, rung)
     return [train(settings(config, trained, rung), Recovering) for rung in rungs]
 
 
@@ -69,14 +66,14 @@ def settings(config: Config, trained: Run, rung: float) -> Config:
     steps = wanted.steps or max(1, round(SHARE * int(trained.facts["steps"])))
     return replace(
         old,
-        run_dir=str(recover_directory(trained, rung)),
+        run_dir=str(recover_directory(trained.directory, old.sparsity.target, rung)),
         deepspeed=config.deepspeed,
         recover=replace(wanted, ladder=[rung]), checkpoint=config.checkpoint, tracking=config.tracking,
         export=config.export,
         train=replace(old.train, steps=steps, lora_lr=wanted.lr or old.train.lora_lr, ranks=config.train.ranks,
                       micro_batch=config.train.micro_batch),
         teacher=replace(old.teacher, mode="none" if old.teacher.mode == "none" else "intact"),
-        gates=export_gates(config, trained),
+        gates=export_gates(config.export, trained),
     )  # fmt: skip
 
 
@@ -91,9 +88,9 @@ class Recovering(FixedGates):
         """Load the model, the rung and the text, at step 0."""
         run_dir = str(Path(config.run_dir).parent)
         with world.together():
-            trained = open_run(replace(config, run_dir=run_dir))
+            trained = open_run(run_dir, config.model)
             _, spec = read_config(config.model.path)
-            student = snapshot_student(config, trained, spec, config.recover.ladder[0])
+            student = snapshot_student(config.export, trained, spec, config.recover.ladder[0])
             zero = zero_settings(config, spec, world)
             tokenizer = load_tokenizer(config.model.path, spec.vocab)
         blocks = shared_blocks(replace(config, run_dir=run_dir), world, tokenizer, spec.vocab)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nuteprune.config import Config, ConfigError
 from nuteprune.runs import jobs
+from nuteprune.runs.directories import TUNED, finetune_directory, recover_directory
 
 TRAINING = ("prune", "recover", "finetune")
 """Stages that take steps."""
@@ -41,11 +42,11 @@ def run(config: Config) -> dict:
 def outputs(config: Config) -> dict[str, Path]:
     """The stages of the run's chain in order, and the directory of each one's result; `recover-0.1` is one rung's."""
     run_dir, tune = Path(config.run_dir), config.finetune
-    rung = "" if tune.sparsity in (0, config.sparsity.target) else f"-{tune.sparsity:g}"
+    target = config.sparsity.target
     found = {"prepare": run_dir / "prepared", "prune": run_dir / "pruned"}
-    found |= {f"recover-{rung:g}": run_dir / f"recover-{rung:g}" / "tuned" for rung in config.recover.ladder}
+    found |= {f"recover-{rung:g}": recover_directory(run_dir, target, rung) / TUNED for rung in config.recover.ladder}
     if tune.data:
-        found["finetune"] = run_dir / f"finetune{rung}" / "tuned"
+        found["finetune"] = finetune_directory(run_dir, target, tune.sparsity) / TUNED
     if config.export.ladder:  # evaluated as it is exported
         return found | {"export": Path(config.export.output or run_dir / "ladder")}
     return found | {

@@ -10,8 +10,8 @@ import torch
 from nuteprune.masks import MaskSet
 from nuteprune.model.lora import Update
 from nuteprune.runs.checkpoint import MANIFEST, sha256
+from nuteprune.runs.directories import TUNED
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import TUNED
 from nuteprune.training.loop import Trainer
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.teachers import TeacherBank

@@ -25,9 +25,12 @@ def config(run_dir):
 
 def students(config, rung):
     """(as pruning left it, as export takes it) of a rung."""
-    trained = open_run(config)
+    trained = open_run(config.run_dir, config.model)
     _, spec = read_config(trained.config.model.path)
-    return (snapshot_student(config, trained, spec, rung), pruned_student(config, trained, spec, rung)), spec
+    return (
+        snapshot_student(config.export, trained, spec, rung),
+        pruned_student(config.export, trained, spec, rung),
+    ), spec
 
 
 def record(directory) -> dict:
@@ -54,7 +57,7 @@ def test_a_rung_learns_and_keeps_its_units(config, run_dir):
 
 @pytest.mark.parametrize("rung", [0.1, 0.2, 0.3])
 def test_a_rung_has_what_the_run_learned_to_its_end(rung, config, run_dir, text_file, monkeypatch):
-    trained = open_run(config)
+    trained = open_run(config.run_dir, config.model)
     snapshot = min(trained.snapshots, key=lambda s: abs(s.sparsity - rung))
     (before, _), _ = students(config, rung)
     assert before.gates.settled

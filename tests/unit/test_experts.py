@@ -8,12 +8,11 @@ from tiny import VOCAB, tiny_config, tiny_model
 
 from nuteprune.arch import read_spec
 from nuteprune.config import ConfigError, GateConfig, LoraConfig
-from nuteprune.masks import Gates, Kept, Rounding, check_target, select_units, sparsity_of, unit_shape
+from nuteprune.masks import Gates, Kept, Rounding, check_target, fit_shape, select_units, sparsity_of, unit_shape
 from nuteprune.model.layers import GatedRouter, build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters, total_parameters
 from nuteprune.planning.models import named_spec
-from nuteprune.runs.students import structure
 
 NAMES = ("qwen3_moe", "mixtral")
 IDS = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3))
@@ -107,10 +106,10 @@ def test_free_structures_have_experts_of_one_width_in_a_layer(name, units, shape
     assert all(len(kept.experts[i]) >= spec.top_k for i in kept.layers)
     assert shape == "per_layer" or kept.attention_is_alike
     assert abs(sparsity_of(spec, gates) - target) <= 0.01
-    assert structure(spec, gates, scores, target, shape, Rounding()) is gates
+    assert fit_shape(spec, gates, scores, target, shape, Rounding()) is gates
     ragged = gates.ffn.clone()
     ragged[0, ragged[0].nonzero()[0]] = 0  # as in a snapshot
-    settled = structure(spec, replace(gates, ffn=ragged), scores, target, shape, Rounding.of(config))
+    settled = fit_shape(spec, replace(gates, ffn=ragged), scores, target, shape, Rounding.of(config))
     assert Kept.of(spec, settled).experts_are_alike
 
 
