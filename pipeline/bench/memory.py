@@ -19,6 +19,7 @@ from nuteprune.__main__ import quiet_libraries
 from nuteprune.bench.comm import partitioned_run
 from nuteprune.kernels.api import into_grad
 from nuteprune.masks import MaskSet
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.layers import build_view
 from nuteprune.model.loading import read_config
 from nuteprune.model.pairing import PairedModel
@@ -52,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         before = Peak()
         model = load_paired(config, world, settings)
         loading = before.since()
-        engine = Engine(model, MaskSet(spec, config.gates).to(world.device), None, config, args.steps, world)
+        schedule = Schedule(args.steps, config.train, config.gates, config.sparsity)
+        masks = MaskSet(spec, config.gates).to(world.device)
+        engine = Engine(model, masks, None, schedule, world, bool(config.deepspeed))
         generator = torch.Generator().manual_seed(world.rank)
         ids = torch.randint(0, spec.vocab, (1, args.tokens), generator=generator).to(world.device)
         teacher = build_view(spec, None, {}, model.scaling, model.dtype)

@@ -31,6 +31,7 @@ from nuteprune.config import load_config
 from nuteprune.data.text import BatchStream
 from nuteprune.evaluation.measure import environment
 from nuteprune.masks import MaskSet
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.stages.prune import Pruning
@@ -177,10 +178,11 @@ def trainer(layers: int, phase: str, batch: int = 1, dtype: str = "bfloat16") ->
     ])  # fmt: skip
     model = PairedModel(hf_model, spec, config.lora)
     masks, world = MaskSet(spec, config.gates), World()
-    engine = Engine(model, masks, None, config, STEPS, world)
+    schedule = Schedule.of(config, 0)
+    engine = Engine(model, masks, None, schedule, world)
     stream = BatchStream(torch.randint(0, spec.vocab, (64, 16), dtype=torch.int32), batch, 0)
     bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
-    made = Pruning(config, world, model, engine, stream, STEPS, masks=masks, multipliers=None, bank=bank,
+    made = Pruning(config, world, model, engine, stream, schedule, masks=masks, multipliers=None, bank=bank,
                    refit=None)  # fmt: skip
     masks.restart({kind: torch.randn_like(la) for kind, la in masks.log_alpha.items()})
     for sparsity in (0.05, 0.1):

@@ -12,7 +12,6 @@ import torch
 
 from nuteprune.arch import ATTENTION, FFN, PROJECTIONS, ArchSpec
 from nuteprune.masks import Gates
-from nuteprune.masks.schedule import target_at
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.planning.footprint import USABLE
 from nuteprune.planning.job import (
@@ -218,7 +217,7 @@ def mean_kept(job: Job) -> tuple[float, float]:
     student = teacher = 0.0
     wanted = snapshots(job)
     for step in range(total):
-        target = target_at(config, step, total)
+        target = job.schedule.target(step)
         bank.observe(step, target, config.sparsity.target)
         index = bank.choose(target, step, total)
         student += 1 - target

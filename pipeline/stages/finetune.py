@@ -13,6 +13,7 @@ from nuteprune.config import Config, ConfigError, Projection
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.distill import IGNORE
 from nuteprune.model.layers import View
 from nuteprune.model.loading import load_tokenizer, read_config
@@ -99,16 +100,16 @@ class Finetuning(FixedGates):
                 )
             windows = packed_windows(config.finetune, load_tokenizer(config.model.path, spec.vocab))
             stream = BatchStream(windows, config.train.batch_size, config.seed, world.rank, world.size)
-        total = config.train.steps or max(1, round(config.train.epochs * stream.steps_per_epoch))
+        schedule = Schedule.of(config, stream.steps_per_epoch)
         model = load_paired(config, world, zero)
         model.update.load(student.lora)
         masks = MaskSet(spec, config.gates).to(world.device)
         masks.fix(student.gates)
-        engine = Engine(model, masks, None, config, total, world)
+        engine = Engine(model, masks, None, schedule, world, bool(config.deepspeed))
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
         log.info("fine-tuning at sparsity %.4f: %d windows, %d steps", sparsity_of(spec, student.gates), len(windows),
-                 total)  # fmt: skip
-        return cls(config, world, model, engine, stream, total, trained=trained, masks=masks, bank=bank,
+                 schedule.total)  # fmt: skip
+        return cls(config, world, model, engine, stream, schedule, trained=trained, masks=masks, bank=bank,
                    recovered=student.facts.get("recovered", 0))  # fmt: skip
 
     def train_step(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nuteprune.config import Config, LossConfig
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import POINT, Gates, Kept, MaskSet, check_target, describe, sparsity_of
-from nuteprune.masks.schedule import noise_at, settle_step, target_at
+from nuteprune.masks.schedule import Schedule
 from nuteprune.masks.selection import BATCHES
 from nuteprune.model.layers import View
 from nuteprune.model.loading import load_tokenizer, read_config
@@ -77,19 +77,20 @@ class Pruning(Trainer):
         blocks = shared_blocks(config, world, tokenizer, spec.vocab)
         with world.together():
             stream = BatchStream(blocks, config.train.batch_size, config.seed, world.rank, world.size)
-        total = config.train.steps or max(1, round(config.train.epochs * stream.steps_per_epoch))
+        schedule = Schedule.of(config, stream.steps_per_epoch)
         model = load_paired(config, world, settings)
         masks = MaskSet(spec, config.gates).to(world.device)
         multipliers = Multipliers().to(world.device) if config.sparsity.constraint == "lagrangian" else None
-        engine = Engine(model, masks, multipliers, config, total, world)
+        engine = Engine(model, masks, multipliers, schedule, world, bool(config.deepspeed))
         held = config.sparsity.constraint == "projection"  # a Lagrangian may pass its target, and then more teach
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype,
                            config.sparsity.target if held else 1.0,
                            Path(config.run_dir) / RUNGS if world.is_main else None)  # fmt: skip
-        refit = Refit(model, config, world, stream, total) if config.lora.refit else None
+        shown, ranks = config.tracking.progress and world.is_main, config.lora.refit
+        refit = Refit(model, ranks, schedule, world, stream, shown) if ranks else None
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
-                 total)  # fmt: skip
-        return cls(config, world, model, engine, stream, total, masks=masks, multipliers=multipliers, bank=bank,
+                 schedule.total)  # fmt: skip
+        return cls(config, world, model, engine, stream, schedule, masks=masks, multipliers=multipliers, bank=bank,
                    refit=refit)  # fmt: skip
 
     def start(self) -> None:
@@ -171,12 +172,12 @@ class Pruning(Trainer):
     def constrain(self) -> float:
         """Set noise and target of this step, settle the gates when their time has come; returns the target sparsity."""
         config, masks = self.config, self.masks
-        target = target_at(config, self.step, self.total)
-        masks.noise = noise_at(config, self.step, self.total)
+        target = self.schedule.target(self.step)
+        masks.noise = self.schedule.noise(self.step)
         before = {kind: la.clone() for kind, la in masks.scores().items()}
         if config.sparsity.constraint == "projection":
             masks.project(target)
-        if masks.fixed is None and self.step >= settle_step(config, self.total):
+        if masks.fixed is None and self.step >= self.schedule.settle:
             try:
                 gates = masks.settle(config.sparsity.target, self.measure)
             except Preempted:  # saved as the last step left it, so that the next start does the same again

@@ -12,6 +12,7 @@ from torch import Tensor
 from nuteprune.config import Config, ConfigError
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.layers import View
 from nuteprune.model.loading import load_tokenizer, read_config
 from nuteprune.model.pairing import Losses
@@ -101,10 +102,11 @@ class Recovering(FixedGates):
         model.update.load(student.lora)
         masks = MaskSet(spec, config.gates).to(world.device)
         masks.fix(student.gates)
-        engine = Engine(model, masks, None, config, config.train.steps, world)
+        schedule = Schedule.of(config, stream.steps_per_epoch)
+        engine = Engine(model, masks, None, schedule, world, bool(config.deepspeed))
         bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
         log.info("recovering at sparsity %.4f: %d steps", sparsity_of(spec, student.gates), config.train.steps)
-        return cls(config, world, model, engine, stream, config.train.steps, trained=trained, masks=masks, bank=bank)
+        return cls(config, world, model, engine, stream, schedule, trained=trained, masks=masks, bank=bank)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step."""

@@ -27,6 +27,7 @@ from transformers.utils import cached_file
 from nuteprune.config import Config, ConfigError, flatten, to_dict
 from nuteprune.data.text import BatchStream
 from nuteprune.kernels.api import into_grad
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.pairing import Losses, PairedModel
 from nuteprune.parallel.device import named
 from nuteprune.parallel.distributed import World, connected, discover
@@ -58,7 +59,7 @@ class Trainer(ABC):
         model: frozen base with the LoRA in training.
         engine: its optimizers.
         stream: batches by step.
-        total: steps of the run.
+        schedule: the run's steps.
     """
 
     stage: ClassVar[str]
@@ -71,10 +72,10 @@ class Trainer(ABC):
     """Sections of the configuration that may change between two starts of one run."""
 
     def __init__(
-        self, config: Config, world: World, model: PairedModel, engine: Engine, stream: BatchStream, total: int
+        self, config: Config, world: World, model: PairedModel, engine: Engine, stream: BatchStream, schedule: Schedule
     ):
         self.config, self.world, self.model, self.engine = config, world, model, engine
-        self.stream, self.total = stream, total
+        self.stream, self.schedule, self.total = stream, schedule, schedule.total
         self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep)
         self.step = self.bad_in_a_row = self.bad_total = 0
         self.micro_batch = config.train.micro_batch or stream.local_size

@@ -12,6 +12,7 @@ from tiny import tiny_model
 from nuteprune.bench import comm, memory
 from nuteprune.config import load_config
 from nuteprune.masks import MaskSet
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.loading import read_config
 from nuteprune.parallel.distributed import connected, discover
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
@@ -34,7 +35,7 @@ def measure() -> None:
     job = Job(spec, config, Cluster(1, world.size))
     with connected(world, 60):
         model = load_paired(config, world, zero_settings(config, spec, world))
-        engine = Engine(model, MaskSet(spec, config.gates), None, config, 1, world)
+        engine = Engine(model, MaskSet(spec, config.gates), None, Schedule.of(config, 0), world, sharded=True)
         ids = torch.randint(0, spec.vocab, (1, 16), generator=torch.Generator().manual_seed(world.rank))
         base = total_parameters(spec) * job.itemsize
         result = {}

@@ -23,7 +23,7 @@ from nuteprune.masks import (
 )
 from nuteprune.masks import hard_concrete as hc
 from nuteprune.masks.counts import mean_counts
-from nuteprune.masks.schedule import noise_at, settle_step, target_at, warmup_steps
+from nuteprune.masks.schedule import Schedule
 from nuteprune.masks.selection import MEASURED, cheapest_units
 
 SPEC = read_spec(tiny_config("llama"))
@@ -382,20 +382,23 @@ def test_hidden_alone_reaches_the_target_by_halving_the_multiple(target, shape):
     assert sparsity_of(spec, gates) == pytest.approx(target, abs=0.01)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cubic"])
-def test_schedule_rises_to_the_target_and_stays(schedule):
-    config = load_config(None, [f"sparsity.schedule={schedule}", "sparsity.target=0.4", "sparsity.warmup=0.5"])
-    path = [target_at(config, step, 60) for step in range(60)]
-    assert warmup_steps(config, 60) == 30
+@pytest.mark.parametrize("kind", ["linear", "cubic"])
+def test_schedule_rises_to_the_target_and_stays(kind):
+    config = load_config(
+        None, ["train.steps=60", f"sparsity.schedule={kind}", "sparsity.target=0.4", "sparsity.warmup=0.5"]
+    )
+    schedule = Schedule.of(config, 0)
+    path = [schedule.target(step) for step in range(60)]
+    assert schedule.warmup == 30
     assert path == sorted(path)
     assert path[29:] == [0.4] * 31
     assert 0 < path[0] < 0.4
-    assert settle_step(config, 60) >= 30
+    assert schedule.settle >= 30
 
 
 def test_noise_falls_geometrically_until_the_gates_settle():
-    config = load_config(None, ["gates.noise=1.0", "gates.noise_end=0.01", "gates.settle=0.5"])
-    path = [noise_at(config, step, 100) for step in range(100)]
+    config = load_config(None, ["train.steps=100", "gates.noise=1.0", "gates.noise_end=0.01", "gates.settle=0.5"])
+    path = [Schedule.of(config, 0).noise(step) for step in range(100)]
     assert path[0] == 1.0
     assert path[49] == pytest.approx(0.01)
     assert path[24] / path[23] == pytest.approx(path[10] / path[9])
