@@ -14,7 +14,7 @@ import yaml
 from nuteprune import api
 from nuteprune.config import Config, ConfigError, beyond_recipe, load_config
 from nuteprune.data.text import load_text
-from nuteprune.model.loading import read_config
+from nuteprune.model.loading import read_base
 from nuteprune.planning.machine import Choice, Machine, choose, this_machine
 from nuteprune.runs.checkpoint import write_atomic
 
@@ -50,9 +50,9 @@ def run(config: Config) -> str:
     if not config.run_dir:
         name = f"{Path(config.model.path).name}-{config.sparsity.target:.0%}".rstrip("%")
         config = load_config(config, [f"run_dir=runs/{name}"])
-    read_config(config.model.path)  # a model that is not there costs nothing else
+    spec = read_base(config.model).spec  # a model that is not there costs nothing else
     machine = this_machine()
-    choices, plan = choose(config, machine)
+    choices, plan = choose(config, machine, spec)
     config = load_config(config, [f"{choice.key}={choice.value}" for choice in choices])
     directory = Path(config.run_dir)
     config, held_out = hold_out(config)

@@ -16,10 +16,9 @@ from functools import partial
 import torch
 
 from nuteprune.__main__ import quiet_libraries
-from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, load_config
 from nuteprune.model.layers import View, build_view
-from nuteprune.model.loading import read_config
+from nuteprune.model.loading import Base, read_base
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World, connected, discover
 from nuteprune.parallel.sizes import total_parameters
@@ -60,11 +59,11 @@ class GatheredBytes:
             backend.all_gather_into_tensor = original
 
 
-def partitioned_run(model: str, tokens: int, world: World) -> tuple[Config, ArchSpec]:
-    """Settings of a run under ZeRO-3 with one sequence of `tokens` a rank, and the model's architecture."""
+def partitioned_run(model: str, tokens: int, world: World) -> tuple[Config, Base]:
+    """Settings of a run under ZeRO-3 with one sequence of `tokens` a rank, and the model."""
     config = load_config(None, [f"model.path={model}", f"train.batch_size={world.size}", "deepspeed=zero3",
                                 f"data.seq_len={tokens}"])  # fmt: skip
-    return config, read_config(model)[1]
+    return config, read_base(config.model)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,16 +75,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet_libraries()
     world = discover()
-    config, spec = partitioned_run(args.model, args.tokens, world)
+    config, base = partitioned_run(args.model, args.tokens, world)
+    spec = base.spec
     with connected(world, config.train.rank_timeout):
-        model = load_paired(config, world, zero_settings(config, spec, world))
+        model = load_paired(base, config.lora, world, zero_settings(config, spec, world))
         generator = torch.Generator().manual_seed(world.rank)
         ids = torch.randint(0, spec.vocab, (1, args.tokens), generator=generator).to(world.device)
         job = Job(spec, config, Cluster(1, world.size))
-        base = total_parameters(spec) * job.itemsize
+        size = total_parameters(spec) * job.itemsize
         for mode, step in (("paired", paired), ("separate", separate)):
             gathered = count(partial(step, model, ids, config.loss), args.steps)
-            measured = gathered.total / args.steps / base
+            measured = gathered.total / args.steps / size
             planned = traffic(job, Layout(3, 1), mode).ratio
             if world.is_main:
                 sys.stdout.write(f"{mode} {measured:.2f} x base bytes per step (the planner says {planned:.2f})\n")

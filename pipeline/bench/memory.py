@@ -21,7 +21,6 @@ from nuteprune.kernels.api import into_grad
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.layers import build_view
-from nuteprune.model.loading import read_config
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import connected, discover
 from nuteprune.parallel.sizes import layer_tensors, total_parameters
@@ -42,16 +41,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet_libraries()
     world = discover()
-    config, spec = partitioned_run(args.model, args.tokens, world)
+    config, base = partitioned_run(args.model, args.tokens, world)
+    spec = base.spec
     settings = zero_settings(config, spec, world)
     job = Job(spec, config, Cluster(1, world.size))
     with connected(world, config.train.rank_timeout):
         import deepspeed  # noqa: F401  its import is the interpreter's own memory, not the model's
 
         with init_empty_weights():  # imports the modelling code
-            AutoModelForCausalLM.from_config(read_config(args.model)[0])
+            AutoModelForCausalLM.from_config(base.config)
         before = Peak()
-        model = load_paired(config, world, settings)
+        model = load_paired(base, config.lora, world, settings)
         loading = before.since()
         schedule = Schedule(args.steps, config.train, config.gates, config.sparsity)
         masks = MaskSet(spec, config.gates).to(world.device)

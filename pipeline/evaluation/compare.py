@@ -15,12 +15,12 @@ from nuteprune.data.sequences import first_tokens
 from nuteprune.evaluation import generation, report
 from nuteprune.evaluation.generation import Continued
 from nuteprune.evaluation.measure import SIZES, environment, perplexity, sizes
+from nuteprune.evaluation.models import USABLE, load_any, weight_bytes
 from nuteprune.evaluation.protocol import ScoredText, scored_texts, short_names
 from nuteprune.evaluation.speed import SPEEDS, ceiling, speed, speed_ratio
 from nuteprune.evaluation.tasks import lm_eval_tasks, load_tasks, mean_accuracy
 from nuteprune.exporting.card import RECORD, add_results
 from nuteprune.exporting.publish import push
-from nuteprune.model.loading import USABLE, load_any, weight_bytes
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.checkpoint import CheckpointError
 from nuteprune.runs.words import one_line

@@ -29,7 +29,6 @@ from nuteprune.arch import ATTENTION, FUSED, PROJECTIONS, ArchSpec, family_of, f
 from nuteprune.exporting import modeling_ragged
 from nuteprune.masks import Gates, Kept
 from nuteprune.model.layers import LoraWeights
-from nuteprune.model.loading import OWN_TYPES
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +40,25 @@ DECI_FAMILIES = ("llama", "mistral")
 """Families whose layers vLLM's DeciLM computes (those of Qwen have biases or norms that it lacks)."""
 
 
-def _register() -> None:
-    """Make transformers' auto classes use this package's classes for exports of ours, never a directory's own file."""
+def _register() -> set[str]:
+    """Make transformers' auto classes use this package's classes for exports of ours, never a directory's own file.
+
+    Returns:
+        The model types of those.
+    """
+    types = set()
     for cls in vars(modeling_ragged).values():
         own = isinstance(cls, type) and cls.__module__ == modeling_ragged.__name__
         if own and issubclass(cls, PreTrainedConfig):
             AutoConfig.register(cls.model_type, cls, exist_ok=True)
-            OWN_TYPES.add(cls.model_type)
+            types.add(cls.model_type)
         elif own and issubclass(cls, PreTrainedModel):
             auto = AutoModelForCausalLM if cls.__name__.endswith("ForCausalLM") else AutoModel
             auto.register(cls.config_class, cls, exist_ok=True)
+    return types
 
 
-_register()
+OWN_TYPES = _register()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from nuteprune.exporting.gguf_vocab import vocabulary
 from nuteprune.exporting.publish import push
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import build_view
-from nuteprune.model.loading import check_dtype, load_model, load_tokenizer, read_config
+from nuteprune.model.loading import Base, check_dtype, in_float32, load_model, read_base
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
@@ -48,8 +48,6 @@ LOGIT_TOLERANCE = 1e-3
 """Largest difference of two float32 logits, relative to the largest logit."""
 COUNT_TOLERANCE = 1e-3
 """The counted and the computed sparsity may be this far apart."""
-FLOAT32_ATTENTION = ("sdpa", "eager")
-"""Flash attention has no float32; all of them compute the same function."""
 
 
 class ExportError(RuntimeError):
@@ -98,28 +96,29 @@ def export_model(config: Config) -> Path:
     """
     trained = open_run(config.run_dir, config.model)
     output = output_directory(config, trained)
-    _, spec = read_config(trained.config.model.path)
+    base = read_base(in_float32(trained.config.model))
+    spec = base.spec
     student = newest_student(config.export, trained, spec)
     shape = export_gates(config.export, trained).shape
-    base, spec, dtype = load_base(trained.config, config.export.dtype)
+    dtype = exported_dtype(base, config.export.dtype)
+    model = load_model(base)
     try:
         fold = plan_fold(spec, student.gates, student.lora, student.scaling)
-        small = small_config(base.config, fold, shape)
+        small = small_config(model.config, fold, shape)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
     architecture = ""
     if config.export.gguf != "none":  # what llama.cpp does not know fails before anything is written
         architecture = gguf_architecture(spec, shape, small)
-        vocabulary(tokenizer)
+        vocabulary(base.tokenizer)
         check_quantizer(config.export.gguf)
     plan = ExportPlan(trained, student, fold, small, shape, dtype, config.export.shard_size)
-    tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
+    tokens = real_text(trained.config, config.export.check_tokens, base.tokenizer, spec.vocab)
     with atomic_directory(output) as directory:
-        tokenizer.save_pretrained(directory)
-        result, model = write_model(directory, base, plan, tokens)
+        base.tokenizer.save_pretrained(directory)
+        result, small_model = write_model(directory, model, plan, tokens)
         if architecture:
-            write_quantized(directory, model, tokenizer, architecture, config.export.gguf)
+            write_quantized(directory, small_model, base.tokenizer, architecture, config.export.gguf)
             # Of Ollama, which takes the chat template from the file too.
             (directory / "Modelfile").write_text(f"FROM ./{FILE}\n", encoding="utf-8")
         write_record(directory, plan, result)
@@ -143,14 +142,11 @@ def output_directory(config: Config, trained: Run) -> Path:
     return output
 
 
-def load_base(config: Config, dtype: str) -> tuple[PreTrainedModel, ArchSpec, torch.dtype]:
-    """The base model in float32, its architecture, and the type of the exported weights (`as_base`: its files' own)."""
-    attention = config.model.attention if config.model.attention in FLOAT32_ATTENTION else "sdpa"
-    found, spec = read_config(config.model.path)
-    stored = (found.dtype or torch.float32) if dtype == "as_base" else getattr(torch, dtype)
-    check_dtype(spec, str(stored).removeprefix("torch."), "export.dtype")
-    base, _ = load_model(replace(config.model, dtype="float32", attention=attention))
-    return base, spec, stored
+def exported_dtype(base: Base, asked: str) -> torch.dtype:
+    """The type of the exported weights (`as_base`: that of the base's files); raises `ConfigError` as `check_dtype`."""
+    stored = (base.config.dtype or torch.float32) if asked == "as_base" else getattr(torch, asked)
+    check_dtype(base.spec, str(stored).removeprefix("torch."), "export.dtype")
+    return stored
 
 
 def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
@@ -177,9 +173,8 @@ def write_model(
     save = partial(_save, directory, plan=plan, generation=base.generation_config)
     save(model)
     del model
-    attention = plan.config.model.attention if plan.config.model.attention in FLOAT32_ATTENTION else "sdpa"
     reload = partial(model_class(plan.small).from_pretrained, directory, dtype=torch.float32,
-                     attn_implementation=attention)  # fmt: skip
+                     attn_implementation=in_float32(plan.config.model).attention)  # fmt: skip
     model = reload()
     sparsity = check_count(fold.spec, plan.student.gates, model)
     difference = check_logits(model, tokens, wanted)

@@ -22,8 +22,8 @@ import torch.distributed
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError
-from nuteprune.model.loading import load_model, read_config
+from nuteprune.config import Config, ConfigError, LoraConfig
+from nuteprune.model.loading import Base, load_model
 from nuteprune.model.pairing import PairedDecoderLayer, PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.shards import load_partitioned
@@ -120,7 +120,7 @@ def _fill_offload(offload: dict, spec: ArchSpec, world: World) -> None:
                 offload[key] = size
 
 
-def _swap_directory(config: Config, settings: dict, world: World) -> TemporaryDirectory | None:
+def _swap_directory(base: Base, settings: dict, world: World) -> TemporaryDirectory | None:
     """A directory of this rank's own on the disk that weights are offloaded to, removed at the end; None without."""
     offload = settings["zero_optimization"].get("offload_param") or {}
     if offload.get("device") != "nvme":
@@ -129,8 +129,7 @@ def _swap_directory(config: Config, settings: dict, world: World) -> TemporaryDi
     from deepspeed.utils import logger
 
     disk = tempfile.gettempdir() if offload["nvme_path"] == "auto" else offload["nvme_path"]
-    itemsize = getattr(torch, config.model.dtype).itemsize
-    need = total_parameters(read_config(config.model.path)[1]) * itemsize * world.local_size // world.size
+    need = total_parameters(base.spec) * base.dtype.itemsize * world.local_size // world.size
     try:
         free = shutil.disk_usage(disk).free
         if free < need:
@@ -163,23 +162,26 @@ def _validate(name: str, zero: dict) -> None:
         raise ConfigError(f"deepspeed {name}: zero_optimization.{key}: {first['msg']}") from None
 
 
-def load_paired(config: Config, world: World, settings: dict | None) -> PairedModel:
+def load_paired(
+    base: Base, lora: LoraConfig, world: World, settings: dict | None, checkpointing: bool = False
+) -> PairedModel:
     """The frozen base model, wrapped, with fresh LoRA: whole on this rank, or partitioned by ZeRO-3; collective.
 
     Args:
-        config: model, LoRA, checkpointing.
+        base: the model.
+        lora: rank and targets of LoRA.
         world: this rank's place.
         settings: complete DeepSpeed settings, or None.
+        checkpointing: recompute each student layer in the backward pass.
     """
     if settings is None or settings["zero_optimization"]["stage"] != 3:
         with world.together():
-            hf_model, spec = load_model(config.model, world.device)
-        return PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
+            whole = load_model(base, world.device)
+        return PairedModel(whole, base.spec, lora, checkpointing)
     quiet()
     with world.together():
-        swap = _swap_directory(config, settings, world)
-    hf_model, spec = load_partitioned(config.model, world, settings)
-    model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
+        swap = _swap_directory(base, settings, world)
+    model = PairedModel(load_partitioned(base, world, settings), base.spec, lora, checkpointing)
     attach(model, settings)
     model.partitioning += (swap,)
     return model

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, flatten, load_config, to_dict
-from nuteprune.model.loading import read_config
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
 from nuteprune.planning.job import Cluster, Job
 from nuteprune.planning.planner import Plan, make_plan
@@ -80,11 +80,16 @@ def card_of(name: str) -> Card:
     return max(known, key=lambda card: len(card.name), default=UNNAMED)
 
 
-def choose(config: Config, machine: Machine) -> tuple[list[Choice], Plan | None]:
+def choose(config: Config, machine: Machine, spec: ArchSpec) -> tuple[list[Choice], Plan | None]:
     """Settings for a run on a machine that `config` leaves as they are by default, and the plan that they follow.
 
+    Args:
+        config: the settings so far.
+        machine: where the run goes.
+        spec: its model.
+
     Raises:
-        ConfigError: no such model, or as `make_plan`.
+        ConfigError: as `make_plan`.
     """
     default = flatten(to_dict(load_config(None)))
     given = {key for key, value in flatten(to_dict(config)).items() if value != default[key]}
@@ -107,7 +112,6 @@ def choose(config: Config, machine: Machine) -> tuple[list[Choice], Plan | None]
     batch = config.train.batch_size
     take("train.batch_size", -(-batch // machine.ranks) * machine.ranks, "a multiple of the ranks")
     planned = load_config(config, [f"{choice.key}={choice.value}" for choice in choices])
-    _, spec = read_config(planned.model.path)
     plan = make_plan(Job(spec, planned, Cluster(1, machine.ranks, machine.card)))
     layout, why = (
         plan.chosen.layout,

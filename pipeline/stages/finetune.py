@@ -16,7 +16,7 @@ from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.distill import IGNORE
 from nuteprune.model.layers import View
-from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.loading import read_base
 from nuteprune.model.pairing import Answers, Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
@@ -56,7 +56,7 @@ def settings(config: Config, trained: Run) -> Config:
         raise ConfigError(
             f"finetune.lora_rank {rank} is less than the pruned student's {old.lora.rank}, which it keeps"
         )
-    possible = read_config(old.model.path)[1].lora_targets
+    possible = read_base(old.model).spec.lora_targets
     return replace(
         old,
         run_dir=str(finetune_directory(trained.directory, old.sparsity.target, tune.sparsity)),
@@ -91,17 +91,18 @@ class Finetuning(FixedGates):
         """Load the model, the student and the records, at step 0."""
         with world.together():
             trained = open_run(Path(config.run_dir).parent, config.model)
-            _, spec = read_config(config.model.path)
+            base = read_base(config.model)
+            spec = base.spec
             student = pruned_student(config.export, trained, spec, config.finetune.sparsity)
             zero = zero_settings(config, spec, world)
             if config.model.attention == "flash_attention_2" and config.finetune.micro_batch != 1:
                 raise ConfigError(
                     "finetune.micro_batch: flash attention keeps records apart in one window only: set it to 1"
                 )
-            windows = packed_windows(config.finetune, load_tokenizer(config.model.path, spec.vocab))
+            windows = packed_windows(config.finetune, base.tokenizer)
             stream = BatchStream(windows, config.train.batch_size, config.seed, world.rank, world.size)
         schedule = Schedule.of(config, stream.steps_per_epoch)
-        model = load_paired(config, world, zero)
+        model = load_paired(base, config.lora, world, zero, config.train.activation_checkpointing)
         model.update.load(student.lora)
         masks = MaskSet(spec, config.gates).to(world.device)
         masks.fix(student.gates)

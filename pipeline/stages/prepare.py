@@ -12,7 +12,7 @@ from nuteprune.data.instructions import packed_windows
 from nuteprune.data.prepared import load_blocks, save_blocks
 from nuteprune.data.text import packed_blocks
 from nuteprune.model.hub import fetch
-from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.loading import read_base
 from nuteprune.runs.checkpoint import CheckpointError, read_json
 
 log = logging.getLogger(__name__)
@@ -30,15 +30,15 @@ def run(config: Config) -> Path:
     """
     if not config.run_dir:
         raise ConfigError("run_dir is empty: set it to the directory of the run")
-    _, spec = read_config(config.model.path)
+    base = read_base(config.model)
     files = check_weights(fetch(config.model.path))
-    tokenizer = load_tokenizer(config.model.path, spec.vocab)
+    tokenizer = base.tokenizer
     if config.finetune.data:
         windows = packed_windows(config.finetune, tokenizer)
         log.info("%d windows of instruction records", len(windows))
     log.info("%s: %d weight files are whole", config.model.path, files)
     if load_blocks(config, tokenizer) is None:
-        blocks = packed_blocks(config.data, tokenizer, spec.vocab)
+        blocks = packed_blocks(config.data, tokenizer, base.spec.vocab)
         log.info("%d blocks of %d tokens", *blocks.shape)
         return save_blocks(config, blocks, tokenizer)
     log.info("the text is prepared already")

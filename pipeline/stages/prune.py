@@ -19,7 +19,7 @@ from nuteprune.masks import POINT, Gates, Kept, MaskSet, check_target, describe,
 from nuteprune.masks.schedule import Schedule
 from nuteprune.masks.selection import BATCHES
 from nuteprune.model.layers import View
-from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.loading import read_base
 from nuteprune.model.lora import Update
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
@@ -70,15 +70,16 @@ class Pruning(Trainer):
     def build(cls, config: Config, world: World) -> Pruning:
         """Load the model and data and put a run together, at step 0."""
         with world.together():
-            _, spec = read_config(config.model.path)
+            base = read_base(config.model)
+            spec = base.spec
             check_target(spec, config.gates, config.sparsity.target, config.lora.targets)
             settings = zero_settings(config, spec, world)
-            tokenizer = load_tokenizer(config.model.path, spec.vocab)
+            tokenizer = base.tokenizer
         blocks = shared_blocks(config, world, tokenizer, spec.vocab)
         with world.together():
             stream = BatchStream(blocks, config.train.batch_size, config.seed, world.rank, world.size)
         schedule = Schedule.of(config, stream.steps_per_epoch)
-        model = load_paired(config, world, settings)
+        model = load_paired(base, config.lora, world, settings, config.train.activation_checkpointing)
         masks = MaskSet(spec, config.gates).to(world.device)
         multipliers = Multipliers().to(world.device) if config.sparsity.constraint == "lagrangian" else None
         engine = Engine(model, masks, multipliers, schedule, world, bool(config.deepspeed))

@@ -14,7 +14,7 @@ from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.layers import View
-from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.loading import read_base
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World, discover
 from nuteprune.parallel.zero import load_paired, zero_settings
@@ -47,7 +47,7 @@ def run(config: Config) -> list[Path]:
     if len(rungs) > 1 and discover().size > 1:
         raise ConfigError("several ranks recover one rung in a start: give one with --sparsity")
     trained = open_run(config.run_dir, config.model)
-    _, spec = read_config(trained.config.model.path)
+    spec = read_base(trained.config.model).spec
     for rung in rungs:
         # A rung that is out of reach costs no training of the others.
         snapshot_student(config.export, trained, spec, rung)
@@ -90,15 +90,16 @@ class Recovering(FixedGates):
         run_dir = str(Path(config.run_dir).parent)
         with world.together():
             trained = open_run(run_dir, config.model)
-            _, spec = read_config(config.model.path)
+            base = read_base(config.model)
+            spec = base.spec
             student = snapshot_student(config.export, trained, spec, config.recover.ladder[0])
             zero = zero_settings(config, spec, world)
-            tokenizer = load_tokenizer(config.model.path, spec.vocab)
+            tokenizer = base.tokenizer
         blocks = shared_blocks(replace(config, run_dir=run_dir), world, tokenizer, spec.vocab)
         with world.together():
             # Another order than that of pruning, whose last batches the snapshot has not seen.
             stream = BatchStream(blocks, config.train.batch_size, config.seed + 1, world.rank, world.size)
-        model = load_paired(config, world, zero)
+        model = load_paired(base, config.lora, world, zero, config.train.activation_checkpointing)
         model.update.load(student.lora)
         masks = MaskSet(spec, config.gates).to(world.device)
         masks.fix(student.gates)

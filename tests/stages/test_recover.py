@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from nuteprune import load_masked
 from nuteprune.__main__ import main
 from nuteprune.config import ConfigError, load_config
-from nuteprune.model.loading import read_config
+from nuteprune.model.loading import read_base
 from nuteprune.runs.students import open_run, pruned_student, snapshot_student
 from nuteprune.stages import export, finetune, recover
 from nuteprune.training.signals import Preempted
@@ -26,7 +26,7 @@ def config(run_dir):
 def students(config, rung):
     """(as pruning left it, as export takes it) of a rung."""
     trained = open_run(config.run_dir, config.model)
-    _, spec = read_config(trained.config.model.path)
+    spec = read_base(trained.config.model).spec
     return (
         snapshot_student(config.export, trained, spec, rung),
         pruned_student(config.export, trained, spec, rung),

@@ -7,12 +7,13 @@ from torch import nn
 
 from nuteprune.__main__ import main
 from nuteprune.arch import fuse, projections, read_spec, split_fused, stored
-from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig, load_config
+from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig, ModelConfig
 from nuteprune.exporting.folding import fold_model, plan_fold, small_config
 from nuteprune.exporting.gguf_model import gguf_architecture
-from nuteprune.exporting.small import load_base
+from nuteprune.exporting.small import exported_dtype
 from nuteprune.masks import Gates, Kept, MaskSet, Rounding, check_target, select_units, sparsity_of, unit_shape
 from nuteprune.model.layers import build_view
+from nuteprune.model.loading import read_base
 from nuteprune.model.pairing import PairedModel
 
 LONG = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0],
@@ -114,7 +115,7 @@ def test_gemma_in_float16_is_one_line(tmp_path, capsys, dry, text_file, tokenize
     assert main(["prune", *arguments, *dry]) == 2
     assert "model.dtype: gemma3_text cannot have float16" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"export.dtype: gemma3_text cannot have float16"):
-        load_base(load_config(None, [f"model.path={tmp_path / 'base'}"]), "float16")
+        exported_dtype(read_base(ModelConfig(path=str(tmp_path / "base"))), "float16")
 
 
 def test_gemma_with_softcapped_logits_is_refused():

@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from nuteprune.config import ConfigError, ModelConfig
 from nuteprune.data.text import load_text
+from nuteprune.evaluation import models
 from nuteprune.model import hub, loading
 
 
@@ -60,8 +61,8 @@ def test_a_model_of_the_hub_has_its_size_before_it_is_placed(endpoint, model_dir
     (folder / "consolidated.safetensors").write_bytes(b"the same weights again")
     with small_hub(folder) as server:
         endpoint(server.address)
-        size = loading.weight_bytes(server.name, ModelConfig())
+        size = models.weight_bytes(server.name, ModelConfig())
         assert size == (model_dir / "model.safetensors").stat().st_size
-        loading.load_any(server.name, ModelConfig())
+        models.load_any(server.name, ModelConfig())
         assert server.sent.count("model.safetensors") == 1
         assert "consolidated.safetensors" not in server.sent

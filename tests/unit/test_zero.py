@@ -8,6 +8,7 @@ from tiny import tiny_config
 
 from nuteprune.arch import read_spec
 from nuteprune.config import ConfigError, load_config
+from nuteprune.model.loading import read_base
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.sizes import layer_tensors
 from nuteprune.parallel.zero import DS_CONFIGS, load_paired, read_deepspeed, zero_settings
@@ -100,6 +101,7 @@ def test_a_disk_that_cannot_take_the_weights_is_one_line(tmp_path):
         offload = {"device": "nvme", "nvme_path": str(disk)}
         path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": offload}}))
         config = load_config(None, [f"model.path={tmp_path / 'model'}", f"deepspeed={path}", "train.batch_size=1"])
+        base = read_base(config.model)
         with pytest.raises(ConfigError, match=message):
-            load_paired(config, World(), zero_settings(config, SPEC, World()))
+            load_paired(base, config.lora, World(), zero_settings(config, SPEC, World()))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "own.json"]
