@@ -60,7 +60,7 @@ def evaluate_models(config: Config) -> dict:
 
     for name, path in zip(short_names(paths), paths, strict=True):
         model, tokenizer, folder = load_any(path, config.model, settings.trust_remote_code, device)
-        texts = scored_texts(config, tokenizer)
+        texts = scored_texts(settings, config.data, tokenizer)
         streams.append(torch.cat([text.tokens for text in texts]))
         firsts.append(first_tokens(tokenizer))
         entries.append({"name": name, "path": path, **sizes(model, folder), "perplexity": {},

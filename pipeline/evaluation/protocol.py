@@ -11,7 +11,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.config import Config, ConfigError, EvaluateConfig
+from nuteprune.config import ConfigError, DataConfig, EvaluateConfig
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import read_rows, text_tokens
 
@@ -36,13 +36,12 @@ class ScoredText:
     first: tuple[int, ...] = ()
 
 
-def scored_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[ScoredText]:
+def scored_texts(settings: EvaluateConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[ScoredText]:
     """The texts for perplexity: `evaluate.text`, or else the text the run is trained on; or as papers do.
 
     Raises:
         ConfigError: see `load_text`; or as `published_text`.
     """
-    settings, source = config.evaluate, config.data.source
     if settings.protocol == "published":
         name, text = published_text(settings)
         # The first token stands once, before the whole text: so the papers' code calls the tokenizer.
@@ -53,9 +52,9 @@ def scored_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Sco
         found = {name: text_tokens(text, settings.text_field, tokenizer)
                  for name, text in zip(short_names(settings.text), settings.text, strict=True)}  # fmt: skip
     else:
-        log.warning("evaluate.text is empty: perplexity is of the training text (%s), not held out", source)
-        tokens = text_tokens(source, config.data.text_field, tokenizer, config.data.documents)
-        found = {Path(source).name: tokens}
+        log.warning("evaluate.text is empty: perplexity is of the training text (%s), not held out", data.source)
+        tokens = text_tokens(data.source, data.text_field, tokenizer, data.documents)
+        found = {Path(data.source).name: tokens}
     how = (settings.window, settings.stride, settings.blocks, first_tokens(tokenizer))
     return [ScoredText(name, tokens, *how) for name, tokens in found.items()]
 

@@ -17,8 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError
-from nuteprune.data.prepared import load_blocks
-from nuteprune.data.text import packed_blocks
+from nuteprune.data.prepared import TrainingText
 from nuteprune.exporting import modeling_ragged
 from nuteprune.exporting.card import RECORD, Result, kept_record, model_card
 from nuteprune.exporting.folding import (
@@ -113,7 +112,7 @@ def export_model(config: Config) -> Path:
         vocabulary(base.tokenizer)
         check_quantizer(config.export.gguf)
     plan = ExportPlan(trained, student, fold, small, shape, dtype, config.export.shard_size)
-    tokens = real_text(trained.config, config.export.check_tokens, base.tokenizer, spec.vocab)
+    tokens = real_text(TrainingText(trained.config.run_dir, trained.config.data, base), config.export.check_tokens)
     with atomic_directory(output) as directory:
         base.tokenizer.save_pretrained(directory)
         result, small_model = write_model(directory, model, plan, tokens)
@@ -149,15 +148,14 @@ def exported_dtype(base: Base, asked: str) -> torch.dtype:
     return stored
 
 
-def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
+def real_text(text: TrainingText, count: int) -> Tensor:
     """About `count` tokens [N, T] of the run's own training text, in blocks no longer than those of training."""
-    length = min(config.data.seq_len, count)
-    blocks = load_blocks(config, tokenizer)
-    if blocks is not None:
-        return blocks[: -(-count // length), :length]
-    documents = min(config.data.documents or count, count)  # a document has at least one token
-    blocks = packed_blocks(replace(config.data, documents=documents, seq_len=length), tokenizer, vocab)
-    return blocks[: -(-count // length)]
+    length = min(text.data.seq_len, count)
+    blocks = text.load()
+    if blocks is None:
+        documents = min(text.data.documents or count, count)  # a document has at least one token
+        blocks = replace(text, data=replace(text.data, documents=documents, seq_len=length)).pack()
+    return blocks[: -(-count // length), :length]
 
 
 def write_model(

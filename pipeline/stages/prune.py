@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nuteprune.config import Config, LossConfig
+from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import POINT, Gates, Kept, MaskSet, check_target, describe, sparsity_of
 from nuteprune.masks.schedule import Schedule
@@ -74,8 +75,8 @@ class Pruning(Trainer):
             spec = base.spec
             check_target(spec, config.gates, config.sparsity.target, config.lora.targets)
             settings = zero_settings(config, spec, world)
-            tokenizer = base.tokenizer
-        blocks = shared_blocks(config, world, tokenizer, spec.vocab)
+            text = TrainingText(config.run_dir, config.data, base)
+        blocks = shared_blocks(text, world, config.train.batch_size)
         with world.together():
             stream = BatchStream(blocks, config.train.batch_size, config.seed, world.rank, world.size)
         schedule = Schedule.of(config, stream.steps_per_epoch)

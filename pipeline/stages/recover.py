@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nuteprune.config import Config, ConfigError
+from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.masks.schedule import Schedule
@@ -94,8 +95,8 @@ class Recovering(FixedGates):
             spec = base.spec
             student = snapshot_student(config.export, trained, spec, config.recover.ladder[0])
             zero = zero_settings(config, spec, world)
-            tokenizer = base.tokenizer
-        blocks = shared_blocks(replace(config, run_dir=run_dir), world, tokenizer, spec.vocab)
+            text = TrainingText(run_dir, config.data, base)
+        blocks = shared_blocks(text, world, config.train.batch_size)
         with world.together():
             # Another order than that of pruning, whose last batches the snapshot has not seen.
             stream = BatchStream(blocks, config.train.batch_size, config.seed + 1, world.rank, world.size)

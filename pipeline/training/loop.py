@@ -227,7 +227,7 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
     if world.from_main(finished):
         log.info("already finished: %s", output)
         return output
-    fetch_once(config, world)
+    fetch_once(config.model.path, world)
     torch.manual_seed(config.seed)
     trainer = stage.build(config, world)
     log.info("computing on %s%s", named(world.device), f", rank 0 of {world.size}" if world.size > 1 else "")
