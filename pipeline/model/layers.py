@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nuteprune.arch import ATTENTION, FFN, ArchSpec, projections
 from nuteprune.config import LoraConfig
 from nuteprune.masks import Gates, Kept
-from nuteprune.model.index_lists import index_lists
+from nuteprune.model.index_lists import LayerLists, index_lists
 from nuteprune.model.projection import MaskedLoRALinear, ProjectionState
 from nuteprune.model.wrappers import GatedNorm, GatedRouter, WidthNorm
 
@@ -29,23 +29,17 @@ LoraParameters = dict[str, tuple[nn.Parameter, nn.Parameter]]
 
 @dataclass(frozen=True)
 class LayerView:
-    """One decoder layer of a view: its projections, and how kept query heads map to kept KV groups.
+    """One decoder layer of a view.
 
     Attributes:
         states: by projection name.
-        group_size: query heads per group where that is the same for all kept groups, else 1.
-        kv_index: [kept heads] group of each kept head where groups are ragged, else None.
+        kept: what it keeps.
         behind: gates behind the norms that follow attention and FFN, where there are such norms.
-        removed: nothing of the layer is left.
-        routes: experts among which the router chooses, None for all.
     """
 
     states: dict[str, ProjectionState]
-    group_size: int
-    kv_index: Tensor | None = None
+    kept: LayerLists
     behind: tuple[Tensor | None, Tensor | None] = (None, None)
-    removed: bool = False
-    routes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -135,9 +129,9 @@ def activate(layer: nn.Module, view: LayerView) -> None:
     for name, module in seats.projections.items():
         module.__dict__["state"] = states[name]
     if seats.router is not None:
-        seats.router.keep = view.routes
+        seats.router.keep = view.kept.routes
     attention = seats.attention
-    attention["num_key_value_groups"], attention["kv_index"] = view.group_size, view.kv_index
+    attention["num_key_value_groups"], attention["kv_index"] = view.kept.group_size, view.kept.kv_index
     for norm, name in seats.width_norms:
         norm.keep = view.states[name].keep_out
     for norm, gate in zip(seats.gated_norms, view.behind, strict=False):
@@ -187,7 +181,7 @@ def build_view(
             if whole and f"{index}.{name}" in whole:
                 states[name] = replace(states[name], whole=whole[f"{index}.{name}"])
         behind = scales[index] if spec.norms_behind else (None, None)
-        layers.append(LayerView(states, own.group_size, own.kv_index, behind, own.removed, own.routes))
+        layers.append(LayerView(states, own, behind))
     return View(layers, hidden)
 
 

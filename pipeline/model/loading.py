@@ -54,8 +54,17 @@ class Base:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer; raises `ConfigError` where there is none, or one of another model."""
-        return load_tokenizer(self.path, self.spec.vocab)
+        """Its tokenizer; raises `ConfigError` where there is none, or one with more tokens than the vocabulary."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"model.path {self.path}: no usable tokenizer there ({first_line(error)})") from None
+        if len(tokenizer) > self.spec.vocab:
+            raise ConfigError(
+                f"model.path {self.path}: the tokenizer has {len(tokenizer)} tokens but the model only "
+                f"{self.spec.vocab}: they do not belong together"
+            )
+        return tokenizer
 
 
 def in_float32(settings: ModelConfig) -> ModelConfig:
@@ -77,7 +86,7 @@ def read_base(settings: ModelConfig) -> Base:
 
 
 def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
-    """transformers' configuration of a model and its `ArchSpec`; raises `ConfigError` as `load_model` does."""
+    """transformers' configuration of a model and its `ArchSpec`; raises `ConfigError` as `read_base` does."""
     if not path:
         raise ConfigError("model.path is empty: set it to a model directory or a hub id")
     silent = "" if Path(path).exists() else unreachable()
@@ -130,24 +139,6 @@ def load_model(base: Base, device: torch.device | str = "cpu") -> PreTrainedMode
         raise ConfigError(f"model.path {base.path}: the weights cannot be loaded ({first_line(error)})") from None
     check_whole(base.path, info["missing_keys"])
     return model.to(device)
-
-
-def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
-
-    Raises:
-        ConfigError: there is none, or it has more tokens than the model's vocabulary.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.path {path}: no usable tokenizer there ({first_line(error)})") from None
-    if len(tokenizer) > vocab_size:
-        raise ConfigError(
-            f"model.path {path}: the tokenizer has {len(tokenizer)} tokens but the model only {vocab_size}: "
-            "they do not belong together"
-        )
-    return tokenizer
 
 
 def check_whole(path: str, missing: Collection[str]) -> None:

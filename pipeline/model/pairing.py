@@ -86,7 +86,7 @@ class PairedDecoderLayer(nn.Module):
             return self._student(hidden_states, p.student, kwargs)
         p.teacher_stream = teacher = self._teacher(p, kwargs)
         student = self._student(hidden_states, p.student, kwargs)
-        if not p.student.layers[self.index].removed:
+        if not p.student.layers[self.index].kept.removed:
             pair = (
                 (student, teacher)
                 if self.final_norm is None or p.loss.layer != "raw"
