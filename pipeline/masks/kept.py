@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.masks.gates import KINDS, Gates, unit_shape
+from nuteprune.masks.gates import Gates, unit_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,20 +43,26 @@ class Kept:
         gated = {} if gates is None else gates.detach().as_dict()
         if any(isinstance(gate, FakeTensor) for gate in gated.values()):
             return cls.of(spec)
-        open_: dict[str, np.ndarray] = {kind: np.ones(unit_shape(spec, kind), bool) for kind in KINDS}
+        open_ = Gates()
         if gated:
-            flat = torch.cat([(gate != 0).flatten() for gate in gated.values()]).cpu().numpy()
-            parts = np.split(flat, np.cumsum([gate.numel() for gate in gated.values()])[:-1])
-            open_ |= {kind: part.reshape(unit_shape(spec, kind)) for kind, part in zip(gated, parts, strict=True)}
-        layers = open_["layers"]
-        attention, ffn = (layers & open_[kind] for kind in ("attn_sublayers", "ffn_sublayers"))
-        heads = open_["heads"].reshape(spec.layers, spec.kv_heads, spec.group_size)
-        units = open_["ffn"].reshape(spec.layers, spec.experts, spec.ffn)
+            flat = torch.cat([(gate != 0).flatten() for gate in gated.values()]).cpu()
+            parts = flat.split([gate.numel() for gate in gated.values()])
+            open_ = Gates(**{kind: part.view(unit_shape(spec, kind)) for kind, part in zip(gated, parts, strict=True)})
+        full = open_.full(spec)
+
+        def mask(gate: Tensor | None, *shape: int) -> np.ndarray:
+            assert gate is not None, "all kinds are there"
+            return (gate.numpy() != 0).reshape(shape)
+
+        layers = spec.layers
         return cls(
             spec,
-            heads & (attention[:, None] & open_["kv_groups"])[..., None],
-            units & (ffn[:, None] & open_["experts"])[..., None],
-            open_["hidden"], layers, attention, open_["experts"],
+            mask(full.head_gate(spec), layers, spec.kv_heads, spec.group_size),
+            mask(full.ffn_gate(spec), layers, spec.experts, spec.ffn),
+            mask(full.hidden, spec.hidden),
+            mask(full.layers, layers),
+            mask(full.layers, layers) & mask(full.attn_sublayers, layers),
+            mask(full.experts, layers, spec.experts),
         )  # fmt: skip
 
     @cached_property
