@@ -7,7 +7,7 @@ import torch
 
 from nuteprune.config import ConfigError, ModelConfig, load_config
 from nuteprune.kernels import tuning
-from nuteprune.kernels.tuning import Config
+from nuteprune.kernels.tuning import TileConfig
 from nuteprune.model.loading import load_model, read_base
 from nuteprune.parallel.distributed import World, discover
 from nuteprune.stages import prune
@@ -46,7 +46,7 @@ def test_alike_ranks_go_on_and_a_wrong_number_of_them_does_not():
 def test_deterministic_says_so_to_torch_cublas_flash_attention_and_the_tuner(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "0")
-    choices = (Config(128, 128, 64, 3, 8), Config(64, 128, 64, 4, 4))
+    choices = (TileConfig(128, 128, 64, 3, 8), TileConfig(64, 128, 64, 4, 4))
     with deterministic(True):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory
