@@ -20,7 +20,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants chaos check-vllm check-llamacpp check-torchao check-transformers docs lint lock format clean
+.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants bench-peers chaos check-vllm check-llamacpp check-torchao check-transformers docs lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -48,6 +48,10 @@ bench-kernels: $(VENV) ## time the masked LoRA projections against eager torch, 
 bench-quality: $(VENV) $(FETCHED) $(TEXT) ## quality against baselines; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt BENCH_ARGS="--seeds 3"
 	$(BIN)/python -m nuteprune.bench.quality --train "$(TRAIN)" --test $(TEST) $(TEXT) --held-out $(HELD_OUT) $(BENCH_ARGS)
 
+bench-peers: $(VENV) $(FETCHED) ## quality, time and memory beside torch-pruning; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt
+	test -d .venv-peers/$(TORCHPRUNING) || $(BIN)/pip install --quiet --no-deps --target .venv-peers/$(TORCHPRUNING) torch-pruning==$(TORCHPRUNING)
+	PYTHONPATH=.venv-peers/$(TORCHPRUNING) $(BIN)/python -m nuteprune.bench.peers --train "$(TRAIN)" --test $(TEST) $(BENCH_ARGS)
+
 bench-overhead: $(VENV) ## what a step costs beside its kernels: dispatches, waits for the device, CPU time
 	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.overhead $(BENCH_ARGS)
 
@@ -72,6 +76,7 @@ CHECKED = $(or $(EXPORT),.check/*/export)
 HAVE = $(if $(EXPORT),$(addsuffix /$1,$(EXPORT)),.check/.made)
 LLAMACPP ?= llama-cpp-py-sync==0.11739
 TORCHAO ?= 0.18.0
+TORCHPRUNING ?= 1.6.1
 TRANSFORMERS ?= 5.16.1 5.19.0 5.24.0
 VLLM := .venv-vllm/.installed
 IMPL ?= transformers auto

@@ -163,9 +163,10 @@ class Scorer:
         """Last hidden states [blocks, T, D] of a text's first blocks."""
         return last_states(model, self.texts[text], WINDOW, self.blocks, self.first)
 
-    def score(self, path: str) -> dict:
-        """`perplexity` and `kl` (nats per token, from the intact model) by text."""
-        model = self.intact if path == self.path else self.load(path)[0]
+    def score(self, model: PreTrainedModel | str) -> dict:
+        """`perplexity` and `kl` (nats per token, from the intact model) by text, of a model or the directory of one."""
+        if isinstance(model, str):
+            model = self.intact if model == self.path else self.load(model)[0]
         result: dict[str, dict[str, float]] = {"perplexity": {}, "kl": {}}
         for name, tokens in self.texts.items():
             wanted = self.wanted[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import itertools
+import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -230,8 +231,22 @@ def read_rows(file: Path, options: dict) -> Iterator[dict]:
             )
         except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as error:
             raise ConfigError(
-                f"cannot read {file} as {FORMATS[file.suffix]} ({_one_line(error)}): mend or remove the file"
+                f"cannot read {file} as {FORMATS[file.suffix]} ({_broken_line(file) or _one_line(error)}): mend or "
+                "remove the file"
             ) from error
+
+
+def _broken_line(file: Path) -> str:
+    """The first line of a .jsonl file that is no JSON: `datasets` counts from the start of the part that it reads."""
+    if file.suffix != ".jsonl":
+        return ""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                return f"line {number}: {_one_line(error)}"
+    return ""
 
 
 def _token_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
