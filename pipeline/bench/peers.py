@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from nuteprune.__main__ import quiet_libraries
 from nuteprune.bench.quality import Scorer, run_config
 from nuteprune.config import Config, ConfigError
-from nuteprune.data.prepared import training_blocks
+from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
 from nuteprune.exporting.folding import exported_parameters
 from nuteprune.exporting.small import export_model
-from nuteprune.model.loading import load_any
+from nuteprune.model.loading import load_model, read_base
 from nuteprune.parallel.distributed import discover
 from nuteprune.stages import prune
 from nuteprune.training.loop import peak_memory_gb
@@ -104,10 +104,9 @@ def torch_pruning(config: Config, rate: float) -> tuple[PreTrainedModel, float]:
     """The student of torch-pruning and LoRA at a learning rate, in float32, and the share of the decoder removed."""
     torch.manual_seed(config.seed)
     device = discover().device
-    teacher, tokenizer, _ = load_any(config.model.path, config.model)
-    student, _, _ = load_any(config.model.path, config.model)
-    teacher, student = teacher.to(device), student.to(device)
-    blocks = training_blocks(config, tokenizer, teacher.config.vocab_size)
+    base = read_base(config.model)
+    teacher, student = load_model(base, device), load_model(base, device)
+    blocks = TrainingText(config.run_dir, config.data, base).blocks()
     stream = BatchStream(blocks, config.train.batch_size, config.seed)
     before = exported_parameters(student)
     remove_units(student, stream, config.sparsity.target)
