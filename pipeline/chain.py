@@ -14,7 +14,7 @@ import yaml
 from nuteprune import api
 from nuteprune.config import Config, ConfigError, beyond_recipe, load_config
 from nuteprune.data.text import load_text
-from nuteprune.model.loading import read_base
+from nuteprune.model.loading import read_config
 from nuteprune.planning.machine import Choice, Machine, choose, this_machine
 from nuteprune.runs.checkpoint import write_atomic
 
@@ -50,7 +50,7 @@ def run(config: Config) -> str:
     if not config.run_dir:
         name = f"{Path(config.model.path).name}-{config.sparsity.target:.0%}".rstrip("%")
         config = load_config(config, [f"run_dir=runs/{name}"])
-    spec = read_base(config.model).spec  # a model that is not there costs nothing else
+    _, spec = read_config(config.model.path)  # a model that is not there costs nothing else; its type is not chosen yet
     machine = this_machine()
     choices, plan = choose(config, machine, spec)
     config = load_config(config, [f"{choice.key}={choice.value}" for choice in choices])
