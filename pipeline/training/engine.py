@@ -82,8 +82,8 @@ class Engine:
     """
 
     def __init__(
-        self, model: PairedModel, masks: MaskSet, multipliers: Multipliers | None, schedule: Schedule,
-        world: World, sharded: bool = False,
+        self, model: PairedModel, masks: MaskSet, multipliers: Multipliers | None, schedule: Schedule, world: World,
+        sharded: bool = False,
     ):  # fmt: skip
         self.schedule, self.masks, self.world = schedule, masks, world
         train, gates = schedule.train, schedule.gates
@@ -99,14 +99,13 @@ class Engine:
         if self.lora:
             rates = (1.0, B_RATE if scaled else 1.0)
             factors = [{"params": self.lora[i::2], "rate": rate} for i, rate in enumerate(rates)]
-            self.optimizers["lora"] = (_sharded_adamw if sharded and world.size > 1 else torch.optim.AdamW)(
-                factors, **adamw
-            )
+            make = _sharded_adamw if sharded and world.size > 1 else torch.optim.AdamW
+            self.optimizers["lora"] = make(factors, **adamw)
         if gates.optimizer == "adam":
             self.optimizers["gates"] = torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
         else:
-            self.optimizers["gates"] = torch.optim.SGD(self.alphas, lr=gates.lr / schedule.settle,
-                                                       momentum=_GATE_MOMENTUM)  # fmt: skip
+            reach = gates.lr / schedule.settle
+            self.optimizers["gates"] = torch.optim.SGD(self.alphas, lr=reach, momentum=_GATE_MOMENTUM)
         if multipliers is not None:
             self.optimizers["multipliers"] = torch.optim.AdamW(
                 multipliers.parameters(), lr=schedule.sparsity.multiplier_lr, weight_decay=0.0, maximize=True

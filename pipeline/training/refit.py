@@ -67,8 +67,9 @@ class Refit:
     """
 
     def __init__(
-        self, model: PairedModel, ranks: int, schedule: Schedule, world: World, stream: BatchStream, shown: bool = False
-    ):
+        self, model: PairedModel, ranks: int, schedule: Schedule, world: World, stream: BatchStream,
+        shown: bool = False,
+    ):  # fmt: skip
         self.model, self.ranks, self.world, self.stream, self.shown = model, ranks, world, stream, shown
         self.every = max(1, schedule.settle // TIMES)
         self.layers = [index for index in range(model.spec.layers) if f"{index}.down_proj" in model.update.frozen]
