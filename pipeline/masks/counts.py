@@ -31,6 +31,13 @@ class Counts:
     experts: float
     ffn: float
 
+    def __str__(self) -> str:
+        experts = f"{self.experts:g} experts of " if self.experts != 1 else ""
+        return (
+            f"{self.layers:g} layers of {self.groups:g} x {self.heads:g} heads and {experts}{self.ffn:g} FFN units, "
+            f"hidden size {self.hidden:g}"
+        )
+
     def distance(self, other: Counts, spec: ArchSpec) -> float:
         """Sum over all but the FFN, which makes up for the others, of the differences as shares of the intact model."""
         pairs = zip(astuple(self)[:-1], astuple(other)[:-1], astuple(intact(spec))[:-1], strict=True)

@@ -131,16 +131,6 @@ def cheapest_units(
     return gates[measure(midpoints(spec, kinds, best, possible, rounding))]
 
 
-def describe(kept: Kept) -> str:
-    """What the layers that stay keep on average, for a log."""
-    c = mean_counts(kept)
-    experts = f"{c.experts:g} experts of " if kept.spec.experts > 1 else ""
-    return (
-        f"{c.layers:g} layers of {c.groups:g} x {c.heads:g} heads and {experts}{c.ffn:g} FFN units, hidden size "
-        f"{c.hidden:g}"
-    )
-
-
 def most_removed(spec: ArchSpec, units: list[str], shape: Shape) -> float:
     """The largest sparsity that removing `units` can reach.
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nuteprune.config import Config, LossConfig
 from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
-from nuteprune.masks import POINT, Gates, Kept, MaskSet, check_target, describe, sparsity_of
+from nuteprune.masks import POINT, Gates, Kept, MaskSet, check_target, mean_counts, sparsity_of
 from nuteprune.masks.schedule import Schedule
 from nuteprune.masks.selection import BATCHES
 from nuteprune.model.layers import View
@@ -211,7 +211,7 @@ class Pruning(Trainer):
                     entropy = model(ids, view, None, LossConfig()).cross_entropy
                     total += entropy.double() * self.share(ids, batch) / len(batches)
             losses.append(float(self.world.mean(total)))
-            log.info("%s: cross entropy %.4f", describe(Kept.of(model.spec, gates)), losses[-1])
+            log.info("%s: cross entropy %.4f", mean_counts(Kept.of(model.spec, gates)), losses[-1])
         return losses
 
     def choose_teacher(self) -> tuple[int | None, View | None]:
