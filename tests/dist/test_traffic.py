@@ -35,7 +35,8 @@ def measure() -> None:
     spec = base_model.spec
     job = Job(spec, config, Cluster(1, world.size))
     with connected(world, 60):
-        model = load_paired(base_model, config.lora, world, zero_settings(config, spec, world))
+        settings, recomputed = zero_settings(config, spec, world), config.train.activation_checkpointing
+        model = load_paired(base_model, config.lora, world, settings, recomputed)
         engine = Engine(model, MaskSet(spec, config.gates), None, Schedule.of(config, 0), world, sharded=True)
         ids = torch.randint(0, spec.vocab, (1, 16), generator=torch.Generator().manual_seed(world.rank))
         base = total_parameters(spec) * job.itemsize
