@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,30 +41,21 @@ class Kept:
 
         From one copy of all gates: a device is waited for once, whatever the depth.
         """
-        gated = {} if gates is None else gates.detach().as_dict()
-        if any(isinstance(gate, FakeTensor) for gate in gated.values()):
-            return cls.of(spec)
-        open_ = Gates()
-        if gated:
-            flat = torch.cat([(gate != 0).flatten() for gate in gated.values()]).cpu()
-            parts = flat.split([gate.numel() for gate in gated.values()])
-            open_ = Gates(**{kind: part.view(unit_shape(spec, kind)) for kind, part in zip(gated, parts, strict=True)})
-        full = open_.full(spec)
-
-        def mask(gate: Tensor | None, *shape: int) -> np.ndarray:
-            assert gate is not None, "all kinds are there"
-            return (gate.numpy() != 0).reshape(shape)
-
         layers = spec.layers
-        return cls(
-            spec,
-            mask(full.head_gate(spec), layers, spec.kv_heads, spec.group_size),
-            mask(full.ffn_gate(spec), layers, spec.experts, spec.ffn),
-            mask(full.hidden, spec.hidden),
-            mask(full.layers, layers),
-            mask(full.layers, layers) & mask(full.attn_sublayers, layers),
-            mask(full.experts, layers, spec.experts),
-        )  # fmt: skip
+        shapes = ((layers, spec.kv_heads, spec.group_size), (layers, spec.experts, spec.ffn), (spec.hidden,), (layers,),
+                  (layers,), (layers, spec.experts))  # fmt: skip
+        gated = {} if gates is None else gates.detach().as_dict()
+        if not gated or any(isinstance(gate, FakeTensor) for gate in gated.values()):
+            return cls(spec, *(np.ones(shape, bool) for shape in shapes))
+        flat = torch.cat([(gate != 0).flatten() for gate in gated.values()]).cpu()
+        own = flat.split([gate.numel() for gate in gated.values()])
+        full = Gates(**{k: z.view(unit_shape(spec, k)) for k, z in zip(gated, own, strict=True)}).full(spec)
+        every = full.as_dict()
+        masks = [full.head_gate(spec), full.ffn_gate(spec), every["hidden"], every["layers"],
+                 every["layers"] & every["attn_sublayers"], every["experts"]]  # fmt: skip
+        flat = torch.cat([mask.flatten() for mask in masks if mask is not None])
+        parts = np.split(flat.numpy(), np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+        return cls(spec, *(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
 
     @cached_property
     def heads(self) -> list[Tensor]:
