@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,21 +40,26 @@ class Kept:
 
         From one copy of all gates: a device is waited for once, whatever the depth.
         """
-        layers = spec.layers
-        shapes = ((layers, spec.kv_heads, spec.group_size), (layers, spec.experts, spec.ffn), (spec.hidden,), (layers,),
-                  (layers,), (layers, spec.experts))  # fmt: skip
         gated = {} if gates is None else gates.detach().as_dict()
-        if not gated or any(isinstance(gate, FakeTensor) for gate in gated.values()):
-            return cls(spec, *(np.ones(shape, bool) for shape in shapes))
-        flat = torch.cat([(gate != 0).flatten() for gate in gated.values()]).cpu()
-        own = flat.split([gate.numel() for gate in gated.values()])
-        full = Gates(**{k: z.view(unit_shape(spec, k)) for k, z in zip(gated, own, strict=True)}).full(spec)
-        every = full.as_dict()
-        masks = [full.head_gate(spec), full.ffn_gate(spec), every["hidden"], every["layers"],
-                 every["layers"] & every["attn_sublayers"], every["experts"]]  # fmt: skip
-        flat = torch.cat([mask.flatten() for mask in masks if mask is not None])
-        parts = np.split(flat.numpy(), np.cumsum([math.prod(shape) for shape in shapes])[:-1])
-        return cls(spec, *(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
+        found: dict[str, np.ndarray] = {}
+        if gated and not any(isinstance(gate, FakeTensor) for gate in gated.values()):
+            own = torch.cat([(gate != 0).flatten() for gate in gated.values()]).cpu()
+            own = own.split([gate.numel() for gate in gated.values()])
+            open_ = Gates(**{kind: z.view(unit_shape(spec, kind)) for kind, z in zip(gated, own, strict=True)})
+            effective = open_.as_dict() | {"heads": open_.head_gate(spec), "ffn": open_.ffn_gate(spec)}
+            masks = {kind: mask for kind, mask in effective.items() if mask is not None}
+            flat = torch.cat([mask.flatten() for mask in masks.values()]).numpy()
+            ends = np.cumsum([mask.numel() for mask in masks.values()])[:-1]
+            found = dict(zip(masks, np.split(flat, ends), strict=True))
+
+        def mask(kind: str, *shape: int) -> np.ndarray:
+            return found[kind].reshape(shape) if kind in found else np.ones(shape, bool)
+
+        heads = mask("heads", spec.layers, spec.kv_heads, spec.group_size)
+        ffn = mask("ffn", spec.layers, spec.experts, spec.ffn)
+        layers, attention = mask("layers", spec.layers), mask("attn_sublayers", spec.layers)
+        experts = mask("experts", spec.layers, spec.experts)
+        return cls(spec, heads, ffn, mask("hidden", spec.hidden), layers, layers & attention, experts)
 
     @cached_property
     def heads(self) -> list[Tensor]:
