@@ -145,7 +145,7 @@ def _turn_sizes(
 
 
 class LayerDistance(torch.autograd.Function):
-    """Terms [M] by token of `distill.layer_loss`, float32; the gradient goes to the student.
+    """Terms [M] by token of `losses.layer.layer_loss`, float32; the gradient goes to the student.
 
     Arguments: student and teacher [..., D], the student's hidden gate [D] or None, whether the terms are normalized.
     """

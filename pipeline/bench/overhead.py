@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,11 +33,12 @@ from nuteprune.data.text import BatchStream
 from nuteprune.evaluation.measure import environment
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import Schedule
+from nuteprune.model.losses import TERMS
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.stages.prune import Pruning
 from nuteprune.training.engine import Engine
-from nuteprune.training.teachers import TeacherBank
+from nuteprune.training.teachers import TEACHERS
 
 STEPS = 1000
 PHASES = {"sampled": 300, "settled": 700}
@@ -46,14 +48,13 @@ WAITING = (
     "bincount",
 )  # fmt: skip
 """Operations whose result, or its size, the host has to wait for."""
-PROJECTIONS = {"matmul": (6,), "column_reduce": (), "finish_reduce": (5,)}
-"""Kernels of `triton_kernels`, and which of their arguments they write that others than these kernels read (the LoRA
-gradients of the last are sums)."""
-POINTWISE = {
-    "rms_norm": (2,), "rms_norm_backward": (3,), "rotary": (4, 5), "gated": (2,), "gated_backward": (3, 4),
-    "distance": (3, 4), "distance_backward": (5,),
+KERNELS = {
+    "triton_kernels.matmul": (6,), "triton_kernels.column_reduce": (), "triton_kernels.finish_reduce": (5,),
+    "pointwise.rms_norm": (2,), "pointwise.rms_norm_backward": (3,), "pointwise.rotary": (4, 5),
+    "pointwise.gated": (2,), "pointwise.gated_backward": (3, 4),
+    **{name: outputs for term in TERMS.values() for name, outputs in term.kernels.items()},
 }  # fmt: skip
-"""The same for `pointwise`."""
+"""Which of their arguments the kernels write that others than these kernels read (LoRA gradients are sums)."""
 BARS = {"sampled": 20, "settled": 10}
 """Host syncs that a step may take, at any depth."""
 
@@ -135,14 +136,13 @@ class _Stub:
 @contextmanager
 def stubbed_launches() -> Iterator[None]:
     """The triton path without its kernels."""
-    from nuteprune.kernels import launch, masked_lora, pointwise, rowwise, triton_kernels, tuning
+    from nuteprune.kernels import launch, masked_lora, rowwise, tuning
 
-    changes: list[tuple[Any, str, Any]] = [
-        (module, name, _Stub(name, *outputs))
-        for module, kernels in ((triton_kernels, PROJECTIONS), (pointwise, POINTWISE))
-        for name, outputs in kernels.items()
-    ]
-    changes += [(module, "INTERPRETING", True) for module in (rowwise, launch, masked_lora, tuning)]
+    changes: list[tuple[Any, str, Any]] = []
+    for kernel, outputs in KERNELS.items():
+        module, name = kernel.split(".")
+        changes.append((import_module(f"nuteprune.kernels.{module}"), name, _Stub(name, *outputs)))
+    changes += [(module, "INTERPRETING", True) for module in (launch, masked_lora, rowwise, tuning)]
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     os.environ["NUTEPRUNE_KERNELS"] = "triton"
     for module, name, value in changes:
@@ -181,14 +181,13 @@ def trainer(layers: int, phase: str, batch: int = 1, dtype: str = "bfloat16") ->
     schedule = Schedule.of(config, 0)
     engine = Engine(model, masks, None, schedule, world)
     stream = BatchStream(torch.randint(0, spec.vocab, (64, 16), dtype=torch.int32), batch, 0)
-    bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype)
-    made = Pruning(config, world, model, engine, stream, schedule, masks=masks, multipliers=None, bank=bank,
-                   refit=None)  # fmt: skip
+    teacher = TEACHERS[config.teacher.mode](spec, config.teacher, model.scaling, world.device, model.dtype)
+    made = Pruning(config, world, model, engine, stream, schedule, masks, teacher, refit=None)
     masks.restart({kind: torch.randn_like(la) for kind, la in masks.log_alpha.items()})
     for sparsity in (0.05, 0.1):
         masks.project(sparsity)
-        bank.record(0, sparsity + 1e-3, masks.deterministic(), masks.scores(), model.update.lora,
-                    model.update.frozen)  # fmt: skip
+        teacher.record(0, sparsity + 1e-3, masks.deterministic(), masks.scores(), model.update.lora,
+                       model.update.frozen)  # fmt: skip
     made.step = PHASES[phase]
     return made
 

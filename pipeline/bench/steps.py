@@ -24,7 +24,7 @@ from nuteprune.model.layers import View, build_view
 from nuteprune.model.loading import load_model, read_base
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World, discover
-from nuteprune.training.teachers import TeacherBank
+from nuteprune.training.teachers.bank import SnapshotBank
 
 LAG = 0.10
 """How far the teacher is behind the student in the measured step: ten intervals of 1%, as in the paper."""
@@ -113,7 +113,7 @@ def measure(model: PairedModel, subjects: list[Subject], ids, loss, rounds: int)
 
 def switching(model: PairedModel, subjects: list[Subject], config: TeacherConfig, world: World) -> float:
     """Median seconds to put another snapshot in force, two of the bank in turns."""
-    bank = TeacherBank(model.spec, config, model.scaling, world.device, model.dtype)
+    bank = SnapshotBank(model.spec, config, model.scaling, world.device, model.dtype)
     for number, subject in enumerate(subjects[-2:], 1):
         bank.record(0, number * config.interval, subject.gates, {}, model.update.lora, model.update.frozen)
     return statistics.median(_timed(lambda index=n % 2: bank.activate(index)) for n in range(20))

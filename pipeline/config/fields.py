@@ -163,11 +163,6 @@ class TeacherConfig:
         0.4, "A teacher's sparsity is at most this share of the student's; 1 (the paper): no such limit.", gt=0, le=1
     )
 
-    @property
-    def from_snapshots(self) -> bool:
-        """Snapshots of the student may teach: they are recorded, and planned for."""
-        return self.mode not in ("intact", "none")
-
 
 @dataclass(frozen=True)
 class LossConfig:

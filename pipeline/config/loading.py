@@ -88,8 +88,11 @@ def _difference(tree: dict, base: dict) -> dict:
 
 def _consistent(config: Config) -> Config:
     """Checks over several fields; no ranks of `lora.refit` where no FFN unit leaves or down_proj has no LoRA."""
-    if not config.loss.layer_weight and not config.loss.kl_weight:
-        raise ConfigError("loss.layer_weight and loss.kl_weight are both 0: nothing would be learned; set one of them")
+    taught = {key: weight for key, weight in vars(config.loss).items() if key.endswith("_weight")}
+    del taught["label_weight"]
+    if not any(taught.values()):
+        names = " and ".join(f"loss.{key}" for key in taught)
+        raise ConfigError(f"{names} are 0: nothing would be learned of a teacher; set one of them")
     if not ("down_proj" in config.lora.targets and "ffn" in config.gates.units):
         config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, refit=0))
     if config.lora.refit and config.train.weight_decay:

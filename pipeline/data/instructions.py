@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune.config import ConfigError, FinetuneConfig
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import read_rows
-from nuteprune.model.distill import IGNORE
+from nuteprune.model.losses import IGNORE
 
 log = logging.getLogger(__name__)
 

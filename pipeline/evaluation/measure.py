@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from nuteprune.config import ConfigError
 from nuteprune.evaluation.head import Head
 from nuteprune.exporting.folding import exported_parameters
-from nuteprune.model.distill import IGNORE
+from nuteprune.model.losses import IGNORE
 
 PASS_BYTES = 8 * 2**20
 """Of logits that are compared in one go: what is made of them stays in a CPU's cache."""

@@ -36,8 +36,6 @@ PER_LAYER_LISTS = ("layer_types", "no_rope_layers")
 """Entries of a configuration with one value for each layer."""
 _RENAMED = {"architectures", "model_type", "quantization_config", "transformers_version", "auto_map"}
 """Entries of a base configuration that say what the base was, not how it computes."""
-DECI_FAMILIES = ("llama", "mistral")
-"""Families whose layers vLLM's DeciLM computes (those of Qwen have biases or norms that it lacks)."""
 
 
 def _register() -> set[str]:
@@ -147,8 +145,6 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
             for layer, index in zip(layers, kept, strict=True):
                 layer["num_local_experts"] = len(fold.kept.experts[index])
         values["per_layer_config"] = dict(enumerate(layers))
-        if shape == "per_layer_ffn":
-            values |= _alike(fold.spec, groups, ffn)
         values["auto_map"] = {
             "AutoConfig": f"modeling_ragged.Ragged{stem}Config",
             "AutoModel": f"modeling_ragged.Ragged{stem}Model",
@@ -186,24 +182,6 @@ def _overrides(groups: list[int], ffn: int, ffn_size: str) -> dict:
     if len(set(groups)) > 1:
         sizes["heads_per_group"] = groups
     return sizes | ({ffn_size: ffn} if ffn else {})
-
-
-def _alike(spec: ArchSpec, groups: list[list[int]], ffn: list[int]) -> dict:
-    """`block_configs` of vLLM's DeciLM where it computes these layers, else nothing."""
-    kinds = {tuple(layer) for layer in groups if layer}
-    assert len({size for layer in kinds for size in layer}) == len(kinds) <= 1, "attention is alike in this shape"
-    if spec.family not in DECI_FAMILIES:
-        return {}
-    first = next((layer for layer, width in zip(groups, ffn, strict=True) if layer or width), [])
-    absent = not all(groups) or not all(ffn)
-    if not first or (absent and (spec.o_bias or spec.mlp_bias)):
-        return {}  # a first layer without attention, or a removed sublayer's bias
-    blocks = [
-        {"attention": {"no_op": not layer, "n_heads_in_group": layer[0] if layer else None},
-         "ffn": {"no_op": not width, "intermediate_size": width or None}}
-        for layer, width in zip(groups, ffn, strict=True)
-    ]  # fmt: skip
-    return {"block_configs": blocks}
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

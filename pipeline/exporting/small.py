@@ -5,33 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, ConfigError
 from nuteprune.data.prepared import TrainingText
-from nuteprune.exporting import modeling_ragged
 from nuteprune.exporting.card import RECORD, Result, kept_record, model_card
-from nuteprune.exporting.folding import (
-    Fold,
-    exported_parameters,
-    fold_model,
-    model_class,
-    plan_fold,
-    small_config,
-)
-from nuteprune.exporting.gguf_model import FILE, gguf_architecture
-from nuteprune.exporting.gguf_quants import check_quantizer, write_quantized
-from nuteprune.exporting.gguf_vocab import vocabulary
+from nuteprune.exporting.folding import exported_parameters, fold_model, model_class, plan_fold, small_config
 from nuteprune.exporting.publish import push
+from nuteprune.exporting.targets import TARGETS, ExportPlan, Target
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import build_view
 from nuteprune.model.loading import Base, check_dtype, in_float32, load_model, read_base
@@ -39,7 +28,7 @@ from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import Student, export_gates, newest_student, open_run
+from nuteprune.runs.students import export_gates, newest_student, open_run
 
 log = logging.getLogger(__name__)
 
@@ -53,38 +42,6 @@ class ExportError(RuntimeError):
     """The small model does not compute what the masked model computes, or has another size: nothing was written."""
 
 
-@dataclass(frozen=True)
-class ExportPlan:
-    """How a base model becomes the small one.
-
-    Attributes:
-        run, student: what is exported.
-        fold: what its gates and LoRA do to the weights.
-        small: configuration of the small model.
-        shape: "uniform", "per_layer_ffn" or "per_layer".
-        dtype: type of the exported weights.
-        shard_size: largest safetensors file.
-    """
-
-    run: Run
-    student: Student
-    fold: Fold
-    small: PreTrainedConfig
-    shape: str
-    dtype: torch.dtype
-    shard_size: str
-
-    @property
-    def config(self) -> Config:
-        """The run's configuration."""
-        return self.run.config
-
-    @property
-    def dtype_name(self) -> str:
-        """The type's name without `torch.`."""
-        return str(self.dtype).removeprefix("torch.")
-
-
 def export_model(config: Config) -> Path:
     """Export the run in `config.run_dir`; returns the directory of the small model.
 
@@ -96,30 +53,23 @@ def export_model(config: Config) -> Path:
     trained = open_run(config.run_dir, config.model)
     output = output_directory(config, trained)
     base = read_base(in_float32(trained.config.model))
-    spec = base.spec
-    student = newest_student(config.export, trained, spec)
+    student = newest_student(config.export, trained, base.spec)
     shape = export_gates(config.export, trained).shape
     dtype = exported_dtype(base, config.export.dtype)
     model = load_model(base)
     try:
-        fold = plan_fold(spec, student.gates, student.lora, student.scaling)
+        fold = plan_fold(base.spec, student.gates, student.lora, student.scaling)
         small = small_config(model.config, fold, shape)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    architecture = ""
-    if config.export.gguf != "none":  # what llama.cpp does not know fails before anything is written
-        architecture = gguf_architecture(spec, shape, small)
-        vocabulary(base.tokenizer)
-        check_quantizer(config.export.gguf)
-    plan = ExportPlan(trained, student, fold, small, shape, dtype, config.export.shard_size)
+    plan = ExportPlan(trained, student, fold, small, shape, dtype, base.tokenizer, model.generation_config,
+                      config.export)  # fmt: skip
+    first, *others = [target for target in TARGETS.values() if target.check(plan)]
     tokens = real_text(TrainingText(trained.config.run_dir, trained.config.data, base), config.export.check_tokens)
     with atomic_directory(output) as directory:
-        base.tokenizer.save_pretrained(directory)
-        result, small_model = write_model(directory, model, plan, tokens)
-        if architecture:
-            write_quantized(directory, small_model, base.tokenizer, architecture, config.export.gguf)
-            # Of Ollama, which takes the chat template from the file too.
-            (directory / "Modelfile").write_text(f"FROM ./{FILE}\n", encoding="utf-8")
+        result, exported = write_model(first, directory, model, plan, tokens)
+        for target in others:
+            target.write(directory, plan, exported)
         write_record(directory, plan, result)
     log.info("exported %s: %.2f%% of the prunable parameters removed, %s parameters left (%s before)", output,
              100 * result.sparsity, f"{result.parameters:,}", f"{result.base_parameters:,}")  # fmt: skip
@@ -159,16 +109,16 @@ def real_text(text: TrainingText, count: int) -> Tensor:
 
 
 def write_model(
-    directory: Path, base: PreTrainedModel, plan: ExportPlan, tokens: Tensor
+    target: Target, directory: Path, base: PreTrainedModel, plan: ExportPlan, tokens: Tensor
 ) -> tuple[Result, PreTrainedModel]:
-    """Fold the base into a small model, save it and check what was saved; consumes the base.
+    """Fold the base into a small model, write it as a target and check what was written; consumes the base.
 
     The check is on float32 weights read back from the directory; they are cast, and saved again, only after it.
     """
     fold, before = plan.fold, base.num_parameters()
     wanted = masked_logits(base, plan, tokens)
     model = fold_model(base, plan.small, fold, partial(tqdm, desc="folding layers", unit="layer", disable=None))
-    save = partial(_save, directory, plan=plan, generation=base.generation_config)
+    save = partial(target.write, directory, plan)
     save(model)
     del model
     reload = partial(model_class(plan.small).from_pretrained, directory, dtype=torch.float32,
@@ -249,13 +199,3 @@ def write_record(directory: Path, plan: ExportPlan, result: Result) -> None:
     (directory / "README.md").write_text(card, encoding="utf-8")
     record = json.dumps(kept_record(plan.run, plan.student, plan.fold, result))
     (directory / RECORD).write_text(record + "\n", encoding="utf-8")
-
-
-def _save(directory: Path, model: PreTrainedModel, *, plan: ExportPlan, generation: GenerationConfig) -> None:
-    for old in directory.glob("model*.safetensors*"):  # an earlier save may have had more shards
-        old.unlink()
-    model.save_pretrained(directory, max_shard_size=plan.shard_size)
-    # Copied as it is: transformers refuses to save some of the generation configs that it loads.
-    generation.to_json_file(directory / "generation_config.json", use_diff=True)
-    if plan.shape != "uniform":
-        shutil.copyfile(modeling_ragged.__file__, directory / "modeling_ragged.py")

@@ -20,19 +20,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from nuteprune.arch import ArchSpec
 from nuteprune.config import LoraConfig, LossConfig
 from nuteprune.masks import Gates
-from nuteprune.model.distill import IGNORE, HeadLosses, head_loss, layer_terms
 from nuteprune.model.kernels import install_kernels
 from nuteprune.model.layers import LoraParameters, View, activate, at_hand, build_view, fresh_lora, install
 from nuteprune.model.lora import Update
+from nuteprune.model.losses import IGNORE, LayerTerm, OutputTerm, weights
+from nuteprune.model.losses.head import head_loss
 
 
 class Losses(NamedTuple):
-    """Terms of one paired forward: the weighted total (to call backward on) and its parts, float32 scalars."""
+    """Of one paired forward: the weighted total (to call backward on) and its terms by name, float32 scalars."""
 
     total: Tensor
-    layer: Tensor
-    kl: Tensor
-    cross_entropy: Tensor
+    terms: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,12 @@ class _Pass:
 
     student: View
     teacher: View | None = None
-    loss: LossConfig | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+    terms: dict[LayerTerm, list[Tensor]] = field(default_factory=dict)
+    """What each layer term has of the layers so far."""
     teacher_stream: Tensor | None = None
     arguments: list[dict] | None = None
     """Where it is a list: what each layer is called with, instead of a computation."""
-    layer_terms: list[Tensor] = field(default_factory=list)
-    """Of each layer a scalar, or one by token of which the mean counts."""
 
 
 class PairedDecoderLayer(nn.Module):
@@ -71,7 +70,7 @@ class PairedDecoderLayer(nn.Module):
         self.checkpointing = False
         self.current: _Pass | None = None
         self.final_norm: Callable[[Tensor], Tensor] | None = None
-        """Of the last layer: the model's norm behind it. Transformers, and so the authors' loss, name its output."""
+        """Of the last layer: the model's norm behind it."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         """hidden_states [B, T, D] of the student to its output; the teacher's stream is read and replaced in place."""
@@ -80,26 +79,13 @@ class PairedDecoderLayer(nn.Module):
         if p.arguments is not None:
             p.arguments.append(kwargs)
             return hidden_states
-        if p.teacher is None or p.loss is None or p.loss.layer_weight == 0:
-            if p.teacher is not None:
-                p.teacher_stream = self._teacher(p, kwargs)
-            return self._student(hidden_states, p.student, kwargs)
-        p.teacher_stream = teacher = self._teacher(p, kwargs)
+        if p.teacher is not None:
+            p.teacher_stream = self._teacher(p, kwargs)
         student = self._student(hidden_states, p.student, kwargs)
         if not p.student.layers[self.index].kept.removed:
-            pair = (
-                (student, teacher)
-                if self.final_norm is None or p.loss.layer != "raw"
-                else self._normed(student, teacher)
-            )
-            p.layer_terms.append(layer_terms(*pair, p.student.hidden, p.loss.layer))
+            for term, layers in p.terms.items():
+                layers.append(term.of_layer(student, p.teacher_stream, p.student.hidden, self.final_norm, p.loss))
         return student
-
-    def _normed(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.final_norm is not None
-        with torch.no_grad():
-            teacher = self.final_norm(teacher)
-        return self.final_norm(student), teacher
 
     def _teacher(self, p: _Pass, kwargs: dict) -> Tensor:
         assert p.teacher is not None
@@ -122,19 +108,19 @@ class _Head(nn.Module):
     """Lends the output head's weight to a loss.
 
     ZeRO-3 gathers the weight for this module's forward. It would do so again for its backward, for nothing: the losses
-    have their gradient by then (distill.py). So their result leaves in an attribute, past ZeRO-3's hooks on the output.
+    have their gradient by then (losses/head.py). So their result leaves in an attribute, past ZeRO-3's hooks on it.
     """
 
     def __init__(self, weight: nn.Parameter):
         super().__init__()
         self.weight = weight
-        self._result: HeadLosses | None = None
+        self._result: tuple[Tensor, dict[str, Tensor]] | None = None
 
-    def forward(self, loss: Callable[[Tensor], HeadLosses]) -> None:
+    def forward(self, loss: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]) -> None:
         """Keep the losses of the weight for `lend`."""
         self._result = loss(self.weight)
 
-    def lend(self, loss: Callable[[Tensor], HeadLosses]) -> HeadLosses:
+    def lend(self, loss: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of the whole weight [V, D]."""
         self(loss)
         result, self._result = self._result, None
@@ -218,7 +204,8 @@ class PairedModel(nn.Module):
             loss: weights and forms of the terms.
             answers: what is to be learned of windows of instruction records, see `instructions.packed_windows`.
         """
-        p = _Pass(student, teacher, loss)
+        terms = weights(loss, teacher is not None, answers is not None)
+        p = _Pass(student, teacher, loss, {term: [] for term in terms if isinstance(term, LayerTerm)})
         embedded = self.model.get_input_embeddings()(input_ids)
         if teacher is not None:
             # The decoder itself multiplies the student's stream, which it is given.
@@ -226,35 +213,33 @@ class PairedModel(nn.Module):
         positions = None if answers is None else answers.positions
         # ZeRO-3 frees a layer's weights when the gradient of its input is there: the first layer's needs one too.
         final = self._stream(_masked(embedded.detach().requires_grad_(), student.hidden), p, positions)
-        output = self._output_losses(final, p, input_ids, answers)
-        terms = torch.stack(p.layer_terms) if p.layer_terms else output.kl.new_zeros(1)
-        terms = terms if terms.dim() == 1 else terms.mean(1)
-        layer = terms.sum() if loss.layer_reduction == "sum" else terms.mean()
-        total = loss.layer_weight * layer + output.total if p.layer_terms else output.total
-        return Losses(total, layer, output.kl, output.cross_entropy)
+        output = {term: weight for term, weight in terms.items() if isinstance(term, OutputTerm)}
+        total, found = self._output_losses(final, p, output, input_ids, answers)
+        for term, layers in p.terms.items():
+            stacked = torch.stack(layers) if layers else total.new_zeros(1)
+            found[term.name] = term.over_layers(stacked if stacked.dim() == 1 else stacked.mean(1), loss)
+            total = terms[term] * found[term.name] + total
+        return Losses(total, found)
 
-    def _output_losses(self, final: Tensor, p: _Pass, input_ids: Tensor, answers: Answers | None) -> HeadLosses:
-        """KL from the teacher where there is one, and cross entropy of the next token where it counts."""
-        loss, target, labels = p.loss, None, None
-        assert loss is not None
-        if p.teacher is not None:
+    def _output_losses(
+        self, final: Tensor, p: _Pass, terms: dict[OutputTerm, float], input_ids: Tensor, answers: Answers | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`head_loss` on the tokens that are learned: all of plain text, those of answers."""
+        if not terms:
+            return torch.zeros((), device=final.device), {}
+        target = labels = None
+        if any(term.needs_teacher for term in terms):
             with torch.no_grad():
-                target = self.model.model.norm(p.teacher_stream).flatten(0, 1)
-        label_weight = 1.0 if p.teacher is None or answers is not None else loss.label_weight
-        if label_weight:
+                target = self.model.model.norm(p.teacher_stream).flatten(0, 1) / self.spec.logits_scaling
+        if any(term.needs_labels for term in terms):
             labels = input_ids if answers is None else answers.labels
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
         rows = final.flatten(0, 1) / self.spec.logits_scaling
-        target = None if target is None else target / self.spec.logits_scaling
         if answers is not None:
             assert labels is not None
             learned = labels != IGNORE
             rows, labels, target = rows[learned], labels[learned], None if target is None else target[learned]
-        return self.head.lend(
-            lambda weight: head_loss(
-                rows, weight, loss.chunk, target, labels, loss.kl_weight, label_weight, loss.temperature
-            )
-        )
+        return self.head.lend(lambda weight: head_loss(rows, weight, terms, p.loss, target, labels))
 
     def logits(self, input_ids: Tensor, view: View) -> Tensor:
         """Logits [B, T, V] of one view, in full."""

@@ -26,14 +26,13 @@ from nuteprune.planning.job import (
     teaching,
 )
 from nuteprune.runs.snapshot import Snapshot
-from nuteprune.training.teachers import TeacherBank
 
 GATHERS = {
     "paired": {"layers": 2, "embedding": 1, "head": 1},
     "separate": {"layers": 3, "embedding": 2, "head": 2},
 }
 """Times a micro-batch gathers each weight. Layers: forward (teacher and student together, or each) and backward. The
-embedding is frozen and the head's gradient is computed in the forward pass (distill.py): neither is gathered again."""
+embedding is frozen, the head's gradient is computed in the forward pass (losses/head.py): neither is gathered again."""
 DISPATCHES, LAUNCHES = 84, 66
 """Of one layer and micro-batch, teacher, student and backward: operations sent through torch's dispatcher, and launches
 of the kernels, as `make bench-overhead` counts them with settled gates (held by tests/unit/test_overhead.py)."""
@@ -173,7 +172,7 @@ def read_seconds(job: Job, layout: Layout, kept: tuple[float, float]) -> float:
     """Time in which a card's memory delivers the weights of a step: for teacher, student and its backward each, and
     once more with checkpointing, in each micro-batch."""
     student, teacher = kept
-    times = student * (3 if layout.checkpointing else 2) + (teacher if job.config.teacher.mode != "none" else 0)
+    times = student * (3 if layout.checkpointing else 2) + (teacher if job.policy.taught else 0)
     return passes(job, layout) * times * job.itemsize * job.spec.prunable / job.cluster.card.bandwidth
 
 
@@ -199,7 +198,7 @@ def step_flops(job: Job, checkpointing: bool, kept: tuple[float, float]) -> floa
     trained = 2 * lora_parameters(job)
     lora = trained + 2 * refit_parameters(job)
     head = 2 * spec.vocab * spec.hidden
-    taught = config.teacher.mode != "none"
+    taught = job.policy.taught
     forward = student * (layer + attention + lora)
     backward = student * (layer + 2.5 * attention + lora + trained)
     tutor = teacher * (layer + attention + (lora if teaching(job) else 0)) if taught else 0.0
@@ -210,19 +209,18 @@ def step_flops(job: Job, checkpointing: bool, kept: tuple[float, float]) -> floa
 def mean_kept(job: Job) -> tuple[float, float]:
     """(student's, teacher's) kept share of the prunable parameters, averaged over the steps.
 
-    The student follows the schedule; the teacher is whom `TeacherBank.choose` names with one snapshot per interval.
+    The student follows the schedule; the teacher is the policy's, with one snapshot per interval.
     """
     config, total = job.config, job.steps
-    bank = TeacherBank(job.spec, config.teacher, 1.0, torch.device("cpu"), torch.float32)
+    policy = job.policy(job.spec, config.teacher, 1.0, torch.device("cpu"), torch.float32)
     student = teacher = 0.0
     wanted = snapshots(job)
     for step in range(total):
         target = job.schedule.target(step)
-        bank.observe(step, target, config.sparsity.target)
-        index = bank.choose(target, step, total)
+        policy.observe(step, target, config.sparsity.target)
         student += 1 - target
-        teacher += 1 - (0.0 if index is None else bank.snapshots[index].sparsity)
-        grid = (len(bank.snapshots) + 1) * config.teacher.interval
-        if len(bank.snapshots) < wanted and target >= grid * (1 - 1e-9):
-            bank.snapshots.append(Snapshot(step, target, Gates(), {}, {}))
+        teacher += 1 - policy.sparsity(step, total, target)
+        grid = (len(policy.snapshots) + 1) * config.teacher.interval
+        if len(policy.snapshots) < wanted and target >= grid * (1 - 1e-9):
+            policy.snapshots.append(Snapshot(step, target, Gates(), {}, {}))
     return student / total, teacher / total

@@ -25,12 +25,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from nuteprune.arch import ArchSpec, read_spec, split_fused
 from nuteprune.config import Config, ConfigError
 from nuteprune.masks import Gates, MaskSet, check_target, unit_shape
-from nuteprune.model.layers import build_view
 from nuteprune.model.loading import check_dtype
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import attach, quiet, zero_settings
 from nuteprune.planning.models import read_model
+from nuteprune.training.teachers import TEACHERS
 
 STEP_LAYERS = 2
 """Decoder layers that are built and run, each with as many experts as its router chooses."""
@@ -162,9 +162,9 @@ def _step(model: PairedModel, config: Config, masks: MaskSet, fake: FakeTensorMo
                      for kind, z in masks.sample(torch.Generator().manual_seed(0)).as_dict().items()})  # fmt: skip
     # Which units are removed is not known without values: gates multiply, and no unit is left out.
     student = model.student(gates, skip_removed=False)
-    teacher = None if config.teacher.mode == "none" else build_view(model.spec, None, {}, model.scaling, model.dtype)
     ids = torch.zeros(size, config.data.seq_len, dtype=torch.long)
-    model(ids, student, teacher, config.loss).total.backward()
+    policy = TEACHERS[config.teacher.mode](model.spec, config.teacher, model.scaling, ids.device, model.dtype)
+    model(ids, student, policy.view(0, 1, 0.0), config.loss).total.backward()
     assert all(z.grad is not None for z in gates.as_dict().values())
     assert all(p.grad is not None for pair in model.lora().values() for p in pair)
 

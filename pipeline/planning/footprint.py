@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from nuteprune.arch import ArchSpec
+from nuteprune.model.losses import LayerTerm, OutputTerm, weights
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.planning.job import (
     FP32,
@@ -203,13 +204,13 @@ def saved_per_token(job: Job) -> float:
 def activations(job: Job, checkpointing: bool) -> float:
     """Bytes per token kept from forward to backward over all layers.
 
-    Each layer keeps what `saved_per_token` counts, or only its input (sD) when it is recomputed; and the float32
-    difference to the teacher of its layer term (4D). The teacher's own forward keeps nothing.
+    Each layer keeps what `saved_per_token` counts, or only its input (sD) when it is recomputed; and what
+    the layer terms keep. The teacher's own forward keeps nothing.
     """
     spec, config = job.spec, job.config
     layer = job.itemsize * spec.hidden if checkpointing else saved_per_token(job)
-    if config.teacher.mode != "none" and config.loss.layer_weight:
-        layer += FP32 * spec.hidden
+    terms = weights(config.loss, job.policy.taught)
+    layer += FP32 * spec.hidden * sum(term.kept for term in terms if isinstance(term, LayerTerm))
     return spec.layers * layer
 
 
@@ -223,10 +224,8 @@ def working_per_token(job: Job) -> float:
 
 
 def logits_chunk(job: Job, tokens: int) -> float:
-    """Bytes of the full-vocabulary tensors alive at once in `distill._ChunkedHeadLoss`.
-
-    Three of float32 for KL, two for cross entropy, four for both.
-    """
-    kl, entropy = job.config.teacher.mode != "none", job.config.teacher.mode == "none" or job.config.loss.label_weight
-    copies = (3 if kl else 1) + (1 if entropy else 0)
+    """Bytes of the full-vocabulary float32 tensors alive at once in `losses/head.py`: the student's logits, and what
+    each output term has beside them."""
+    terms = weights(job.config.loss, job.policy.taught)
+    copies = 1 + sum(term.copies for term in terms if isinstance(term, OutputTerm))
     return copies * FP32 * min(job.config.loss.chunk, tokens) * job.spec.vocab

@@ -15,6 +15,7 @@ from nuteprune.masks.schedule import Schedule
 from nuteprune.parallel.sizes import projection_shapes
 from nuteprune.planning.cards import CARDS, Card
 from nuteprune.training.refit import TOKENS
+from nuteprune.training.teachers import TEACHERS, Teacher
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP32 = 4
@@ -71,6 +72,11 @@ class Job:
     config: Config
     cluster: Cluster
     tokens_per_document: float = TOKENS_PER_DOCUMENT
+
+    @property
+    def policy(self) -> type[Teacher]:
+        """Who teaches."""
+        return TEACHERS[self.config.teacher.mode]
 
     @property
     def itemsize(self) -> int:
@@ -156,15 +162,15 @@ def gate_units(job: Job) -> int:
 def snapshots(job: Job) -> int:
     """Snapshots recorded over a run: one per interval up to the target, at most one a step of the warm-up."""
     config = job.config
-    if not config.teacher.from_snapshots:
+    if not job.policy.records:
         return 0
     return min(int(config.sparsity.target / config.teacher.interval + 1e-6), job.schedule.warmup)
 
 
 def teaching(job: Job) -> int:
-    """Those of them that `TeacherBank.choose` can ever name: far enough below the target, by its lag and its share."""
-    teacher, target = job.config.teacher, job.config.sparsity.target
-    limit = min(target - teacher.lag * teacher.interval, teacher.share * target)
+    """Those of them that can ever teach: far enough below the target for the policy."""
+    teacher = job.config.teacher
+    limit = job.policy.limit(teacher, job.config.sparsity.target)
     return min(snapshots(job), max(0, int(limit / teacher.interval + 1e-6)))
 
 

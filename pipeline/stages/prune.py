@@ -21,7 +21,6 @@ from nuteprune.masks.schedule import Schedule
 from nuteprune.masks.selection import BATCHES
 from nuteprune.model.layers import View
 from nuteprune.model.loading import read_base
-from nuteprune.model.lora import Update
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
@@ -29,12 +28,12 @@ from nuteprune.runs.rundir import save_run
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
 from nuteprune.training.inputs import shared_blocks
-from nuteprune.training.loop import Trainer, save_checkpoint, train
+from nuteprune.training.loop import save_checkpoint, train
 from nuteprune.training.preparation import Preparation
 from nuteprune.training.refit import Refit
-from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Preempted
-from nuteprune.training.teachers import TeacherBank
+from nuteprune.training.teachers import TEACHERS, constant_mode
+from nuteprune.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +60,9 @@ class Pruning(Trainer):
     outputs = ("checkpoints", *PASSING, "pruned")
     free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
 
-    def __init__(
-        self, *parts, masks: MaskSet, multipliers: Multipliers | None, bank: TeacherBank, refit: Refit | None
-    ):  # fmt: skip
+    def __init__(self, *parts, refit: Refit | None):
         super().__init__(*parts)
-        self.masks, self.multipliers, self.bank, self.refit = masks, multipliers, bank, refit
+        self.refit = refit
 
     @classmethod
     def build(cls, config: Config, world: World) -> Pruning:
@@ -85,15 +82,15 @@ class Pruning(Trainer):
         multipliers = Multipliers().to(world.device) if config.sparsity.constraint == "lagrangian" else None
         engine = Engine(model, masks, multipliers, schedule, world, bool(config.deepspeed))
         held = config.sparsity.constraint == "projection"  # a Lagrangian may pass its target, and then more teach
-        bank = TeacherBank(spec, config.teacher, model.scaling, world.device, model.dtype,
-                           config.sparsity.target if held else 1.0,
-                           Path(config.run_dir) / RUNGS if world.is_main else None)  # fmt: skip
+        teacher = TEACHERS[config.teacher.mode](
+            spec, config.teacher, model.scaling, world.device, model.dtype, config.sparsity.target if held else 1.0,
+            Path(config.run_dir) / RUNGS if world.is_main else None,
+        )  # fmt: skip
         shown, ranks = config.tracking.progress and world.is_main, config.lora.refit
         refit = Refit(model, ranks, schedule, world, stream, shown) if ranks else None
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
                  schedule.total)  # fmt: skip
-        return cls(config, world, model, engine, stream, schedule, masks=masks, multipliers=multipliers, bank=bank,
-                   refit=refit)  # fmt: skip
+        return cls(config, world, model, engine, stream, schedule, masks, teacher, multipliers, refit=refit)
 
     def start(self) -> None:
         """Rank the units in a new run, if not all start alike, and look at the FFN units until gates settle."""
@@ -142,15 +139,18 @@ class Pruning(Trainer):
         """One optimizer step: constraint, teacher, paired forward and backward, update, snapshot."""
         config = self.config
         target = self.constrain()
-        index, teacher = self.choose_teacher()
-        metrics = self.accumulate(lambda ids: self.forward(ids, teacher, target))
+        expected = float(self.masks.expected_sparsity().detach())
+        self.teacher.observe(self.step, expected, config.sparsity.target)
+        place = self.step, self.total, expected
+        view, teacher_sparsity = self.teacher.view(*place), self.teacher.sparsity(*place)
+        metrics = self.accumulate(lambda ids: self.forward(ids, view, target))
         metrics |= self.update(metrics["loss"])
         if config.sparsity.constraint == "projection":
             self.masks.project(target)
         reached = float(self.masks.expected_sparsity().detach())
         if self.refit and self.masks.fixed is None and self.step % self.refit.every == 0:
             self.refit.apply(self.masks.deterministic())
-        if config.teacher.from_snapshots and self.masks.fixed is None and self.bank.is_due(reached):
+        if self.teacher.records and self.masks.fixed is None and self.teacher.is_due(reached):
             self.record(reached)
         if self.multipliers is not None:
             first, second = self.multipliers.values.tolist()
@@ -158,18 +158,18 @@ class Pruning(Trainer):
         return metrics | {
             "target_sparsity": target,
             "expected_sparsity": reached,
-            "teacher_sparsity": 0.0 if index is None else self.bank.snapshots[index].sparsity,
+            "teacher_sparsity": teacher_sparsity,
             "noise": self.masks.noise,
-            "teachers": float(sum(s.teaches for s in self.bank.snapshots)),
-            "teacher_bank_mb": self.bank.nbytes / 1e6,
+            "teachers": float(sum(s.teaches for s in self.teacher.snapshots)),
+            "teacher_bank_mb": self.teacher.nbytes / 1e6,
         }
 
     def record(self, sparsity: float) -> None:
         """Keep a snapshot of the student."""
         update, fitted = self.model.update, self.step - self.step % self.refit.every if self.refit else 0
         with self.world.together():
-            self.bank.record(self.step, sparsity, self.masks.deterministic(), self.masks.scores(), update.lora,
-                             update.frozen, fitted)  # fmt: skip
+            self.teacher.record(self.step, sparsity, self.masks.deterministic(), self.masks.scores(), update.lora,
+                                update.frozen, fitted)  # fmt: skip
 
     def constrain(self) -> float:
         """Set noise and target of this step, settle the gates when their time has come; returns the target sparsity."""
@@ -208,22 +208,11 @@ class Pruning(Trainer):
             total = torch.zeros((), dtype=torch.float64, device=self.world.device)
             for batch in batches:
                 for ids in batch.split(self.micro_batch):
-                    entropy = model(ids, view, None, LossConfig()).cross_entropy
+                    entropy = model(ids, view, None, LossConfig()).total
                     total += entropy.double() * self.share(ids, batch) / len(batches)
             losses.append(float(self.world.mean(total)))
             log.info("%s: cross entropy %.4f", mean_counts(Kept.of(model.spec, gates)), losses[-1])
         return losses
-
-    def choose_teacher(self) -> tuple[int | None, View | None]:
-        """Snapshot that teaches this step (None: the intact model) and its view; no view where there is no teacher."""
-        if self.config.teacher.mode == "none":
-            return None, None
-        expected = float(self.masks.expected_sparsity().detach())
-        self.bank.observe(self.step, expected, self.config.sparsity.target)
-        index, following = (self.bank.choose(expected, s, self.total) for s in (self.step, self.step + 1))
-        view = self.bank.activate(index)
-        self.bank.prefetch(following)
-        return index, view
 
     def forward(self, ids: Tensor, teacher: View | None, target: float) -> Losses:
         """Losses of one micro-batch, the constraint's penalty included."""
@@ -239,25 +228,12 @@ class Pruning(Trainer):
         key = (self.config.seed * 1_000_003 + self.step) * 65_537
         return self.masks.sample(torch.Generator().manual_seed(key % (1 << 63)))
 
-    def save(self, directory: Path, counters: dict) -> None:
-        """Gates, multipliers, LoRA, optimizers, teachers and counters."""
-        save_state(directory, self.config, *self._parts(), counters, self.checkpoints.newest())
-
-    def load(self, directory: Path) -> dict[str, float]:
-        """Restore what `save` wrote; returns the counters."""
-        return load_state(directory, *self._parts())
-
-    def _parts(
-        self,
-    ) -> tuple[MaskSet, Multipliers | None, Update, dict[str, torch.optim.Optimizer], TeacherBank]:
-        return self.masks, self.multipliers, self.model.update, self.engine.optimizers, self.bank
-
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
         """Loss, sparsity against its target, and the teacher."""
-        teacher = f"{metrics['teacher_sparsity']:.1%}" if metrics["teacher_sparsity"] else "intact"
+        sparsity = metrics["teacher_sparsity"]
         return super().progress(metrics) | {
             "sparsity": f"{metrics['expected_sparsity']:.1%}/{metrics['target_sparsity']:.1%}",
-            "teacher": teacher if self.config.teacher.mode != "none" else "none",
+            "teacher": f"{sparsity:.1%}" if sparsity else constant_mode(self.teacher.taught),
         }
 
     def pictures(self) -> dict[str, Tensor]:
@@ -278,15 +254,15 @@ class Pruning(Trainer):
             "steps": self.total,
             "tokens": self.total * config.train.batch_size * config.data.seq_len,
             "skipped_steps": self.bad_total,
-            "teachers": [s.sparsity for s in self.bank.snapshots],
+            "teachers": [s.sparsity for s in self.teacher.snapshots],
         }
         lora = self.model.update.pairs()
-        target = save_run(Path(config.run_dir), config, spec, gates, masks.scores(), lora, self.bank.snapshots, facts,
-                          self.checkpoints.newest(), self.bank.rungs)  # fmt: skip
+        target = save_run(Path(config.run_dir), config, spec, gates, masks.scores(), lora, self.teacher.snapshots,
+                          facts, self.checkpoints.newest(), self.teacher.rungs)  # fmt: skip
         for name in PASSING:
             shutil.rmtree(Path(config.run_dir) / name, ignore_errors=True)
-        log.info("pruned to %.2f%%, %d snapshots (%.1f MB): %s", 100 * facts["sparsity"], len(self.bank.snapshots),
-                 self.bank.nbytes / 1e6, target)  # fmt: skip
+        log.info("pruned to %.2f%%, %d snapshots (%.1f MB): %s", 100 * facts["sparsity"], len(self.teacher.snapshots),
+                 self.teacher.nbytes / 1e6, target)  # fmt: skip
         if abs(facts["sparsity"] - config.sparsity.target) > POINT:
             log.warning(
                 "that is not the %.2f%% asked for: export makes up the difference by score, with units that the "

@@ -1,31 +1,97 @@
-"""What fine-tuning and recovery share: the LoRA of a finished run's student in training, its gates fixed."""
+"""The trainer of students whose gates no longer change: their LoRA, on a stage's batches and with its teacher."""
 
 from __future__ import annotations
 
+import logging
+from abc import abstractmethod
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from nuteprune.masks import MaskSet
-from nuteprune.model.lora import Update
+from nuteprune.arch import ArchSpec
+from nuteprune.config import Config
+from nuteprune.data.text import BatchStream
+from nuteprune.masks import MaskSet, sparsity_of
+from nuteprune.masks.schedule import Schedule
+from nuteprune.model.layers import View
+from nuteprune.model.loading import Base, read_base
+from nuteprune.model.pairing import Losses
+from nuteprune.parallel.distributed import World
+from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.checkpoint import MANIFEST, sha256
 from nuteprune.runs.directories import TUNED
 from nuteprune.runs.rundir import Run
-from nuteprune.training.loop import Trainer
-from nuteprune.training.resume import load_state, save_state
-from nuteprune.training.teachers import TeacherBank
+from nuteprune.runs.students import Student, export_gates, open_run
+from nuteprune.runs.tuned import save_tuned
+from nuteprune.training.engine import Engine
+from nuteprune.training.teachers import TEACHERS
+from nuteprune.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def settings(config: Config, trained: Run, directory: Path, **own) -> Config:
+    """The configuration of a finished run for a stage that trains a student of it on, in a directory of its own.
+
+    Args:
+        config: of this start.
+        own: sections of the stage.
+    """
+    return replace(trained.config, run_dir=str(directory), deepspeed=config.deepspeed, checkpoint=config.checkpoint,
+                   tracking=config.tracking, export=config.export, gates=export_gates(config.export, trained),
+                   **own)  # fmt: skip
 
 
 class FixedGates(Trainer):
-    """A stage that trains the LoRA of a student of `trained`, whose gates `masks` no longer change."""
+    """A stage that trains the LoRA of a student of the finished run above its directory.
+
+    A stage says which student (`choose`), on which batches (`batches`) and what its result records (`facts`); the loss
+    and the teacher are those of its configuration.
+    """
 
     output = TUNED
     outputs = ("checkpoints", TUNED)
 
-    def __init__(self, *parts, trained: Run, masks: MaskSet, bank: TeacherBank):
+    def __init__(self, *parts, trained: Run, student: Student):
         super().__init__(*parts)
-        self.trained, self.masks, self.bank = trained, masks, bank
+        self.trained, self.student = trained, student
+
+    @staticmethod
+    @abstractmethod
+    def choose(config: Config, trained: Run, spec: ArchSpec) -> Student:
+        """The student that is trained on."""
+
+    @staticmethod
+    @abstractmethod
+    def batches(config: Config, world: World, base: Base) -> BatchStream:
+        """What it is trained on; every rank calls it, inside no collective."""
+
+    @abstractmethod
+    def facts(self) -> dict:
+        """What the result's tuned.json says of the training."""
+
+    @classmethod
+    def build(cls, config: Config, world: World) -> FixedGates:
+        """Load the model, the student and its batches, at step 0."""
+        with world.together():
+            trained = open_run(Path(config.run_dir).parent, config.model)
+            base = read_base(config.model)
+            spec = base.spec
+            student = cls.choose(config, trained, spec)
+            zero = zero_settings(config, spec, world)
+        stream = cls.batches(config, world, base)
+        schedule = Schedule.of(config, stream.steps_per_epoch)
+        model = load_paired(base, config.lora, world, zero, config.train.activation_checkpointing)
+        model.update.load(student.lora)
+        masks = MaskSet(spec, config.gates).to(world.device)
+        masks.fix(student.gates)
+        engine = Engine(model, masks, None, schedule, world, bool(config.deepspeed))
+        teacher = TEACHERS[config.teacher.mode](spec, config.teacher, model.scaling, world.device, model.dtype)
+        log.info("%s at sparsity %.4f: %d sequences, %d steps", cls.stage, sparsity_of(spec, student.gates),
+                 len(stream.blocks), schedule.total)  # fmt: skip
+        return cls(config, world, model, engine, stream, schedule, masks, teacher, trained=trained, student=student)
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:
@@ -35,13 +101,19 @@ class FixedGates(Trainer):
     def start(self) -> None:
         """Nothing to do: the student is there."""
 
-    def save(self, directory: Path, counters: dict) -> None:
-        """Gates, LoRA, its optimizer and counters."""
-        save_state(directory, self.config, *self._parts(), counters)
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step."""
+        teacher = self.teacher.view(self.step, self.total, 0.0)
+        metrics = self.accumulate(lambda batch: self.forward(batch, teacher))
+        return metrics | self.update(metrics["loss"])
 
-    def load(self, directory: Path) -> dict[str, float]:
-        """Restore what `save` wrote; returns the counters."""
-        return load_state(directory, *self._parts())
+    def forward(self, batch: Tensor, teacher: View | None) -> Losses:
+        """Losses of token ids [b, T]."""
+        return self.model(batch, self.model.view(self.masks.fixed), teacher, self.config.loss)
 
-    def _parts(self) -> tuple[MaskSet, None, Update, dict[str, torch.optim.Optimizer], TeacherBank]:
-        return self.masks, None, self.model.update, self.engine.optimizers, self.bank
+    def finish(self) -> Path:
+        """Save the student."""
+        config, spec, gates = self.config, self.model.spec, self.masks.fixed
+        assert gates is not None
+        facts = self.facts() | {"sparsity": sparsity_of(spec, gates), "skipped_steps": self.bad_total}
+        return save_tuned(Path(config.run_dir), config, self.trained, spec, gates, self.model.update.pairs(), facts)

@@ -25,7 +25,7 @@ from nuteprune.runs.rundir import (
     save_gates,
 )
 from nuteprune.runs.snapshot_files import load_snapshots, pair_tensors, save_snapshots, tensor_pairs
-from nuteprune.training.teachers import TeacherBank
+from nuteprune.training.teachers import Teacher
 
 FREE_KEYS = (
     "run_dir", "recipe", "deepspeed", "train.ranks", "train.rank_timeout", "train.activation_checkpointing",
@@ -37,7 +37,7 @@ FROZEN = "frozen.safetensors"
 
 def save_state(
     directory: Path, config: Config, masks: MaskSet, multipliers: nn.Module | None, update: Update,
-    optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank, counters: dict, lender: Path | None = None,
+    optimizers: Mapping[str, torch.optim.Optimizer], teacher: Teacher, counters: dict, lender: Path | None = None,
 ) -> None:  # fmt: skip
     """Write everything `load_state` needs into a directory; `lender`: see `save_snapshots`."""
     save_config(directory / "config.yaml", config)
@@ -45,17 +45,17 @@ def save_state(
     save_adapter(directory / "adapter", update.lora, config, masks.spec)
     if update.frozen:
         save_file(pair_tensors(update.frozen, "frozen"), directory / FROZEN)
-    save_snapshots(directory, bank.snapshots, lender, bank.rungs)
+    save_snapshots(directory, teacher.snapshots, lender, teacher.rungs)
     tensors = _optimizer_tensors(optimizers)
     if multipliers is not None:
         tensors["multipliers"] = multipliers.values.detach().cpu()
     save_file(tensors, directory / "optimizer.safetensors")
-    (directory / "state.json").write_text(json.dumps(counters | {"reached": bank.reached}) + "\n", encoding="utf-8")
+    (directory / "state.json").write_text(json.dumps(counters | {"reached": teacher.reached}) + "\n", encoding="utf-8")
 
 
 def load_state(
     directory: Path, masks: MaskSet, multipliers: nn.Module | None, update: Update,
-    optimizers: Mapping[str, torch.optim.Optimizer], bank: TeacherBank,
+    optimizers: Mapping[str, torch.optim.Optimizer], teacher: Teacher,
 ) -> dict[str, float]:  # fmt: skip
     """Restore in place what `save_state` wrote; returns the counters."""
     gates, scores = load_gates(directory / "gates.safetensors")
@@ -70,11 +70,11 @@ def load_state(
     for name, optimizer in optimizers.items():
         own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
         _restore_optimizer(optimizer, own)
-    bank.restore(load_snapshots(directory, rungs=False))
+    teacher.restore(load_snapshots(directory, rungs=False))
     if gates.as_dict():
         masks.fix(gates)
     counters = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-    bank.reached = counters.pop("reached", None)
+    teacher.reached = counters.pop("reached", None)
     return counters
 
 

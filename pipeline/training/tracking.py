@@ -28,13 +28,14 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nuteprune.config import Config, ConfigError, TrackingConfig, flatten, to_dict
+from nuteprune.model.losses import TERMS
 from nuteprune.runs.checkpoint import write_atomic
 from nuteprune.training.pictures import kept_picture
 
 log = logging.getLogger(__name__)
 
 CHARTS = {
-    "loss": ("loss", "layer_loss", "kl_loss", "label_loss"),
+    "loss": ("loss", *(f"{name}_loss" for name in TERMS)),
     "sparsity": ("expected_sparsity", "target_sparsity", "teacher_sparsity"),
     "tokens per second": ("tokens_per_s",),
     "peak memory (GB)": ("peak_memory_gb",),

@@ -77,17 +77,22 @@ def test_rotary(angles, heads, groups, width, dtype):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_distances(dtype, gated, kind):
-    from nuteprune.model.distill import layer_loss, layer_terms
+    from nuteprune.config import LossConfig
+    from nuteprune.model.losses.layer import Layer, layer_loss
 
     student, teacher = (drawn(2, 5, 33, dtype=dtype, seed=n) for n in (0, 1))
     teacher[0, 0] *= 100
     gate = (drawn(33, seed=3) > 0) * torch.rand(33).to(DEVICE) if gated else None
+
+    def terms(s):
+        return Layer().of_layer(s, teacher, gate, None, LossConfig(layer=kind))
+
     compare(
-        lambda s: layer_terms(s, teacher, gate, kind).mean(),
+        lambda s: terms(s).mean(),
         lambda s: layer_loss(s, teacher.double(), gate, kind),
         [student],
     )
-    assert layer_terms(student, teacher, gate, kind).shape == (10,)
+    assert terms(student).shape == (10,)
 
 
 def ffn_case(kind: str | None, dtype: torch.dtype) -> tuple[torch.Tensor, list[dict]]:

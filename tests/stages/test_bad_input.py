@@ -56,7 +56,7 @@ def refused(capsys, *arguments: str) -> str:
         ("data.seq_len=100000", "100000"),
         ("recipe=3", "recipe '3' not found"),
         ("export.shard_size=5XB", "expected a size such as 5GB"),
-        ("loss.kl_weight=0", "are both 0"),
+        ("loss.kl_weight=0", "are 0: nothing would be learned"),
     ],
 )
 def test_settings(settings, tmp_path, capsys, override, message):

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from nuteprune import load_masked
 from nuteprune.__main__ import main
 from nuteprune.config import ConfigError, load_config
-from nuteprune.model.distill import IGNORE
 from nuteprune.model.layers import build_view
+from nuteprune.model.losses import IGNORE
 from nuteprune.parallel.distributed import World
 from nuteprune.runs.rundir import load_run
 from nuteprune.runs.students import open_run

@@ -24,8 +24,8 @@ from nuteprune.masks import Kept
 from nuteprune.runs.checkpoint import verify, write_manifest
 from nuteprune.runs.rundir import load_adapter, load_run, save_config
 from nuteprune.stages import export, finetune, prune
-from nuteprune.training.loop import TrainingFailed
 from nuteprune.training.signals import Preempted
+from nuteprune.training.trainer import TrainingFailed
 
 
 def metrics(run_dir) -> list[dict]:

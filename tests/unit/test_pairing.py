@@ -8,8 +8,10 @@ from tiny import CONFIGS, tiny_model
 
 from nuteprune.arch import read_spec
 from nuteprune.config import LoraConfig, LossConfig
-from nuteprune.model.distill import IGNORE, head_loss, layer_loss
 from nuteprune.model.layers import build_view
+from nuteprune.model.losses import IGNORE, weights
+from nuteprune.model.losses.head import head_loss
+from nuteprune.model.losses.layer import layer_loss
 from nuteprune.model.pairing import PairedModel
 
 
@@ -147,12 +149,13 @@ def test_chunked_losses_equal_the_whole_in_double(chunk):
     )
     labels = torch.tensor([3, 0, 30, IGNORE, 7, 7, IGNORE, 1, 2, 29, IGNORE])
     entropy = F.cross_entropy(student @ weight.T, labels, ignore_index=IGNORE)
-    losses = head_loss(student, weight, chunk, teacher, labels, kl_weight=0.7, label_weight=0.3, temperature=2.0)
-    torch.testing.assert_close(losses.kl.double(), whole, rtol=1e-5, atol=0)
-    torch.testing.assert_close(losses.cross_entropy.double(), entropy, rtol=1e-5, atol=0)
+    config = LossConfig(layer_weight=0.0, kl_weight=0.7, label_weight=0.3, temperature=2.0, chunk=chunk)
+    total, terms = head_loss(student, weight, weights(config, taught=True), config, teacher, labels)
+    torch.testing.assert_close(terms["kl"].double(), whole, rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms["label"].double(), entropy, rtol=1e-5, atol=0)
     expected = 0.7 * whole + 0.3 * entropy
-    torch.testing.assert_close(losses.total.double(), expected, rtol=1e-5, atol=0)
-    (a,), (b,) = torch.autograd.grad(losses.total, student), torch.autograd.grad(expected, student)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=0)
+    (a,), (b,) = torch.autograd.grad(total, student), torch.autograd.grad(expected, student)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -161,7 +164,9 @@ def test_full_logits_never_exist_at_once(monkeypatch):
     original = F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: shapes.append((len(x), len(w))) or original(x, w, b))
     hidden, weight = torch.randn(50, 8, requires_grad=True), torch.randn(31, 8)
-    head_loss(hidden, weight, 16, torch.randn(50, 8), torch.randint(0, 31, (50,))).total.backward()
+    config = LossConfig(layer_weight=0.0, chunk=16)
+    teacher, labels = torch.randn(50, 8), torch.randint(0, 31, (50,))
+    head_loss(hidden, weight, weights(config, taught=True), config, teacher, labels)[0].backward()
     assert shapes
     assert max(rows for rows, _ in shapes) == 16
 

@@ -51,7 +51,6 @@ from nuteprune.planning.job import (
 )
 from nuteprune.planning.models import MODELS, named_spec
 from nuteprune.planning.planner import TABLE, candidates, lay_out
-from nuteprune.training.teachers import TeacherBank
 
 TOTALS = {
     "llama-7b": 6_738_415_616,
@@ -105,7 +104,7 @@ def test_lora_gates_and_teachers_are_those_of_a_run(units):
     paired, masks = PairedModel(model, spec, plan.config.lora), MaskSet(spec, plan.config.gates)
     assert lora_parameters(plan) == sum(t.numel() for pair in paired.lora().values() for t in pair)
     assert gate_units(plan) == sum(p.numel() for p in masks.parameters())
-    bank = TeacherBank(spec, plan.config.teacher, 1.0, torch.device("cpu"), torch.float32)
+    bank = plan.policy(spec, plan.config.teacher, 1.0, torch.device("cpu"), torch.float32)
     bank.record(0, 0.05, masks.deterministic(), masks.scores(), paired.lora())
     assert sum(teacher_tensors(plan)) == bank.nbytes
 

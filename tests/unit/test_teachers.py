@@ -1,5 +1,7 @@
 """The teacher bank: what is recorded, who teaches when, and that a teacher in force costs nothing."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 from tiny import tiny_config
@@ -8,18 +10,16 @@ from nuteprune.arch import read_spec
 from nuteprune.config import TeacherConfig
 from nuteprune.masks import Gates, unit_shape
 from nuteprune.runs.snapshot_files import load_snapshots, save_snapshots
-from nuteprune.training.teachers import TeacherBank
+from nuteprune.training.teachers import TEACHERS, Numerous, Teacher
 
 SPEC = read_spec(tiny_config("llama"))
 
 
-def bank(**config) -> TeacherBank:
-    return TeacherBank(
-        SPEC, TeacherConfig(**{"lag": 10, "share": 1.0, **config}), 1.0, torch.device("cpu"), torch.float32
-    )
+def bank(**config) -> Numerous:
+    return Numerous(SPEC, TeacherConfig(**{"lag": 10, "share": 1.0, **config}), 1.0, torch.device("cpu"), torch.float32)
 
 
-def record(b: TeacherBank, sparsity: float, step: int = 0) -> bool:
+def record(b: Teacher, sparsity: float, step: int = 0) -> bool:
     gates = Gates(ffn=torch.rand(unit_shape(SPEC, "ffn")))
     lora = {"0.q_proj": (torch.randn(2, SPEC.hidden), torch.randn(SPEC.heads * SPEC.head_dim, 2))}
     return b.record(step, sparsity, gates, {"ffn": torch.randn(unit_shape(SPEC, "ffn"))}, lora)
@@ -42,17 +42,17 @@ def test_while_rising_the_teacher_is_ten_intervals_behind():
     b = bank()
     for percent in range(1, 31):
         record(b, percent / 100)
-        index = b.choose(percent / 100, 0, total=200)
+        index = b.index(0, 200, percent / 100)
         if percent <= 10:
             assert index is None
         else:
             assert b.snapshots[index].sparsity == pytest.approx((percent - 10) / 100)
 
 
-def walk(b: TeacherBank, target: float, reached: int, total: int) -> list[float]:
+def walk(b: Numerous, target: float, reached: int, total: int) -> list[float]:
     """Sparsity of the teacher at each step from `reached` on, 0 for the intact model."""
     b.observe(reached, target, target)
-    chosen = [b.choose(target, step, total) for step in range(reached, total)]
+    chosen = [b.index(step, total, target) for step in range(reached, total)]
     return [0.0 if i is None else b.snapshots[i].sparsity for i in chosen]
 
 
@@ -91,14 +91,14 @@ def test_the_share_keeps_sparse_snapshots_from_teaching():
     b = bank(share=0.4)
     for percent in range(1, 51):
         record(b, percent / 100)
-    assert b.snapshots[b.choose(0.5, 0, 200)].sparsity == pytest.approx(0.20)
-    assert b.choose(0.12, 0, 200) == 1
+    assert b.snapshots[b.index(0, 200, 0.5)].sparsity == pytest.approx(0.20)
+    assert b.index(0, 200, 0.12) == 1
     assert walk(b, 0.5, 100, 200)[0] == pytest.approx(0.20)
 
 
 def test_what_can_never_teach_is_a_rung_on_the_disk_of_one_rank(tmp_path):
     known = SPEC, TeacherConfig(lag=10, share=0.4), 1.0, torch.device("cpu"), torch.float32, 0.5
-    holds, knows = (TeacherBank(*known, rungs) for rungs in (tmp_path / "rungs", None))
+    holds, knows = (Numerous(*known, rungs) for rungs in (tmp_path / "rungs", None))
     for b in (holds, knows):
         for percent in range(1, 51):
             assert record(b, percent / 100, percent)
@@ -106,7 +106,7 @@ def test_what_can_never_teach_is_a_rung_on_the_disk_of_one_rank(tmp_path):
     assert [s.sparsity for s in holds.snapshots] == [s.sparsity for s in knows.snapshots]
     assert [s.teaches for s in holds.snapshots] == [s.teaches for s in knows.snapshots] == [True] * 20 + [False] * 30
     for percent in range(1, 51):
-        assert holds.choose(percent / 100, 0, 200) == knows.choose(percent / 100, 0, 200)
+        assert holds.index(0, 200, percent / 100) == knows.index(0, 200, percent / 100)
     assert knows.nbytes == holds.nbytes == sum(s.nbytes for s in holds.snapshots[:20])
     save_snapshots(tmp_path, holds.snapshots, rungs=holds.rungs)
     rung = load_snapshots(tmp_path)[-1]
@@ -137,12 +137,6 @@ def test_frozen_ranks_that_did_not_change_are_held_and_written_once(tmp_path):
     assert third.frozen is not second.frozen
 
 
-def test_intact_mode_never_uses_a_snapshot():
-    b = bank(mode="intact")
-    record(b, 0.01)
-    assert b.choose(0.5, 0, 10) is None
-
-
 def test_snapshots_keep_gates_exactly_and_lora_as_bf16_on_the_host():
     b = bank()
     record(b, 0.02)
@@ -170,3 +164,25 @@ def test_activating_the_same_teacher_again_copies_nothing():
     assert b.activate(0) is first
     assert b.activate(None) is not first
     assert b.activate(None) is b.activate(None)
+
+
+def test_every_mode_is_a_policy():
+    assert tuple(TEACHERS) == get_args(get_type_hints(TeacherConfig)["mode"])
+
+
+@pytest.mark.parametrize("policy", TEACHERS.values())
+def test_what_holds_of_every_policy(policy):
+    """Two ranks that record alike are taught alike, by a view that stays while the teacher does."""
+    config = TeacherConfig(lag=1, share=1.0)
+    ranks = [policy(SPEC, config, 1.0, torch.device("cpu"), torch.float32) for _ in range(2)]
+    for percent in range(1, 21) if policy.records else ():
+        for teacher in ranks:
+            torch.manual_seed(percent)
+            record(teacher, percent / 100, percent)
+    for step in (0, 9):
+        one, other = (teacher.view(step, 10, 0.2) for teacher in ranks)
+        assert (one is not None) is policy.taught
+        assert one is ranks[0].view(step, 10, 0.2)
+        if one is not None:
+            torch.testing.assert_close(*(view.layers[0].states["down_proj"].in_gate for view in (one, other)))
+        assert ranks[0].sparsity(step, 10, 0.2) == ranks[1].sparsity(step, 10, 0.2) <= policy.limit(config, 0.2) + 1e-9

@@ -1,7 +1,8 @@
-"""Numerous teachers: the student's own earlier gates and LoRA, kept in host memory over one shared base model."""
+"""The student's earlier gates and LoRA, kept in host memory over one shared base model, to teach with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,17 +21,12 @@ _GRID_EPS = 1e-6
 """Slack on the interval grid: 0.29 / 0.01 is 28.999… in binary."""
 
 
-class TeacherBank:
-    """Records snapshots as sparsity rises and says which of them teaches a step (paper, section 3.3).
-
-    The teacher is the sparsest snapshot at least `lag` intervals below a mark, the intact model where there is none.
-    While the sparsity rises the mark is the student's own; from the step at which the student has reached the target
-    on, it falls an interval at a time, to 0 at the end of the run, so that the lessons walk back to the intact model.
-    `share` keeps out snapshots so sparse that, in a short run, they know too little to teach.
+class SnapshotBank:
+    """Records snapshots as sparsity rises, and gives the view of one of them or of the intact model.
 
     Args:
         spec: the architecture.
-        config: mode, interval, lag.
+        config: `interval`, and what a policy reads.
         scaling: LoRA alpha / rank.
         device, dtype: where and in what type teachers compute.
         target: the sparsity that the student never passes.
@@ -45,8 +41,6 @@ class TeacherBank:
         self.device, self.dtype = device, dtype
         self.target, self.rungs = target, rungs
         self.snapshots: list[Snapshot] = []
-        self.reached: int | None = None
-        """First step at which the student had the full target sparsity."""
         self._nbytes = 0
         self._active: tuple[int | None, View] | None = None
         self._fetched: tuple[int, Snapshot] | None = None
@@ -71,7 +65,7 @@ class TeacherBank:
         """
         if not self.is_due(sparsity):
             return False
-        teaches = self._near(sparsity, self._limit(self.target + self.config.interval / 2))
+        teaches = self.may_teach(sparsity, self.target + self.config.interval / 2)
         known = Snapshot(step, sparsity, Gates(), {}, {}, {}, fitted if frozen else None, teaches)
         if teaches or self.rungs:
             last = self.snapshots[-1] if self.snapshots else known
@@ -93,8 +87,17 @@ class TeacherBank:
 
     def is_due(self, sparsity: float) -> bool:
         """Whether a snapshot at this sparsity would be kept."""
-        last = self._interval(self.snapshots[-1].sparsity) if self.snapshots else 0
-        return self._interval(sparsity) > last
+        last = self.intervals(self.snapshots[-1].sparsity) if self.snapshots else 0
+        return self.intervals(sparsity) > last
+
+    def may_teach(self, sparsity: float, mark: float) -> bool:
+        """Whether a snapshot of this sparsity may teach a student of sparsity `mark`."""
+        return sparsity <= self.limit(self.config, mark) + self.config.interval * _GRID_EPS
+
+    @classmethod
+    def limit(cls, config: TeacherConfig, mark: float) -> float:
+        """The largest sparsity at which a snapshot may teach a student of sparsity `mark`; a policy says it."""
+        return 0.0
 
     def restore(self, snapshots: list[Snapshot]) -> None:
         """Hold these snapshots, in memory from which an accelerator copies without waiting."""
@@ -105,41 +108,14 @@ class TeacherBank:
         ]
         self._nbytes = nbytes(self.snapshots)
 
-    def observe(self, step: int, student_sparsity: float, target: float) -> None:
-        """Note the step at which the student first is within half an interval of the final target.
-
-        By its state, not by the schedule: a Lagrangian may lag behind it.
-        """
-        if self.reached is None and student_sparsity >= target - self.config.interval / 2:
-            self.reached = step
-
-    def choose(self, student_sparsity: float, step: int, total: int) -> int | None:
-        """Index of the snapshot that teaches `step` of `total`, None for the intact model.
-
-        Args:
-            student_sparsity: expected sparsity of the student now.
-        """
-        if not self.config.from_snapshots:
-            return None
-        mark = student_sparsity
-        if self.reached is not None:
-            gone = (step - self.reached) / max(1, total - self.reached)
-            mark -= self._interval(gone * mark) * self.config.interval
-        limit = self._limit(mark)
-        usable = [i for i, s in enumerate(self.snapshots) if s.teaches and self._near(s.sparsity, limit)]
-        return max(usable, key=lambda i: self.snapshots[i].sparsity, default=None)
-
-    def _limit(self, mark: float) -> float:
-        """The largest sparsity of a teacher under a mark."""
-        return min(mark - self.config.lag * self.config.interval, self.config.share * mark)
-
-    def _near(self, sparsity: float, limit: float) -> bool:
-        return sparsity <= limit + self.config.interval * _GRID_EPS
-
     def activate(self, index: int | None) -> View:
         """The view of a snapshot (None: the intact model); moved and converted only when the teacher changes."""
-        if self._active is None or self._active[0] != index:
-            self._active = (index, self._view(index))
+        return self.hold(index, lambda: self._view(index))
+
+    def hold(self, key: int | None, make: Callable[[], View]) -> View:
+        """The view that was made for this key, in place of that of another key."""
+        if self._active is None or self._active[0] != key:
+            self._active = (key, make())
         return self._active[1]
 
     def prefetch(self, index: int | None) -> None:
@@ -165,7 +141,8 @@ class TeacherBank:
         snapshot.map(lambda t: t.record_stream(stream) or t)  # its memory was allocated for the other stream
         return snapshot
 
-    def _interval(self, sparsity: float) -> int:
+    def intervals(self, sparsity: float) -> int:
+        """How many whole intervals a sparsity is."""
         return int(sparsity / self.config.interval + _GRID_EPS)
 
 

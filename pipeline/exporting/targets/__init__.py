@@ -1,0 +1,13 @@
+"""The forms in which a small model is written: each a file, and a line of `TARGETS`.
+
+They are written in this order. The first is what an export reads back and checks.
+"""
+
+from nuteprune.exporting.targets.base import ExportPlan, Target
+from nuteprune.exporting.targets.deci import Deci
+from nuteprune.exporting.targets.gguf import Gguf
+from nuteprune.exporting.targets.stock import Transformers
+
+__all__ = ["TARGETS", "ExportPlan", "Target"]
+
+TARGETS: dict[str, Target] = {"transformers": Transformers(), "deci": Deci(), "gguf": Gguf()}
