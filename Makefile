@@ -20,7 +20,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-comm bench-memory bench-ranks bench-engines bench-quants bench-peers chaos check-vllm check-llamacpp check-torchao check-transformers docs lint lock format clean
+.PHONY: help venv demo models demo-slurm test bench bench-kernels gpu-check bench-quality bench-overhead bench-engines bench-quants bench-peers chaos check-vllm check-llamacpp check-torchao check-transformers docs lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -57,15 +57,6 @@ bench-overhead: $(VENV) ## what a step costs beside its kernels: dispatches, wai
 
 gpu-check: $(VENV) $(FETCHED) $(TEXT) ## all that only a GPU can tell, as runs/gpu-check/report.md, in nine minutes; PARTS=a,b: these anew
 	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.gpu_check $(if $(PARTS),--parts $(PARTS))
-
-bench-comm: $(VENV) $(FETCHED) ## bytes that ZeRO-3 gathers in a step, paired and separate, on two ranks
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m nuteprune.bench.comm
-
-bench-memory: $(VENV) $(FETCHED) ## memory of each of four ranks under ZeRO-3, measured and planned
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 4 -m nuteprune.bench.memory $(BENCH_ARGS)
-
-bench-ranks: $(VENV) $(FETCHED) $(TEXT) ## the same run on one process, two and four ranks: losses and units compared
-	$(BIN)/python -m nuteprune.bench.ranks $(BENCH_ARGS)
 
 chaos: $(VENV) ## count the faults that the same command recovers from; CHAOS_ARGS="--faults 12 --short"
 	PYTHONPATH=tests:tests/dist OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/chaos/campaign.py $(CHAOS_ARGS)

@@ -76,9 +76,7 @@ def known_lists(x: Tensor, weight: Tensor, *operands, backend: str | None = None
     """
     if choose_backend(x, backend) == "torch":
         return torch_path.torch_linear(x, weight, *operands)
-    from nuteprune.kernels import masked_lora  # torch.compile follows no other import
-
-    return masked_lora.triton_linear(x, weight, *operands)
+    return _module("masked_lora").triton_linear(x, weight, *operands)
 
 
 def product_of(*operands) -> "Product":
@@ -92,9 +90,7 @@ def product_of(*operands) -> "Product":
 
 def projection_kernels(x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
     """`masked_lora.triton_linears`, for products of one x, where its kernels run on x, else None."""
-    if choose_backend(x) == "torch" or _module("masked_lora").is_traced(x):
-        return None
-    return _module("masked_lora").triton_linears
+    return None if choose_backend(x) == "torch" else _module("masked_lora").triton_linears
 
 
 def rowwise_kernels(*tensors: Tensor) -> ModuleType | None:
@@ -127,25 +123,30 @@ def into_grad() -> AbstractContextManager[None]:
 
 
 def choose_backend(x: Tensor, backend: str | None = None) -> str:
-    """ "torch" or "triton" for a tensor: the argument, else NUTEPRUNE_KERNELS, else by device.
+    """ "torch" or "triton" for a tensor: the argument, else NUTEPRUNE_KERNELS, else by device; torch without values.
 
     Raises:
         ValueError: the name is neither.
     """
     chosen = backend or os.environ.get(ENV) or None
+    if chosen not in (None, *BACKENDS):
+        raise ValueError(f"kernel backend {chosen!r} is unknown: use one of {', '.join(BACKENDS)} (or unset {ENV})")
+    if _has_no_values(x):
+        return "torch"
     if chosen is None:
         on_gpu = x.is_cuda and x.dtype != torch.float64  # is_cuda holds for ROCm too
         return "triton" if on_gpu and _has_triton() else "torch"
-    if chosen not in BACKENDS:
-        raise ValueError(f"kernel backend {chosen!r} is unknown: use one of {', '.join(BACKENDS)} (or unset {ENV})")
     return chosen
+
+
+def _has_no_values(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def _resolve_keep(gate: Tensor | None, keep: Tensor | None, size: int) -> Tensor | None:
     """The kept units, or None when there is nothing to skip."""
     if keep is None:
-        # A data-dependent size breaks a compiled graph, and a gate without values has none: there, 0 still multiplies.
-        if gate is None or gate.is_meta or isinstance(gate, FakeTensor) or torch.compiler.is_compiling():
+        if gate is None or _has_no_values(gate):
             return None
         keep = gate.detach().nonzero().flatten()
     return None if keep.numel() == size else keep

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from nuteprune.kernels import torch_path
 from nuteprune.kernels.launch import column_reduce, empty_u, in_rows, matmul, skinny
 from nuteprune.kernels.product import Product
 from nuteprune.kernels.tuning import INTERPRETING
@@ -95,11 +93,6 @@ def gradients(
     return [dx if need_x else None, d_a, d_b, d_in, d_out]
 
 
-def is_traced(x: Tensor) -> bool:
-    """Whether there is nothing to launch on: under torch.compile, or a tensor without values."""
-    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
-
-
 class MaskedLoraLinears(torch.autograd.Function):
     """One or more projections of one x: y = ((x⊙m_in)Wᵀ + s u Bᵀ + b)⊙m_out with u = (x⊙m_in)Aᵀ, kept units only.
 
@@ -159,11 +152,6 @@ def triton_linear(x: Tensor, *args) -> Tensor:
     Raises:
         ValueError: a dtype, device or size that the kernels cannot take.
     """
-    if is_traced(x):
-        from nuteprune.kernels import traced
-
-        check_runs(x, args[0])
-        return traced.TracedLoraLinear.apply(x, *torch_path.without_whole(*args))
     return triton_linears(x, (product_of(*args),))[0]
 
 

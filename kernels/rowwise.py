@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nuteprune.kernels import pointwise
 from nuteprune.kernels.launch import start, tokens
-from nuteprune.kernels.masked_lora import apply, is_traced
+from nuteprune.kernels.masked_lora import apply
 from nuteprune.kernels.tuning import INTERPRETING
 
 EPS = 1e-8
@@ -22,13 +22,13 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def applies(*tensors: Tensor) -> bool:
-    """Whether the kernels can take these tensors: of one type that they know, with values, on a device of theirs."""
+    """Whether the kernels can take these tensors: of one type that they know, on a device of theirs."""
     first = tensors[0]
     dtype, device = first.dtype, first.device
     for other in tensors[1:]:
         if other.dtype != dtype or other.device != device:
             return False
-    return dtype in _DTYPES and (first.is_cuda or INTERPRETING) and not is_traced(first)
+    return dtype in _DTYPES and (first.is_cuda or INTERPRETING)
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int]:

@@ -214,13 +214,3 @@ class MaskedLoraLinear(torch.autograd.Function):
 def torch_linear(x: Tensor, weight: Tensor, *operands) -> Tensor:
     """The torch path, with the resolved positional arguments of `MaskedLoraLinear.forward`."""
     return MaskedLoraLinear.apply(x, weight, *operands, *[None] * (WHOLE - len(operands)))
-
-
-def without_whole(weight: Tensor, *operands) -> tuple:
-    """The same operands without `whole`: A and B of all ranks, through which the gradients of its last ones go."""
-    if len(operands) < WHOLE or operands[-1] is None:
-        return weight, *operands[: WHOLE - 1]
-    bias, a, b, *others, (whole_a, whole_b) = operands
-    rank = len(a)
-    a, b = torch.cat([whole_a[:-rank], a.to(whole_a.dtype)]), torch.cat([whole_b[:, :-rank], b.to(whole_b.dtype)], 1)
-    return weight, bias, a, b, *others

@@ -12,80 +12,19 @@ import os
 import subprocess
 import sys
 import traceback
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from nuteprune.config import STAGE_SECTIONS, Config, ConfigError, describe, load_config
+from nuteprune.config import Config, load_config
+from nuteprune.errors import MachineError, UserError, first_line
+from nuteprune.flags import DISTRIBUTED, SHORTCUTS, parser
+from nuteprune.runs.log import quiet_libraries
 from nuteprune.runs.words import plain
 from nuteprune.training.memory import is_out_of_memory
 from nuteprune.training.signals import Preempted, stop_signals
 
-STAGES = {
-    "prepare": "fetch the model, tokenise and pack the text, once and without a GPU",
-    "prune": "learn gates and LoRA on the frozen base model, taught by earlier snapshots of the student",
-    "recover": "train snapshots of a run on, their gates fixed, so that each rung of a ladder is worth its size",
-    "finetune": "train the pruned student's LoRA on instruction records, its gates fixed",
-    "export": "write the student (or a snapshot of the run, or a ladder of them) as a small Hugging Face model",
-    "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
-}
-RUN = "all stages one after the other on this machine, with settings chosen for it; goes on where it stopped"
-SHORTCUTS = {
-    "run": {
-        "--sparsity": "sparsity.target",
-        "--data": "data.source",
-        "--out": "run_dir",
-        "--gguf": "export.gguf",
-    },
-    "recover": {"--ladder": "recover.ladder", "--sparsity": "recover.ladder"},
-    "finetune": {"--data": "finetune.data", "--sparsity": "finetune.sparsity"},
-    "export": {
-        "--sparsity": "export.sparsity",
-        "--from": "export.source",
-        "--ladder": "export.ladder",
-        "--gguf": "export.gguf",
-        "--push-to-hub": "export.push_to_hub",
-    },
-    "evaluate": {"--blocks": "evaluate.blocks", "--push-to-hub": "export.push_to_hub"},
-}
-"""Flags of a stage that stand for one key; a list is given with commas."""
-SUBMIT = "submit the stages of a run as dependent jobs of a SLURM cluster, or print a cluster file to edit"
-SUBMIT_FLAGS = {
-    "--config": "YAML file with the run's settings (or recipe=NAME behind), with a run_dir that every node sees",
-    "--cluster": "how the cluster is used: an edited copy of what --example prints",
-    "--from": "submit this stage and those after it, finished or not",
-    "--sweep": "instead, prune, export and evaluate once for each entry of a YAML list of settings, as a job array",
-}
-"""Flags of `submit` that take a value; slurm/submit.sh reads them."""
-STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"
-DISTRIBUTED = ("prune", "recover", "finetune")
-"""Stages that several ranks run together."""
-OVERRIDES = "directory of a run (for --config RUN/config.yaml), and settings that win over the file"
-PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"
-PLAN_FLAGS = {
-    "--model": ("", "directory, config.json, hub id, or a name such as llama-3.1-70b (default: model.path)"),
-    "--nodes": (1, "nodes"),
-    "--gpus-per-node": (8, "GPUs of a node"),
-    "--gpu": (
-        "",
-        "a card by its name: h100, a100, 4090, …; an unknown name is answered with all (default h100, or, "
-        "given --gpu-memory alone, the slowest known card with that memory)",
-    ),
-    "--gpu-memory": ("", "memory of a GPU, such as 24GB; it and the following win over the card's own"),
-    "--intra-bandwidth": ("", "one way per GPU inside a node, such as 450GB/s"),
-    "--inter-bandwidth": ("", "one way per GPU between nodes: its NIC's"),
-    "--host-bandwidth": ("", "one way per GPU to host memory"),
-    "--flops": ("", "dense peak of a GPU in the model's type, such as 989TFLOP/s"),
-    "--mfu": (0.4, "share of that peak which is reached"),
-    "--disk-bandwidth": ("1GB/s", "of the file system that model and checkpoints lie in"),
-    "--tokens-per-document": (427.0, "assumed length, to count the steps of an epoch (427: mean of C4)"),
-    "--out": ("", "directory for plan.yaml and deepspeed.json"),
-}
-"""Flags of `plan`: default and meaning."""
-DRY_RUN_FLAGS = ("--world-size", "--gpus-per-node", "--gpu", "--gpu-memory")
-
-
+BLAMED = "a fault of this machine, not of the settings: "
 OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 OUT_OF_MEMORY = {
     "prune": "set model.dtype=bfloat16 and train.micro_batch=1 (0, the default, is the whole batch), lower "
@@ -99,60 +38,6 @@ OUT_OF_MEMORY = {
     "report.json",
 }
 """What a stage that ran out of memory can do about it."""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line's parser."""
-    top = argparse.ArgumentParser(prog="nuteprune", description="Structured pruning with numerous teachers.")
-    # The deepspeed launcher adds it; the variable LOCAL_RANK says the same.
-    top.add_argument("--local_rank", help=argparse.SUPPRESS)
-    stages = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    whole = stages.add_parser("run", help=RUN, description=RUN.capitalize() + ".")
-    whole.add_argument("--config", help="YAML file with the run's settings, such as the run.yaml of an earlier start")
-    for flag, key in SHORTCUTS["run"].items():
-        whole.add_argument(flag, metavar="X", help=f"same as {key}=X")
-    whole.add_argument("overrides", nargs="*", metavar="MODEL | key.sub=value",
-                       help="directory or hub id of the model (for model.path=MODEL), and settings")  # fmt: skip
-    for name, meaning in STAGES.items():
-        sub = stages.add_parser(
-            name, help=meaning, description=meaning.capitalize() + ".",
-            epilog="fields:\n" + describe(STAGE_SECTIONS[name]),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        sub.add_argument("--config", help="YAML file with the run's settings")
-        for flag, key in SHORTCUTS.get(name, {}).items():
-            sub.add_argument(flag, metavar="X", help=f"same as {key}=X")
-        if name == "prune":
-            sub.add_argument("--dry-run", action="store_true", help="build the run without weights and print its plan")
-            for flag in DRY_RUN_FLAGS:
-                default, meaning = PLAN_FLAGS.get(flag, (1, "ranks"))
-                meaning += f" (default {default})" if default else ""
-                sub.add_argument(flag, type=type(default), default=default, metavar="X",
-                                 help=f"of a dry run: {meaning}")  # fmt: skip
-        sub.add_argument("overrides", nargs="*", metavar="RUN | key.sub=value", help=OVERRIDES)
-    submission = stages.add_parser("submit", help=SUBMIT, description=SUBMIT.capitalize() + ".")
-    for flag, meaning in SUBMIT_FLAGS.items():
-        submission.add_argument(flag, metavar="X", help=meaning)
-    submission.add_argument("--dry-run", action="store_true", help="print the sbatch commands only")
-    submission.add_argument("--example", action="store_true", help="print a cluster file to edit, and nothing else")
-    submission.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
-    status = stages.add_parser("status", help=STATUS, description=STATUS.capitalize() + ".")
-    status.add_argument("--config", help="YAML file of the run, instead of its directory")
-    status.add_argument("--json", action="store_true", help="print JSON")
-    status.add_argument("--tsv", action="store_true", help="print stage, state and job between tabs")
-    status.add_argument("overrides", nargs="*", metavar="RUN | key.sub=value", help=OVERRIDES)
-    plan = stages.add_parser("plan", help=PLAN, description=PLAN.capitalize() + ".")
-    for flag, (default, meaning) in PLAN_FLAGS.items():
-        meaning += f" (default {default})" if default else ""
-        plan.add_argument(flag, type=type(default), default=default, metavar="X", help=meaning)
-    plan.add_argument("--zero", choices=("auto", "2", "3"), default="auto", help="ZeRO stage (auto: the faster)")
-    plan.add_argument(
-        "--table", action="store_true", help="well-known models on one card, a node and two, at 20%% and 50%%"
-    )
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument("--config", help="YAML file with the run's settings")
-    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
-    return top
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -191,10 +76,12 @@ def run(args: argparse.Namespace) -> int:
         if not is_main:
             logging.getLogger("nuteprune").setLevel(logging.ERROR)
         if world.size > 1 and args.stage not in DISTRIBUTED:
-            raise ConfigError(f"{args.stage} runs in one process, not in {world.size}: start it without a launcher")
+            raise UserError(f"{args.stage} runs in one process, not in {world.size}: start it without a launcher")
         config = read_settings(args)
         if getattr(args, "dry_run", False):
-            sys.stdout.write(dry_run(config, args) + "\n")
+            from nuteprune.stages import plan
+
+            sys.stdout.write(plan.dry_run(config, args) + "\n")
             return 0
         if args.stage == "plan":
             from nuteprune.stages import plan
@@ -206,21 +93,21 @@ def run(args: argparse.Namespace) -> int:
         text = run_chain(config) if args.stage == "run" else run_stage(args.stage, config)
         if is_main:
             sys.stdout.write(plain(text) + "\n")
-    except ConfigError as error:
+    except UserError as error:
         if is_main:
-            sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
+            sys.stderr.write(f"nuteprune: {BLAMED * isinstance(error, MachineError)}{plain(str(error))}\n")
         return 2
     except OSError as error:
         if error.errno not in OF_THE_DISK or not error.filename:
             raise
         told = f"{error.filename}: {error.strerror}; mend that or free space, and start the same command again"
-        sys.stderr.write(f"nuteprune: {plain(told)}\n")
+        sys.stderr.write(f"nuteprune: {BLAMED}{plain(told)}\n")
         return 2
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             place = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-            told = (str(error).strip().splitlines() or ["MemoryError"])[0][:200]
-            sys.stderr.write(f"nuteprune: {place}out of memory ({told}): {OUT_OF_MEMORY.get(args.stage, 'use more')}\n")
+            advice = OUT_OF_MEMORY.get(args.stage, "use more")
+            sys.stderr.write(f"nuteprune: {place}out of memory ({first_line(error)}): {advice}\n")
             return 1
         if not type(error).__module__.startswith("nuteprune."):
             raise
@@ -228,20 +115,6 @@ def run(args: argparse.Namespace) -> int:
             sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return getattr(error, "exit_code", 1)
     return 0
-
-
-def dry_run(config: Config, args: argparse.Namespace) -> str:
-    """What a dry run of the prune stage found, and the planner's figures for it."""
-    from nuteprune.planning import dryrun
-    from nuteprune.stages import plan
-
-    ranks, per_node = args.world_size, min(args.world_size, args.gpus_per_node)
-    if ranks < 1 or per_node < 1 or ranks % per_node:
-        raise ConfigError(f"--world-size {ranks} is not made of whole nodes of {args.gpus_per_node} GPUs")
-    flags = {flag.strip("-").replace("-", "_"): default for flag, (default, _) in PLAN_FLAGS.items()}
-    flags |= {"nodes": ranks // per_node, "gpus_per_node": per_node, "gpu": args.gpu, "gpu_memory": args.gpu_memory}
-    found = dryrun.text(dryrun.dry_run(config, ranks, per_node), config)
-    return f"{found}\n\n{plan.figures(config, argparse.Namespace(**flags))}"
 
 
 def submit(words: list[str], example: bool) -> int:
@@ -262,7 +135,7 @@ def show_status(args: argparse.Namespace) -> int:
     args.overrides = [o if "=" in o or os.path.isfile(f"{o}/config.yaml") else f"run_dir={o}" for o in args.overrides]
     try:
         found = status.run(read_settings(args))
-    except ConfigError as error:
+    except UserError as error:
         sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return 2
     sys.stdout.write(plain(status.table(found) if args.tsv else json.dumps(found, indent=2) if args.json else
@@ -276,7 +149,7 @@ def read_settings(args: argparse.Namespace) -> Config:
         args.overrides = [word if "=" in word else f"model.path={word}" for word in args.overrides]
     runs = [word for word in args.overrides if "=" not in word and os.path.isdir(word)]
     if len(runs) + (args.config is not None) > 1:
-        raise ConfigError("give one run directory or one --config")
+        raise UserError("give one run directory or one --config")
     overrides = [word for word in args.overrides if word not in runs]
     for flag, key in SHORTCUTS.get(args.stage, {}).items():
         value = getattr(args, flag.strip("-").replace("-", "_"))
@@ -322,37 +195,6 @@ def cli() -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-class PlainFormatter(logging.Formatter):
-    """Names of files and models in a log cannot steer the terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The record's line."""
-        return plain(super().format(record))
-
-
-def quiet_libraries() -> None:
-    """Our own log on stderr; of the libraries only warnings and worse."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("nuteprune").setLevel(logging.INFO)
-    # DeepSpeed calls a name that torch has renamed.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Imported here, so that --help answers at once.
-    import torch
-    from huggingface_hub import utils as hub
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub.enable_progress_bars()  # which that switched off too; they show on a terminal only
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
-    if not torch.cuda.is_available():
-        # Otherwise DeepSpeed, which transformers imports, warns that it found no accelerator.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The calls of the Python API, which the command line uses too.
 
 Each takes the settings as a YAML file, the directory of a run, a nested dict, or a `Config`, and overrides as on the
-command line. A user's mistake raises `nuteprune.config.ConfigError` with one line that says how to mend it.
+command line. A user's mistake raises `nuteprune.errors.UserError` with one line that says how to mend it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def prune(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:
         The directory of the finished student.
 
     Raises:
-        ConfigError: a mistake in the settings, the model, the data or the run directory.
+        UserError: a mistake in the settings, the model, the data or the run directory.
         TrainingFailed: too many steps in a row were not finite.
         Preempted: SIGTERM, SIGUSR1 or Ctrl-C came; the state is saved. No `Exception`, as `KeyboardInterrupt` is none.
     """
@@ -73,7 +73,7 @@ def export(settings: Settings, overrides: Sequence[str] = ()) -> Path:
         The directory of the model, or with `export.ladder` that of the rungs and their comparison.
 
     Raises:
-        ConfigError: as `prune`; or a rung that the run never reached.
+        UserError: as `prune`; or a rung that the run never reached.
         ExportError: the small model does not compute what the masked model computes.
     """
     return export_stage.run(load_config(settings, overrides))

@@ -12,8 +12,9 @@ from pathlib import Path
 import yaml
 
 from nuteprune import api
-from nuteprune.config import Config, ConfigError, beyond_recipe, load_config
+from nuteprune.config import Config, beyond_recipe, load_config
 from nuteprune.data.text import load_text
+from nuteprune.errors import UserError
 from nuteprune.model.loading import read_config
 from nuteprune.planning.machine import Choice, Machine, choose, this_machine
 from nuteprune.runs.checkpoint import write_atomic
@@ -42,11 +43,11 @@ def run(config: Config) -> str:
     were chosen for this machine are shown first, and written to `run.yaml` in the run's directory.
 
     Raises:
-        ConfigError: no model; as the stages otherwise.
+        UserError: no model; as the stages otherwise.
         StageFailed: a stage of several ranks failed.
     """
     if not config.model.path:
-        raise ConfigError("run: name a model, e.g. `nuteprune run HuggingFaceTB/SmolLM2-135M --sparsity 0.3`")
+        raise UserError("run: name a model, e.g. `nuteprune run HuggingFaceTB/SmolLM2-135M --sparsity 0.3`")
     if not config.run_dir:
         name = f"{Path(config.model.path).name}-{config.sparsity.target:.0%}".rstrip("%")
         config = load_config(config, [f"run_dir=runs/{name}"])

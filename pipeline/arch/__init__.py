@@ -19,6 +19,7 @@ from nuteprune.arch import (
 )
 from nuteprune.arch.base import ATTENTION, FFN, FUSED, PROJECTIONS, ArchSpec, Family
 from nuteprune.arch.fused import fuse, projections, split_fused, stored
+from nuteprune.errors import UserError
 
 _MODULES = (llama, mistral, qwen2, qwen3, granite, smollm3, phi3, olmo2, olmo3, gemma3_text, qwen3_moe, mixtral)
 
@@ -26,14 +27,14 @@ FAMILIES: dict[str, Family] = {m.FAMILY.model_type: m.FAMILY for m in _MODULES}
 
 
 def family_of(config) -> Family:
-    """The family of a transformers configuration; raises ValueError naming the supported ones."""
+    """The family of a transformers configuration; raises UserError naming the supported ones."""
     if config.model_type not in FAMILIES:
-        raise ValueError(f"model type '{config.model_type}' is not supported: use one of {', '.join(FAMILIES)}")
+        raise UserError(f"model type '{config.model_type}' is not supported: use one of {', '.join(FAMILIES)}")
     return FAMILIES[config.model_type]
 
 
 def read_spec(config) -> ArchSpec:
-    """`ArchSpec` of a transformers configuration; raises ValueError for an unsupported model type."""
+    """`ArchSpec` of a transformers configuration; raises UserError for an unsupported model type."""
     return family_of(config).read(config)
 
 

@@ -1,6 +1,7 @@
 """LLaMA 1-3 and its relatives that ship as `LlamaForCausalLM` (SmolLM2, TinyLlama, …)."""
 
 from nuteprune.arch.base import ArchSpec, Family, read_llama_like
+from nuteprune.errors import UserError
 
 
 def read(config) -> ArchSpec:
@@ -15,7 +16,7 @@ def small_class(config, hidden: int, heads: int) -> str:
     if hidden % heads == 0:
         return "LlamaConfig"
     if config.attention_bias or config.mlp_bias:
-        raise ValueError(
+        raise UserError(
             f"a LLaMA model with biases cannot have hidden size {hidden} with {heads} heads: "
             "use export.shape=per_layer, or leave `hidden` out of gates.units"
         )

@@ -20,12 +20,12 @@ import gguf
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nuteprune.__main__ import quiet_libraries
 from nuteprune.arch import read_spec
 from nuteprune.evaluation.measure import environment, sizes
 from nuteprune.evaluation.speed import ceiling
 from nuteprune.exporting.gguf_model import FILE, TYPES, gguf_architecture
 from nuteprune.exporting.gguf_quants import K_QUANTS, write_quantized
+from nuteprune.runs.log import quiet_libraries
 
 VLLM = Path(__file__).with_name("vllm_latency.py")
 PHASES = ("prefill", "decode")

@@ -81,7 +81,7 @@ class Place:
             f"run_dir={self.out / run}", f"model.path={self.models / model}", f"data.source={self.text}",
             "data.documents=0", "data.seq_len=64", f"train.steps={STEPS}", "train.batch_size=4",
             "gates.importance_tokens=1", "gates.ffn_multiple=8", f"checkpoint.every={EVERY}", "tracking.progress=false",
-            "tracking.tensorboard=false", "seed=1", *settings,
+            "tracking.report_to=[]", "seed=1", *settings,
         ]  # fmt: skip
 
     def prune(self, run: str, model: str, *settings: str) -> str:

@@ -23,16 +23,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from nuteprune.__main__ import quiet_libraries
 from nuteprune.bench.quality import Scorer, run_config
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
 from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
+from nuteprune.errors import UserError
 from nuteprune.exporting.folding import exported_parameters
 from nuteprune.exporting.small import export_model
+from nuteprune.masks.schedule import LORA_WARMUP
 from nuteprune.model.loading import load_model, read_base
 from nuteprune.parallel.distributed import discover
+from nuteprune.runs.log import quiet_libraries
 from nuteprune.stages import prune
+from nuteprune.training.engine import LARGEST_NORM
 from nuteprune.training.loop import peak_memory_gb
 
 SEQUENCES = 64
@@ -126,7 +129,7 @@ def remove_units(model: PreTrainedModel, stream: BatchStream, sparsity: float) -
     total = exported_parameters(model)
     share = sparsity * total / (1.5 * sum(module.weight.numel() for module in ffn))  # down_proj goes with them
     if not ffn or share >= 1:
-        raise ConfigError(f"FFN units alone cannot remove {sparsity:.0%} of the decoder of this model")
+        raise UserError(f"FFN units alone cannot remove {sparsity:.0%} of the decoder of this model")
     pruner = tp.pruner.BasePruner(
         model, stream.batch(0)[:1].to(device), tp.importance.GroupTaylorImportance(), global_pruning=True,
         pruning_ratio=share,
@@ -144,7 +147,7 @@ def train_lora(
     lora = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets))
     model, steps = get_peft_model(student, lora), config.train.steps
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(config.train.lora_warmup * steps), steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(LORA_WARMUP * steps), steps)
     for step in tqdm(range(steps), unit="step"):
         ids = stream.batch(step).to(student.device)
         with torch.no_grad():
@@ -152,7 +155,7 @@ def train_lora(
         loss = distillation(model(ids, use_cache=False).logits, wanted, ids)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
+        nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
         optimizer.step()
         schedule.step()
     return model.merge_and_unload()

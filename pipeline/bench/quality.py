@@ -34,15 +34,16 @@ from matplotlib.figure import Figure
 from torch import LongTensor, Tensor
 from transformers import PreTrainedModel
 
-from nuteprune.__main__ import quiet_libraries
-from nuteprune.config import Config, ConfigError, load_config
+from nuteprune.config import Config, load_config
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import text_tokens
+from nuteprune.errors import UserError
 from nuteprune.evaluation.measure import compare, environment, last_states
 from nuteprune.evaluation.models import load_any
 from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
 from nuteprune.parallel.distributed import discover
+from nuteprune.runs.log import quiet_libraries
 from nuteprune.stages import finetune, prune, recover
 
 WINDOW = 1024
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     try:
         return bench(args)
-    except ConfigError as error:
+    except UserError as error:
         sys.stderr.write(f"bench-quality: {error}\n")
         return 2
 
@@ -92,7 +93,7 @@ def bench(args: argparse.Namespace) -> int:
     """Fill the table row by row; what is measured is on disk after each run, and not measured again."""
     for path in (args.train, *args.test, args.finetune):
         if path and not path.is_file():
-            raise ConfigError(f"{path} does not exist: give a text file (make bench-quality TRAIN=… TEST=…)")
+            raise UserError(f"{path} does not exist: give a text file (make bench-quality TRAIN=… TEST=…)")
     args.out.mkdir(parents=True, exist_ok=True)
     args.source = args.train.name
     args.train, held_out = split(args.train, args.held_out, args.out)
@@ -131,7 +132,7 @@ def split(train: Path, held_out: int, out: Path) -> tuple[Path, list[Path]]:
         return train, []
     lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
     if train.suffix != ".jsonl" or held_out >= len(lines):
-        raise ConfigError(f"--held-out {held_out}: {train} must be a .jsonl file of more documents than that")
+        raise UserError(f"--held-out {held_out}: {train} must be a .jsonl file of more documents than that")
     parts = {"train.jsonl": lines[:-held_out], "held-out.jsonl": lines[-held_out:]}
     for name, part in parts.items():
         (out / name).write_text("".join(part), encoding="utf-8")
@@ -227,14 +228,14 @@ def save(args: argparse.Namespace, runs: list[dict]) -> None:
 
 
 def known(args: argparse.Namespace) -> list[dict]:
-    """The runs that `--out` holds already; raises `ConfigError` if they were made under other conditions."""
+    """The runs that `--out` holds already; raises `UserError` if they were made under other conditions."""
     file = args.out / "quality.json"
     if not file.exists():
         return []
     found = json.loads(file.read_text(encoding="utf-8"))
     other = [name for name, value in conditions(args).items() if found.get(name) != value]
     if other:
-        raise ConfigError(f"{file} was measured with another {', '.join(other)}: give another --out, or remove it")
+        raise UserError(f"{file} was measured with another {', '.join(other)}: give another --out, or remove it")
     return found["runs"]
 
 

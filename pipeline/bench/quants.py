@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nuteprune.__main__ import quiet_libraries
 from nuteprune.arch import read_spec
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.gguf_model import FILE, gguf_architecture
 from nuteprune.exporting.gguf_quants import llama_cpp, write_quantized
 from nuteprune.exporting.modeling_ragged import RaggedConfig
+from nuteprune.runs.log import quiet_libraries
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,7 +78,7 @@ def perplexity(file: Path, windows: Tensor, threads: int) -> float:
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, 1
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
         if lib.llama_decode(context, batch):
-            raise ConfigError(f"llama.cpp cannot compute {file}")
+            raise UserError(f"llama.cpp cannot compute {file}")
         rows = np.frombuffer(ffi.buffer(lib.llama_get_logits(context), 4 * size * length), np.float32)
         logits = torch.from_numpy(rows.copy()).view(length, size)
         losses.append(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(window[1:])))

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from nuteprune.__main__ import quiet_libraries
 from nuteprune.config import TeacherConfig, load_config
 from nuteprune.evaluation.measure import environment
 from nuteprune.masks import Gates, select_units, unit_shape
@@ -24,6 +23,7 @@ from nuteprune.model.layers import View, build_view
 from nuteprune.model.loading import load_model, read_base
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World, discover
+from nuteprune.runs.log import quiet_libraries
 from nuteprune.training.teachers.bank import SnapshotBank
 
 LAG = 0.10

@@ -1,6 +1,6 @@
 """Run configuration: frozen dataclasses filled from a recipe, a YAML file and `key.sub=value` overrides.
 
-A user's mistake (unknown key, wrong type, value out of range) raises `ConfigError` with one line that names the key and
+A user's mistake (unknown key, wrong type, value out of range) raises `UserError` with one line that names the key and
 says how to mend it. `nuteprune STAGE --help` prints every field from its metadata.
 """
 
@@ -14,7 +14,6 @@ from nuteprune.config.fields import (
     STAGE_SECTIONS,
     CheckpointConfig,
     Config,
-    ConfigError,
     DataConfig,
     Dtype,
     EvaluateConfig,
@@ -32,14 +31,22 @@ from nuteprune.config.fields import (
     TrackingConfig,
     TrainConfig,
 )
-from nuteprune.config.loading import beyond_recipe, describe, flatten, load_config, read_yaml, recipe_path, to_dict
+from nuteprune.config.loading import (
+    beyond_recipe,
+    describe,
+    file_settings,
+    flatten,
+    load_config,
+    read_yaml,
+    recipe_path,
+    to_dict,
+)
 
 __all__ = [
     "ASKED_EACH_TIME",
     "STAGE_SECTIONS",
     "CheckpointConfig",
     "Config",
-    "ConfigError",
     "DataConfig",
     "Dtype",
     "EvaluateConfig",
@@ -58,6 +65,7 @@ __all__ = [
     "TrainConfig",
     "beyond_recipe",
     "describe",
+    "file_settings",
     "flatten",
     "load_config",
     "read_yaml",

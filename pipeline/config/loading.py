@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import operator
-import re
+import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from nuteprune.config.fields import ASKED_EACH_TIME, Config, ConfigError
+from nuteprune.config.fields import ASKED_EACH_TIME, Config
+from nuteprune.config.removed import REMOVED, check_removed, refuse_removed
+from nuteprune.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 YAML_LIMIT = 1 << 20
@@ -30,7 +31,7 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
         overrides: strings `key.sub=value`; the value is read as YAML.
 
     Raises:
-        ConfigError: unreadable file, unknown key, wrong type or value out of range.
+        UserError: unreadable file, unknown key, wrong type or value out of range.
     """
     layers = []
     if isinstance(settings, Config):
@@ -40,19 +41,19 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
     elif settings is not None and Path(settings).is_dir():
         file = Path(settings) / "config.yaml"
         if not file.is_file():
-            raise ConfigError(f"{settings} is not the directory of a run: it has no config.yaml")
+            raise UserError(f"{settings} is not the directory of a run: it has no config.yaml")
         # The directory may have been moved since.
-        layers += [(str(file), read_yaml(file)), ("the run's directory", {"run_dir": str(settings)})]
+        layers += [(str(file), file_settings(file)), ("the run's directory", {"run_dir": str(settings)})]
     elif settings is not None:
-        layers.append((str(settings), read_yaml(Path(settings))))
+        layers.append((str(settings), file_settings(Path(settings))))
     for item in overrides:
         key, sep, value = item.partition("=")
         if not sep or not key:
-            raise ConfigError(f"override '{item}': write it as key.sub=value")
+            raise UserError(f"override '{item}': write it as key.sub=value")
         try:
             value = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ConfigError(f"override '{item}': the value is not readable as YAML") from None
+            raise UserError(f"override '{item}': the value is not readable as YAML") from None
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -60,7 +61,7 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
     name = str(next((tree["recipe"] for _, tree in reversed(layers) if tree.get("recipe")), "default"))
     tree: dict = {}
     for source, layer in [*_recipe_layers(name), *layers]:
-        layer = _renamed(layer)
+        refuse_removed(flatten(layer), source)
         _check_keys(Config, layer, source, "")
         tree = _merge(tree, layer)
     tree["recipe"] = name
@@ -92,43 +93,16 @@ def _consistent(config: Config) -> Config:
     del taught["label_weight"]
     if not any(taught.values()):
         names = " and ".join(f"loss.{key}" for key in taught)
-        raise ConfigError(f"{names} are 0: nothing would be learned of a teacher; set one of them")
+        raise UserError(f"{names} are 0: nothing would be learned of a teacher; set one of them")
     if not ("down_proj" in config.lora.targets and "ffn" in config.gates.units):
         config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, refit=0))
-    if config.lora.refit and config.train.weight_decay:
-        raise ConfigError("lora.refit is not trained, and train.weight_decay would shrink it: set one of them to 0")
-    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", config.export.shard_size):
-        raise ConfigError(f"export.shard_size: expected a size such as 5GB or 500MB, got '{config.export.shard_size}'")
     return config
-
-
-def _renamed(layer: dict) -> dict:
-    """A layer in today's names, where it is the file of an earlier run.
-
-    `tracking.tensorboard` turned the one place to report to on or off. LoRA's settings, which a run saves whole, had no
-    `refit`, and the run no such ranks. Importance was measured on a number of batches. Evaluation continued one prompt.
-    """
-    tracking, lora, gates = layer.get("tracking"), layer.get("lora"), layer.get("gates")
-    if isinstance(tracking, dict) and isinstance(tracking.get("tensorboard"), bool):
-        rest = {key: value for key, value in tracking.items() if key != "tensorboard"}
-        layer = layer | {"tracking": {"report_to": ["tensorboard"] if tracking["tensorboard"] else []} | rest}
-    if isinstance(lora, dict) and lora.keys() == {"targets", "rank", "alpha"}:
-        layer = layer | {"lora": lora | {"refit": 0}}
-    if isinstance(gates, dict) and "importance_batches" in gates:
-        rest = {key: value for key, value in gates.items() if key != "importance_batches"}
-        with suppress(KeyError, TypeError):  # a setting by hand: today's name is asked for
-            tokens = gates["importance_batches"] * layer["train"]["batch_size"] * layer["data"]["seq_len"]
-            layer = layer | {"gates": {"importance_tokens": tokens} | rest}
-    evaluate = layer.get("evaluate")
-    if isinstance(evaluate, dict) and {"models", "sample_prompt"} <= evaluate.keys():
-        layer = layer | {"evaluate": {key: value for key, value in evaluate.items() if key != "sample_prompt"}}
-    return layer
 
 
 def _recipe_layers(name: str, above: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
     """A recipe's file, behind those of the recipes that it names as its base."""
     if name in above:
-        raise ConfigError(f"recipe '{name}' is its own base: {' -> '.join((*above, name))}")
+        raise UserError(f"recipe '{name}' is its own base: {' -> '.join((*above, name))}")
     tree = read_yaml(recipe_path(name))
     base = tree.get("recipe")
     return [*(_recipe_layers(str(base), (*above, name)) if base else []), (f"recipe {name}", tree)]
@@ -140,7 +114,7 @@ def recipe_path(name: str) -> Path:
         if path.suffix == ".yaml" and path.is_file():
             return path
     known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-    raise ConfigError(f"recipe '{name}' not found: use one of {known}, or the path of a YAML file")
+    raise UserError(f"recipe '{name}' not found: use one of {known}, or the path of a YAML file")
 
 
 class _NoAliases(yaml.SafeLoader):
@@ -153,26 +127,47 @@ class _NoAliases(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file; raises `ConfigError` where there is none."""
+    """The mapping in a YAML file; raises `UserError` where there is none."""
     try:
         if path.stat().st_size > YAML_LIMIT:
-            raise ConfigError(f"{path} has more than {YAML_LIMIT} bytes: settings are shorter")
+            raise UserError(f"{path} has more than {YAML_LIMIT} bytes: settings are shorter")
         tree = yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise ConfigError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
+        raise UserError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines at its top level")
+        raise UserError(f"{path} must hold `key: value` lines at its top level")
     for section, field in ASKED_EACH_TIME:
         if isinstance(tree.get(section), dict) and field in tree[section]:
-            raise ConfigError(
+            raise UserError(
                 f"{path} sets {section}.{field}, which no file can: give {section}.{field}=… when you start the stage"
             )
     return tree
+
+
+def file_settings(path: Path) -> dict:
+    """The settings in a YAML file; of the config.yaml of a run, which holds all, without those that have gone since.
+
+    Raises:
+        UserError: as `read_yaml`; or one that has gone had another value than what is done now.
+    """
+    tree = read_yaml(path)
+    gone = {key: value for key, value in flatten(tree).items() if key in REMOVED}
+    if path.name != "config.yaml" or not gone:
+        return tree
+    left = {
+        section: {name: value for name, value in inner.items() if f"{section}.{name}" not in gone}
+        if isinstance(inner, dict)
+        else inner
+        for section, inner in tree.items()
+    }
+    _check_keys(Config, left, str(path), "")
+    check_removed(gone, flatten(to_dict(build(Config, left, ""))), str(path))
+    return left
 
 
 def build(cls: type, tree: dict, prefix: str) -> Any:
@@ -199,26 +194,26 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with `section.field` keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
 def describe(sections: list[str]) -> str:
-    """Every field of the given sections with type, default and meaning, for `--help`."""
-    lines = []
+    """The settings outside sections and every field of the given ones with type, default and meaning, for `--help`."""
     hints = typing.get_type_hints(Config)
-    for f in dataclasses.fields(Config):
-        if not dataclasses.is_dataclass(hints[f.name]):
-            lines.append(_describe_field(f.name, f, hints[f.name]))
-    for section in sections:
-        cls = hints[section]
-        inner = typing.get_type_hints(cls)
-        lines += [_describe_field(f"{section}.{f.name}", f, inner[f.name]) for f in dataclasses.fields(cls)]
+    single = [f for f in dataclasses.fields(Config) if not dataclasses.is_dataclass(hints[f.name])]
+    parts = [_describe(Config, single, "")]
+    parts += [_describe(hints[section], dataclasses.fields(hints[section]), f"{section}.") for section in sections]
+    return "\n\n".join(parts)
+
+
+def _describe(cls: type, fields: Iterable[dataclasses.Field], prefix: str) -> str:
+    """A heading, and a paragraph for each field."""
+    lines, hints = [f"{cls.__doc__}\n"], typing.get_type_hints(cls)
+    for f in fields:
+        lines.append(f"  {prefix}{f.name} ({type_name(hints[f.name])}, default {default_of(f)!r})")
+        lines.append(textwrap.fill(f.metadata["help"], 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)
-
-
-def _describe_field(key: str, f: dataclasses.Field, hint: Any) -> str:
-    return f"  {key} ({type_name(hint)}, default {default_of(f)!r})\n      {f.metadata['help']}"
 
 
 def default_of(f: dataclasses.Field) -> Any:
@@ -233,10 +228,10 @@ def _check_keys(cls: type, tree: dict, source: str, prefix: str) -> None:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1) or _elsewhere(str(key))
             hint = f"; did you mean '{prefix + near[0] if near[0] in names else near[0]}'?" if near else ""
-            raise ConfigError(f"{source}: unknown key '{prefix}{key}'{hint}")
+            raise UserError(f"{source}: unknown key '{prefix}{key}'{hint}")
         if dataclasses.is_dataclass(hints[key]):
             if value is not None and not isinstance(value, dict):
-                raise ConfigError(f"{source}: '{prefix}{key}' is a section; set its fields, e.g. {prefix}{key}.…")
+                raise UserError(f"{source}: '{prefix}{key}' is a section; set its fields, e.g. {prefix}{key}.…")
             _check_keys(hints[key], value or {}, source, f"{prefix}{key}.")
 
 
@@ -295,7 +290,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return value
     expected = type_name(hint)
     near = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(hint)], n=1)
-    raise ConfigError(f"{key}: expected {expected}, got {value!r}" + (f"; did you mean '{near[0]}'?" if near else ""))
+    raise UserError(f"{key}: expected {expected}, got {value!r}" + (f"; did you mean '{near[0]}'?" if near else ""))
 
 
 BOUNDS = {
@@ -311,5 +306,5 @@ def _bounded(value: Any, f: dataclasses.Field, key: str) -> Any:
     bounds = [(*BOUNDS[name], limit) for name, limit in f.metadata.items() if name in BOUNDS and limit is not None]
     if not all(holds(value, limit) for _, holds, limit in bounds):
         wanted = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
-        raise ConfigError(f"{key}: must be {wanted}, got {value!r}")
+        raise UserError(f"{key}: must be {wanted}, got {value!r}")
     return value

@@ -32,8 +32,8 @@ def markdown() -> str:
     parts = [HEAD, _recipes(), "## Settings of the run\n", _table(single, hints, "")]
     for f in sections:
         stages = ", ".join(f"`{stage}`" for stage, names in STAGE_SECTIONS.items() if f.name in names)
-        parts += [f"## `{f.name}`\n\nRead by {stages}.\n", _table(dataclasses.fields(hints[f.name]),
-                  typing.get_type_hints(hints[f.name]), f"{f.name}.")]  # fmt: skip
+        cls, heading = hints[f.name], f"## `{f.name}`\n\n{hints[f.name].__doc__} Read by {stages}.\n"
+        parts += [heading, _table(dataclasses.fields(cls), typing.get_type_hints(cls), f"{f.name}.")]
     return "\n".join(parts)
 
 

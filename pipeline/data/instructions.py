@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.config import ConfigError, FinetuneConfig
+from nuteprune.config import FinetuneConfig
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import read_rows
+from nuteprune.errors import UserError
 from nuteprune.model.losses import IGNORE
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def packed_windows(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -
     know that attention may not cross from one record into another.
 
     Raises:
-        ConfigError: an unreadable file, a record of no known form, with missing keys, an empty answer or more tokens
+        UserError: an unreadable file, a record of no known form, with missing keys, an empty answer or more tokens
             than a window, or a chat template that is asked for and missing.
     """
     examples = [encode(parts, tokenizer) for parts in worded(config, tokenizer)]
@@ -64,19 +65,19 @@ def worded(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Iterat
     """Each record as alternating prompts and answers; an empty answer comes as one without text."""
     file = Path(config.data)
     if not file.is_file() or file.suffix not in (".json", ".jsonl", ".parquet"):
-        raise ConfigError(f"finetune.data '{config.data}': give an existing .json, .jsonl or .parquet file of records")
+        raise UserError(f"finetune.data '{config.data}': give an existing .json, .jsonl or .parquet file of records")
     if config.template == "chat" and not tokenizer.chat_template:
-        raise ConfigError("finetune.template=chat: the tokenizer has no chat template; use finetune.template=alpaca")
+        raise UserError("finetune.template=chat: the tokenizer has no chat template; use finetune.template=alpaca")
     chat = bool(tokenizer.chat_template) and config.template != "alpaca"
     words = None
     for number, row in enumerate(read_rows(file, {}), 1):
         words = words or _wording(file, row, chat, tokenizer)
         try:
             yield words(row)
-        except ValueError as error:
-            raise ConfigError(f"{file}: record {number} {error}") from None
+        except UserError as error:
+            raise UserError(f"{file}: record {number} {error}") from None
     if words is None:
-        raise ConfigError(f"{file} holds no records")
+        raise UserError(f"{file} holds no records")
 
 
 def encode(parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -117,25 +118,16 @@ def _window(examples: list[Example], size: int, fill: int) -> torch.LongTensor:
 
 
 def _usable(config: FinetuneConfig, examples: list[Example]) -> list[Example]:
-    """The examples that can be learned from; raises `ConfigError` for the others or drops them, as configured."""
+    """The examples that can be learned from, with a word on the others; raises `UserError` where none is left."""
     empty = [n for n, (_, labels) in enumerate(examples, 1) if not any(label != IGNORE for label in labels[1:])]
     long = [n for n, (ids, _) in enumerate(examples, 1) if len(ids) > config.seq_len]
-    if config.unusable == "refuse":
-        drop = "or drop such records with finetune.unusable=drop"
-        if empty:
-            raise ConfigError(f"{config.data}: {len(empty)} empty answers, first in record {empty[0]}: mend it, {drop}")
-        if long:
-            worst = max(long, key=lambda n: len(examples[n - 1][0]))
-            raise ConfigError(
-                f"{config.data}: {len(long)} of {len(examples)} records are longer than finetune.seq_len "
-                f"{config.seq_len} (record {worst}: {len(examples[worst - 1][0])} tokens): raise it, {drop}"
-            )
     left = [example for n, example in enumerate(examples, 1) if n not in {*empty, *long}]
     if not left:
-        raise ConfigError(f"{config.data}: no record has an answer and fits into {config.seq_len} tokens")
-    if len(left) < len(examples):
-        log.warning("%d records dropped: %d empty answers, %d too long", len(examples) - len(left), len(empty),
-                    len(long))  # fmt: skip
+        raise UserError(f"{config.data}: no record has an answer and fits into {config.seq_len} tokens")
+    for found, fault in ((empty, "have an empty answer"), (long, f"are longer than finetune.seq_len {config.seq_len}")):
+        if found:
+            log.warning("%s: %d of %d records are left out, which %s, first record %d", config.data, len(found),
+                        len(examples), fault, found[0])  # fmt: skip
     return left
 
 
@@ -145,9 +137,9 @@ def _wording(file: Path, row: dict, chat: bool, tokenizer) -> Callable[[dict], l
     if form is None:
         wanted = ", or ".join(" and ".join(keys) for keys in FORMATS.values())
         given = ", ".join(key for key, value in row.items() if value is not None) or "none"
-        raise ConfigError(f"{file}: record 1 must have the keys {wanted}; it has {given}")
+        raise UserError(f"{file}: record 1 must have the keys {wanted}; it has {given}")
     if form == "messages" and not chat:
-        raise ConfigError(f"{file} holds chat messages, which need a chat template: the tokenizer has none in use")
+        raise UserError(f"{file} holds chat messages, which need a chat template: the tokenizer has none in use")
     if form == "messages":
         return lambda row: _chat_parts(_messages(row), tokenizer)
     begin, end = _plain_ends(tokenizer)
@@ -170,7 +162,7 @@ def _plain_ends(tokenizer) -> tuple[str, str]:
 def _text(row: dict, key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise ValueError(f"has no text in '{key}'")
+        raise UserError(f"has no text in '{key}'")
     return value
 
 
@@ -187,12 +179,12 @@ def _alpaca_messages(row: dict) -> list[dict]:
 def _messages(row: dict) -> list[dict]:
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise ValueError("has no list in 'messages'")
+        raise UserError("has no list in 'messages'")
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError("has a message without text in 'role' and 'content'")
+            raise UserError("has a message without text in 'role' and 'content'")
     if messages[-1]["role"] != "assistant":
-        raise ValueError("does not end with a message of the assistant")
+        raise UserError("does not end with a message of the assistant")
     return messages
 
 
@@ -206,7 +198,7 @@ def _chat_parts(messages: list[dict], tokenizer) -> list[Part]:
         prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
         if not prompt.startswith(done) or not whole.startswith(prompt):
-            raise ValueError("is worded differently by the chat template once it goes on: give one answer per record")
+            raise UserError("is worded differently by the chat template once it goes on: give one answer per record")
         parts += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
         done = whole
     return parts

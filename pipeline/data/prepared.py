@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nuteprune.config import ConfigError, DataConfig
+from nuteprune.config import DataConfig
 from nuteprune.data.sequences import SequenceForm, sequence_form
 from nuteprune.data.text import packed_blocks
+from nuteprune.errors import UserError
 from nuteprune.model.loading import Base
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, read_json, verify
 
@@ -60,7 +61,7 @@ class TrainingText:
         """The blocks that were made with these settings and that are whole, or None.
 
         Raises:
-            ConfigError: they were made with these settings, but without the tokenizer's own first token and separator,
+            UserError: they were made with these settings, but without the tokenizer's own first token and separator,
                 as earlier versions made them.
         """
         if not self.run_dir or not (self.directory / MANIFEST).is_file():
@@ -78,7 +79,7 @@ class TrainingText:
         if facts != self._settings:
             return None
         if packed != sequence_form(self.base.tokenizer).as_dict():
-            raise ConfigError(
+            raise UserError(
                 f"{self.directory} was packed by another version, without the tokenizer's own first token and "
                 "separator: remove it and run `nuteprune prepare` again with the same settings"
             )

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.config import ConfigError, DataConfig
+from nuteprune.config import DataConfig
 from nuteprune.data.sequences import sequence_form
+from nuteprune.errors import UserError, first_line
 from nuteprune.model.hub import unreachable
 
 C4 = "allenai/c4"
@@ -40,7 +41,7 @@ def load_text(source: str, documents: int, text_field: str) -> datasets.Dataset:
         text_field: column that holds the text in JSONL and parquet files.
 
     Raises:
-        ConfigError: nothing there, an unsupported suffix, an unreadable or malformed file, a missing text column, no
+        UserError: nothing there, an unsupported suffix, an unreadable or malformed file, a missing text column, no
             text at all, or a hub that cannot be reached.
     """
     if source == "c4":
@@ -49,7 +50,7 @@ def load_text(source: str, documents: int, text_field: str) -> datasets.Dataset:
         texts = (text for file in _text_files(source) for text in _file_texts(file, text_field))
     kept = list(itertools.islice((text for text in texts if text), documents or None))
     if not kept:
-        raise ConfigError(f"data source '{source}' holds no text: give a file with at least one document")
+        raise UserError(f"data source '{source}' holds no text: give a file with at least one document")
     return datasets.Dataset.from_dict({"text": kept})
 
 
@@ -67,7 +68,7 @@ def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_
         Token ids `[N, seq_len]`.
 
     Raises:
-        ConfigError: see `load_text`; fewer tokens than one block; a token id the model has no embedding for.
+        UserError: see `load_text`; fewer tokens than one block; a token id the model has no embedding for.
     """
     documents, form = load_text(config.source, config.documents, config.text_field), sequence_form(tokenizer)
     pieces: list[np.ndarray] = []
@@ -78,12 +79,12 @@ def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_
     length = config.seq_len - len(form.first)
     count = len(stream) // length
     if count == 0:
-        raise ConfigError(
+        raise UserError(
             f"data source '{config.source}' has {len(stream)} tokens, less than one block of {config.seq_len}: "
             "give more text or lower data.seq_len"
         )
     if stream.max() >= vocab_size:
-        raise ConfigError(
+        raise UserError(
             f"the tokenizer gives id {stream.max()} but the model has {vocab_size} embeddings: "
             "the tokenizer belongs to another model; use the model's own"
         )
@@ -106,16 +107,16 @@ def text_tokens(
         documents: at most this many documents; 0 takes all.
 
     Raises:
-        ConfigError: see `load_text`.
+        UserError: see `load_text`.
     """
     text = "\n\n".join(load_text(str(path), documents, text_field)["text"])
     return torch.tensor(next(_token_ids([text], tokenizer)), dtype=torch.int64)
 
 
 def check_split(batch_size: int, world: int) -> None:
-    """Raise `ConfigError` where so many processes cannot share a batch evenly."""
+    """Raise `UserError` where so many processes cannot share a batch evenly."""
     if batch_size % world:
-        raise ConfigError(
+        raise UserError(
             f"train.batch_size {batch_size} cannot be split over {world} processes: make it a multiple of {world}"
         )
 
@@ -134,7 +135,7 @@ class BatchStream:
         world: number of processes.
 
     Raises:
-        ConfigError: `world` does not divide `batch_size`.
+        UserError: `world` does not divide `batch_size`.
     """
 
     def __init__(self, blocks: torch.LongTensor, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
@@ -170,17 +171,17 @@ class BatchStream:
 def _c4_texts(documents: int) -> Iterator[str]:
     """The first documents of C4's English train split, streamed from the hub."""
     if documents == 0:
-        raise ConfigError("c4 has 365 million documents: set data.documents to the number wanted")
+        raise UserError("c4 has 365 million documents: set data.documents to the number wanted")
     if why := unreachable():
-        raise ConfigError(f"cannot read {C4} from the hub ({why}): give a local path in data.source")
+        raise UserError(f"cannot read {C4} from the hub ({why}): give a local path in data.source")
     try:
         rows = datasets.load_dataset(C4, "en", split="train", streaming=True)
         for row in rows.take(documents):
             yield row["text"]
     # The hub's client lets through what its HTTP library raises, and that library changes with its version.
     except Exception as error:
-        raise ConfigError(
-            f"cannot read {C4} from the hub ({_one_line(error)}): give a local path in data.source"
+        raise UserError(
+            f"cannot read {C4} from the hub ({first_line(error)}): give a local path in data.source"
         ) from error
 
 
@@ -191,12 +192,12 @@ def _text_files(source: str) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in FORMATS and file.is_file())
         if not files:
-            raise ConfigError(f"no text files in {source}: put {supported} files there")
+            raise UserError(f"no text files in {source}: put {supported} files there")
         return files
     if not path.is_file():
-        raise ConfigError(f"data source '{source}' does not exist: give `c4`, a file ({supported}) or a directory")
+        raise UserError(f"data source '{source}' does not exist: give `c4`, a file ({supported}) or a directory")
     if path.suffix not in FORMATS:
-        raise ConfigError(f"cannot read {source}: suffix '{path.suffix}' is not one of {supported}")
+        raise UserError(f"cannot read {source}: suffix '{path.suffix}' is not one of {supported}")
     return [path]
 
 
@@ -206,11 +207,11 @@ def _file_texts(file: Path, text_field: str) -> Iterator[str]:
     field = "text" if text_file else text_field
     for number, row in enumerate(read_rows(file, {"sample_by": "document"} if text_file else {}), 1):
         if field not in row:
-            raise ConfigError(
+            raise UserError(
                 f"{file} has no column '{field}': set the text field to one of its columns ({', '.join(row)})"
             )
         if not isinstance(row[field], str | None):
-            raise ConfigError(f"{file}: row {number} holds no text in '{field}' but {type(row[field]).__name__}")
+            raise UserError(f"{file}: row {number} holds no text in '{field}' but {type(row[field]).__name__}")
         yield row[field] or ""
 
 
@@ -230,8 +231,8 @@ def read_rows(file: Path, options: dict) -> Iterator[dict]:
                 **options,
             )
         except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as error:
-            raise ConfigError(
-                f"cannot read {file} as {FORMATS[file.suffix]} ({_broken_line(file) or _one_line(error)}): mend or "
+            raise UserError(
+                f"cannot read {file} as {FORMATS[file.suffix]} ({_broken_line(file) or first_line(error)}): mend or "
                 "remove the file"
             ) from error
 
@@ -245,7 +246,7 @@ def _broken_line(file: Path) -> str:
             try:
                 json.loads(line)
             except ValueError as error:
-                return f"line {number}: {_one_line(error)}"
+                return f"line {number}: {first_line(error)}"
     return ""
 
 
@@ -271,7 +272,3 @@ def _quiet_datasets() -> Iterator[None]:
         yield
     finally:
         datasets.logging.set_verbosity(level)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.config import Config, ConfigError, EvaluateConfig
+from nuteprune.config import Config, EvaluateConfig
 from nuteprune.data.sequences import first_tokens
+from nuteprune.errors import UserError
 from nuteprune.evaluation import generation, report
 from nuteprune.evaluation.generation import Continued
 from nuteprune.evaluation.measure import SIZES, environment, perplexity, sizes
@@ -33,14 +34,14 @@ def evaluate_models(config: Config) -> dict:
     """Evaluate the base model and the export (or `evaluate.models`) and write the report, also into the exports' cards.
 
     Models are measured one after the other, except that their speeds are measured in turns, for which all of
-    them are on the device together; where they do not fit, the report says so instead. Without `evaluate.speed` only
+    them are on the device together; where they do not fit, the report says so instead. Where no speed is measured, only
     one is in memory at a time. report.json is written after each part, so that what ends the run costs one part.
 
     Returns:
         The report, as written to `report.json`; see `report.write` for the directory.
 
     Raises:
-        ConfigError: a missing model, text, task or output directory; a text shorter than one window.
+        UserError: a missing model, text, task or output directory; a text shorter than one window.
     """
     settings = config.evaluate
     paths, output = _model_paths(config), report_directory(config)
@@ -48,7 +49,8 @@ def evaluate_models(config: Config) -> dict:
     check_reporters(config.tracking)
     # First, so that a mistake in them costs no evaluation.
     tasks = load_tasks(settings.tasks, settings.trust_remote_code)
-    too_big = too_big_together([weight_bytes(path, config.model) for path in paths], device) if settings.speed else ""
+    wanted = [weight_bytes(path, config.model) for path in paths] if settings.batch_sizes else []
+    too_big = too_big_together(wanted, device)
     entries: list[dict[str, Any]] = []
     models, streams, firsts = [], [], []
     continued: list[Continued] = []
@@ -67,7 +69,7 @@ def evaluate_models(config: Config) -> dict:
                         "first_tokens": tokenizer.convert_ids_to_tokens(list(firsts[-1]))})  # fmt: skip
         for part in _quality(model, tokenizer, texts, tasks, continued, settings, config.tracking.progress, name):
             keep(entries[-1], part)
-        if settings.speed and not too_big:
+        if settings.batch_sizes and not too_big:
             models.append(model.to("cpu"))
         del model
     if models:
@@ -113,7 +115,7 @@ def _quality(
     log.info("evaluating %s", name)
     for text in texts:
         label = f"{text.name} by {name}" if shown else None
-        how = (text.window, text.stride, text.blocks, label, text.first)
+        how = (text.window, text.blocks, label, text.first)
         scores[text.name] = perplexity(model, text.tokens, *how)
         yield {"perplexity": scores}
     if tasks:
@@ -166,19 +168,19 @@ def _model_paths(config: Config) -> list[str]:
     if config.evaluate.models:
         return list(config.evaluate.models)
     if not config.model.path:
-        raise ConfigError("model.path: name the base model, or the models to evaluate in evaluate.models")
+        raise UserError("model.path: name the base model, or the models to evaluate in evaluate.models")
     if not (config.export.output or config.run_dir):
-        raise ConfigError("run_dir: name the run whose export is evaluated, or set evaluate.models")
+        raise UserError("run_dir: name the run whose export is evaluated, or set evaluate.models")
     export = Path(config.export.output or Path(config.run_dir) / "export")
     if not (export / "config.json").is_file():
-        raise ConfigError(f"no exported model at {export}: run the export stage first, or set evaluate.models")
+        raise UserError(f"no exported model at {export}: run the export stage first, or set evaluate.models")
     return [config.model.path, str(export)]
 
 
 def report_directory(config: Config) -> Path:
-    """Where the report goes; raises `ConfigError` where neither it nor a run is named."""
+    """Where the report goes; raises `UserError` where neither it nor a run is named."""
     if not (config.evaluate.output or config.run_dir):
-        raise ConfigError("evaluate.output: name the directory of the report (or set run_dir)")
+        raise UserError("evaluate.output: name the directory of the report (or set run_dir)")
     return Path(config.evaluate.output or Path(config.run_dir) / "evaluate")
 
 

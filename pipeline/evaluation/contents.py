@@ -137,10 +137,9 @@ def conditions(report: dict) -> list[str]:
 def _perplexity(report: dict) -> list[str]:
     first, lines = report["models"][0], []
     for text, score in first["perplexity"].items():
-        how = "side by side" if score["stride"] == score["window"] else "sliding"
         lines.append(
             f"Perplexity of {code(text)}: {score['blocks']} window{'s' * (score['blocks'] > 1)} of {score['window']} "
-            f"tokens, stride {score['stride']} ({how}), mean over {score['tokens']:,} predicted tokens, weights in "
+            f"tokens side by side, mean over {score['tokens']:,} predicted tokens, weights in "
             f"{report['dtype']}."
         )
     lines.append(_protocol(report["protocol"], " ".join(map(code, first["first_tokens"]))))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 
 LOGIT_ROWS = 256
 LOGIT_BYTES = 256 * 2**20
@@ -29,7 +29,7 @@ class Head:
         rows: positions to be asked for at once, see `LOGIT_BYTES`.
 
     Raises:
-        ConfigError: the model's forward does not call its decoder (`base_model`), so its head is not known.
+        UserError: the model's forward does not call its decoder (`base_model`), so its head is not known.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -51,7 +51,7 @@ class Head:
         with _in_place_of_forward(self.model.base_model, decoder):
             logits = self.model(inputs_embeds=states[None], use_cache=False).logits[0].float()
         if self._calls != before + 1:
-            raise ConfigError(f"{type(self.model).__name__} does not call its base_model: its logits cannot be scored")
+            raise UserError(f"{type(self.model).__name__} does not call its base_model: its logits cannot be scored")
         return logits
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from nuteprune.config import Config, ConfigError, ExportShape
+from nuteprune.config import Config
+from nuteprune.errors import UserError
 from nuteprune.evaluation import pictures, report
 from nuteprune.evaluation.compare import evaluate_models
 from nuteprune.evaluation.contents import nats, number
@@ -31,35 +32,30 @@ def run(config: Config) -> Path:
         ladder.md, ladder.png, ladder.json.
 
     Raises:
-        ConfigError: a rung that the run never reached, before anything is exported; or as the two stages.
+        UserError: a rung that the run never reached, before anything is exported; or as the two stages.
         ExportError: as `export_model`.
     """
     rungs = sorted(set(config.export.ladder))
     if not all(0 < rung < 1 for rung in rungs):
-        raise ConfigError(f"export.ladder: sparsities lie between 0 and 1, got {config.export.ladder}")
+        raise UserError(f"export.ladder: sparsities lie between 0 and 1, got {config.export.ladder}")
     if config.export.push_to_hub:
-        raise ConfigError("export.push_to_hub takes one model: push a rung with `nuteprune export RUN --sparsity …`")
+        raise UserError("export.push_to_hub takes one model: push a rung with `nuteprune export RUN --sparsity …`")
     trained = open_run(config.run_dir, config.model)
     for rung in rungs:
         choose_student(trained, rung)
     output = Path(config.export.output or trained.directory / "ladder")
-    models = {rung: _export(config, output / f"{rung:g}", rung, config.export.shape) for rung in rungs}
-    free = {}
-    if config.export.ladder_per_layer:
-        free = {rung: _export(config, output / f"{rung:g}-per_layer", rung, "per_layer") for rung in rungs}
+    models = {rung: _export(config, output / f"{rung:g}", rung) for rung in rungs}
     base = trained.config.model
-    paths = [base.path, *map(str, models.values()), *map(str, free.values())]
+    paths = [base.path, *map(str, models.values())]
     settings = replace(config.evaluate, models=paths, output=str(output / "evaluate"))
     result = evaluate_models(replace(config, model=base, evaluate=settings))
     entries = {entry["path"]: entry for entry in result["models"]}
     points = [_point(entries[path], result["models"][0], rung)
-              for rung, path in zip([0.0, *rungs], paths, strict=False)]  # fmt: skip
+              for rung, path in zip([0.0, *rungs], paths, strict=True)]  # fmt: skip
     for point in points[1:]:
         rung = point["sparsity"]
         record = json.loads((models[rung] / RECORD).read_text(encoding="utf-8"))
         point |= {what: record[what] for what in ("recovered", "finetuned") if record.get(what)}
-        if free:
-            point["per_layer_perplexity"] = _perplexity(entries[str(free[rung])])
     _write(output, points, result)
     return output
 
@@ -94,13 +90,10 @@ def table(points: list[dict], best: int | None) -> str:
         "delta_nll": ("ΔNLL", nats), "loops": ("loops", "{:.0%}".format),
         "recovered": ("recovered, steps", "{:,}".format), "finetuned": ("fine-tuned, steps", "{:,}".format),
         "prefill": ("prefill", ratio), "decode": ("decode", ratio), "retained": ("retained", "{:.1%}".format),
-        "per_layer_perplexity": ("perplexity, `per_layer`", number),
     }  # fmt: skip
     for key, (title, form) in optional.items():
         if any(key in point for point in points):
             columns[title] = _cells(key, form)
-    if any("per_layer_perplexity" in point for point in points):
-        columns["cost of the shape"] = lambda p: _cost(p)
     rows = [list(columns)] + [[cell(point) for cell in columns.values()] for point in points]
     if best is not None:
         rows[best + 1] = [f"**{cell}**" for cell in rows[best + 1]]
@@ -112,10 +105,8 @@ def _cells(key: str, form: Callable[..., str]) -> Callable[[dict], str]:
     return lambda point: form(point[key]) if key in point else ""
 
 
-def _export(config: Config, output: Path, rung: float, shape: ExportShape) -> Path:
-    return export_model(
-        replace(config, export=replace(config.export, ladder=[], sparsity=rung, shape=shape, output=str(output)))
-    )
+def _export(config: Config, output: Path, rung: float) -> Path:
+    return export_model(replace(config, export=replace(config.export, ladder=[], sparsity=rung, output=str(output))))
 
 
 def _point(entry: dict, intact: dict, rung: float) -> dict:
@@ -139,12 +130,6 @@ def _perplexity(entry: dict) -> float | None:
 
 def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def _cost(point: dict) -> str:
-    """By how much rounding to the shape raises the perplexity over free counts per layer."""
-    free, own = point.get("per_layer_perplexity"), point["perplexity"]
-    return f"{own / free - 1:+.1%}" if _is_number(free) and _is_number(own) else ""
 
 
 def _write(output: Path, points: list[dict], result: dict) -> None:

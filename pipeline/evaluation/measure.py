@@ -5,7 +5,6 @@ Shape letters: n tokens of a text, T tokens of a window, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import math
 import platform
@@ -18,10 +17,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 from nuteprune.evaluation.head import Head
 from nuteprune.exporting.folding import exported_parameters
 from nuteprune.model.losses import IGNORE
+from nuteprune.parallel.host import processor
 
 PASS_BYTES = 8 * 2**20
 """Of logits that are compared in one go: what is made of them stays in a CPU's cache."""
@@ -33,7 +33,6 @@ def perplexity(
     model: PreTrainedModel,
     tokens: torch.LongTensor,
     window: int,
-    stride: int,
     blocks: int,
     progress: str | None = None,
     first: Sequence[int] = (),
@@ -44,55 +43,43 @@ def perplexity(
         model: causal language model.
         tokens: token ids `[n]` of the text.
         window: tokens a forward pass sees, `first` among them.
-        stride: tokens between the starts of two windows. Equal to `window` (or 0): blocks side by side; a shorter rest
-            is left out. Smaller: each token is scored once, in the first window that holds it, which gives it at least
-            `window` - `stride` tokens of context.
-        blocks: windows to score from the start of the text; 0 takes all.
+        blocks: windows to score, side by side from the start of the text; 0 takes all, a shorter rest is left out.
         progress: label of a progress bar on stderr; None shows none.
         first: token ids that each window begins with (`sequences.first_tokens`): read, never scored. Without any, the
             first token of a block has nothing before it and is not scored.
 
     Returns:
-        `perplexity`, `nll` (nats per token), `tokens` (predicted), `window`, `stride`, `blocks` (scored).
+        `perplexity`, `nll` (nats per token), `tokens` (predicted), `window`, `blocks` (scored).
 
     Raises:
-        ConfigError: a stride beyond the window, a text shorter than one window, token ids without an embedding, or a
+        UserError: a text shorter than one window, token ids without an embedding, or a
             model whose head is not known.
     """
-    stride = stride or window
-    spans = _spans(len(tokens), window, stride, blocks, len(first))
+    spans = _spans(len(tokens), window, blocks, len(first))
     rows = model.get_input_embeddings().num_embeddings
     if tokens.max() >= rows:
-        raise ConfigError(f"the text has token id {tokens.max()} but the model {rows} embeddings: wrong tokenizer")
+        raise UserError(f"the text has token id {tokens.max()} but the model {rows} embeddings: wrong tokenizer")
     head, total, count = Head(model), 0.0, 0
-    for begin, end, scored in tqdm(spans, desc=progress, unit="block", disable=progress is None):
+    # What has nothing before it cannot be predicted.
+    scored = window - max(1, len(first))
+    for begin, end in tqdm(spans, desc=progress, unit="block", disable=progress is None):
         total += _nll_sum(head, _window(first, tokens[begin:end], model.device), scored)
         count += scored
     nll = total / count
     # exp overflows beyond 709: a model that bad has no perplexity worth a number.
     value = math.exp(nll) if nll < 700 else math.inf
-    return {"perplexity": value, "nll": nll, "tokens": count, "window": window, "stride": stride, "blocks": len(spans)}
+    return {"perplexity": value, "nll": nll, "tokens": count, "window": window, "blocks": len(spans)}
 
 
-def _spans(n: int, window: int, stride: int, blocks: int, first: int = 0) -> list[tuple[int, int, int]]:
-    """Windows over n tokens as (begin, end, scored), behind `first` others: the last `scored` of each are predicted."""
-    if stride > window:
-        raise ConfigError(f"evaluate.stride {stride} leaves out tokens: give at most evaluate.window ({window}), or 0")
+def _spans(n: int, window: int, blocks: int, first: int = 0) -> list[tuple[int, int]]:
+    """Where windows over n tokens begin and end, behind `first` others of each."""
     length = window - first
     if n < length or length < 2:
-        raise ConfigError(
+        raise UserError(
             f"the evaluation text has {n} tokens, less than one window of {window}: give more text or lower "
             "evaluate.window"
         )
-    # What has nothing before it cannot be predicted.
-    unseen = 0 if first else 1
-    if stride >= length:
-        spans = [(begin, begin + length, length - unseen) for begin in range(0, n - length + 1, length)]
-    else:
-        begins = range(0, n - length + stride, stride)
-        ends = [min(begin + length, n) for begin in begins]
-        spans = [(b, end, end - done) for b, end, done in zip(begins, ends, [unseen, *ends], strict=False)]
-    return spans[: blocks or None]
+    return [(begin, begin + length) for begin in range(0, n - length + 1, length)][: blocks or None]
 
 
 def _window(first: Sequence[int], text: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -124,8 +111,8 @@ def last_states(
         blocks: how many; 0 takes all.
         first: token ids that each block begins with, as in `perplexity`.
     """
-    spans = _spans(len(tokens), window, window, blocks, len(first))
-    ids = (_window(first, tokens[begin:end], model.device)[None] for begin, end, _ in spans)
+    spans = _spans(len(tokens), window, blocks, len(first))
+    ids = (_window(first, tokens[begin:end], model.device)[None] for begin, end in spans)
     return torch.cat([model.base_model(input_ids=i, use_cache=False).last_hidden_state.cpu() for i in ids])
 
 
@@ -209,15 +196,11 @@ def sizes(model: PreTrainedModel, folder: Path) -> dict:
 
 def environment(device: torch.device) -> dict:
     """What the numbers were measured with: versions, hardware, threads and the time (UTC)."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux only; elsewhere the name above stands
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         **{package: version(package) for package in ("torch", "transformers", "lm_eval")},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": cpu,
+        "cpu": processor().get("model name") or platform.processor() or platform.machine(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

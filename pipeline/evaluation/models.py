@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.config import ConfigError, ModelConfig
+from nuteprune.config import ModelConfig
+from nuteprune.errors import UserError, first_line
 from nuteprune.exporting.folding import OWN_TYPES
 from nuteprune.model.hub import PICKLED, WEIGHTS, fetch
-from nuteprune.model.loading import check_attention, check_whole, first_line
+from nuteprune.model.loading import check_attention, check_whole
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def weight_bytes(path: str, config: ModelConfig) -> int:
     try:
         folder = fetch(path)
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (ConfigError, OSError, ValueError):
+    except (UserError, OSError, ValueError):
         return 0  # loading it says what is wrong
     dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype") or "float32"), torch.float32)
     files = list(folder.glob(WEIGHTS)) or folder.glob(PICKLED)
@@ -68,16 +69,16 @@ def load_any(
         device: the weights are read shard by shard onto it; a model that does not fit is spread over all devices.
 
     Raises:
-        ConfigError: no whole model or no tokenizer there, or code of its own that is not trusted.
+        UserError: no whole model or no tokenizer there, or code of its own that is not trusted.
     """
     check_attention(config)
     try:
         folder = fetch(path)
         asking = _asking_for_code(folder)
-    except (ConfigError, OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
+    except (UserError, OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
     if asking and not trust:
-        raise ConfigError(
+        raise UserError(
             f"model {path}: its {asking} asks to run Python code that came with it (auto_map), which may do anything "
             "you can: read that code, then set evaluate.trust_remote_code=true"
         )
@@ -91,7 +92,7 @@ def load_any(
             device_map=placement(weight_bytes(path, config), torch.device(device)),
         )  # fmt: skip
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
+        raise UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
     check_whole(path, info["missing_keys"])
     return model.eval(), tokenizer, folder
 

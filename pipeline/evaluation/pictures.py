@@ -46,7 +46,7 @@ def kept(file: Path, width: float = WIDTH) -> Figure | None:
     """Bars of the units that each layer kept, over the count it had, from an export's nuteprune.json.
 
     Args:
-        file: JSON with `kept` {unit: per layer a count, flags or indices; `hidden` for the model}, `original` counts.
+        file: JSON with `kept` {unit: by layer the indices that stayed; `hidden` of the model}, `original` counts.
 
     Returns:
         The picture; None where there is no such file or it lists no units.
@@ -66,26 +66,16 @@ def _kept(facts: dict, width: float) -> Figure | None:
     for unit, key in UNITS.items():
         layers = facts.get("kept", {}).get(unit)
         if isinstance(layers, list) and layers:
-            gates[unit] = _as_gates([_count(layer, original.get(key)) for layer in layers], original.get(key))
+            gates[unit] = _as_gates(list(map(len, layers)), original.get(key))
     hidden = facts.get("kept", {}).get("hidden")
     if gates and hidden and original.get("hidden"):
-        gates["hidden"] = _as_gates([_count(hidden, original["hidden"])], original["hidden"])
+        gates["hidden"] = _as_gates([len(hidden)], original["hidden"])
     return kept_figure(gates, width) if gates else None
 
 
 def _as_gates(counts: list[int], total: int | None) -> Tensor:
     """Counts of kept units as gates [L, U]."""
     return (torch.arange(total or max(counts)) < torch.tensor(counts)[:, None]).float()
-
-
-def _count(units: int | list, total: int | None) -> int:
-    """Kept units given as a count, as flags (one per unit), or as indices."""
-    if isinstance(units, int):
-        return units
-    flags = all(isinstance(unit, bool) for unit in units) or (
-        len(units) == total and set(units) <= {0, 1} and len(units) > 2
-    )
-    return sum(map(bool, units)) if flags else len(units)
 
 
 def training(file: Path, width: float = WIDTH) -> Figure | None:

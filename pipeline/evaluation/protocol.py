@@ -11,9 +11,10 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.config import ConfigError, DataConfig, EvaluateConfig
+from nuteprune.config import DataConfig, EvaluateConfig
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import read_rows, text_tokens
+from nuteprune.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ class ScoredText:
     name: str
     tokens: torch.LongTensor
     window: int
-    stride: int = 0
     blocks: int = 0
     first: tuple[int, ...] = ()
 
@@ -40,36 +40,34 @@ def scored_texts(settings: EvaluateConfig, data: DataConfig, tokenizer: PreTrain
     """The texts for perplexity: `evaluate.text`, or else the text the run is trained on; or as papers do.
 
     Raises:
-        ConfigError: see `load_text`; or as `published_text`.
+        UserError: see `load_text`; or as `published_text`.
     """
     if settings.protocol == "published":
-        name, text = published_text(settings)
+        name, text = published_text(settings, data.text_field)
         # The first token stands once, before the whole text: so the papers' code calls the tokenizer.
         ids = [*first_tokens(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
         tokens = torch.tensor(ids, dtype=torch.int64)
         return [ScoredText(f"{name}, windows of {window:,}", tokens, window) for window in PUBLISHED_WINDOWS]
     if settings.text:
-        found = {name: text_tokens(text, settings.text_field, tokenizer)
+        found = {name: text_tokens(text, data.text_field, tokenizer)
                  for name, text in zip(short_names(settings.text), settings.text, strict=True)}  # fmt: skip
     else:
         log.warning("evaluate.text is empty: perplexity is of the training text (%s), not held out", data.source)
         tokens = text_tokens(data.source, data.text_field, tokenizer, data.documents)
         found = {Path(data.source).name: tokens}
-    how = (settings.window, settings.stride, settings.blocks, first_tokens(tokenizer))
+    how = (settings.window, settings.blocks, first_tokens(tokenizer))
     return [ScoredText(name, tokens, *how) for name, tokens in found.items()]
 
 
-def published_text(settings: EvaluateConfig) -> tuple[str, str]:
+def published_text(settings: EvaluateConfig, field: str) -> tuple[str, str]:
     """WikiText-2's raw test set, its rows joined by blank lines, and its name; empty rows are rows too.
 
     Raises:
-        ConfigError: more than one text, one that cannot be read, or a hub that cannot be reached.
+        UserError: more than one text, one that cannot be read, or a hub that cannot be reached.
     """
     if len(settings.text) > 1:
-        raise ConfigError(
-            "evaluate.protocol=published scores one text: name WikiText-2's raw test set in evaluate.text"
-        )
-    text = _joined(Path(settings.text[0]), settings.text_field) if settings.text else _of_the_hub()
+        raise UserError("evaluate.protocol=published scores one text: name WikiText-2's raw test set in evaluate.text")
+    text = _joined(Path(settings.text[0]), field) if settings.text else _of_the_hub()
     if hashlib.sha256(text.encode()).hexdigest() == WIKITEXT2_SHA256:
         return "WikiText-2", text
     log.warning("evaluate.text %s is not WikiText-2's raw test set: papers' numbers do not compare", settings.text)
@@ -85,12 +83,12 @@ def short_names(paths: list[str]) -> list[str]:
 def _joined(file: Path, field: str) -> str:
     """The text of a file: .txt as it stands or in WikiText's own form, a row a line; other files by their rows."""
     if not file.is_file():
-        raise ConfigError(f"evaluate.text '{file}' is no file: name WikiText-2's raw test set")
+        raise UserError(f"evaluate.text '{file}' is no file: name WikiText-2's raw test set")
     if file.suffix != ".txt":
         try:
             return "\n\n".join(row[field] for row in read_rows(file, {}))
         except (KeyError, TypeError):
-            raise ConfigError(f"{file} has no text in a column '{field}': set evaluate.text_field") from None
+            raise UserError(f"{file} has no text in a column '{field}': set data.text_field") from None
     text = file.read_text(encoding="utf-8")
     if "\n\n" not in text:  # WikiText's own form: an empty line is a space
         text = "\n\n".join(line if line.strip() else "" for line in text.splitlines(keepends=True))
@@ -102,8 +100,7 @@ def _of_the_hub() -> str:
         return "\n\n".join(datasets.load_dataset(*WIKITEXT2, split="test")["text"])
     # The hub's client lets through what its HTTP library raises, and that library changes with its version.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            f"cannot read {WIKITEXT2[0]} from the hub ({reason}): name the file of WikiText-2's raw test set in "
-            "evaluate.text"
+        raise UserError(
+            f"cannot read {WIKITEXT2[0]} from the hub ({first_line(error)}): name the file of WikiText-2's raw test "
+            "set in evaluate.text"
         ) from error

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nuteprune.arch import ATTENTION, FUSED, PROJECTIONS, ArchSpec, family_of, fuse, projections
+from nuteprune.errors import UserError
 from nuteprune.exporting import modeling_ragged
 from nuteprune.masks import Gates, Kept
 from nuteprune.model.layers import LoraWeights
@@ -92,13 +93,13 @@ class Fold:
 
 
 def plan_fold(spec: ArchSpec, gates: Gates, lora: LoraWeights, scaling: float) -> Fold:
-    """The fold of given gates and LoRA; raises ValueError where no hidden dimension or no layer is left."""
+    """The fold of given gates and LoRA; raises UserError where no hidden dimension or no layer is left."""
     full = gates.detach().to("cpu", torch.float32).full(spec)
     kept = Kept.of(spec, full)
     if len(kept.hidden) == 0:
-        raise ValueError("no hidden dimension is left: lower the target sparsity")
+        raise UserError("no hidden dimension is left: lower the target sparsity")
     if len(kept.layers) == 0:
-        raise ValueError("no decoder layer is left: lower the target sparsity")
+        raise UserError("no decoder layer is left: lower the target sparsity")
     added = torch.stack(full.added_gates(spec))
     return Fold(spec, full.head_gate(spec), full.ffn_gate(spec), full.hidden, added, kept, lora, scaling)
 
@@ -112,10 +113,10 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
         shape: "uniform" (a stock class), "per_layer" or "per_layer_ffn" (a class of `modeling_ragged`).
 
     Raises:
-        ValueError: no stock class can hold these sizes.
+        UserError: no stock class can hold these sizes.
     """
     if (refusal := fold.spec.refusal([shape])) is not None:
-        raise ValueError(f"export.shape: {refusal}")
+        raise UserError(f"export.shape: {refusal}")
     kept = fold.kept.layers.tolist()
     every_group = fold.kept.heads_per_group
     every_width, family = fold.kept.ffn_widths, family_of(base)
@@ -153,7 +154,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
         return getattr(modeling_ragged, f"Ragged{stem}Config")(**values)
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     if fold.spec.hidden_divides and hidden % heads:
-        raise ValueError(
+        raise UserError(
             f"a stock {fold.spec.family} model like this one cannot have hidden size {hidden} with {heads} heads: "
             "use export.shape=per_layer, or leave `hidden` out of gates.units"
         )

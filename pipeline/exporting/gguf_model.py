@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 from nuteprune.exporting.gguf_families import (
     ARCHITECTURES,
     BLOCK,
@@ -58,26 +58,26 @@ def gguf_architecture(spec: ArchSpec, shape: str, config: PreTrainedConfig) -> s
     """llama.cpp's architecture for a family in a shape.
 
     Raises:
-        ConfigError: it has none, or lacks something that the model needs.
+        UserError: it has none, or lacks something that the model needs.
     """
     rope = rope_of(config)
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "yarn", "llama3") or _scaled_anew(rope) or rope.get("mscale"):
-        raise ConfigError(f"llama.cpp does not rotate positions as this model does (rope_type {kind}): {WITHOUT}")
+        raise UserError(f"llama.cpp does not rotate positions as this model does (rope_type {kind}): {WITHOUT}")
     if spec.family not in (*CHECKED, *ARCHITECTURES):
         known = ", ".join((*CHECKED, *ARCHITECTURES))
-        raise ConfigError(f"{spec.family} was never held against llama.cpp, which is written of {known}: {WITHOUT}")
+        raise UserError(f"{spec.family} was never held against llama.cpp, which is written of {known}: {WITHOUT}")
     if spec.family in CHECKED:
         if shape != "uniform":
             return "deci"
         whole = config.num_attention_heads * config.head_dim == config.hidden_size
         return "qwen2" if spec.family == "qwen2" and whole else "llama"
     if shape != "uniform":
-        raise ConfigError(
+        raise UserError(
             f"llama.cpp holds {spec.family} only where all layers are alike: use export.shape=uniform, or {WITHOUT}"
         )
     if lack := lacks(spec, config):
-        raise ConfigError(f"llama.cpp's {spec.family} has no {lack}, as this model has: {WITHOUT}")
+        raise UserError(f"llama.cpp's {spec.family} has no {lack}, as this model has: {WITHOUT}")
     return ARCHITECTURES[spec.family]
 
 
@@ -94,7 +94,7 @@ def write_gguf(
         quantisation: a key of `TYPES`.
 
     Raises:
-        ConfigError: weights too large for float16, or a tokenizer that llama.cpp does not know.
+        UserError: weights too large for float16, or a tokenizer that llama.cpp does not know.
     """
     config, (kind, file_type) = model.config, TYPES[quantisation]
     layers = _layers(config)
@@ -116,7 +116,7 @@ def write_gguf(
     for name, tensor in _tensors(state, config, layers, architecture):
         data, stored = tensor.float().contiguous().numpy(), _type_of(tensor, kind)
         if stored == gguf.GGMLQuantizationType.F16 and np.abs(data).max() > np.finfo(np.float16).max:
-            raise ConfigError(f"{name} is too large for float16: use export.gguf=f32")
+            raise UserError(f"{name} is too large for float16: use export.gguf=f32")
         writer.write_tensor_data(gguf.quantize(data, stored).view(np.uint8))
     writer.close()
     log.info("%s: architecture %s, %s", FILE, architecture, quantisation)

@@ -14,7 +14,7 @@ import gguf
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 from nuteprune.exporting.gguf_model import FILE, TYPES, write_gguf
 
 log = logging.getLogger(__name__)
@@ -27,18 +27,18 @@ _ERROR = 4
 
 
 def llama_cpp():
-    """llama.cpp's library and the `cffi` that speaks to it; raises ConfigError where it is not installed."""
+    """llama.cpp's library and the `cffi` that speaks to it; raises UserError where it is not installed."""
     try:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
         return get_lib(), get_ffi()
     except (ImportError, OSError) as error:
-        raise ConfigError(f"export.gguf: llama.cpp makes K-quants, and is not there ({error}): pip install {PACKAGE}, "
+        raise UserError(f"export.gguf: llama.cpp makes K-quants, and is not there ({error}): pip install {PACKAGE}, "
                           "or use export.gguf=q8_0") from None  # fmt: skip
 
 
 def check_quantizer(kind: str) -> None:
-    """ConfigError where `kind` of export.gguf needs a llama.cpp that is not installed."""
+    """UserError where `kind` of export.gguf needs a llama.cpp that is not installed."""
     if kind in K_QUANTS:
         llama_cpp()
 
@@ -75,7 +75,7 @@ def _quantize(whole: Path, into: Path, file_type: int) -> None:
     finally:
         lib.llama_log_set(ffi.NULL, ffi.NULL)
     if failed:
-        raise ConfigError(f"llama.cpp cannot quantize this model ({' '.join(errors)}): use export.gguf=q8_0")
+        raise UserError(f"llama.cpp cannot quantize this model ({' '.join(errors)}): use export.gguf=q8_0")
 
 
 def _say_what_fell_back(file: Path, kind: str) -> None:

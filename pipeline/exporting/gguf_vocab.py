@@ -11,8 +11,8 @@ import json
 import gguf
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.config import ConfigError
 from nuteprune.data.sequences import first_tokens
+from nuteprune.errors import UserError
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,7 +39,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict:
     """`model` ("gpt2" or "llama"), `pre` (name of the pre-tokenizer, or None) and `json` (the file) of a tokenizer.
 
     Raises:
-        ConfigError: llama.cpp has no rules for it.
+        UserError: llama.cpp has no rules for it.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {}
@@ -55,7 +55,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict:
         if pre and (content.get("normalizer") or {"type": "NFC"})["type"] == "NFC":
             return {"model": "gpt2", "pre": pre, "json": content}
         why = f"its pre-tokenizer is none of {', '.join(sorted(set(_PRE_TOKENIZERS.values())))}"
-    raise ConfigError(f"no GGUF can be written of this model: {why}; export without export.gguf and use llama.cpp's "
+    raise UserError(f"no GGUF can be written of this model: {why}; export without export.gguf and use llama.cpp's "
                       "own converter if it knows the tokenizer")  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class MaskedModel:
 
 
 def load(config: Config) -> MaskedModel:
-    """The student that `config.export` asks for; raises `ConfigError` as the export does."""
+    """The student that `config.export` asks for; raises `UserError` as the export does."""
     trained, world = open_run(config.run_dir, config.model), discover()
     base = read_base(trained.config.model)
     spec, model = base.spec, load_model(base, world.device)

@@ -38,13 +38,11 @@ class RaggedConfig(Config):
 
     A layer may differ in `num_attention_heads`, `num_key_value_heads`, `intermediate_size` and, with experts, in their
     number and width; where its KV groups are unequal, `heads_per_group` lists their query heads; `skip` names what it
-    lacks, "attention" or "mlp". Older exports say the same in `heads_per_group` ([]: no attention) and `ffn_sizes` (0:
-    none), one entry for each layer.
+    lacks, "attention" or "mlp".
     `block_configs`, where they are there, say it once more for DeciLM of vLLM, which serves such a model unmodified.
     """
 
     heads_per_group: Any = None
-    ffn_sizes: Any = None
     block_configs: list[Block] | None = None
     base_model_tp_plan = None  # unequal groups cannot be split evenly over devices
     # Stock code may read the whole model's sizes, which are the largest ones, and without a warning at each look.
@@ -78,8 +76,6 @@ class RaggedConfig(Config):
 
     def layer_sizes(self, index: int) -> tuple[list[int], int]:
         """Query heads of each KV group ([]: no attention) and FFN width (0: none) of a layer."""
-        if self.ffn_sizes is not None:
-            return self.heads_per_group[index], self.ffn_sizes[index]
         layer = self.per_layer_config[index]
         skip, heads, count = getattr(layer, "skip", ()), layer.num_attention_heads, layer.num_key_value_heads
         groups = [] if "attention" in skip else layer.heads_per_group or [heads // count] * count
@@ -87,9 +83,7 @@ class RaggedConfig(Config):
         return groups, 0 if "mlp" in skip else width
 
     def validate_architecture(self):
-        """The layers' own widths must fit; LLaMA's hidden % heads == 0 does not apply with an explicit head_dim."""
-        if self.ffn_sizes and not len(self.heads_per_group) == len(self.ffn_sizes) == self.num_hidden_layers:
-            raise ValueError(f"heads_per_group and ffn_sizes must have {self.num_hidden_layers} entries, one per layer")
+        """Nothing: LLaMA's hidden % heads == 0 does not apply with an explicit head_dim."""
 
 
 class Absent(nn.Module):
@@ -112,22 +106,16 @@ class Ragged(Model):
         config.per_layer_config = None  # at first all layers are as wide as the widest one
         super().__init__(config)
         config.per_layer_config = per_layer
-        # Older exports hold the norms of absent sublayers too.
-        ignored = set(getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ())
         decoder: Any = getattr(self, "model", self)
         for index, layer in enumerate(decoder.layers):
             groups, ffn = config.layer_sizes(index)
             _resize_attention(layer.self_attn, groups)
             _resize_ffn(layer.mlp, ffn, getattr(config.per_layer_config[index], "num_local_experts", 0))
-            if not groups:
-                ignored.add(rf"layers\.{index}\.self_attn\.[qk]_norm\.")
             if hasattr(layer, "post_feedforward_layernorm"):  # norms behind the sublayers stay
                 continue
             for name, there in (("input_layernorm", groups), ("post_attention_layernorm", ffn)):
                 if not there:
                     setattr(layer, name, nn.Identity())
-                    ignored.add(rf"layers\.{index}\.{name}\.")
-        self._keys_to_ignore_on_load_unexpected = ignored
         self.set_attn_implementation(self.config._attn_implementation)
 
     def set_attn_implementation(self, attn_implementation: str, **kwargs):

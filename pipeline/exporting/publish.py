@@ -7,9 +7,10 @@ import logging
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from nuteprune.config import ConfigError, ExportConfig
+from nuteprune.config import ExportConfig
+from nuteprune.errors import UserError, first_line
 from nuteprune.runs.checkpoint import CheckpointError, recorded, verify
 
 log = logging.getLogger(__name__)
@@ -21,21 +22,21 @@ def push(directory: Path, config: ExportConfig) -> str:
     Only the files of its manifest go there: not what else lies in the directory, or is linked from it.
 
     Raises:
-        ConfigError: the export is damaged, or the hub cannot be reached or refuses (no token, no right to write, …).
+        UserError: the export is damaged, or the hub cannot be reached or refuses (no token, no right to write, …).
     """
     repo = config.push_to_hub
     try:
         verify(directory)
         names = [glob.escape(name) for name in recorded(directory)]
         api = HfApi()
-        address = api.create_repo(repo, private=config.hub_private, exist_ok=True)
+        address = api.create_repo(repo, private=True, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=directory, allow_patterns=names,
                           commit_message="Pruned with NutePrune")  # fmt: skip
     except CheckpointError as error:
-        raise ConfigError(f"{error}: export again before it is pushed") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{error}: export again before it is pushed") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = first_line(error)
         token = get_token()
-        raise ConfigError(f"export.push_to_hub {repo}: {reason.replace(token, '***') if token else reason}") from None
+        raise UserError(f"export.push_to_hub {repo}: {reason.replace(token, '***') if token else reason}") from None
     log.info("pushed %s to %s", directory, address)
     return str(address)

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
 from nuteprune.data.prepared import TrainingText
+from nuteprune.errors import UserError
 from nuteprune.exporting.card import RECORD, Result, kept_record, model_card
 from nuteprune.exporting.folding import exported_parameters, fold_model, model_class, plan_fold, small_config
 from nuteprune.exporting.publish import push
@@ -46,7 +47,7 @@ def export_model(config: Config) -> Path:
     """Export the run in `config.run_dir`; returns the directory of the small model.
 
     Raises:
-        ConfigError: no finished run there, an output directory that is not ours to replace, a sparsity the run has no
+        UserError: no finished run there, an output directory that is not ours to replace, a sparsity the run has no
             snapshot of, or a structure that the asked shape cannot hold.
         ExportError: the small model failed its checks.
     """
@@ -57,11 +58,8 @@ def export_model(config: Config) -> Path:
     shape = export_gates(config.export, trained).shape
     dtype = exported_dtype(base, config.export.dtype)
     model = load_model(base)
-    try:
-        fold = plan_fold(base.spec, student.gates, student.lora, student.scaling)
-        small = small_config(model.config, fold, shape)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    fold = plan_fold(base.spec, student.gates, student.lora, student.scaling)
+    small = small_config(model.config, fold, shape)
     plan = ExportPlan(trained, student, fold, small, shape, dtype, base.tokenizer, model.generation_config,
                       config.export)  # fmt: skip
     first, *others = [target for target in TARGETS.values() if target.check(plan)]
@@ -79,20 +77,20 @@ def export_model(config: Config) -> Path:
 
 
 def output_directory(config: Config, trained: Run) -> Path:
-    """Where the model goes; raises `ConfigError` if something else than an earlier export is there."""
+    """Where the model goes; raises `UserError` if something else than an earlier export is there."""
     output = Path(config.export.output) if config.export.output else trained.directory / "export"
     if output.resolve() == Path(trained.config.model.path).resolve():
-        raise ConfigError(f"export.output {output} is the base model itself: choose another directory")
+        raise UserError(f"export.output {output} is the base model itself: choose another directory")
     if output.exists() and not output.is_dir():
-        raise ConfigError(f"export.output {output} is a file: choose a directory")
+        raise UserError(f"export.output {output} is a file: choose a directory")
     ours = (output / MANIFEST).is_file() and (output / RECORD).is_file()
     if output.is_dir() and any(output.iterdir()) and not ours:
-        raise ConfigError(f"export.output {output} holds files that are not an earlier export: choose another one")
+        raise UserError(f"export.output {output} holds files that are not an earlier export: choose another one")
     return output
 
 
 def exported_dtype(base: Base, asked: str) -> torch.dtype:
-    """The type of the exported weights (`as_base`: that of the base's files); raises `ConfigError` as `check_dtype`."""
+    """The type of the exported weights (`as_base`: that of the base's files); raises `UserError` as `check_dtype`."""
     stored = (base.config.dtype or torch.float32) if asked == "as_base" else getattr(torch, asked)
     check_dtype(base.spec, str(stored).removeprefix("torch."), "export.dtype")
     return stored

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError, GateConfig
+from nuteprune.config import GateConfig
+from nuteprune.errors import UserError
 from nuteprune.masks.kept import Kept
 
 TOLERANCE = 0.009
@@ -112,7 +113,7 @@ def every(spec: ArchSpec, kinds: Collection[str], near: Counts, rounding: Roundi
             range(spec.top_k, spec.experts + 1))  # fmt: skip
     found = _product(spec, kinds, axes, rounding)
     if not found:
-        raise ConfigError(
+        raise UserError(
             f"{spec.family} wants a hidden size that its heads divide, and none near by is: leave hidden out of "
             "gates.units, or add heads"
         )

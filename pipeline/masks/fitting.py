@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError, Shape
+from nuteprune.config import Shape
+from nuteprune.errors import UserError
 from nuteprune.masks.counts import Rounding
 from nuteprune.masks.gates import Gates, sparsity_of
 from nuteprune.masks.kept import Kept
@@ -38,10 +39,10 @@ def fit_shape(
         like: the run's final student, whose kind of structure is taken where one has to be chosen.
 
     Raises:
-        ConfigError: whole sublayers are removed but the shape is uniform, or the target is missed.
+        UserError: whole sublayers are removed but the shape is uniform, or the target is missed.
     """
     if shape == "uniform" and any((gates.as_dict()[k] == 0).any() for k in SUBLAYERS if k in gates.as_dict()):
-        raise ConfigError(
+        raise UserError(
             "the run removed whole sublayers, which no stock model lacks: use export.shape=per_layer_ffn or per_layer"
         )
     before = sparsity_of(spec, gates)
@@ -59,9 +60,9 @@ def fit_shape(
             "%d units change to fit the %s shape at %.2f%% (%.2f%% before)",
             kept.changed(Kept.of(spec, settled)), shape, 100 * reached, 100 * before)  # fmt: skip
     if abs(reached - target) > POINT:
-        raise ConfigError(
-            f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: lower export.ffn_multiple and "
-            "export.hidden_multiple, or gate more kinds of units"
+        raise UserError(
+            f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: take another "
+            "sparsity, or export.shape=per_layer"
         )
     return settled
 

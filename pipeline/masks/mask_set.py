@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError, GateConfig
+from nuteprune.config import GateConfig
+from nuteprune.errors import UserError
 from nuteprune.masks import hard_concrete as hc
 from nuteprune.masks.counts import Rounding
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
 from nuteprune.masks.selection import cheapest_units, most_removed, select_units
 
+DROP_RATE = 0.01
+"""Probability that a unit is dropped at the start (the paper's); `gates.init=importance` replaces it."""
 POINT = 0.01
 """The exported sparsity may be this far from the target."""
 _MARGIN = 60.0
@@ -45,25 +48,25 @@ def gated_kinds(spec: ArchSpec, units: Sequence[str]) -> list[str]:
 
 
 def check_target(spec: ArchSpec, config: GateConfig, target: float, lora: Sequence[str] = ()) -> None:
-    """Raise `ConfigError` if the selected units cannot reach the target, or cannot be removed in the shape asked.
+    """Raise `UserError` if the selected units cannot reach the target, or cannot be removed in the shape asked.
 
     Or if the family cannot have LoRA on the projections in `lora`.
     """
     if (refusal := spec.refusal(config.units)) is not None:
-        raise ConfigError(f"gates.units: {refusal}")
+        raise UserError(f"gates.units: {refusal}")
     if config.shape == "uniform" and {"attn_sublayers", "ffn_sublayers"} & set(config.units):
-        raise ConfigError(
+        raise UserError(
             "gates.units: whole sublayers need gates.shape=per_layer_ffn or per_layer (no stock model lacks a "
             "sublayer); in the uniform shape gate `layers`"
         )
     if (refusal := spec.refusal([config.shape])) is not None:
-        raise ConfigError(f"gates.shape: {refusal}")
+        raise UserError(f"gates.shape: {refusal}")
     if (refusal := spec.refusal(lora)) is not None:
-        raise ConfigError(f"lora.targets: {refusal}")
+        raise UserError(f"lora.targets: {refusal}")
     kinds = gated_kinds(spec, config.units)
     most = most_removed(spec, kinds, config.shape)
     if target > most:
-        raise ConfigError(
+        raise UserError(
             f"sparsity.target {target:g} is out of reach: removing {', '.join(config.units)} takes away at most "
             f"{most:.3f} of this model; add units to gates.units or lower the target"
         )
@@ -71,7 +74,7 @@ def check_target(spec: ArchSpec, config: GateConfig, target: float, lora: Sequen
     scores = {k: torch.rand(unit_shape(spec, k), generator=generator) for k in kinds}
     nearest = sparsity_of(spec, select_units(spec, scores, target, config.shape, Rounding.of(config)))
     if abs(nearest - target) > POINT:
-        raise ConfigError(
+        raise UserError(
             f"sparsity.target {target:g}: {', '.join(config.units)} are so coarse in the {config.shape} shape that the "
             f"nearest reachable sparsity is {nearest:.3f}; use that, or add ffn to gates.units"
         )
@@ -82,7 +85,7 @@ class MaskSet(nn.Module):
 
     Args:
         spec: the architecture.
-        config: which units, temperature, initial drop rate, clamp, shape.
+        config: which units, temperature, optimizer, shape.
 
     Attributes:
         log_alpha: float32 parameters by kind, shapes as in `unit_shape`.
@@ -95,7 +98,7 @@ class MaskSet(nn.Module):
         self.spec, self.config = spec, config
         self.kinds = gated_kinds(spec, config.units)
         # As in the public code of Louizos et al.: log-alpha = logit(1 - drop rate), and a little noise to break ties.
-        start = math.log(1 - config.init_drop_rate) - math.log(config.init_drop_rate)
+        start = math.log(1 - DROP_RATE) - math.log(DROP_RATE)
         self.log_alpha = nn.ParameterDict(
             {k: nn.Parameter(start + 0.01 * torch.randn(unit_shape(spec, k))) for k in self.kinds}
         )
@@ -222,7 +225,7 @@ class MaskSet(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Clamp log-alpha to ±`gates.clamp` if that is set (the paper: log 100)."""
+        """Clamp log-alpha as the paper does beside AdamW (`gates.optimizer=adam`)."""
         if self.config.clamp:
             for la in self.log_alpha.values():
                 la.clamp_(-self.config.clamp, self.config.clamp)

@@ -8,6 +8,8 @@ from functools import cached_property
 
 from nuteprune.config import Config, GateConfig, SparsityConfig, TrainConfig
 
+LORA_WARMUP = 0.03
+"""Share of the steps over which LoRA's learning rate rises from 0."""
 _LEAST_NOISE = 1e-3
 """A geometric path cannot begin or end at 0."""
 
@@ -47,15 +49,15 @@ class Schedule:
     def target(self, step: int) -> float:
         """Target sparsity after optimizer step `step` (0-based): rises to the full target by the warm-up's end.
 
-        Linear as in the paper (section 3.2), or cubic as in Zhu & Gupta 2017: t·(1 − (1 − p)³).
+        Linear for the Lagrangian as in the paper (section 3.2), else cubic as in Zhu & Gupta 2017: t·(1 − (1 − p)³).
         """
         progress = min(1.0, (step + 1) / self.warmup)
-        if self.sparsity.schedule == "cubic":
+        if self.sparsity.constraint == "projection":
             progress = 1.0 - (1.0 - progress) ** 3
         return self.sparsity.target * progress
 
     def noise(self, step: int) -> float:
-        """Noise scale ν at `step`: geometric from `gates.noise` to `gates.noise_end` at the step the gates settle."""
+        """Noise scale ν at `step`: geometric from `gates.noise` to `noise_end` at the step the gates settle."""
         start, end = self.gates.noise, self.gates.noise_end
         if start == end:
             return start
@@ -63,14 +65,13 @@ class Schedule:
         return start * (end / start) ** min(1.0, step / max(1, self.settle - 1))
 
     def lora_lr(self, step: int) -> float:
-        """LoRA's learning rate: linear warm-up, then constant, cosine to a tenth of the peak, or linear to 0."""
+        """LoRA's learning rate: linear warm-up, then cosine to a tenth of the peak; the paper's linear to 0."""
         train = self.train
-        warm = max(1, round(train.lora_warmup * self.total))
+        papers = train.lora_optimizer == "adamw"
+        warm = 1 if papers else max(1, round(LORA_WARMUP * self.total))
         if step < warm:
             return train.lora_lr * (step + 1) / warm
-        if train.lora_schedule == "constant":
-            return train.lora_lr
         progress = (step - warm) / max(1, self.total - warm)
-        if train.lora_schedule == "linear":
+        if papers:
             return train.lora_lr * (1 - progress)
         return train.lora_lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))

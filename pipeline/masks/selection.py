@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError, GateConfig, Shape
+from nuteprune.config import GateConfig, Shape
+from nuteprune.errors import UserError
 from nuteprune.masks.counts import (
     EXACT,
     TOLERANCE,
@@ -69,14 +70,14 @@ def select_units(
 
     Raises:
         ValueError: uniform shape with sublayer scores, which no stock architecture can hold.
-        ConfigError: the tensor-parallel size does not divide the model's KV groups.
+        UserError: the tensor-parallel size does not divide the model's KV groups.
     """
     scores = {k: s.detach().double().cpu() for k, s in scores.items()}
     if shape == "uniform" and ({"attn_sublayers", "ffn_sublayers"} & set(scores)):
         raise ValueError("whole sublayers cannot be removed in the uniform shape: use per_layer_ffn or per_layer")
     if shape != "per_layer" and spec.kv_heads % rounding.parallel:
         fitting = ", ".join(str(n) for n in range(1, spec.kv_heads + 1) if spec.kv_heads % n == 0)
-        raise ConfigError(
+        raise UserError(
             f"tensor_parallel {rounding.parallel} does not divide the model's {spec.kv_heads} KV groups: use one of "
             f"{fitting}, or the per_layer shape"
         )

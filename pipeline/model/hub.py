@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import get_session
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def _ask() -> str:
             get_session().head(constants.ENDPOINT, timeout=PATIENCE)
             failed.clear()
         except Exception as error:  # the client's HTTP library, and so its errors, change with its version
-            failed[:] = [(str(error).strip() or type(error).__name__).splitlines()[0]]
+            failed[:] = [first_line(error)]
 
     asking = threading.Thread(target=ask, daemon=True)  # a name server can keep it for longer than its timeout
     asking.start()
@@ -68,7 +68,7 @@ def fetch(path: str) -> Path:
     """The directory of a model's files, downloaded into the hub's cache where `path` is a hub id.
 
     Raises:
-        ConfigError: there is no such directory or model, or it cannot be downloaded.
+        UserError: there is no such directory or model, or it cannot be downloaded.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -81,8 +81,7 @@ def fetch(path: str) -> Path:
             snapshot_download(path, allow_patterns=[PICKLED], ignore_patterns=TWICE)
     # The client lets through what its HTTP library raises.
     except Exception as error:
-        reason = why or str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.path {path}: neither a directory here nor a model the hub would give ({reason})"
+        raise UserError(
+            f"model.path {path}: neither a directory here nor a model the hub would give ({why or first_line(error)})"
         ) from None
     return folder

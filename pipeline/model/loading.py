@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from nuteprune.arch import ArchSpec, read_spec
-from nuteprune.config import ConfigError, ModelConfig
+from nuteprune.config import ModelConfig
+from nuteprune.errors import UserError, first_line
 from nuteprune.model.hub import PICKLED, WEIGHTS, unreachable
 
 
@@ -54,13 +55,13 @@ class Base:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer; raises `ConfigError` where there is none, or one with more tokens than the vocabulary."""
+        """Its tokenizer; raises `UserError` where there is none, or one with more tokens than the vocabulary."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"model.path {self.path}: no usable tokenizer there ({first_line(error)})") from None
+            raise UserError(f"model.path {self.path}: no usable tokenizer there ({first_line(error)})") from None
         if len(tokenizer) > self.spec.vocab:
-            raise ConfigError(
+            raise UserError(
                 f"model.path {self.path}: the tokenizer has {len(tokenizer)} tokens but the model only "
                 f"{self.spec.vocab}: they do not belong together"
             )
@@ -77,7 +78,7 @@ def read_base(settings: ModelConfig) -> Base:
     """What can be known of the base model before its weights are read.
 
     Raises:
-        ConfigError: no such model, an unsupported family, or a type or an attention that it cannot compute in.
+        UserError: no such model, an unsupported family, or a type or an attention that it cannot compute in.
     """
     check_attention(settings)
     config, spec = read_config(settings.path)
@@ -86,46 +87,46 @@ def read_base(settings: ModelConfig) -> Base:
 
 
 def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
-    """transformers' configuration of a model and its `ArchSpec`; raises `ConfigError` as `read_base` does."""
+    """transformers' configuration of a model and its `ArchSpec`; raises `UserError` as `read_base` does."""
     if not path:
-        raise ConfigError("model.path is empty: set it to a model directory or a hub id")
+        raise UserError("model.path is empty: set it to a model directory or a hub id")
     silent = "" if Path(path).exists() else unreachable()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         if Path(path).exists():
-            raise ConfigError(f"model.path {path}: no readable config.json there ({first_line(error)})") from None
-        raise ConfigError(
+            raise UserError(f"model.path {path}: no readable config.json there ({first_line(error)})") from None
+        raise UserError(
             f"model.path {path}: neither a directory here nor a model the hub would give "
             f"({silent or first_line(error)})"
         ) from None
     try:
         return config, read_spec(config)
-    except ValueError as error:
-        raise ConfigError(f"model.path {path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"model.path {path}: {error}") from None
 
 
 def check_dtype(spec: ArchSpec, dtype: str, setting: str = "model.dtype") -> None:
-    """Raise `ConfigError` for a type that a family cannot compute in, named by the setting that asks for it."""
+    """Raise `UserError` for a type that a family cannot compute in, named by the setting that asks for it."""
     if (refusal := spec.refusal([dtype])) is not None:
-        raise ConfigError(f"{setting}: {refusal}")
+        raise UserError(f"{setting}: {refusal}")
 
 
 def check_attention(config: ModelConfig) -> None:
-    """Raise `ConfigError` for an attention that does not compute in the model's type."""
+    """Raise `UserError` for an attention that does not compute in the model's type."""
     if config.attention == "flash_attention_2" and config.dtype == "float32":
-        raise ConfigError("model.attention=flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
+        raise UserError("model.attention=flash_attention_2 computes in 16 bits: set model.dtype=bfloat16")
 
 
 def load_model(base: Base, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The pretrained model, unmodified and whole, on a device.
 
     Raises:
-        ConfigError: missing, damaged or incomplete weights.
+        UserError: missing, damaged or incomplete weights.
     """
     directory = Path(base.path)
     if directory.is_dir() and not any(p for pattern in (WEIGHTS, PICKLED) for p in directory.glob(pattern)):
-        raise ConfigError(f"model.path {base.path}: config.json but no weights (*.safetensors) there")
+        raise UserError(f"model.path {base.path}: config.json but no weights (*.safetensors) there")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             base.path, dtype=base.dtype, attn_implementation=base.settings.attention,
@@ -136,17 +137,12 @@ def load_model(base: Base, device: torch.device | str = "cpu") -> PreTrainedMode
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, UnpicklingError, struct.error, RuntimeError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path {base.path}: the weights cannot be loaded ({first_line(error)})") from None
+        raise UserError(f"model.path {base.path}: the weights cannot be loaded ({first_line(error)})") from None
     check_whole(base.path, info["missing_keys"])
     return model.to(device)
 
 
 def check_whole(path: str, missing: Collection[str]) -> None:
-    """Raise `ConfigError` for a model that lacks these weights."""
+    """Raise `UserError` for a model that lacks these weights."""
     if missing:
-        raise ConfigError(f"model {path}: {len(missing)} weights are missing, first {min(missing)}")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"model {path}: {len(missing)} weights are missing, first {min(missing)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 
 HIDDEN = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 """Variables with which a user, or SLURM, hides all GPUs: empty, -1 or NoDevFiles."""
@@ -20,9 +20,9 @@ OWN_MEMORY = 6e9
 
 
 def check_gpu() -> None:
-    """Raise `ConfigError` where the machine has a GPU and torch none: on its CPU a run would take days for hours."""
+    """Raise `UserError` where the machine has a GPU and torch none: on its CPU a run would take days for hours."""
     if found := unseen_gpu():
-        raise ConfigError(
+        raise UserError(
             f"this machine has a GPU ({found}), but {build()} does not see it: install a torch that fits its driver "
             "(pytorch.org/get-started/locally), or set CUDA_VISIBLE_DEVICES= (empty) to compute on the CPU"
         )

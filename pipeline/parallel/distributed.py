@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError, first_line
 from nuteprune.parallel.device import check_gpu
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -97,7 +97,7 @@ class World:
         """What `work` returns on this rank, after it has ended on all of them, however long that takes; collective.
 
         It runs beside the ranks' meetings, so that no meeting is waited for longer than `PAUSE`; it must not
-        communicate. A `ConfigError` on any rank is raised on all.
+        communicate. A `UserError` on any rank is raised on all.
         """
         future: Future = Future()
         if self.size == 1:
@@ -117,20 +117,21 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block after which all ranks go on or none: a `ConfigError` on any of them is raised on all.
+        """A block after which all ranks go on or none: a `UserError` on any of them is raised on all.
 
         Nothing in the block may communicate, since a rank that fails leaves it early.
         """
         error = None
         try:
             yield
-        except ConfigError as caught:
+        except UserError as caught:
             error = caught
-        messages = self.gather(None if error is None else str(error))
-        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        found = self.gather(None if error is None else (type(error), str(error)))
+        failed = [rank for rank, fault in enumerate(found) if fault is not None]
         if failed:
+            kind, message = found[failed[0]]
             where = f"rank {failed[0]}: " if 0 < len(failed) < self.size else ""
-            raise ConfigError(where + messages[failed[0]]) from error
+            raise kind(where + message) from error
 
 
 def discover(computes: bool = True) -> World:
@@ -142,7 +143,7 @@ def discover(computes: bool = True) -> World:
         computes: False for what needs no GPU: none is opened, which would take half a gigabyte of its memory.
 
     Raises:
-        ConfigError: the launcher's variables contradict each other; or there is a GPU that torch does not see.
+        UserError: the launcher's variables contradict each other; or there is a GPU that torch does not see.
     """
     # Shapes change with every sample of the gates: without it freed blocks fit no new one, and memory runs out early.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
@@ -190,7 +191,7 @@ def connected(world: World, timeout: int) -> Iterator[None]:
         if not _is_about_peers(error):
             raise
         raise RankLost(
-            f"rank {world.rank} of {world.size} lost another rank ({str(error).strip().splitlines()[0][:150]}): see "
+            f"rank {world.rank} of {world.size} lost another rank ({first_line(error, 150)}): see "
             "the other ranks' messages; start again to go on from the newest checkpoint"
         ) from error
     finally:
@@ -215,7 +216,7 @@ def _from_torchrun() -> Place | None:
         return None
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} is not: start with torchrun or unset WORLD_SIZE")
+        raise UserError(f"WORLD_SIZE is set but {', '.join(missing)} is not: start with torchrun or unset WORLD_SIZE")
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     return int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]), int(local_size)
 

@@ -1,4 +1,4 @@
-"""Memory of this machine that a process may still take."""
+"""This machine: its processor, and the memory that a process may still take."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from pathlib import Path
 import psutil
 
 _CGROUPS = Path("/sys/fs/cgroup")
+
+
+def processor() -> dict[str, str]:
+    """Facts of the processor by their names in /proc/cpuinfo; none where there is no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def free_memory() -> int:

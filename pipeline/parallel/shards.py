@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from nuteprune.arch import ArchSpec, family_of, split_fused, stored
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError, first_line
 from nuteprune.model.loading import Base, check_whole
 from nuteprune.parallel.distributed import World
 
@@ -32,7 +32,7 @@ def load_partitioned(base: Base, world: World, settings: dict) -> PreTrainedMode
         settings: complete DeepSpeed settings, stage 3.
 
     Raises:
-        ConfigError: no safetensors there, or weights are missing or damaged.
+        UserError: no safetensors there, or weights are missing or damaged.
     """
     import deepspeed
 
@@ -102,7 +102,7 @@ def _files(path: str) -> dict[str, Path]:
         weights = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         found = {name: Path(cached_file(path, name)) for name in sorted(set(weights.values()))}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ConfigError(
-            f"model.path {path}: ZeRO-3 reads safetensors, and they cannot be read ({str(error).splitlines()[0][:200]})"
+        raise UserError(
+            f"model.path {path}: ZeRO-3 reads safetensors, and they cannot be read ({first_line(error)})"
         ) from None
     return {weight: found[name] for weight, name in weights.items()}

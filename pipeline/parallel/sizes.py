@@ -65,17 +65,6 @@ def zero3_sizes(spec: ArchSpec) -> dict[str, int]:
     }
 
 
-def nvme_buffers(spec: ArchSpec, ranks: int) -> dict[str, int]:
-    """DeepSpeed's buffers between a disk and ZeRO-3: one holds a rank's share of any tensor, in elements.
-
-    As many as the matrices of three layers (at work, gathered next, read next), the embedding and the head.
-    """
-    threshold = persistence_threshold(spec)
-    matrices = [t for t in layer_tensors(spec) if t > threshold]
-    largest = max(spec.vocab * spec.hidden, *matrices)
-    return {"buffer_size": -(-largest // ranks), "buffer_count": 3 * len(matrices) + 2}
-
-
 def persistence_threshold(spec: ArchSpec) -> int:
     """Elements up to which ZeRO-3 keeps a tensor whole on every rank: the largest norm or bias."""
     return max(_vectors(spec))

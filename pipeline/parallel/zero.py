@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,54 +19,68 @@ import torch.distributed
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError, LoraConfig
+from nuteprune.config import Config, LoraConfig
+from nuteprune.errors import UserError
 from nuteprune.model.loading import Base, load_model
 from nuteprune.model.pairing import PairedDecoderLayer, PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.shards import load_partitioned
-from nuteprune.parallel.sizes import nvme_buffers, total_parameters, zero3_sizes
+from nuteprune.parallel.sizes import zero3_sizes
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 _OURS = {
     "optimizer": "the run has its own optimizers: see train.lora_lr and gates.optimizer",
-    "scheduler": "the run has its own schedule: see train.lora_schedule",
-    "gradient_clipping": "set train.grad_clip",
+    "scheduler": "the run has its own schedule: see train.lora_optimizer",
+    "gradient_clipping": "the run clips LoRA's gradient at a norm of 1",
 }
 """Keys of a DeepSpeed file that would do nothing here, and what to do instead."""
 
+_READ_AT_2 = {
+    "zero_optimization", "zero_optimization.stage", "train_batch_size", "gradient_accumulation_steps", "bf16", "fp16",
+}  # fmt: skip
+"""Keys of a stage 2 file that are read, or must say what the run says."""
+
 
 def read_deepspeed(name: str) -> dict:
-    """The DeepSpeed settings of a name in ds_configs/ or a JSON file; raises `ConfigError` for one that cannot work."""
+    """The DeepSpeed settings of a name in ds_configs/ or a JSON file; raises `UserError` for one that cannot work."""
     path = next((p for p in (DS_CONFIGS / f"{name}.json", Path(name)) if p.is_file()), None)
     if path is None:
         known = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
-        raise ConfigError(f"deepspeed '{name}': no such file; use one of {known}, or the path of a JSON file")
+        raise UserError(f"deepspeed '{name}': no such file; use one of {known}, or the path of a JSON file")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"deepspeed {path}: not readable as JSON ({error})") from None
+        raise UserError(f"deepspeed {path}: not readable as JSON ({error})") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
-        raise ConfigError(f"deepspeed {path}: has no section zero_optimization, which says what is partitioned")
+        raise UserError(f"deepspeed {path}: has no section zero_optimization, which says what is partitioned")
     for key, advice in _OURS.items():
         if key in settings:
-            raise ConfigError(f"deepspeed {path}: remove {key}; {advice}")
+            raise UserError(f"deepspeed {path}: remove {key}; {advice}")
     zero = settings["zero_optimization"]
     stage = zero.get("stage")
     if stage not in (2, 3):
-        raise ConfigError(f"deepspeed {path}: zero_optimization.stage must be 2 or 3, got {stage!r}")
-    only = sorted(key for key in zero if key.startswith(("stage3", "offload", "zero_hpz")))
-    if stage == 2 and only:
-        raise ConfigError(f"deepspeed {path}: {only[0]} needs stage 3, under stage 2 every rank holds the whole model")
+        raise UserError(f"deepspeed {path}: zero_optimization.stage must be 2 or 3, got {stage!r}")
+    if stage == 2 and (unread := _unread(settings)):
+        raise UserError(
+            f"deepspeed {path}: remove {', '.join(unread)}: stage 2 is torch's ZeroRedundancyOptimizer here, which "
+            "spreads the state of LoRA's AdamW and reads none of it; every rank holds the whole model and all gradients"
+        )
     if "offload_optimizer" in zero:
-        raise ConfigError(f"deepspeed {path}: remove offload_optimizer; only LoRA has one, on each rank's device")
+        raise UserError(f"deepspeed {path}: remove offload_optimizer; only LoRA has one, on each rank's device")
     return settings
+
+
+def _unread(settings: dict) -> list[str]:
+    """Keys of a stage 2 file that say something and that nothing reads."""
+    zero = {f"zero_optimization.{key}": value for key, value in settings["zero_optimization"].items()}
+    return [key for key, value in (settings | zero).items() if key not in _READ_AT_2 and value != "auto"]
 
 
 def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
     """The complete DeepSpeed settings of a run: its file, with batch, precision and sizes filled in; None without.
 
     Raises:
-        ConfigError: the file cannot be used, contradicts the run's configuration, or does not suit the ranks.
+        UserError: the file cannot be used, contradicts the run's configuration, or does not suit the ranks.
     """
     if not config.deepspeed:
         return None
@@ -87,8 +98,11 @@ def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
         for key, size in zero3_sizes(spec).items():
             if zero.get(key, "auto") == "auto":
                 zero[key] = size
-        if isinstance(zero.get("offload_param"), dict):
-            _fill_offload(zero["offload_param"], spec, world)
+        offload = zero.get("offload_param")
+        if isinstance(offload, dict):
+            if offload.get("device") == "nvme":
+                raise UserError(f"deepspeed {config.deepspeed}: offload_param to nvme is not supported: use cpu")
+            offload.setdefault("pin_memory", world.device.type == "cuda")
         _check_hpz(zero, world)
     _validate(config.deepspeed, zero)
     return settings
@@ -96,7 +110,7 @@ def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
 
 def _fill(settings: dict, key: str, value: Any, source: str) -> None:
     if settings.get(key, "auto") not in ("auto", value):
-        raise ConfigError(f"deepspeed: {key} is {settings[key]!r} there, but {source} says {value!r}: remove it there")
+        raise UserError(f"deepspeed: {key} is {settings[key]!r} there, but {source} says {value!r}: remove it there")
     settings[key] = value
 
 
@@ -107,47 +121,7 @@ def _check_hpz(zero: dict, world: World) -> None:
         zero[key] = world.local_size
     size = zero.get(key, 1)
     if isinstance(size, int) and size > 1 and world.size % size:
-        raise ConfigError(f"deepspeed: {key} {size} does not divide the {world.size} ranks: set it to those of a node")
-
-
-def _fill_offload(offload: dict, spec: ArchSpec, world: World) -> None:
-    """Fill in how weights are kept off the accelerator; a disk is reached through buffers."""
-    offload.setdefault("pin_memory", world.device.type == "cuda")
-    if offload.get("device") == "nvme":
-        offload.setdefault("nvme_path", "auto")
-        for key, size in nvme_buffers(spec, world.size).items():
-            if offload.get(key, "auto") == "auto":
-                offload[key] = size
-
-
-def _swap_directory(base: Base, settings: dict, world: World) -> TemporaryDirectory | None:
-    """A directory of this rank's own on the disk that weights are offloaded to, removed at the end; None without."""
-    offload = settings["zero_optimization"].get("offload_param") or {}
-    if offload.get("device") != "nvme":
-        return None
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-    from deepspeed.utils import logger
-
-    disk = tempfile.gettempdir() if offload["nvme_path"] == "auto" else offload["nvme_path"]
-    need = total_parameters(base.spec) * base.dtype.itemsize * world.local_size // world.size
-    try:
-        free = shutil.disk_usage(disk).free
-        if free < need:
-            raise ConfigError(
-                f"deepspeed: offload_param.nvme_path {disk}: {free / 1e9:.1f} GB are free, the node's share of the "
-                f"weights takes {need / 1e9:.1f} GB; name another disk"
-            )
-        if not AsyncIOBuilder().is_compatible():
-            raise ConfigError("deepspeed: offload_param to nvme needs libaio and its headers: install libaio-dev")
-        directory = TemporaryDirectory(prefix="nuteprune-", dir=disk)
-    except OSError as error:
-        raise ConfigError(
-            f"deepspeed: offload_param.nvme_path {disk}: {error.strerror}; name a directory on a disk of each node"
-        ) from None
-    offload["nvme_path"] = directory.name
-    # What it warns of, wear by repeated writing, does not happen: frozen weights are written once.
-    logger.addFilter(lambda record: "heavy write traffic" not in record.getMessage())
-    return directory
+        raise UserError(f"deepspeed: {key} {size} does not divide the {world.size} ranks: set it to those of a node")
 
 
 def _validate(name: str, zero: dict) -> None:
@@ -159,7 +133,7 @@ def _validate(name: str, zero: dict) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"deepspeed {name}: zero_optimization.{key}: {first['msg']}") from None
+        raise UserError(f"deepspeed {name}: zero_optimization.{key}: {first['msg']}") from None
 
 
 def load_paired(
@@ -179,11 +153,8 @@ def load_paired(
             whole = load_model(base, world.device)
         return PairedModel(whole, base.spec, lora, checkpointing)
     quiet()
-    with world.together():
-        swap = _swap_directory(base, settings, world)
     model = PairedModel(load_partitioned(base, world, settings), base.spec, lora, checkpointing)
     attach(model, settings)
-    model.partitioning += (swap,)
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ UNNAMED = CARDS["3090"]
 
 
 def card_named(name: str) -> Card:
-    """The card of that name, whatever its case; raises `ConfigError` with all names."""
+    """The card of that name, whatever its case; raises `UserError` with all names."""
     card = CARDS.get(name.lower())
     if card is None:
-        raise ConfigError(
+        raise UserError(
             f"--gpu {name}: not known; use one of {', '.join(CARDS)}, or --gpu-memory, --flops, --intra-bandwidth, … "
             "for another card"
         )
@@ -80,7 +80,7 @@ def quantity(flag: str, text: str, kind: str) -> float:
     """The number behind a flag's value such as "80GB", "450GB/s" or "990TFLOP/s", in bytes, bytes/s or FLOP/s.
 
     Raises:
-        ConfigError: no number, an unknown unit, or nothing above zero.
+        UserError: no number, an unknown unit, or nothing above zero.
     """
     unit, example = _UNITS[kind]
     match = re.fullmatch(r"\s*([0-9.eE+-]*[0-9.])\s*([A-Za-z/]*)\s*", text)
@@ -88,10 +88,10 @@ def quantity(flag: str, text: str, kind: str) -> float:
     try:
         number = float(digits)
     except ValueError:
-        raise ConfigError(f"{flag} '{text}': not a number with a unit; write it like {example}") from None
+        raise UserError(f"{flag} '{text}': not a number with a unit; write it like {example}") from None
     prefix = re.fullmatch(rf"((?:[KMGTP]i?)?)(?:{unit})", suffix)
     if prefix is None:
-        raise ConfigError(f"{flag} '{text}': unknown unit '{suffix}'; write it like {example}")
+        raise UserError(f"{flag} '{text}': unknown unit '{suffix}'; write it like {example}")
     if number <= 0:
-        raise ConfigError(f"{flag} '{text}': must be greater than 0")
+        raise UserError(f"{flag} '{text}': must be greater than 0")
     return number * _PREFIXES[prefix[1]]

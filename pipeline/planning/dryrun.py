@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from nuteprune.arch import ArchSpec, read_spec, split_fused
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
+from nuteprune.errors import UserError
 from nuteprune.masks import Gates, MaskSet, check_target, unit_shape
 from nuteprune.model.loading import check_dtype
 from nuteprune.model.pairing import PairedModel
@@ -65,7 +66,7 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
     """Build the run on `ranks` ranks, `ranks_per_node` on each node, and take a step through its first layers.
 
     Raises:
-        ConfigError: the configuration, the model or the DeepSpeed settings cannot work on that many ranks.
+        UserError: the configuration, the model or the DeepSpeed settings cannot work on that many ranks.
     """
     import deepspeed
 
@@ -73,7 +74,7 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
     quiet()
     began = time.perf_counter()
     if config.train.batch_size % ranks:
-        raise ConfigError(f"train.batch_size {config.train.batch_size} cannot be split over {ranks} ranks")
+        raise UserError(f"train.batch_size {config.train.batch_size} cannot be split over {ranks} ranks")
     hf_config, spec = read_model(config.model.path)
     check_target(spec, config.gates, config.sparsity.target, config.lora.targets)
     check_dtype(spec, config.model.dtype)

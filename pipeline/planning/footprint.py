@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from nuteprune.arch import ArchSpec
 from nuteprune.model.losses import LayerTerm, OutputTerm, weights
+from nuteprune.model.losses.head import CHUNK
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.planning.job import (
     FP32,
@@ -228,4 +229,4 @@ def logits_chunk(job: Job, tokens: int) -> float:
     each output term has beside them."""
     terms = weights(job.config.loss, job.policy.taught)
     copies = 1 + sum(term.copies for term in terms if isinstance(term, OutputTerm))
-    return copies * FP32 * min(job.config.loss.chunk, tokens) * job.spec.vocab
+    return copies * FP32 * min(CHUNK, tokens) * job.spec.vocab

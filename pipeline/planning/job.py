@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
+from nuteprune.errors import UserError
 from nuteprune.masks import gated_kinds, unit_shape
 from nuteprune.masks.schedule import Schedule
 from nuteprune.parallel.sizes import projection_shapes
@@ -96,11 +97,11 @@ class Job:
 
     @property
     def local_batch(self) -> int:
-        """Sequences of one rank and step; raises `ConfigError` if the ranks do not divide the batch."""
+        """Sequences of one rank and step; raises `UserError` if the ranks do not divide the batch."""
         batch, ranks = self.config.train.batch_size, self.cluster.ranks
         if batch % ranks:
             above = -(-batch // ranks) * ranks
-            raise ConfigError(
+            raise UserError(
                 f"train.batch_size {batch} cannot be split over {ranks} ranks "
                 f"({self.cluster.nodes} x {self.cluster.gpus_per_node}): set train.batch_size={above}"
             )
@@ -113,10 +114,10 @@ class Job:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The run's steps; raises `ConfigError` where they depend on a text whose length is not known."""
+        """The run's steps; raises `UserError` where they depend on a text whose length is not known."""
         config = self.config
         if not config.train.steps and not config.data.documents:
-            raise ConfigError("data.documents is 0 (all), so the planner cannot count them: set train.steps")
+            raise UserError("data.documents is 0 (all), so the planner cannot count them: set train.steps")
         return Schedule.of(config, self.text // config.data.seq_len / config.train.batch_size)
 
     @property

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, flatten, load_config, to_dict
+from nuteprune.parallel.host import processor
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
 from nuteprune.planning.job import Cluster, Job
 from nuteprune.planning.planner import Plan, make_plan
@@ -65,10 +64,7 @@ def this_machine() -> Machine:
 
 
 def _processor() -> Machine:
-    facts: dict[str, str] = {}
-    with suppress(OSError):  # Linux only
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    facts = processor()
     bf16 = bool({"avx512_bf16", "amx_bf16"} & set(facts.get("flags", "").split()))
     return Machine(facts.get("model name", "CPU"), bf16=bf16)
 
@@ -89,7 +85,7 @@ def choose(config: Config, machine: Machine, spec: ArchSpec) -> tuple[list[Choic
         spec: its model.
 
     Raises:
-        ConfigError: as `make_plan`.
+        UserError: as `make_plan`.
     """
     default = flatten(to_dict(load_config(None)))
     given = {key for key, value in flatten(to_dict(config)).items() if value != default[key]}

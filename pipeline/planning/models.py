@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from nuteprune.arch import ArchSpec, read_spec
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 from nuteprune.model.loading import read_config
 
 _LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "dtype": "bfloat16"}
@@ -103,14 +103,12 @@ def read_model(model: str) -> tuple[object, ArchSpec]:
     Only a hub id (`name` or `owner/name` that is no path here) that is not in `HUB` is looked up on the network.
     """
     if not model:
-        raise ConfigError(
-            f"--model is missing: give a directory, a config.json, a hub id or one of {', '.join(MODELS)}"
-        )
+        raise UserError(f"--model is missing: give a directory, a config.json, a hub id or one of {', '.join(MODELS)}")
     path = Path(model)
     name = model.lower() if path.exists() else HUB.get(model, model.lower())
     if name in MODELS:
         config = named_config(name)
         return config, read_spec(config)
     if not path.exists() and (path.suffix == ".json" or model.startswith((".", "/", "~")) or len(path.parts) > 2):
-        raise ConfigError(f"--model {model}: there is no such file or directory")
+        raise UserError(f"--model {model}: there is no such file or directory")
     return read_config(model)

@@ -67,7 +67,7 @@ class Plan:
 
 
 def make_plan(job: Job, zero: str = "auto") -> Plan:
-    """The plan of a run; raises `ConfigError` as `lay_out` does, and where the target is out of reach."""
+    """The plan of a run; raises `UserError` as `lay_out` does, and where the target is out of reach."""
     check_target(job.spec, job.config.gates, job.config.sparsity.target, job.config.lora.targets)
     return lay_out(job, zero)
 
@@ -82,7 +82,7 @@ def lay_out(job: Job, zero: str = "auto") -> Plan:
         zero: "2" or "3", or "auto": both are tried, and on one card neither, unless it must offload.
 
     Raises:
-        ConfigError: the ranks do not divide the batch, or the steps cannot be counted.
+        UserError: the ranks do not divide the batch, or the steps cannot be counted.
     """
     kept = mean_kept(job)
     options = sorted((estimate(job, layout, kept) for layout in candidates(job, zero)), key=lambda o: o.bill.total)

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import MachineError
 
 MANIFEST = "manifest.json"
 JSON_LIMIT = 1 << 26
@@ -34,7 +34,7 @@ def atomic_directory(target: Path, lender: Path | None = None) -> Iterator[Path]
         lender: a directory with a manifest, of which files may be hard links: those are not read again.
 
     Raises:
-        ConfigError: the disk is full or the place cannot be written to.
+        MachineError: the disk is full or the place cannot be written to.
     """
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
@@ -56,7 +56,7 @@ def atomic_directory(target: Path, lender: Path | None = None) -> Iterator[Path]
         if not _is_of_the_disk(error):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(
+        raise MachineError(
             f"cannot write {target}: {reason}; free space or choose another directory (what was saved before is intact)"
         ) from None
     finally:
@@ -208,7 +208,7 @@ class Checkpoints:
                 try:
                     shutil.rmtree(other)
                 except OSError as error:
-                    raise ConfigError(f"{other} is damaged and cannot be deleted: {error.strerror}") from None
+                    raise MachineError(f"{other} is damaged and cannot be deleted: {error.strerror}") from None
 
     def prune(self) -> None:
         """Delete all but the newest `keep` checkpoints, and what killed saves left behind."""

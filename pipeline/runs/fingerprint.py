@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import MachineError, UserError
 from nuteprune.runs.checkpoint import sha256
 
 SAMPLE = 1024
@@ -30,7 +30,7 @@ def fingerprint(path: str) -> str | None:
         None where there are no weights to read.
 
     Raises:
-        ConfigError: a weight file that is damaged.
+        MachineError: a weight file that is damaged.
     """
     try:
         folder = Path(cached_file(path, "config.json")).parent
@@ -42,9 +42,9 @@ def fingerprint(path: str) -> str | None:
 
 
 def check_base(path: str, expected: str | None) -> None:
-    """Raise `ConfigError` unless the weights at `path` have the fingerprint that a run recorded (None: none)."""
+    """Raise `UserError` unless the weights at `path` have the fingerprint that a run recorded (None: none)."""
     if expected and (found := fingerprint(path)) and found != expected:
-        raise ConfigError(
+        raise UserError(
             f"model.path {path} is not the base model that was pruned (weights {found[:12]}, not {expected[:12]}): "
             "set model.path to that one"
         )
@@ -56,7 +56,7 @@ def _tensors(file: Path) -> Iterator[bytes]:
         with safe_open(file, framework="pt"):  # checks that the header's sizes and places are true
             pass
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{file} is damaged ({error}): fetch it again") from None
+        raise MachineError(f"{file} is damaged ({error}): fetch it again") from None
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(length))

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ASKED_EACH_TIME, Config, ConfigError, load_config, to_dict
+from nuteprune.config import ASKED_EACH_TIME, Config, load_config, to_dict
+from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.masks import Gates
 from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, read_json, verify, write_atomic
 from nuteprune.runs.fingerprint import fingerprint
@@ -137,14 +138,12 @@ def save_run(
 
 
 def load_run(directory: str | Path) -> Run:
-    """Read a finished prune stage; raises `ConfigError` (one line) where it is missing, unfinished or damaged."""
+    """Read a finished prune stage; raises `UserError` (one line) where it is missing, unfinished or damaged."""
     if not str(directory):
-        raise ConfigError("run_dir is empty: set it to the directory of a finished prune run")
+        raise UserError("run_dir is empty: set it to the directory of a finished prune run")
     pruned = Path(directory) / "pruned"
     if not pruned.is_dir():
-        raise ConfigError(
-            f"{directory} holds no finished prune run (no `pruned` directory): run `nuteprune prune` first"
-        )
+        raise UserError(f"{directory} holds no finished prune run (no `pruned` directory): run `nuteprune prune` first")
     try:
         verify(pruned)
         gates, scores = load_gates(pruned / "gates.safetensors")
@@ -154,12 +153,7 @@ def load_run(directory: str | Path) -> Run:
             load_snapshots(pruned), facts["sparsity"], facts,
         )  # fmt: skip
     except DAMAGED as error:
-        raise ConfigError(f"the finished run in {pruned} is damaged: {reason(error)}") from None
-
-
-def reason(error: BaseException) -> str:
-    """One of `DAMAGED` in words."""
-    return f"no {error} in it" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise MachineError(f"the finished run in {pruned} is damaged: {first_line(error)}") from None
 
 
 def save_config(path: Path, config: Config) -> None:

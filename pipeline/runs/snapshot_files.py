@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import MachineError
 from nuteprune.masks import KINDS, Gates
 from nuteprune.runs.checkpoint import inside, read_json
 from nuteprune.runs.snapshot import Pairs, Snapshot
@@ -50,14 +50,14 @@ def save_snapshots(
 
 
 def write_rung(folder: Path, rung: Snapshot) -> None:
-    """Write a snapshot for the next `save_snapshots`, so that it takes no memory; `ConfigError` if that fails."""
+    """Write a snapshot for the next `save_snapshots`, so that it takes no memory; `MachineError` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, tensors in _files(rung).items():
             (folder / name).unlink(missing_ok=True)  # of a start that came further; checkpoints may share it
             save_file(tensors, folder / name)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"cannot write {folder}: {error}; free space or choose another directory") from None
+        raise MachineError(f"cannot write {folder}: {error}; free space or choose another directory") from None
 
 
 def load_snapshots(directory: Path, rungs: bool = True) -> list[Snapshot]:

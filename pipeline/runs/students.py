@@ -10,14 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import ConfigError, ExportConfig, GateConfig, ModelConfig
+from nuteprune.config import ExportConfig, GateConfig, ModelConfig
+from nuteprune.errors import UserError
 from nuteprune.masks import POINT, Gates, Rounding, fit_shape
 from nuteprune.model.layers import LoraWeights
 from nuteprune.model.lora import joined
+from nuteprune.runs.directories import TUNED, finetune_directory, recover_directory
 from nuteprune.runs.fingerprint import check_base
 from nuteprune.runs.rundir import Run, load_run
 from nuteprune.runs.snapshot import Snapshot
-from nuteprune.runs.directories import TUNED, finetune_directory, recover_directory
 from nuteprune.runs.tuned import load_tuned
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def open_run(run_dir: str | Path, model: ModelConfig) -> Run:
     """The finished run in `run_dir` on the base model of `model.path`, or where that is empty on the run's own.
 
     Raises:
-        ConfigError: no finished run there, or another base model than the one that was pruned.
+        UserError: no finished run there, or another base model than the one that was pruned.
     """
     trained = load_run(run_dir)
     model = model if model.path else trained.config.model
@@ -56,21 +57,16 @@ def open_run(run_dir: str | Path, model: ModelConfig) -> Run:
 
 
 def export_gates(asked: ExportConfig, trained: Run) -> GateConfig:
-    """The run's settings of its gates, with the shape and the rounding that the export asks for."""
+    """The run's settings of its gates, with the shape that the export asks for."""
     own = trained.config.gates
-    return replace(
-        own, shape=own.shape if asked.shape == "as_trained" else asked.shape,
-        ffn_multiple=asked.ffn_multiple or own.ffn_multiple,
-        hidden_multiple=asked.hidden_multiple or own.hidden_multiple,
-        tensor_parallel=asked.tensor_parallel or own.tensor_parallel,
-    )  # fmt: skip
+    return own if asked.shape == "as_trained" else replace(own, shape=asked.shape)
 
 
 def newest_student(asked: ExportConfig, trained: Run, spec: ArchSpec) -> Student:
     """The student that an export asks for: fine-tuned where `source` wants that and it is finished.
 
     Raises:
-        ConfigError: a sparsity that the run never reached, a shape that cannot hold the structure, or no finished
+        UserError: a sparsity that the run never reached, a shape that cannot hold the structure, or no finished
             fine-tuning where one is asked for.
     """
     student = pruned_student(asked, trained, spec, asked.sparsity)
@@ -115,7 +111,7 @@ def choose_student(trained: Run, sparsity: float) -> Student:
     rungs: dict[float, Snapshot | None] = {s.sparsity: s for s in trained.snapshots} | {trained.sparsity: None}
     if sparsity > max(rungs) + POINT:
         known = ", ".join(f"{reached:.3f}" for reached in sorted(rungs))
-        raise ConfigError(f"sparsity {sparsity:g}: the run never got there; it has {known}")
+        raise UserError(f"sparsity {sparsity:g}: the run never got there; it has {known}")
     reached = min(rungs, key=lambda reached: abs(reached - sparsity))
     log.info("from the run's snapshot at sparsity %.3f", reached)
     if (nearest := rungs[reached]) is None:
@@ -136,6 +132,4 @@ def rung_lora(trained: Run, snapshot: Snapshot) -> dict[str, tuple[Tensor, Tenso
     merged = {}
     for key, (a_RK, b_NR) in trained.lora.items():
         merged[key] = a_RK[-rank:], share * b_NR[:, -rank:]
-    # Runs of earlier versions kept both in one pair.
-    older = {key: (a[:-rank], b[:, :-rank]) for key, (a, b) in snapshot.lora.items() if len(a) > rank}
-    return joined(merged, snapshot.frozen or older)
+    return joined(merged, snapshot.frozen)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, ConfigError, load_config
+from nuteprune.config import Config, load_config
+from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.masks import Gates
 from nuteprune.model.layers import LoraWeights
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory, read_json, sha256, verify
@@ -18,11 +19,11 @@ from nuteprune.runs.rundir import (
     Run,
     load_adapter,
     load_gates,
-    reason,
     save_adapter,
     save_config,
     save_gates,
 )
+
 
 class Tuned(NamedTuple):
     """What training on changes of a student: see `students.Student`."""
@@ -47,12 +48,12 @@ def save_tuned(
 
 
 def load_tuned(directory: Path, trained: Run, again: str) -> Tuned:
-    """Read what `save_tuned` wrote; raises `ConfigError` where it is missing, damaged, or of an earlier pruning.
+    """Read what `save_tuned` wrote; raises `UserError` where it is missing, damaged, or of an earlier pruning.
 
     `again` says how to make it anew.
     """
     if not directory.is_dir():
-        raise ConfigError(f"no finished fine-tuning in {directory.parent}: {again} (finetune.sparsity names a rung)")
+        raise UserError(f"no finished fine-tuning in {directory.parent}: {again} (finetune.sparsity names a rung)")
     try:
         verify(directory)
         gates, _ = load_gates(directory / "gates.safetensors")
@@ -60,10 +61,10 @@ def load_tuned(directory: Path, trained: Run, again: str) -> Tuned:
         lora, config = load_adapter(directory / "adapter"), load_config(directory / "config.yaml").lora
         pruned = facts["pruned"]
     except DAMAGED as error:
-        raise ConfigError(f"the student in {directory} is damaged: {reason(error)}; {again}") from None
+        raise MachineError(f"the student in {directory} is damaged: {first_line(error)}; {again}") from None
     if pruned != sha256(trained.directory / "pruned" / MANIFEST):
-        raise ConfigError(
-            f"{directory} comes from an earlier pruning of this run: {again} with checkpoint.resume=never, or "
+        raise UserError(
+            f"{directory} comes from an earlier pruning of this run: remove {directory.parent} and {again}, or "
             "set export.source=pruned"
         )
     return Tuned(gates, lora, config.alpha / config.rank, facts)

@@ -13,7 +13,7 @@ def run(config: Config) -> Path:
     """Export one model, or with `export.ladder` several and their comparison; returns the directory.
 
     Raises:
-        ConfigError, ExportError: as of `export_model`; or a rung that the run never reached.
+        UserError, ExportError: as of `export_model`; or a rung that the run never reached.
     """
     return ladder.run(config) if config.export.ladder else export_model(config)
 

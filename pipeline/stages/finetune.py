@@ -8,9 +8,10 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from nuteprune.config import Config, ConfigError, Projection
+from nuteprune.config import Config, Projection
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
+from nuteprune.errors import UserError
 from nuteprune.model.layers import View
 from nuteprune.model.loading import read_base
 from nuteprune.model.losses import IGNORE
@@ -27,7 +28,7 @@ def run(config: Config) -> Path:
     """Fine-tune a student of the finished run in `config.run_dir`; returns the directory of the result.
 
     Raises:
-        ConfigError: no finished run, another base model, a rung that the run never reached, or unusable records.
+        UserError: no finished run, another base model, a rung that the run never reached, or unusable records.
         As `train` otherwise.
     """
     return train(settings(config, open_run(config.run_dir, config.model)), Finetuning)
@@ -44,9 +45,7 @@ def settings(config: Config, trained: Run) -> Config:
     tune, old = config.finetune, trained.config
     rank = tune.lora_rank or old.lora.rank
     if rank < old.lora.rank:
-        raise ConfigError(
-            f"finetune.lora_rank {rank} is less than the pruned student's {old.lora.rank}, which it keeps"
-        )
+        raise UserError(f"finetune.lora_rank {rank} is less than the pruned student's {old.lora.rank}, which it keeps")
     possible = read_base(old.model).spec.lora_targets
     return fixed.settings(
         config, trained, finetune_directory(trained.directory, old.sparsity.target, tune.sparsity),
@@ -83,7 +82,7 @@ class Finetuning(fixed.FixedGates):
         """Windows [3, T] of packed records."""
         with world.together():
             if config.model.attention == "flash_attention_2" and config.finetune.micro_batch != 1:
-                raise ConfigError(
+                raise UserError(
                     "finetune.micro_batch: flash attention keeps records apart in one window only: set it to 1"
                 )
             windows = packed_windows(config.finetune, base.tokenizer)

@@ -10,7 +10,9 @@ from typing import Any, get_args
 
 import yaml
 
-from nuteprune.config import Config, ConfigError, Dtype
+from nuteprune.config import Config, Dtype
+from nuteprune.errors import MachineError, UserError
+from nuteprune.planning import dryrun
 from nuteprune.planning.cards import CARDS, UNNAMED, Card, card_named, quantity
 from nuteprune.planning.job import Cluster, Job
 from nuteprune.planning.models import MODELS, read_model
@@ -35,11 +37,11 @@ def run(config: Config, args: argparse.Namespace, dtype_given: bool = True) -> O
         dtype_given: `model.dtype` is the user's choice; else the type named in config.json is taken where it has one.
 
     Raises:
-        ConfigError: a flag, the model or the configuration is wrong.
+        UserError: a flag, the model or the configuration is wrong.
     """
     cluster = read_cluster(args)
     if args.tokens_per_document <= 0:
-        raise ConfigError(f"--tokens-per-document {args.tokens_per_document:g}: must be greater than 0")
+        raise UserError(f"--tokens-per-document {args.tokens_per_document:g}: must be greater than 0")
     if args.table:
         rows = table(config, cluster, args.tokens_per_document, args.zero)
         plans = [as_dict(plan) for row in rows for plan in row]
@@ -59,12 +61,12 @@ def run(config: Config, args: argparse.Namespace, dtype_given: bool = True) -> O
 
 
 def read_cluster(args: argparse.Namespace) -> Cluster:
-    """The cluster of the flags; raises `ConfigError` for a count below one, an unknown unit or a share out of range."""
+    """The cluster of the flags; raises `UserError` for a count below one, an unknown unit or a share out of range."""
     for flag, count in (("--nodes", args.nodes), ("--gpus-per-node", args.gpus_per_node)):
         if count < 1:
-            raise ConfigError(f"{flag} {count}: must be at least 1")
+            raise UserError(f"{flag} {count}: must be at least 1")
     if not 0 < args.mfu <= 1:
-        raise ConfigError(f"--mfu {args.mfu:g}: must be above 0 and at most 1 (the share of the peak that is reached)")
+        raise UserError(f"--mfu {args.mfu:g}: must be above 0 and at most 1 (the share of the peak that is reached)")
     disk = quantity("--disk-bandwidth", args.disk_bandwidth, "rate")
     return Cluster(args.nodes, args.gpus_per_node, read_card(args), args.mfu, disk)
 
@@ -106,7 +108,17 @@ def write(files: dict[str, str], out: Path) -> None:
         for name, text in files.items():
             (out / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out {out}: cannot write there ({error.strerror})") from None
+        raise MachineError(f"--out {out}: cannot write there ({error.strerror})") from None
+
+
+def dry_run(config: Config, args: argparse.Namespace) -> str:
+    """What a dry run of the prune stage found, and the planner's figures for it; the flags are those of `plan` too."""
+    ranks, per_node = args.world_size, min(args.world_size, args.gpus_per_node)
+    if ranks < 1 or per_node < 1 or ranks % per_node:
+        raise UserError(f"--world-size {ranks} is not made of whole nodes of {args.gpus_per_node} GPUs")
+    args.nodes, args.gpus_per_node = ranks // per_node, per_node
+    found = dryrun.text(dryrun.dry_run(config, ranks, per_node), config)
+    return f"{found}\n\n{figures(config, args)}"
 
 
 def figures(config: Config, args: argparse.Namespace) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.prepared import TrainingText
+from nuteprune.errors import MachineError, UserError
 from nuteprune.model.hub import fetch
 from nuteprune.model.loading import read_base
 from nuteprune.runs.checkpoint import CheckpointError, read_json
@@ -25,10 +26,10 @@ def run(config: Config) -> Path:
     A model on the hub goes to the hub's cache. Settings that have been prepared before are not prepared again.
 
     Raises:
-        ConfigError: no run directory, no such model or text, or weights that are missing or cut short.
+        UserError: no run directory, no such model or text, or weights that are missing or cut short.
     """
     if not config.run_dir:
-        raise ConfigError("run_dir is empty: set it to the directory of the run")
+        raise UserError("run_dir is empty: set it to the directory of the run")
     base = read_base(config.model)
     files = check_weights(fetch(config.model.path))
     text = TrainingText(config.run_dir, config.data, base)
@@ -53,7 +54,7 @@ def check_weights(directory: Path) -> int:
     """Open every safetensors file, which finds those that are cut short; returns how many there are.
 
     Raises:
-        ConfigError: there is none, one is damaged, or one that the index names is missing.
+        UserError: there is none, one is damaged, or one that the index names is missing.
     """
     files = {path.name for path in directory.glob("*.safetensors")}
     index = directory / INDEX
@@ -61,15 +62,15 @@ def check_weights(directory: Path) -> int:
         try:
             missing = set(read_json(index)["weight_map"].values()) - files
         except (CheckpointError, LookupError, TypeError, AttributeError):
-            raise ConfigError(f"{index} is damaged: fetch it again") from None
+            raise MachineError(f"{index} is damaged: fetch it again") from None
         if missing:
-            raise ConfigError(f"{directory / min(missing)} is missing or damaged: fetch it again")
+            raise MachineError(f"{directory / min(missing)} is missing or damaged: fetch it again")
     if not files:
-        raise ConfigError(f"model.path {directory}: config.json but no weights (*.safetensors) there")
+        raise UserError(f"model.path {directory}: config.json but no weights (*.safetensors) there")
     for name in sorted(files):
         try:
             with safe_open(directory / name, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{directory / name} is missing or damaged ({error}): fetch it again") from None
+            raise MachineError(f"{directory / name} is missing or damaged ({error}): fetch it again") from None
     return len(files)

@@ -57,7 +57,6 @@ class Pruning(Trainer):
 
     stage = "prune"
     output = "pruned"
-    outputs = ("checkpoints", *PASSING, "pruned")
     free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
 
     def __init__(self, *parts, refit: Refit | None):

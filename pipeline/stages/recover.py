@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
 from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
+from nuteprune.errors import UserError
 from nuteprune.model.loading import read_base
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.directories import recover_directory
@@ -27,14 +28,14 @@ def run(config: Config) -> list[Path]:
     """Recover each rung of `recover.ladder` that is not finished yet; returns the directories of the results.
 
     Raises:
-        ConfigError: no rung or one out of range, no finished run, another base model, a rung that the run never
+        UserError: no rung or one out of range, no finished run, another base model, a rung that the run never
             reached, or several rungs under a launcher. As `train` otherwise.
     """
     rungs = sorted(set(config.recover.ladder))
     if not rungs or not all(0 < rung < 1 for rung in rungs):
-        raise ConfigError(f"recover.ladder: give sparsities between 0 and 1 (--ladder 0.1,0.2), got {rungs}")
+        raise UserError(f"recover.ladder: give sparsities between 0 and 1 (--ladder 0.1,0.2), got {rungs}")
     if len(rungs) > 1 and discover().size > 1:
-        raise ConfigError("several ranks recover one rung in a start: give one with --sparsity")
+        raise UserError("several ranks recover one rung in a start: give one with --sparsity")
     trained = open_run(config.run_dir, config.model)
     spec = read_base(trained.config.model).spec
     for rung in rungs:
@@ -57,8 +58,7 @@ def settings(config: Config, trained: Run, rung: float) -> Config:
     return fixed.settings(
         config, trained, recover_directory(trained.directory, old.sparsity.target, rung),
         recover=replace(wanted, ladder=[rung]),
-        train=replace(old.train, steps=steps, lora_lr=wanted.lr or old.train.lora_lr, ranks=config.train.ranks,
-                      micro_batch=config.train.micro_batch),
+        train=replace(old.train, steps=steps, micro_batch=config.train.micro_batch),
         teacher=replace(old.teacher, mode=constant_mode(TEACHERS[old.teacher.mode].taught)),
     )  # fmt: skip
 

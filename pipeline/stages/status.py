@@ -8,7 +8,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
+from nuteprune.errors import UserError
 from nuteprune.runs import jobs
 from nuteprune.runs.directories import TUNED, finetune_directory, recover_directory
 
@@ -26,10 +27,10 @@ def run(config: Config) -> dict:
         for a job that failed, in small letters), `job`, and where there are any `progress` and `error`.
 
     Raises:
-        ConfigError: no run directory is named.
+        UserError: no run directory is named.
     """
     if not config.run_dir:
-        raise ConfigError("which run? Give its directory, or --config with the file that names it")
+        raise UserError("which run? Give its directory, or --config with the file that names it")
     run_dir = Path(config.run_dir)
     numbers = jobs.submitted(run_dir)
     return {

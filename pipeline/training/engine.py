@@ -23,6 +23,10 @@ from nuteprune.parallel.distributed import World
 from nuteprune.training.importance import unit_costs
 from nuteprune.training.preconditioning import B_RATE, Preconditioner
 
+LARGEST_NORM = 1.0
+"""Of LoRA's gradient, which is scaled down to it (the paper's)."""
+MULTIPLIER_RATE = 0.1
+"""Ascent rate of the Lagrangian's multipliers (the paper's)."""
 _GATE_MOMENTUM = 0.9
 _FIRST_SCALE, _SCALE_PATIENCE = 2.0**12, 200
 
@@ -76,7 +80,7 @@ class Engine:
         model: holds the LoRA parameters.
         masks: holds log-alpha.
         multipliers: the Lagrangian's multipliers, or None under the projection.
-        schedule: the run's steps, with learning rates and clipping.
+        schedule: the run's steps, with learning rates.
         world: the ranks whose gradients are averaged.
         sharded: each rank holds the state of a share of LoRA's optimizer.
     """
@@ -94,7 +98,7 @@ class Engine:
         # As multiples of the least, so that no square of a gradient underflows.
         self.costs = {kind: costs[kind] / least for kind in masks.log_alpha}
         scaled = train.lora_optimizer == "scaled"
-        adamw = {"lr": train.lora_lr, "betas": (0.9, train.beta2), "weight_decay": train.weight_decay, "fused": True}
+        adamw = {"lr": train.lora_lr, "weight_decay": 0.0, "fused": True}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if self.lora:
             rates = (1.0, B_RATE if scaled else 1.0)
@@ -108,7 +112,7 @@ class Engine:
             self.optimizers["gates"] = torch.optim.SGD(self.alphas, lr=reach, momentum=_GATE_MOMENTUM)
         if multipliers is not None:
             self.optimizers["multipliers"] = torch.optim.AdamW(
-                multipliers.parameters(), lr=schedule.sparsity.multiplier_lr, weight_decay=0.0, maximize=True
+                multipliers.parameters(), lr=MULTIPLIER_RATE, weight_decay=0.0, maximize=True
             )
         self.scale = LossScale(model.dtype)
         self.gradients = _flat_gradients([p for o in self.optimizers.values() for p in _parameters(o)])
@@ -125,7 +129,7 @@ class Engine:
         self.world.mean(self.gradients).div_(self.scale.value)
         for group in self.optimizers["lora"].param_groups if self.lora else ():
             group["lr"] = group["rate"] * self.schedule.lora_lr(step)
-        norm = self._clip(self.schedule.train.grad_clip or math.inf)
+        norm = self._clip(LARGEST_NORM)
         # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
         odd = (self.gradients * 0).sum()
         norm, odd = torch.stack([norm.to(odd), odd]).double().tolist()  # the norm of no LoRA at all is on the host

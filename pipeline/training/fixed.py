@@ -52,7 +52,6 @@ class FixedGates(Trainer):
     """
 
     output = TUNED
-    outputs = ("checkpoints", TUNED)
 
     def __init__(self, *parts, trained: Run, student: Student):
         super().__init__(*parts)

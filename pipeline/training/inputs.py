@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from nuteprune.config import ConfigError
 from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import check_split
+from nuteprune.errors import UserError
 from nuteprune.model.hub import fetch
 from nuteprune.parallel.distributed import World
 
@@ -37,7 +37,5 @@ def shared_blocks(text: TrainingText, world: World, batch_size: int) -> torch.Lo
     with world.together():
         blocks = text.load()
         if blocks is None:
-            raise ConfigError(
-                f"{text.directory} is not seen here: run_dir must be in a file system that all ranks share"
-            )
+            raise UserError(f"{text.directory} is not seen here: run_dir must be in a file system that all ranks share")
     return blocks

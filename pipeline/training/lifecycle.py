@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
-from nuteprune.config import Config, ConfigError
+from nuteprune.config import Config
+from nuteprune.errors import MachineError, UserError
 from nuteprune.runs.checkpoint import CheckpointError, verify
 from nuteprune.runs.rundir import save_config
 from nuteprune.training.resume import check_same_run
@@ -23,34 +22,26 @@ def check_directory(config: Config, free: tuple[str, ...]) -> Path:
         free: sections that may differ from those of an earlier start.
 
     Raises:
-        ConfigError: none is set, it belongs to another configuration, or it cannot be written to.
+        UserError: none is set, it belongs to another configuration, or it cannot be written to.
     """
     if not config.run_dir:
-        raise ConfigError("run_dir is empty: set it to the directory this run may write to")
+        raise UserError("run_dir is empty: set it to the directory this run may write to")
     run_dir = Path(config.run_dir)
-    if config.checkpoint.resume == "auto":
-        check_same_run(run_dir, config, free)
+    check_same_run(run_dir, config, free)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
+        raise MachineError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
     return run_dir
 
 
-def claim_directory(config: Config, outputs: tuple[str, ...]) -> None:
-    """Make the run directory this run's, once its model and data are known to be good.
-
-    The resolved configuration is written there (with checkpoint.resume=auto, so that it can be used to go on); with
-    checkpoint.resume=never, what an earlier run left in `outputs` is deleted first.
-    """
+def claim_directory(config: Config) -> None:
+    """Make the run directory this run's, once its model and data are known to be good: its settings go there."""
     run_dir = Path(config.run_dir)
     try:
-        if config.checkpoint.resume == "never":
-            for name in outputs:
-                shutil.rmtree(run_dir / name, ignore_errors=True)
-        save_config(run_dir / "config.yaml", replace(config, checkpoint=replace(config.checkpoint, resume="auto")))
+        save_config(run_dir / "config.yaml", config)
     except OSError as error:
-        raise ConfigError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
+        raise MachineError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
 
 
 def is_finished(output: Path) -> bool:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from nuteprune.config import Config, ConfigError, flatten, to_dict
+from nuteprune.config import Config, flatten, to_dict
+from nuteprune.errors import UserError, first_line
 from nuteprune.parallel.device import named
 from nuteprune.parallel.distributed import World, connected, discover
-from nuteprune.runs.checkpoint import Checkpoints, atomic_directory
-from nuteprune.runs.rundir import DAMAGED, reason
+from nuteprune.runs.checkpoint import CheckpointError, Checkpoints, atomic_directory
 from nuteprune.training.determinism import deterministic
 from nuteprune.training.inputs import fetch_once
 from nuteprune.training.lifecycle import check_directory, claim_directory, is_finished
@@ -31,6 +32,9 @@ from nuteprune.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+PICTURE_EVERY = 50
+"""Steps between two pictures of the kept units."""
+
 
 def train(config: Config, stage: type[Trainer]) -> Path:
     """Run a stage to its end; returns the directory of its result.
@@ -39,7 +43,7 @@ def train(config: Config, stage: type[Trainer]) -> Path:
     the result is finished.
 
     Raises:
-        ConfigError: a mistake in the configuration, the model, the data or the run directory.
+        UserError: a mistake in the configuration, the model, the data or the run directory.
         TrainingFailed: too many steps in a row were not finite.
         Preempted: SIGTERM, SIGUSR1 or SIGINT came to any rank; the state is saved.
         RankLost: another rank died.
@@ -58,7 +62,7 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
         if world.is_main:
             check_reporters(config.tracking)
             check_directory(config, stage.free)
-            finished = config.checkpoint.resume == "auto" and is_finished(output)
+            finished = is_finished(output)
     if world.from_main(finished):
         log.info("already finished: %s", output)
         return output
@@ -68,7 +72,7 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
     log.info("computing on %s%s", named(world.device), f", rank 0 of {world.size}" if world.size > 1 else "")
     with world.together():
         if world.is_main:
-            claim_directory(config, stage.outputs)
+            claim_directory(config)
     resume(trainer)
     trainer.stop, stop.polled = stop, True
     with world.together():
@@ -97,27 +101,22 @@ def run_steps(trainer: Trainer, tracker: Tracker) -> None:
                 save_checkpoint(trainer)
             if trainer.stopping:
                 raise Preempted(
-                    f"{trainer.stop.name} at step {trainer.step} of {trainer.total}: saved; start again with "
-                    "checkpoint.resume=auto (the default) to go on"
+                    f"{trainer.stop.name} at step {trainer.step} of {trainer.total}: saved; start again to go on"
                 )
 
 
 def check_alike(config: Config, world: World) -> None:
-    """Raise `ConfigError` unless there are as many ranks as wanted, with the same settings on the same versions.
+    """Raise `UserError` unless all ranks have the same settings and versions.
 
     A rank that differs would compute something else, or wait in another collective for ever.
     """
     versions = {f"version of {name}": metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
     # First: rank 0 keeps the store that others may still be connecting through, and must not end before they have.
     first, *others = world.gather(flatten(to_dict(config)) | versions)
-    if config.train.ranks not in (0, world.size):
-        raise ConfigError(
-            f"train.ranks is {config.train.ranks}, but {world.size} started: look at the launcher's arguments and hosts"
-        )
     for rank, other in enumerate(others, 1):
         for key in sorted(first.keys() | other.keys()):
             if first.get(key) != other.get(key):
-                raise ConfigError(
+                raise UserError(
                     f"rank {rank} has {key}={other.get(key)!r}, rank 0 {first.get(key)!r}: start all ranks alike"
                 )
 
@@ -125,8 +124,6 @@ def check_alike(config: Config, world: World) -> None:
 def resume(trainer: Trainer) -> None:
     """Restore the newest checkpoint that verifies, if there is one; rank 0 chooses it."""
     world = trainer.world
-    if trainer.config.checkpoint.resume == "never":
-        return
     path = None
     with world.together():
         if world.is_main:
@@ -136,17 +133,18 @@ def resume(trainer: Trainer) -> None:
         return
     with world.together():
         if not path.is_dir():
-            raise ConfigError(f"{path} is not seen here: run_dir must be in a file system that all ranks share")
+            raise UserError(f"{path} is not seen here: run_dir must be in a file system that all ranks share")
         try:
             if world.is_main:
                 check_fits(path, trainer.config, trainer.free, trainer.inputs)
             counters, scale = trainer.load(path), trainer.engine.scale
             trainer.step, trainer.bad_total = int(counters["step"]), int(counters["bad_total"])
             scale.value, scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
-        except ConfigError:
+        except UserError:
             raise
-        except (*DAMAGED, RuntimeError) as error:  # whole, but of something else
-            raise ConfigError(f"{path} does not fit this run ({reason(error)}): remove it and start again") from error
+        # Whole, but of something else.
+        except (CheckpointError, SafetensorError, OSError, LookupError, RuntimeError) as error:
+            raise UserError(f"{path} does not fit this run ({first_line(error)}): remove it and start again") from error
     log.info("resumed at step %d from %s", trainer.step, path)
 
 
@@ -185,7 +183,7 @@ def report(trainer: Trainer, tracker: Tracker, metrics: dict[str, float], second
         "peak_memory_gb": peak_memory_gb(trainer.world.device),
     }
     tracker.log(step, metrics)
-    if step % config.tracking.image_every == 0 or step == trainer.total - 1:
+    if step % PICTURE_EVERY == 0 or step == trainer.total - 1:
         tracker.picture(step, trainer.pictures())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import MachineError
 from nuteprune.runs.checkpoint import sha256, write_atomic
 
 
@@ -27,14 +27,14 @@ class Preparation:
         self.key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Write tensors in host memory; raises `ConfigError` where that fails."""
+        """Write tensors in host memory; raises `MachineError` where that fails."""
         data = save(tensors)
         path = self.directory / f"{name}.{self.key}.{hashlib.sha256(data).hexdigest()}.safetensors"
         try:
             self.directory.mkdir(exist_ok=True)
             write_atomic(path, data)
         except OSError as error:
-            raise ConfigError(
+            raise MachineError(
                 f"cannot write {path}: {error.strerror}; free space or choose another directory"
             ) from None
 

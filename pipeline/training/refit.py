@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.arch import projections
-from nuteprune.config import ConfigError
 from nuteprune.data.text import BatchStream
+from nuteprune.errors import UserError
 from nuteprune.masks import Gates
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.pairing import PairedModel
@@ -110,7 +110,7 @@ class Refit:
             store: has what an earlier start measured, and keeps what this one does.
 
         Raises:
-            ConfigError: the host's memory, or its disk, has no room for it.
+            UserError: the host's memory, or its disk, has no room for it.
         """
         if self._measured or not self.layers:
             return
@@ -144,14 +144,14 @@ class Refit:
                     store.save(f"gram-{index}", {"gram": gram_FF})
 
     def _check_memory(self, tokens: int) -> None:
-        """Raise `ConfigError` unless this node's memory holds G, the text on its way and gathered weights."""
+        """Raise `UserError` unless this node's memory holds G, the text on its way and gathered weights."""
         spec, world, itemsize = self.model.spec, self.world, self.model.dtype.itemsize
         partitioned = hasattr(_down_proj(self.model.layers[0].layer), "ds_id")
         layer = FP32 * spec.ffn**2 + partitioned * itemsize * spec.ffn * spec.hidden
         own = math.ceil(len(self.layers) / world.size) * layer + tokens // world.size * spec.hidden * itemsize
         need, free = own * world.local_size, free_memory()
         if need > free:
-            raise ConfigError(
+            raise UserError(
                 f"lora.refit: {need / 1e9:.1f} GB of this node's memory are needed until the gates settle, "
                 f"{free / 1e9:.1f} GB are free: set lora.refit=0, or spread the run over more nodes"
             )

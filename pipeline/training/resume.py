@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nuteprune.config import Config, ConfigError, flatten, read_yaml, to_dict
+from nuteprune.config import Config, file_settings, flatten, to_dict
+from nuteprune.errors import UserError
 from nuteprune.masks import Gates, MaskSet
 from nuteprune.model.lora import Update, joined
 from nuteprune.runs.checkpoint import CheckpointError, read_json
@@ -28,7 +29,7 @@ from nuteprune.runs.snapshot_files import load_snapshots, pair_tensors, save_sna
 from nuteprune.training.teachers import Teacher
 
 FREE_KEYS = (
-    "run_dir", "recipe", "deepspeed", "train.ranks", "train.rank_timeout", "train.activation_checkpointing",
+    "run_dir", "recipe", "deepspeed", "train.rank_timeout", "train.activation_checkpointing",
     "train.deterministic", "train.micro_batch", "finetune.micro_batch",
 )  # fmt: skip
 """Fields that may change between two starts of one run."""
@@ -79,7 +80,7 @@ def load_state(
 
 
 def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None:
-    """Raise `ConfigError` naming the first setting in which a run directory was made with another configuration.
+    """Raise `UserError` naming the first setting in which a run directory was made with another configuration.
 
     Args:
         run_dir: the directory; fine where it holds no configuration yet.
@@ -89,19 +90,19 @@ def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         return
-    old, new = flatten(read_yaml(saved)), flatten(to_dict(config))
+    old, new = flatten(file_settings(saved)), flatten(to_dict(config))
     for key, value in new.items():
         if key.split(".")[0] in free or key in FREE_KEYS or old.get(key) == value:
             continue
         was = f"{key}={old[key]!r}" if key in old else f"no {key}, from an older version"
-        raise ConfigError(
+        raise UserError(
             f"run_dir {run_dir} belongs to a run with {was}, not {value!r}: choose another run_dir, "
-            "or checkpoint.resume=never to start it anew"
+            "or remove that one to start it anew"
         )
 
 
 def check_fits(checkpoint: Path, config: Config, free: tuple[str, ...], inputs: Mapping[str, str | None]) -> None:
-    """Raise `ConfigError` where a checkpoint is of a run with other settings, on another base model or other data.
+    """Raise `UserError` where a checkpoint is of a run with other settings, on another base model or other data.
 
     Args:
         checkpoint: its directory.
@@ -112,9 +113,9 @@ def check_fits(checkpoint: Path, config: Config, free: tuple[str, ...], inputs: 
     known = read_json(checkpoint / "state.json").get("inputs", {})
     for name, value in inputs.items():
         if known.get(name, value) != value:
-            raise ConfigError(
+            raise UserError(
                 f"{name} is not what {checkpoint} was trained on, or is packed otherwise by this version: put that "
-                "back, or start anew with checkpoint.resume=never"
+                "back, or remove the run's directory to start it anew"
             )
 
 

@@ -27,7 +27,8 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from nuteprune.config import Config, ConfigError, TrackingConfig, flatten, to_dict
+from nuteprune.config import Config, TrackingConfig, flatten, to_dict
+from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.model.losses import TERMS
 from nuteprune.runs.checkpoint import write_atomic
 from nuteprune.training.pictures import kept_picture
@@ -53,10 +54,10 @@ def watch_command(run_dir: Path) -> str:
 
 
 def check_reporters(config: TrackingConfig) -> None:
-    """Raise `ConfigError` where `tracking.report_to` names a package that is not installed."""
+    """Raise `UserError` where `tracking.report_to` names a package that is not installed."""
     missing = [name for name in config.report_to if find_spec(name) is None]
     if missing:
-        raise ConfigError(
+        raise UserError(
             f"tracking.report_to: {' and '.join(missing)} not installed: pip install {' '.join(missing)}, "
             "or name another"
         )
@@ -76,7 +77,7 @@ class Tracker:
         is_main: whether this is rank 0; elsewhere every method does nothing.
 
     Raises:
-        ConfigError: the run directory cannot be written, or wandb or trackio does not start.
+        UserError: the run directory cannot be written, or wandb or trackio does not start.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Tracker:
             run_dir.mkdir(parents=True, exist_ok=True)
             path = run_dir / "metrics.jsonl"
             if path.is_symlink():
-                raise ConfigError(f"{path} is a symbolic link, which is not written through: put a file there")
+                raise UserError(f"{path} is a symbolic link, which is not written through: put a file there")
             _drop_lines(path, stage, first_step or 0)
             self._metrics = path.open("a", encoding="utf-8")
             if "tensorboard" in names:
@@ -102,14 +103,14 @@ class Tracker:
                 self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=first_step, flush_secs=20)
         except OSError as error:
             self.close()
-            raise ConfigError(
+            raise MachineError(
                 f"cannot write the run directory {run_dir} ({error.strerror}): set run_dir to another place"
             ) from error
         self._modules = [_start(name, config) for name in names if name != "tensorboard"]
 
     def log(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Write `stage/name` scalars every `log_every` steps and at the last; JSONL has null for NaN and infinity."""
-        if self._metrics is None or (step % self.config.tracking.log_every and step != self.last_step):
+        """Write a step's scalars as `stage/name`; JSONL has null for NaN and infinity."""
+        if self._metrics is None:
             return
         values = {f"{self.stage}/{name}": float(value) for name, value in scalars.items()}
         self._write_line(step, values)
@@ -169,7 +170,7 @@ class Tracker:
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
         except OSError as error:
-            raise ConfigError(
+            raise MachineError(
                 f"cannot write {self._metrics.name}: {error.strerror}; free space and start again"
             ) from None
 
@@ -214,7 +215,7 @@ def _start(name: str, config: Config) -> Any:
     try:
         module.init(project=project, name=label, config=_plain(config), resume="allow", **own)
     except Exception as error:  # of any kind: no login, no network, no space
-        raise ConfigError(f"tracking.report_to: {name} does not start: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"tracking.report_to: {name} does not start: {first_line(error)}") from error
     return module
 
 

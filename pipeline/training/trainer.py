@@ -36,6 +36,9 @@ from nuteprune.training.tracking import progress_bar
 
 log = logging.getLogger(__name__)
 
+MAX_BAD_STEPS = 10
+"""Steps in a row with a NaN or infinite loss or gradient after which a run ends."""
+
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on; the message says why and where the last good state is."""
@@ -60,8 +63,6 @@ class Trainer(ABC):
     """Prefix of the scalars' names."""
     output: ClassVar[str]
     """Name of the finished result below the run directory."""
-    outputs: ClassVar[tuple[str, ...]]
-    """Everything below the run directory that a run started anew deletes."""
     free: ClassVar[tuple[str, ...]]
     """Sections of the configuration that may change between two starts of one run."""
 
@@ -192,7 +193,7 @@ class Trainer(ABC):
         if skipped:
             log.warning("step %d skipped: loss %g, gradient norm %g (%d in a row)", self.step, loss, norm,
                         self.bad_in_a_row)  # fmt: skip
-        if self.bad_in_a_row >= self.config.train.max_bad_steps:
+        if self.bad_in_a_row >= MAX_BAD_STEPS:
             path, _ = self.checkpoints.newest_valid()
             raise TrainingFailed(
                 f"{self.bad_in_a_row} steps in a row had a NaN or infinite loss or gradient (last: step {self.step}); "

@@ -95,7 +95,7 @@ class Course:
         export = ("export", run, "export.check_tokens=64", "export.source=pruned")
         ladder = (
             "export", run, "export.check_tokens=64", "--ladder=0.1,0.2", f"evaluate.text=[{live}/heldout.txt]",
-            "evaluate.window=32", "evaluate.blocks=4", "evaluate.speed=false", "evaluate.prompts=0",
+            "evaluate.window=32", "evaluate.blocks=4", "evaluate.batch_sizes=[]", "evaluate.prompts=0",
             "tracking.progress=false", "tracking.report_to=[]",
         )  # fmt: skip
         found = [Stage("prune", n, prune, "pruned", "metrics.jsonl") for n in (1, 2, 4)]

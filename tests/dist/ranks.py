@@ -84,7 +84,7 @@ def free_port() -> int:
 def _context():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nuteprune.api", "nuteprune.__main__", "nuteprune.bench.comm", "deepspeed"])
+    context.set_forkserver_preload(["nuteprune.api", "nuteprune.__main__", "deepspeed"])
     return context
 
 

@@ -10,7 +10,7 @@ import pytest
 import ranks
 from safetensors.torch import load_file
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 from nuteprune.parallel.distributed import discover, first_host
 
 ROOT = Path(__file__).parents[2]
@@ -118,5 +118,5 @@ def test_first_host_of_a_node_list(nodes, first):
 def test_half_a_set_of_variables_is_one_clear_line(environment):
     environment.setenv("WORLD_SIZE", "2")
     environment.setenv("RANK", "0")
-    with pytest.raises(ConfigError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not: start with torchrun"):
+    with pytest.raises(UserError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not: start with torchrun"):
         discover()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ import ranks
 import torch
 from tiny import tiny_model
 
-from nuteprune.bench import comm, memory
 from nuteprune.config import load_config
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import Schedule
+from nuteprune.model.layers import build_view
 from nuteprune.model.loading import read_base
 from nuteprune.parallel.distributed import connected, discover
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
@@ -23,6 +24,79 @@ from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.training.engine import Engine
 
 LAYERS = 24
+
+
+class GatheredBytes:
+    """Counts the bytes that DeepSpeed gathers on this rank, by the ranks that take part, and of the largest gather."""
+
+    def __init__(self):
+        self.by_ranks: dict[int, int] = {}
+        self.largest = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_ranks.values())
+
+    @contextmanager
+    def counting(self):
+        """Count inside the block."""
+        from deepspeed.comm import comm
+
+        backend = comm.cdb
+        original = backend.all_gather_into_tensor
+
+        def counted(output_tensor, input_tensor, *args, **kwargs):
+            ranks = output_tensor.numel() // input_tensor.numel()
+            self.by_ranks[ranks] = self.by_ranks.get(ranks, 0) + output_tensor.nbytes
+            self.largest = max(self.largest, output_tensor.nbytes)
+            return original(output_tensor, input_tensor, *args, **kwargs)
+
+        backend.all_gather_into_tensor = counted
+        try:
+            yield self
+        finally:
+            backend.all_gather_into_tensor = original
+
+
+def count(step, steps: int) -> GatheredBytes:
+    """What several steps gather, after a first one."""
+    step()
+    with GatheredBytes().counting() as gathered:
+        for _ in range(steps):
+            step()
+    return gathered
+
+
+def paired(model, ids: torch.Tensor, loss) -> None:
+    """Teacher and student in one pass, as a run does it."""
+    model(ids, model.student(None), intact(model), loss).total.backward()
+
+
+def separate(model, ids: torch.Tensor, loss) -> None:
+    """The teacher's pass, then the student's."""
+    with torch.no_grad():
+        model(ids, intact(model), None, loss)
+    model(ids, model.student(None), None, loss).total.backward()
+
+
+def intact(model):
+    return build_view(model.spec, None, {}, model.scaling, model.dtype)
+
+
+MODES = {"paired": paired, "separate": separate}
+
+
+def frozen_bytes(model) -> int:
+    """Bytes of the frozen weights that this rank holds between steps: its shards, and small tensors that are whole."""
+    return sum(p.nbytes if p.ds_persist else p.ds_tensor.nbytes for p in model.parameters())
+
+
+def lora_bytes(engine: Engine) -> int:
+    """Bytes of LoRA, its gradient and this rank's AdamW moments."""
+    optimizer = engine.optimizers["lora"]
+    optimizer = getattr(optimizer, "optim", optimizer)  # the shard's own, where it is spread over the ranks
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    return sum(t.nbytes for t in [*engine.lora, *(p.grad for p in engine.lora), *moments])
 
 
 def measure() -> None:
@@ -41,9 +115,9 @@ def measure() -> None:
         ids = torch.randint(0, spec.vocab, (1, 16), generator=torch.Generator().manual_seed(world.rank))
         base = total_parameters(spec) * job.itemsize
         result = {}
-        for mode in ("paired", "separate"):
+        for mode in MODES:
             # DeepSpeed prefetches from the third step on.
-            gathered = comm.count(lambda mode=mode: getattr(comm, mode)(model, ids, config.loss), 4)
+            gathered = count(lambda mode=mode: MODES[mode](model, ids, config.loss), 4)
             result[mode] = [gathered.total / 4 / base, traffic(job, Layout(3, 1), mode).ratio]
             result["by_ranks"] = gathered.by_ranks
             result[f"{mode} largest"] = gathered.largest
@@ -51,9 +125,9 @@ def measure() -> None:
         largest = max(partitioned(tensors, world.size, persistence_threshold(spec))[0] for tensors in alone)
         result["largest planned"] = largest * job.itemsize
         engine.step(0)
-        result["frozen"] = [memory.frozen_bytes(model), sum(frozen_weights(job, Layout(3, 1)).values())]
+        result["frozen"] = [frozen_bytes(model), sum(frozen_weights(job, Layout(3, 1)).values())]
         planned = lora_memory(job, Layout(3, 1))
-        shares = world.gather(memory.lora_bytes(engine))
+        shares = world.gather(lora_bytes(engine))
         result["lora"] = [
             sum(shares) / len(shares),
             sum(planned[f"LoRA {k}"] for k in ("weights", "gradient", "moments")),

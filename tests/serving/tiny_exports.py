@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from exporting import FAMILIES, SHAPES, base_model, some_gates, trained
 
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 from nuteprune.masks import Gates
 from nuteprune.stages import export
 
@@ -62,7 +62,7 @@ def main():
             config, *_ = trained(place, family, lambda s, k=shape: gates(s, k), base=base, **asked)
             try:
                 directory = export.run(config)
-            except ConfigError as error:  # llama.cpp cannot hold it
+            except UserError as error:  # llama.cpp cannot hold it
                 sys.stderr.write(f"{family} {shape}: {error}\n")
                 directory = export.run(replace(config, export=replace(config.export, gguf="none")))
             sys.stdout.write(f"{directory}\n")

@@ -14,7 +14,7 @@ from slurm_cluster import Cluster, missing_programs
 RUN = "runs/demo-slurm"
 SETTINGS = [
     f"run_dir={RUN}", "deepspeed=zero3", "data.seq_len=128", "train.steps=20", "checkpoint.every=5",
-    "gates.importance_tokens=1024", "evaluate.speed=false", "evaluate.blocks=4", "tracking.progress=false",
+    "gates.importance_tokens=1024", "evaluate.batch_sizes=[]", "evaluate.blocks=4", "tracking.progress=false",
 ]  # fmt: skip
 CLUSTER_FILE = f"""\
 PYTHON={sys.executable}

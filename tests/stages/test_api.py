@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import nuteprune
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +40,7 @@ def test_settings_in_every_form_give_the_same(tmp_path, settings):
         assert load_config(form, rest) == wanted
     assert load_config(wanted) == wanted
     assert load_config(wanted, ["seed=3"]).seed == 3
-    with pytest.raises(ConfigError, match="settings: unknown key 'trian'"):
+    with pytest.raises(UserError, match="settings: unknown key 'trian'"):
         nuteprune.prune({"trian": {}})
 
 

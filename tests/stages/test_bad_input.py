@@ -15,7 +15,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from nuteprune import api
 from nuteprune.__main__ import main
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.runs.checkpoint import Checkpoints, atomic_directory
 from nuteprune.stages import prune
 
@@ -55,7 +56,6 @@ def refused(capsys, *arguments: str) -> str:
         ("gates.units=[kv_groups]", "at most .* of this model; add units to gates.units or lower the target"),
         ("data.seq_len=100000", "100000"),
         ("recipe=3", "recipe '3' not found"),
-        ("export.shard_size=5XB", "expected a size such as 5GB"),
         ("loss.kl_weight=0", "are 0: nothing would be learned"),
     ],
 )
@@ -119,13 +119,7 @@ def test_run_directory_of_another_configuration(settings, capsys):
     assert main(["prune", *settings, "train.steps=5"]) == 0
     line = refused(capsys, "prune", *settings, "train.steps=6")
     assert "belongs to a run with train.steps=5, not 6" in line
-    assert "resume=never" in line
-    kept = sorted(p for p in Path(load_config(None, settings).run_dir).rglob("*") if p.is_file())
-    refused(capsys, "prune", *settings, "train.steps=6", "checkpoint.resume=never", "model.path=/nowhere")
-    assert all(p.is_file() for p in kept)
-    assert main(["prune", *settings, "train.steps=6", "checkpoint.resume=never"]) == 0
-    saved = load_config(Path(load_config(None, settings).run_dir) / "config.yaml")
-    assert (saved.train.steps, saved.checkpoint.resume) == (6, "auto")
+    assert "or remove that one to start it anew" in line
 
 
 def test_unwritable_output(settings, tmp_path, capsys):
@@ -143,7 +137,6 @@ def test_export_of_a_missing_or_damaged_run(settings, tmp_path, capsys):
     assert not (tmp_path / "run" / "export").exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a full disk is made with a small tmpfs, which only root may mount")
 @pytest.mark.parametrize(
     ("family", "shape", "asked", "message"),
     [
@@ -169,6 +162,7 @@ def test_absent_sublayers_in_the_uniform_shape(settings, tmp_path, capsys):
     assert not (tmp_path / "run" / "pruned").exists()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a full disk is made with a small tmpfs, which only root may mount")
 def test_full_disk_while_saving_leaves_the_old_checkpoint(settings, tmp_path, capsys, caplog):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -177,6 +171,7 @@ def test_full_disk_while_saving_leaves_the_old_checkpoint(settings, tmp_path, ca
         arguments = [*settings, f"run_dir={disk}", "checkpoint.every=2", "tracking.report_to=[]", "lora.rank=24",
                      "sparsity.warmup=0.9"]  # fmt: skip
         line = refused(capsys, "prune", *arguments)
+        assert "a fault of this machine, not of the settings: cannot write" in line
         assert "No space left on device" in line
         assert "what was saved before is intact" in line
         newest, skipped = Checkpoints(disk / "checkpoints", keep=2).newest_valid()
@@ -199,7 +194,7 @@ def test_full_disk_while_a_tokenizer_is_saved_is_one_line(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], check=True)
     try:
         with (
-            pytest.raises(ConfigError, match=r"No space left on device.*what was saved before is intact"),
+            pytest.raises(UserError, match=r"No space left on device.*what was saved before is intact"),
             atomic_directory(disk / "export") as directory,
         ):
             tiny_tokenizer().save_pretrained(directory)
@@ -217,7 +212,7 @@ def test_a_directory_that_turns_read_only_under_evaluate_is_one_line(model_dir, 
         (disk / "manifest.json").write_text("{}")  # of an earlier report, which the first new result unlinks
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         told = refused(capsys, "evaluate", f"evaluate.models=[{model_dir}]", f"evaluate.text={text_file}",
-                       "evaluate.window=32", "evaluate.speed=false", f"evaluate.output={disk}")  # fmt: skip
+                       "evaluate.window=32", "evaluate.batch_sizes=[]", f"evaluate.output={disk}")  # fmt: skip
         assert f"{disk}/manifest.json: Read-only file system" in told
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, PreTrainedTokenizerFast
 
 from nuteprune.arch import read_spec
-from nuteprune.config import Config, ConfigError, EvaluateConfig, ModelConfig, TrackingConfig
+from nuteprune.config import Config, EvaluateConfig, ModelConfig, TrackingConfig
+from nuteprune.errors import UserError
 from nuteprune.evaluation import compare, head, measure, report, speed
 from nuteprune.evaluation.models import load_any, placement, weight_bytes
 from nuteprune.evaluation.tasks import PAPER, lm_eval_tasks, load_tasks, mean_accuracy
@@ -79,7 +80,7 @@ def settings(tmp_path, base, tokenizer) -> Config:
         for i in range(10)
     ]
     (run / "metrics.jsonl").write_text("\n".join([*map(json.dumps, steps), '{"step": 10, "pru']))
-    kept = {"kv_groups": [[True, True], [True, False]], "heads": [[0, 1, 2, 3], [0, 1]], "ffn": [24, 24]}
+    kept = {"kv_groups": [[0, 1], [0]], "heads": [[0, 1, 2, 3], [0, 1]], "ffn": [list(range(24))] * 2}
     original = {"heads": 4, "kv_heads": 2, "ffn": 40, "hidden": 24}
     (run / "export" / "nuteprune.json").write_text(json.dumps({"kept": kept, "layers": 2, "original": original}))
     write_manifest(run / "export")
@@ -114,7 +115,7 @@ def scaled_and_capped(name):
 def test_perplexity_of_blocks_equals_plain_computation(name, first, tokens, monkeypatch):
     monkeypatch.setattr(head, "LOGIT_ROWS", 7)  # chunks that do not divide the window
     model, text = scaled_and_capped(name), 32 - len(first)
-    got = measure.perplexity(model, tokens, window=32, stride=0, blocks=0, first=first)
+    got = measure.perplexity(model, tokens, window=32, blocks=0, first=first)
     begin = torch.tensor(first, dtype=torch.int64)
     # Behind a first token each token of the text is predicted, without one all but the first of a block.
     nlls = [
@@ -125,7 +126,7 @@ def test_perplexity_of_blocks_equals_plain_computation(name, first, tokens, monk
     assert got["nll"] == pytest.approx(mean, rel=1e-5)
     assert got["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
     # 141 tokens hold four blocks; the remaining ones are left out.
-    assert (got["tokens"], got["blocks"], got["window"], got["stride"]) == (4 * 31, 4, 32, 32)
+    assert (got["tokens"], got["blocks"], got["window"]) == (4 * 31, 4, 32)
 
 
 @torch.inference_mode()
@@ -137,7 +138,7 @@ def test_where_no_token_comes_first_perplexity_is_bit_for_bit_that_of_the_output
         states = model.model(input_ids=block[None]).last_hidden_state[0, :-1]
         for hidden, target in zip(states.split(256), block[1:].split(256), strict=True):
             total += torch.nn.functional.cross_entropy(model.lm_head(hidden), target, reduction="sum").item()
-    assert measure.perplexity(model, ids, 640, 0, 0)["nll"] == total / (2 * 639)
+    assert measure.perplexity(model, ids, 640, 0)["nll"] == total / (2 * 639)
 
 
 def test_logits_of_a_large_vocabulary_are_few_at_a_time(model, monkeypatch):
@@ -149,39 +150,15 @@ def test_logits_of_a_large_vocabulary_are_few_at_a_time(model, monkeypatch):
 def test_a_model_that_does_not_call_its_decoder_is_one_line():
     config = OPTConfig(vocab_size=300, hidden_size=24, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2,
                        word_embed_proj_dim=24)  # fmt: skip
-    with pytest.raises(ConfigError, match="OPTForCausalLM does not call its base_model"):
-        measure.perplexity(AutoModelForCausalLM.from_config(config).eval(), torch.arange(64), 32, 0, 0)
+    with pytest.raises(UserError, match="OPTForCausalLM does not call its base_model"):
+        measure.perplexity(AutoModelForCausalLM.from_config(config).eval(), torch.arange(64), 32, 0)
 
 
 def test_perplexity_scores_the_first_blocks_only(model, tokens):
-    first = measure.perplexity(model, tokens[:64], 32, 32, 0)
-    limited = measure.perplexity(model, tokens, 32, 32, 2)
+    first = measure.perplexity(model, tokens[:64], 32, 0)
+    limited = measure.perplexity(model, tokens, 32, 2)
     assert limited == first
     assert (limited["blocks"], limited["tokens"]) == (2, 62)
-
-
-@pytest.mark.parametrize("first", [(), (7,)])
-def test_sliding_window_equals_plain_computation(model, tokens, first):
-    window, stride, unseen = 32, 12, 1 - len(first)
-    got = measure.perplexity(model, tokens, window, stride, 0, first=first)
-    nlls = []
-    for position in range(unseen, len(tokens)):
-        # The first window that holds the token starts at the smallest multiple of the stride that reaches it.
-        begin = max(0, math.ceil((position + 1 - window + len(first)) / stride)) * stride
-        nlls.append(token_nll(model, torch.cat([torch.tensor(first, dtype=torch.int64), tokens[begin : position + 1]])))
-    assert got["tokens"] == len(tokens) - unseen
-    assert got["nll"] == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("n", "window", "stride"), [(141, 32, 12), (32, 32, 5), (33, 32, 1), (100, 32, 31), (96, 32, 16)]
-)
-def test_sliding_window_scores_each_token_once(n, window, stride):
-    spans = measure._spans(n, window, stride, 0)
-    scored = [position for _, end, count in spans for position in range(end - count, end)]
-    assert scored == list(range(1, n))
-    assert all(end - begin <= window and count <= end - begin for begin, end, count in spans)
-    assert all(end - begin - count >= window - stride for begin, end, count in spans[1:])
 
 
 def test_speed_counts_and_leaves_no_hooks(model):
@@ -221,7 +198,7 @@ def test_weights_read_for_a_token_are_all_but_the_rows_of_an_untied_embedding(ti
 def test_lm_eval_knows_the_papers_tasks_and_an_unknown_one_is_one_line(monkeypatch):
     made = []
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kw: made.append(TaskManager(**kw)) or made[-1])
-    with pytest.raises(ConfigError, match="no task 'no_such_task'"):
+    with pytest.raises(UserError, match="no task 'no_such_task'"):
         load_tasks(["no_such_task"])
     assert len(set(PAPER)) == 7
     assert set(PAPER) <= set(made[0].all_tasks)
@@ -331,7 +308,7 @@ def test_report_files(settings, base, caplog):
     assert card.count("Behind `") == 3
 
     text = (folder / "report.md").read_text()
-    assert "3 windows of 64 tokens, stride 64" in text
+    assert "3 windows of 64 tokens side by side" in text
     assert all(f"]({name})" in text for name in ("kept.png", "training.png"))
     lines = report.table(result).splitlines()
     assert lines[0].split() == ["before", "after", "ratio"]
@@ -347,7 +324,7 @@ def test_report_files(settings, base, caplog):
 
 def test_published_scores_the_whole_text_in_the_papers_windows(settings, base, tmp_path, model, tokenizer):
     (tmp_path / "long.txt").write_text(f"{TEXT}\n \n" * 4)
-    config = changed(settings, protocol="published", models=[base], text=[str(tmp_path / "long.txt")], speed=False,
+    config = changed(settings, protocol="published", models=[base], text=[str(tmp_path / "long.txt")], batch_sizes=[],
                      tasks=[], prompts=0, blocks=1)  # fmt: skip
     result = evaluate.run(config)
     rows = [*(f"{line}\n" for line in TEXT.splitlines()), ""] * 4
@@ -355,14 +332,14 @@ def test_published_scores_the_whole_text_in_the_papers_windows(settings, base, t
     scores = result["models"][0]["perplexity"]
     name = "long.txt (not WikiText-2), windows of"
     assert [score["window"] for score in scores.values()] == [2048, 128]
-    assert scores[f"{name} 128"] == {**measure.perplexity(model, ids, 128, 0, 0), "delta_nll": 0.0}
+    assert scores[f"{name} 128"] == {**measure.perplexity(model, ids, 128, 0), "delta_nll": 0.0}
     assert scores[f"{name} 128"]["blocks"] == len(ids) // 128
     text = report.markdown(result)
     assert "Protocol `published`: all rows of the test set joined by blank lines and tokenised as one text" in text
 
 
 def test_one_model_without_speed_tasks_or_prompts(settings, base, tmp_path):
-    config = changed(settings, models=[base], speed=False, tasks=[], prompts=0, output=str(tmp_path / "out"))
+    config = changed(settings, models=[base], batch_sizes=[], tasks=[], prompts=0, output=str(tmp_path / "out"))
     result = evaluate.run(config)
     assert result["ratio"] == {}
     assert not {"speed", "tasks", "generation", "samples"} & set(result["models"][0])
@@ -371,7 +348,7 @@ def test_one_model_without_speed_tasks_or_prompts(settings, base, tmp_path):
 
 
 def test_infinite_perplexity_is_written_as_valid_json(settings, tmp_path, base):
-    result = evaluate.run(changed(settings, speed=False, models=[base, base]))
+    result = evaluate.run(changed(settings, batch_sizes=[], models=[base, base]))
     # The same model twice scores the same twice, with the same task objects, and agrees with itself.
     assert result["models"][1]["generation"].pop("agreement") == 1
     assert result["models"][0] == result["models"][1]
@@ -384,7 +361,6 @@ def test_infinite_perplexity_is_written_as_valid_json(settings, tmp_path, base):
 ERRORS = {
     "no such model": ({"models": ["missing/dir/model"]}, "cannot load the model 'missing/dir/model'"),
     "short text": ({"window": 100_000}, "less than one window of 100000"),
-    "stride": ({"stride": 65}, "evaluate.stride 65"),
     "no such task file": ({"tasks": ["none.yaml"]}, "task file 'none.yaml' not found"),
     "no such text": ({"text": ["none.txt"]}, "none.txt"),
 }
@@ -392,7 +368,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("values", "message"), ERRORS.values(), ids=ERRORS)
 def test_mistakes_are_one_line(settings, values, message):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         evaluate.run(changed(settings, **values))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -400,7 +376,7 @@ def test_mistakes_are_one_line(settings, values, message):
 
 
 def test_missing_export_names_the_stage(settings, tmp_path):
-    with pytest.raises(ConfigError, match="run the export stage first"):
+    with pytest.raises(UserError, match="run the export stage first"):
         evaluate.run(dataclasses.replace(settings, run_dir=str(tmp_path / "other")))
 
 
@@ -408,7 +384,7 @@ def test_unreachable_task_is_named(tmp_path):
     file = tmp_path / "gone.yaml"
     file.write_text("task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\n"
                     "test_split: test\noutput_type: multiple_choice\n")  # fmt: skip
-    with pytest.raises(ConfigError, match=r"gone.yaml' cannot be loaded") as caught:
+    with pytest.raises(UserError, match=r"gone.yaml' cannot be loaded") as caught:
         load_tasks([str(file)], trust=True)
     assert "\n" not in str(caught.value)
 
@@ -503,4 +479,4 @@ def test_a_spread_model_has_the_same_perplexity(base, model, tokens, tmp_path, m
         base, dtype=torch.float32, device_map=parts, offload_folder=str(tmp_path)
     ).eval()
     assert any(p.is_meta for p in spread.parameters())
-    assert measure.perplexity(spread, tokens, 32, 0, 0) == measure.perplexity(model, tokens, 32, 0, 0)
+    assert measure.perplexity(spread, tokens, 32, 0) == measure.perplexity(model, tokens, 32, 0)

@@ -1,7 +1,6 @@
 """The exported model computes what the masked model computes, in all families and shapes, and loads anywhere."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -24,13 +23,14 @@ from exporting import (
     some_ids,
     trained,
 )  # fmt: skip
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nuteprune.arch import PROJECTIONS, read_spec
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 from nuteprune.exporting import folding
 from nuteprune.exporting.folding import exported_parameters, fold_model, plan_fold, small_config
 from nuteprune.exporting.small import ExportError
+from nuteprune.exporting.targets import stock
 from nuteprune.masks import Gates, Kept, Rounding, fit_shape, sparsity_of
 from nuteprune.runs.checkpoint import verify
 from nuteprune.runs.snapshot import Snapshot
@@ -211,36 +211,6 @@ def test_the_stock_class_and_the_base_settings_are_carried_over(exports):
     assert configs["qwen2"].layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
 
 
-@pytest.mark.parametrize("shape", SHAPES[1:])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_exports_of_earlier_versions_load(exports, tmp_path, family, shape):
-    """They said the layers' sizes in fields of their own, and held the norms of absent sublayers."""
-    directory, wanted, _ = exports[family, shape]
-    sizes = [loaded(directory).config.layer_sizes(index) for index in range(LAYERS)]
-    old = shutil.copytree(directory, tmp_path / "old")
-    values = json.loads((old / "config.json").read_text())
-    new_fields = [values.pop(name, None) for name in ("per_layer_config", "block_configs")]
-    assert new_fields[0]
-    stem = values["auto_map"]["AutoConfig"].removeprefix("modeling_ragged.").removesuffix("Config")
-    values |= {"architectures": [f"{stem}ForCausalLM"], "heads_per_group": [groups for groups, _ in sizes],
-               "ffn_sizes": [ffn for _, ffn in sizes]}  # fmt: skip
-    (old / "config.json").write_text(json.dumps(values))
-    tensors = load_file(old / "model.safetensors")
-    for index, (groups, ffn) in enumerate(sizes):
-        absent = ["input_layernorm"] * (not groups) + ["post_attention_layernorm"] * (not ffn)
-        absent += ["self_attn.q_norm", "self_attn.k_norm"] * (not groups and family == "qwen3")
-        for name in absent:
-            width = 8 if "self_attn" in name else values["hidden_size"]
-            assert f"model.layers.{index}.{name}.weight" not in tensors
-            tensors[f"model.layers.{index}.{name}.weight"] = torch.rand(width)
-    save_file(tensors, old / "model.safetensors", {"format": "pt"})
-    model = loaded(old)
-    assert model.config.layer_sizes(0) == sizes[0]
-    with torch.no_grad():
-        assert_close(model(some_ids()).logits, wanted)
-        model.generate(some_ids(), max_new_tokens=3, do_sample=False)
-
-
 def test_qwen2_that_stock_vllm_would_misread_is_said(tmp_path, caplog):
     """Its Qwen2 has no head size of its own: 4 heads of 8 in a hidden size of 40 would be heads of 10."""
     config, *_ = trained(tmp_path, "qwen2", lambda s: some_gates(s, "uniform", hidden=40))
@@ -264,13 +234,14 @@ def test_card_says_how_it_was_made(exports):
     assert (exports["qwen2", "per_layer"][0] / "README.md").read_text().count("trust_remote_code=True") == 2
 
 
-def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog):
+def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog, monkeypatch):
     config, model, gates, lora = trained(
         tmp_path,
         "llama",
         lambda s: some_gates(s, "uniform"),
-        **{"export.dtype": "bfloat16", "export.shard_size": "20KB"},
+        **{"export.dtype": "bfloat16"},
     )
+    monkeypatch.setattr(stock, "SHARD", "20KB")
     with caplog.at_level("INFO", logger="nuteprune"):
         directory = export.run(config)
     shards = list(directory.glob("model-*.safetensors"))
@@ -282,12 +253,11 @@ def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog):
     assert "after the cast to bfloat16" in (directory / "README.md").read_text()
 
 
-def test_fewer_shards_after_the_cast_leave_no_stale_index(tmp_path):
-    size = {"export.dtype": "bfloat16", "export.shard_size": "1MB"}
-    config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "uniform"), **size)
+def test_fewer_shards_after_the_cast_leave_no_stale_index(tmp_path, monkeypatch):
+    config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "uniform"), **{"export.dtype": "bfloat16"})
     whole = (export.run(config) / "model.safetensors").stat().st_size
     # Twice the bytes in float32, which is saved and checked first, need two files; in bfloat16 one is enough.
-    config = replace(config, export=replace(config.export, shard_size=f"{whole // 1000 + 1}KB"))
+    monkeypatch.setattr(stock, "SHARD", f"{whole // 1000 + 1}KB")
     directory = export.run(config)
     assert [p.name for p in directory.glob("model*")] == ["model.safetensors"]
 
@@ -350,7 +320,7 @@ def test_ladder_rung_is_exported_from_the_same_run(tmp_path):
         learned = {key: (a, share * b) for key, (a, b) in lora.items()}
         assert_close(small(some_ids()).logits, masked_logits(model, wanted.gates.opened(), learned, some_ids()))
     config = replace(config, export=replace(config.export, sparsity=0.9))
-    with pytest.raises(ConfigError, match=r"the run never got there; it has 0\.\d+, 0\.\d+, 0\.\d+"):
+    with pytest.raises(UserError, match=r"the run never got there; it has 0\.\d+, 0\.\d+, 0\.\d+"):
         export.run(config)
 
 
@@ -405,14 +375,14 @@ def test_free_ffn_widths_of_a_per_layer_run_are_rounded():
 def test_target_that_the_shape_cannot_meet():
     spec = read_spec(base_model("llama").config)
     gates = Gates(kv_groups=torch.ones(LAYERS, 3))
-    with pytest.raises(ConfigError, match=r"export\.ffn_multiple"):
+    with pytest.raises(UserError, match=r"export\.ffn_multiple"):
         fit_shape(spec, gates, {"kv_groups": torch.rand(LAYERS, 3)}, 0.07, "uniform", Rounding(16, 16))
 
 
 def test_removed_sublayers_need_the_per_layer_shape(tmp_path):
     config, *_ = trained(tmp_path, "llama", lambda s: some_gates(s, "per_layer"),
                          **{"gates.shape": "per_layer", "export.shape": "uniform"})  # fmt: skip
-    with pytest.raises(ConfigError, match=r"use export\.shape=per_layer_ffn or per_layer"):
+    with pytest.raises(UserError, match=r"use export\.shape=per_layer_ffn or per_layer"):
         export.run(config)
 
 
@@ -424,11 +394,11 @@ def test_output_directory_is_only_replaced_if_it_is_ours(tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     for output, message in (("mine", "not an earlier export"), ("base", "the base model"), ("text.txt", "is a file")):
         elsewhere = replace(config, export=replace(config.export, output=str(tmp_path / output)))
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             export.run(elsewhere)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
 
 def test_run_directory_without_a_run(tmp_path):
-    with pytest.raises(ConfigError, match="no finished prune run"):
+    with pytest.raises(UserError, match="no finished prune run"):
         export.run(run_config(tmp_path))

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from nuteprune import load_masked
 from nuteprune.__main__ import main
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.model.layers import build_view
 from nuteprune.model.losses import IGNORE
 from nuteprune.parallel.distributed import World
@@ -114,7 +115,7 @@ def test_a_signal_saves_and_the_next_start_ends_bit_identical(tuning, run_dir, t
     assert metrics(run_dir / "finetune") == metrics(whole / "finetune")
     left, right = (load_file(d / "finetune/tuned/adapter/adapter_model.safetensors") for d in (run_dir, whole))
     assert all(torch.equal(left[k], right[k]) for k in left)
-    with pytest.raises(ConfigError, match=r"belongs to a run with .*lora_lr=0.003, not 0.01"):
+    with pytest.raises(UserError, match=r"belongs to a run with .*lora_lr=0.003, not 0.01"):
         finetune.run(changed(tuning, lr=0.01))
 
 
@@ -130,7 +131,7 @@ def test_a_higher_rank_starts_from_the_same_student(tuning):
     assert torch.allclose(mine, wanted, atol=1e-4)
     step = trainer.train_step()
     assert step["loss"] > step["label_loss"] > 0  # the intact model teaches too
-    with pytest.raises(ConfigError, match=r"finetune.lora_rank 4 is less than the pruned student's 16"):
+    with pytest.raises(UserError, match=r"finetune.lora_rank 4 is less than the pruned student's 16"):
         build(changed(tuning, lora_rank=4))
 
 
@@ -161,7 +162,7 @@ def test_a_student_fine_tuned_from_an_earlier_pruning_is_refused(tuning, run_dir
     finetune.run(changed(tuning, steps=1))
     manifest = run_dir / "pruned" / "manifest.json"
     manifest.write_text(manifest.read_text() + " ")
-    with pytest.raises(ConfigError, match="comes from an earlier pruning"):
+    with pytest.raises(UserError, match="comes from an earlier pruning"):
         export.run(tuning)
     assert export.run(replace(tuning, export=replace(tuning.export, source="pruned"))).is_dir()
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nuteprune.__main__ import main
 from nuteprune.arch import read_spec
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 from nuteprune.exporting.gguf_families import ARCHITECTURES, CHECKED
 from nuteprune.exporting.gguf_model import gguf_architecture
 from nuteprune.exporting.gguf_vocab import vocabulary, write_vocabulary
@@ -146,13 +146,13 @@ def test_what_llama_cpp_cannot_hold_is_one_line_and_nothing_is_written(tmp_path,
 
 
 def test_qwen3_with_a_bias_on_o_proj_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no bias on o_proj"):
+    with pytest.raises(UserError, match="no bias on o_proj"):
         exported(tmp_path, "qwen3", "uniform")
 
 
 def test_scaled_rope_that_llama_cpp_lacks_is_refused(tmp_path):
     rope = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 2.0}
-    with pytest.raises(ConfigError, match="rope_type dynamic"):
+    with pytest.raises(UserError, match="rope_type dynamic"):
         exported(tmp_path, "llama", "uniform", rope_parameters=rope)
 
 
@@ -184,13 +184,13 @@ def test_the_first_token_is_that_of_the_tokenizer(tmp_path, template, bos_token,
 
 
 def test_several_first_tokens_are_refused():
-    with pytest.raises(ConfigError, match="begins a sequence with several tokens"):
+    with pytest.raises(UserError, match="begins a sequence with several tokens"):
         vocabulary(fast(pre_tokenizers.ByteLevel(add_prefix_space=False), first="<s> </s> $0"))
 
 
 def test_a_family_that_nobody_checked_is_refused():
     config = base_model("llama").config
-    with pytest.raises(ConfigError, match="seed_oss was never held against llama"):
+    with pytest.raises(UserError, match="seed_oss was never held against llama"):
         gguf_architecture(replace(read_spec(config), family="seed_oss"), "uniform", config)
     assert {*CHECKED, *ARCHITECTURES} == {*FAMILIES}
 
@@ -201,5 +201,5 @@ def test_pre_tokenizers_by_what_they_do():
     assert vocabulary(fast(pre_tokenizers.Sequence([digits, level])))["pre"] == "smollm"
     assert vocabulary(fast(None, byte_fallback=True, unk_token="<unk>"))["model"] == "llama"
     for unknown in (pre_tokenizers.Sequence([level, digits]), pre_tokenizers.Whitespace(), None):
-        with pytest.raises(ConfigError, match="no GGUF can be written of this model: its pre-tokenizer is none of"):
+        with pytest.raises(UserError, match="no GGUF can be written of this model: its pre-tokenizer is none of"):
             vocabulary(fast(unknown))

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from nuteprune.__main__ import main
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.evaluation import ladder
 from nuteprune.runs.checkpoint import verify
 
@@ -23,7 +24,7 @@ def test_every_rung_is_exported_and_compared(arguments, run_dir, capsys, tmp_pat
     records.write_text('[{"prompt": "The river", "completion": " is wide"}]')
     assert main(["finetune", str(run_dir), "--data", str(records), "--sparsity", "0.2", "finetune.steps=2",
                  "finetune.seq_len=32", "finetune.batch_size=1"]) == 0  # fmt: skip
-    assert main([*arguments, "--ladder", "0.4,0.1,0.2", "export.ladder_per_layer=true"]) == 0
+    assert main([*arguments, "--ladder", "0.4,0.1,0.2"]) == 0
     printed = capsys.readouterr().out
     directory = run_dir / "ladder"
     verify(directory)
@@ -36,18 +37,16 @@ def test_every_rung_is_exported_and_compared(arguments, run_dir, capsys, tmp_pat
         record = json.loads((directory / f"{point['sparsity']:g}" / "nuteprune.json").read_text())
         assert record["sparsity"] == pytest.approx(point["sparsity"], abs=0.01)
         assert point["perplexity"] > 0
-        assert point["per_layer_perplexity"] > 0
         assert point["prefill"] > 0
         assert point["delta_nll"] == pytest.approx(math.log(point["perplexity"] / points[0]["perplexity"]))
     assert points[0]["prefill"] == 1.0
     assert [p.get("finetuned", 0) for p in points] == [0, 0, 2, 0]
     assert found["knee"] == ladder.knee(points)
     assert "| intact |" in printed
-    assert "cost of the shape" in printed
     assert "| perplexity | ΔNLL | loops |" in printed
     assert (directory / "ladder.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((directory / "evaluate" / "report.json").read_text())
-    scores = [m["perplexity"]["train.txt"]["perplexity"] for m in report["models"][:4]]
+    scores = [m["perplexity"]["train.txt"]["perplexity"] for m in report["models"]]
     assert scores == [p["perplexity"] for p in points]
 
 
@@ -55,7 +54,7 @@ def test_a_rung_that_was_never_reached_stops_the_ladder_before_anything_is_expor
     assert main([*arguments, "--ladder", "0.1,0.7"]) == 2
     assert "sparsity 0.7: the run never got there; it has 0." in capsys.readouterr().err
     assert not (run_dir / "ladder").exists()
-    with pytest.raises(ConfigError, match="between 0 and 1"):
+    with pytest.raises(UserError, match="between 0 and 1"):
         ladder.run(load_config(run_dir, ["export.ladder=[1.5]"]))
 
 

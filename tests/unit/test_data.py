@@ -9,8 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nuteprune.config import ConfigError, DataConfig
+from nuteprune.config import DataConfig
 from nuteprune.data.text import BatchStream, load_text, packed_blocks, text_tokens
+from nuteprune.errors import UserError
 
 DOCUMENTS = ["a b c", "b c d e", "a"]
 
@@ -132,12 +133,12 @@ def test_a_batch_larger_than_the_data_goes_over_epochs():
 
 
 def test_ranks_that_do_not_divide_the_batch():
-    with pytest.raises(ConfigError, match=r"train\.batch_size 16 .* 3 processes: make it a multiple of 3"):
+    with pytest.raises(UserError, match=r"train\.batch_size 16 .* 3 processes: make it a multiple of 3"):
         BatchStream(torch.zeros(4, 2), batch_size=16, seed=0, world=3)
 
 
 def one_line(pattern):
-    return pytest.raises(ConfigError, match=rf"(?-s:^[^\n]*{pattern}[^\n]*$)")
+    return pytest.raises(UserError, match=rf"(?-s:^[^\n]*{pattern}[^\n]*$)")
 
 
 @pytest.mark.parametrize(

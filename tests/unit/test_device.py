@@ -12,7 +12,7 @@ from nuteprune.__main__ import main
 from nuteprune.bench import gpu_check
 from nuteprune.bench.gpu_parts import PARTS
 from nuteprune.bench.gpu_place import Place
-from nuteprune.config import ConfigError
+from nuteprune.errors import UserError
 from nuteprune.parallel import device
 from nuteprune.parallel.distributed import discover
 
@@ -46,7 +46,7 @@ def test_gpus_of_a_slurm_job(monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
     discover()
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-    with pytest.raises(ConfigError, match=r"SLURM_GPUS_ON_NODE=8"):
+    with pytest.raises(UserError, match=r"SLURM_GPUS_ON_NODE=8"):
         discover()
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nuteprune.__main__ import SHORTCUTS, parser
 from nuteprune.config import load_config
 from nuteprune.config.reference import markdown
+from nuteprune.flags import SHORTCUTS, parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(p for folder in (".", "docs", "kernels", "slurm") for p in ROOT.glob(f"{folder}/*.md"))
@@ -19,10 +19,6 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(R
 def test_the_reference_of_settings_is_up_to_date():
     written = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     assert written == markdown(), "run `make docs`"
-
-
-def test_readme_is_short_enough_to_be_read():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
 
 
 @pages

@@ -4,7 +4,8 @@ import pytest
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nuteprune.__main__ import main
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.parallel.sizes import total_parameters
 from nuteprune.planning.dryrun import dry_run
 from nuteprune.planning.models import HUB, named_spec
@@ -48,9 +49,8 @@ def test_unlike_layers_are_partitioned_too(recipe):
     assert 0.99 * found.total < found.gathered < found.total
 
 
-@pytest.mark.parametrize("settings", ["zero3_offload", "zero3_nvme"])
-def test_13b_on_16_ranks_with_offload(capsys, settings):
-    arguments = ["recipe=llama2-13b", f"deepspeed={settings}", "train.activation_checkpointing=true"]
+def test_13b_on_16_ranks_with_offload(capsys):
+    arguments = ["recipe=llama2-13b", "deepspeed=zero3_offload", "train.activation_checkpointing=true"]
     assert main(["prune", *arguments, "--dry-run", "--world-size", "16"]) == 0
     printed = capsys.readouterr().out
     assert "partitioned by ZeRO-3: 1.6" in printed
@@ -82,7 +82,7 @@ def test_beside_a_gpu_it_runs_on_the_cpu():
 )
 def test_what_cannot_work_is_told(overrides, ranks, complaint):
     config = load_config(None, ["recipe=llama2-13b", *overrides])
-    with pytest.raises(ConfigError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         dry_run(config, ranks, 8)
 
 

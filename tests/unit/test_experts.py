@@ -7,7 +7,8 @@ import torch
 from tiny import VOCAB, tiny_config, tiny_model
 
 from nuteprune.arch import read_spec
-from nuteprune.config import ConfigError, GateConfig, LoraConfig
+from nuteprune.config import GateConfig, LoraConfig
+from nuteprune.errors import UserError
 from nuteprune.masks import Gates, Kept, Rounding, check_target, fit_shape, select_units, sparsity_of, unit_shape
 from nuteprune.model.layers import GatedRouter, build_view
 from nuteprune.model.pairing import PairedModel
@@ -116,7 +117,7 @@ def test_free_structures_have_experts_of_one_width_in_a_layer(name, units, shape
 @names
 def test_as_many_experts_as_the_router_chooses_always_stay(name):
     spec = read_spec(tiny_config(name))
-    with pytest.raises(ConfigError, match=r"removing experts takes away at most 0\.\d+"):
+    with pytest.raises(UserError, match=r"removing experts takes away at most 0\.\d+"):
         check_target(spec, GateConfig(shape="uniform", units=["experts"]), 0.6)
     scores = {"experts": torch.randn(unit_shape(spec, "experts"))}
     for shape in ("uniform", "per_layer"):

@@ -7,7 +7,8 @@ from torch import nn
 
 from nuteprune.__main__ import main
 from nuteprune.arch import fuse, projections, read_spec, split_fused, stored
-from nuteprune.config import ConfigError, GateConfig, LoraConfig, LossConfig, ModelConfig
+from nuteprune.config import GateConfig, LoraConfig, LossConfig, ModelConfig
+from nuteprune.errors import UserError
 from nuteprune.exporting.folding import fold_model, plan_fold, small_config
 from nuteprune.exporting.gguf_model import gguf_architecture
 from nuteprune.exporting.small import exported_dtype
@@ -34,7 +35,7 @@ LONG = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_f
 def test_what_a_family_cannot_lose_is_one_line(tmp_path, capsys, name, changes, units, shape, line):
     config = tiny_config(name, hidden_size=24, num_attention_heads=6, head_dim=4, **changes)
     gates = GateConfig(units=units, shape=shape)
-    with pytest.raises(ConfigError, match=line):
+    with pytest.raises(UserError, match=line):
         check_target(read_spec(config), gates, 0.2)
     config.save_pretrained(tmp_path)
     arguments = [f"gates.units=[{','.join(units)}]", f"gates.shape={shape}", "--dry-run", "--world-size", "1"]
@@ -49,7 +50,7 @@ def test_a_refused_shape_is_refused_by_the_export_too():
     spec = read_spec(config)
     fold = plan_fold(spec, Gates(ffn=torch.ones(spec.layers, spec.ffn)), {}, 1.0)
     assert small_config(config, fold, "uniform").intermediate_size == spec.ffn
-    with pytest.raises(ValueError, match=r"export.shape: phi3 cannot have per_layer"):
+    with pytest.raises(UserError, match=r"export.shape: phi3 cannot have per_layer"):
         small_config(config, fold, "per_layer")
 
 
@@ -73,7 +74,7 @@ def test_rotary_positions_of_its_own_stay_exact_in_the_stock_class(name, changes
 @pytest.mark.parametrize("name", ["granite", "smollm3", "phi3", "olmo3", "gemma3", "qwen3"])
 def test_no_gguf_of_unequal_layers_where_llama_cpp_holds_none(name):
     config = tiny_config(name)
-    with pytest.raises(ConfigError, match="only where all layers are alike"):
+    with pytest.raises(UserError, match="only where all layers are alike"):
         gguf_architecture(read_spec(config), "per_layer_ffn", config)
 
 
@@ -88,7 +89,7 @@ def test_no_gguf_of_unequal_layers_where_llama_cpp_holds_none(name):
 ])  # fmt: skip
 def test_no_gguf_of_what_llama_cpp_would_get_wrong(name, changes, lack):
     config = tiny_config(name, **changes)
-    with pytest.raises(ConfigError, match=f"llama.cpp's {config.model_type} has .*{lack}"):
+    with pytest.raises(UserError, match=f"llama.cpp's {config.model_type} has .*{lack}"):
         gguf_architecture(read_spec(config), "uniform", config)
 
 
@@ -102,7 +103,7 @@ def test_experts_without_lora_are_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("changes", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])
 def test_qwen3_moe_with_dense_layers_is_refused(changes):
-    with pytest.raises(ValueError, match="dense layers"):
+    with pytest.raises(UserError, match="dense layers"):
         read_spec(tiny_config("qwen3_moe", **changes))
 
 
@@ -114,12 +115,12 @@ def test_gemma_in_float16_is_one_line(tmp_path, capsys, dry, text_file, tokenize
                  f"data.source={text_file}", "data.seq_len=32"]  # fmt: skip
     assert main(["prune", *arguments, *dry]) == 2
     assert "model.dtype: gemma3_text cannot have float16" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"export.dtype: gemma3_text cannot have float16"):
+    with pytest.raises(UserError, match=r"export.dtype: gemma3_text cannot have float16"):
         exported_dtype(read_base(ModelConfig(path=str(tmp_path / "base"))), "float16")
 
 
 def test_gemma_with_softcapped_logits_is_refused():
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
+    with pytest.raises(UserError, match="final_logit_softcapping"):
         read_spec(tiny_config("gemma3", final_logit_softcapping=30.0))
 
 

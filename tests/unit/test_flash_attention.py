@@ -11,7 +11,8 @@ from tiny import VOCAB, tiny_config, tiny_model
 from transformers import AttentionInterface
 
 from nuteprune.arch import read_spec
-from nuteprune.config import ConfigError, LoraConfig, LossConfig, ModelConfig
+from nuteprune.config import LoraConfig, LossConfig, ModelConfig
+from nuteprune.errors import UserError
 from nuteprune.exporting.modeling_ragged import RaggedLlamaConfig, RaggedLlamaForCausalLM
 from nuteprune.masks import Gates
 from nuteprune.model.layers import build_view
@@ -70,7 +71,18 @@ def test_the_paired_model_computes_with_it(flash):
 
 
 def test_a_per_layer_export_computes_with_it_beside_the_paired_model(flash):
-    sizes = tiny_config("llama").to_diff_dict() | {"heads_per_group": [[2, 3], [], [1]], "ffn_sizes": [9, 5, 0]}
+    layers = [
+        {
+            "skip": [],
+            "num_attention_heads": 5,
+            "num_key_value_heads": 2,
+            "heads_per_group": [2, 3],
+            "intermediate_size": 9,
+        },
+        {"skip": ["attention"], "num_key_value_heads": 1, "intermediate_size": 5},
+        {"skip": ["mlp"], "num_attention_heads": 1, "num_key_value_heads": 1},
+    ]
+    sizes = tiny_config("llama").to_diff_dict() | {"per_layer_config": dict(enumerate(layers))}
     logits = []
     for attention in ("sdpa", "flash_attention_2"):
         paired_loss(attention, Gates(heads=torch.ones(3, 6)))
@@ -87,5 +99,5 @@ def test_a_per_layer_export_computes_with_it_beside_the_paired_model(flash):
 
 def test_float32_is_refused_in_one_line(model_dir):
     config = ModelConfig(path=str(model_dir), attention="flash_attention_2")
-    with pytest.raises(ConfigError, match=r"set model\.dtype=bfloat16"):
+    with pytest.raises(UserError, match=r"set model\.dtype=bfloat16"):
         read_base(config)

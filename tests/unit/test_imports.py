@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 ROOMS = (
-    "kernels", "config", "arch", "masks", "model", "runs", "data", "parallel", "training", "exporting", "evaluation",
-    "planning", "stages", "api", "chain", "__main__", "bench",
+    "errors", "kernels", "config", "arch", "masks", "model", "runs", "data", "parallel", "training", "exporting",
+    "evaluation", "planning", "stages", "api", "chain", "flags", "__main__", "bench",
 )  # fmt: skip
 """From the bottom up: a room imports from rooms before it, never from those behind it."""
 

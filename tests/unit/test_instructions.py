@@ -9,8 +9,9 @@ import torch
 from tiny import tiny_model
 
 from nuteprune.arch import read_spec
-from nuteprune.config import ConfigError, FinetuneConfig, LoraConfig, LossConfig
+from nuteprune.config import FinetuneConfig, LoraConfig, LossConfig
 from nuteprune.data.instructions import pack, packed_windows, worded
+from nuteprune.errors import UserError
 from nuteprune.masks import Gates
 from nuteprune.model.layers import build_view
 from nuteprune.model.losses import IGNORE
@@ -135,20 +136,17 @@ MISTAKES = {
     "no file": (None, {}, "give an existing .json"),
     "no form": ([{"text": "a"}], {}, "record 1 must have the keys instruction and output, or messages, or .* has text"),
     "missing key": ([ALPACA, ALPACA | {"output": None}], {}, "record 2 has no text in 'output'"),
-    "empty answer": ([ALPACA, ALPACA | {"output": " "}], {}, "1 empty answers, first in record 2: .*unusable=drop"),
-    "too long": ([ALPACA, ALPACA | {"output": "word " * 99}], {"seq_len": 250},
-                 r"1 of 2 records are longer than finetune.seq_len 250 \(record 2: \d+ tokens\): raise it"),
     "no template": ([ALPACA], {"template": "chat"}, "tokenizer has no chat template; use finetune.template=alpaca"),
     "messages without template": ([{"messages": [{"role": "user", "content": "a"}]}], {}, "need a chat template"),
     "no records": ([], {}, "no records"),
-    "nothing left": ([ALPACA | {"output": ""}], {"unusable": "drop"}, "no record has an answer and fits"),
+    "nothing left": ([ALPACA | {"output": ""}], {}, "no record has an answer and fits"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "options", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_one_line(rows, options, message, tmp_path, tokenizer):
     data = "nowhere.json" if rows is None else file_of(tmp_path, *rows)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         packed_windows(FinetuneConfig(data=data, **options), tokenizer)
     assert "\n" not in str(caught.value)
 
@@ -159,15 +157,16 @@ def test_mistakes_in_conversations(tmp_path, chat):
         ([user], "record 1 does not end with a message of the assistant"),
         ([{"role": "user"}, assistant], "record 1 has a message without text"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             parts(tmp_path, chat, {"messages": messages})
     chat.chat_template = "{{ messages|length }}: {{ messages[-1].content }}"
-    with pytest.raises(ConfigError, match="record 1 is worded differently by the chat template"):
+    with pytest.raises(UserError, match="record 1 is worded differently by the chat template"):
         parts(tmp_path, chat, {"messages": [user, assistant, user, assistant]})
 
 
-def test_unusable_records_are_dropped_where_that_is_asked_for(tmp_path, tokenizer, caplog):
+def test_records_that_cannot_be_learned_are_left_out_and_counted(tmp_path, tokenizer, caplog):
     data = file_of(tmp_path, ALPACA, ALPACA | {"output": ""}, ALPACA | {"output": "word " * 99})
-    windows = packed_windows(FinetuneConfig(data=data, seq_len=150, unusable="drop"), tokenizer)
+    windows = packed_windows(FinetuneConfig(data=data, seq_len=150), tokenizer)
     assert len(windows) == 1
-    assert "2 records dropped: 1 empty answers, 1 too long" in caplog.text
+    assert "1 of 3 records are left out, which have an empty answer, first record 2" in caplog.text
+    assert "1 of 3 records are left out, which are longer than finetune.seq_len 150, first record 3" in caplog.text

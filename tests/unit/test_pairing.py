@@ -9,7 +9,7 @@ from tiny import CONFIGS, tiny_model
 from nuteprune.arch import read_spec
 from nuteprune.config import LoraConfig, LossConfig
 from nuteprune.model.layers import build_view
-from nuteprune.model.losses import IGNORE, weights
+from nuteprune.model.losses import IGNORE, head, weights
 from nuteprune.model.losses.head import head_loss
 from nuteprune.model.losses.layer import layer_loss
 from nuteprune.model.pairing import PairedModel
@@ -43,7 +43,7 @@ def separate_passes(pair: Pair, loss: LossConfig):
             squares = [x.detach()[..., kept].square().mean(-1) for x in (s, t)]
             squared = squared / torch.maximum(*squares)
         terms.append(squared.mean())
-    layer = torch.stack(terms).sum() if loss.layer_reduction == "sum" else torch.stack(terms).mean()
+    layer = torch.stack(terms).sum() if loss.layer == "raw" else torch.stack(terms).mean()
     t = loss.temperature
     kl = t**2 * F.kl_div((logits / t).log_softmax(-1), (target / t).softmax(-1), reduction="sum") / IDS.numel()
     entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
@@ -67,9 +67,7 @@ def test_without_gates_and_lora_the_model_is_untouched(name):
 @pytest.mark.parametrize("kind", ["normalized", "raw"])
 def test_paired_loss_equals_two_separate_passes(name, kind):
     pair = Pair(name)
-    loss = LossConfig(
-        layer=kind, layer_reduction="sum" if kind == "raw" else "mean", label_weight=0.3, temperature=2 / 3, chunk=7
-    )
+    loss = LossConfig(layer=kind, label_weight=0.3, temperature=2 / 3)
     expected = separate_passes(pair, loss)
     paired = pair.model(IDS, pair.student, pair.teacher, loss).total
     torch.testing.assert_close(paired, expected, rtol=1e-6, atol=0)
@@ -128,7 +126,7 @@ def test_no_list_of_hidden_states_is_kept():
 
 def test_no_teacher_is_the_language_model_loss():
     pair = Pair("qwen2")
-    loss = pair.model(IDS, pair.student, None, LossConfig(chunk=5)).total
+    loss = pair.model(IDS, pair.student, None, LossConfig()).total
     logits = pair.model.logits(IDS, pair.student)
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -137,7 +135,8 @@ def test_no_teacher_is_the_language_model_loss():
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 100])
-def test_chunked_losses_equal_the_whole_in_double(chunk):
+def test_chunked_losses_equal_the_whole_in_double(chunk, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(11, 8, generator=generator, dtype=torch.float64)
@@ -149,7 +148,7 @@ def test_chunked_losses_equal_the_whole_in_double(chunk):
     )
     labels = torch.tensor([3, 0, 30, IGNORE, 7, 7, IGNORE, 1, 2, 29, IGNORE])
     entropy = F.cross_entropy(student @ weight.T, labels, ignore_index=IGNORE)
-    config = LossConfig(layer_weight=0.0, kl_weight=0.7, label_weight=0.3, temperature=2.0, chunk=chunk)
+    config = LossConfig(layer_weight=0.0, kl_weight=0.7, label_weight=0.3, temperature=2.0)
     total, terms = head_loss(student, weight, weights(config, taught=True), config, teacher, labels)
     torch.testing.assert_close(terms["kl"].double(), whole, rtol=1e-5, atol=0)
     torch.testing.assert_close(terms["label"].double(), entropy, rtol=1e-5, atol=0)
@@ -164,7 +163,8 @@ def test_full_logits_never_exist_at_once(monkeypatch):
     original = F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: shapes.append((len(x), len(w))) or original(x, w, b))
     hidden, weight = torch.randn(50, 8, requires_grad=True), torch.randn(31, 8)
-    config = LossConfig(layer_weight=0.0, chunk=16)
+    monkeypatch.setattr(head, "CHUNK", 16)
+    config = LossConfig(layer_weight=0.0)
     teacher, labels = torch.randn(50, 8), torch.randint(0, 31, (50,))
     head_loss(hidden, weight, weights(config, taught=True), config, teacher, labels)[0].backward()
     assert shapes

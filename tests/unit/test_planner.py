@@ -343,7 +343,7 @@ def test_offloaded_weights_are_waited_for():
 
 
 def test_kept_shares_follow_schedule_and_teachers():
-    wanted = ["sparsity.schedule=linear", "sparsity.warmup=0.5", "sparsity.target=0.4", "train.steps=1000"]
+    wanted = ["sparsity.constraint=lagrangian", "sparsity.warmup=0.5", "sparsity.target=0.4", "train.steps=1000"]
     student, teacher = mean_kept(job("llama-7b", 1, 8, *wanted))
     assert student == pytest.approx(1 - (0.5 * 0.2 + 0.5 * 0.4), abs=1e-3)
     assert student < teacher < 1

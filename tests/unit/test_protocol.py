@@ -11,7 +11,8 @@ import torch
 from tiny import SENTENCES, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from nuteprune.config import ConfigError, DataConfig, EvaluateConfig
+from nuteprune.config import DataConfig, EvaluateConfig
+from nuteprune.errors import UserError
 from nuteprune.evaluation import protocol
 from nuteprune.evaluation.protocol import published_text, scored_texts
 
@@ -30,10 +31,10 @@ def test_every_form_of_the_test_set_is_the_same_text(tmp_path, monkeypatch, capl
     datasets.Dataset.from_dict({"text": ROWS}).to_parquet(tmp_path / "rows.parquet")
     datasets.Dataset.from_dict({"text": ROWS}).to_json(tmp_path / "rows.jsonl")
     for name in ("original.txt", "joined.txt", "rows.parquet", "rows.jsonl"):
-        assert published_text(settings(tmp_path / name)) == ("WikiText-2", TEXT), name
+        assert published_text(settings(tmp_path / name), "text") == ("WikiText-2", TEXT), name
     assert not caplog.text
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: {"text": ROWS} if split == "test" else None)
-    assert published_text(settings()) == ("WikiText-2", TEXT)
+    assert published_text(settings(), "text") == ("WikiText-2", TEXT)
 
 
 def test_windows_stand_side_by_side_over_one_first_token_and_the_text(tmp_path):
@@ -42,19 +43,19 @@ def test_windows_stand_side_by_side_over_one_first_token_and_the_text(tmp_path):
     plain = tokenizer(TEXT).input_ids
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
     # Whatever else is set: papers take all of it.
-    published = settings(tmp_path / "joined.txt", window=64, stride=8, blocks=2)
+    published = settings(tmp_path / "joined.txt", window=64, blocks=2)
     found = scored_texts(published, DataConfig(), tokenizer)
-    assert [(text.window, text.stride, text.blocks) for text in found] == [(2048, 0, 0), (128, 0, 0)]
+    assert [(text.window, text.blocks) for text in found] == [(2048, 0), (128, 0)]
     assert all(torch.equal(text.tokens, torch.tensor([0, *plain])) for text in found)
     assert [text.first for text in found] == [(), ()]
     (text,) = scored_texts(replace(published, protocol="own"), DataConfig(), tokenizer)
-    assert (text.window, text.stride, text.blocks, text.first) == (64, 8, 2, (0,))
+    assert (text.window, text.blocks, text.first) == (64, 2, (0,))
     assert torch.equal(text.tokens, torch.tensor(plain))
 
 
 def test_another_text_is_named_as_such(tmp_path, caplog):
     (tmp_path / "mine.txt").write_text("One.\n\nTwo.\n")
-    assert published_text(settings(tmp_path / "mine.txt")) == ("mine.txt (not WikiText-2)", "One.\n\nTwo.\n")
+    assert published_text(settings(tmp_path / "mine.txt"), "text") == ("mine.txt (not WikiText-2)", "One.\n\nTwo.\n")
     assert "is not WikiText-2's raw test set" in caplog.text
 
 
@@ -66,8 +67,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("texts", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_one_line(texts, message):
-    with pytest.raises(ConfigError, match=message):
-        published_text(settings(*texts))
+    with pytest.raises(UserError, match=message):
+        published_text(settings(*texts), "text")
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch):
@@ -75,5 +76,5 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ConfigError, match=r"from the hub \(no route\): name the file"):
-        published_text(settings())
+    with pytest.raises(UserError, match=r"from the hub \(no\): name the file"):
+        published_text(settings(), "text")

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from nuteprune.__main__ import main
-from nuteprune.config import ConfigError, load_config
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.training.pictures import kept_picture
 from nuteprune.training.tracking import PICTURE_WIDTH, Tracker, progress_bar
 
@@ -62,14 +63,6 @@ def test_nan_is_null_in_jsonl_so_that_every_line_is_strict_json(tmp_path):
     with tracker(tmp_path, 1) as own:
         own.log(0, {"loss": float("nan"), "norm": float("inf")})
     assert lines(tmp_path) == [{"step": 0, "total": 1, "prune/loss": None, "prune/norm": None}]
-
-
-def test_log_every_keeps_the_last_step(tmp_path):
-    with tracker(tmp_path, 7, 0, "tracking.log_every=4") as own:
-        for step in range(7):
-            own.log(step, {"loss": step})
-    assert [line["step"] for line in lines(tmp_path)] == [0, 4, 6]
-    assert [s.step for s in events(tmp_path).Scalars("prune/loss")] == [0, 4, 6]
 
 
 def test_resume_drops_what_is_done_again(tmp_path):
@@ -154,7 +147,7 @@ def test_nothing_but_jsonl_where_nothing_is_reported_to(tmp_path):
 
 def test_unwritable_run_directory_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot write the run directory .*Not a directory.*set run_dir") as error:
+    with pytest.raises(UserError, match=r"cannot write the run directory .*Not a directory.*set run_dir") as error:
         tracker(tmp_path / "file" / "run", 1)
     assert "\n" not in str(error.value)
 
@@ -167,11 +160,8 @@ def test_a_place_that_is_not_installed_is_one_line_before_anything_is_loaded(set
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_of_an_earlier_version_load():
-    assert load_config({"tracking": {"tensorboard": False, "log_every": 3}}).tracking.report_to == []
-    assert load_config({"tracking": {"tensorboard": True}}).tracking.report_to == ["tensorboard"]
-    assert load_config(None, ["tracking.report_to=[]", "tracking.tensorboard=true"]).tracking.report_to != []
-    with pytest.raises(ConfigError, match=r"tracking\.report_to: expected .* did you mean 'wandb'"):
+def test_a_place_that_is_not_known_is_one_line():
+    with pytest.raises(UserError, match=r"tracking\.report_to: expected .* did you mean 'wandb'"):
         load_config(None, ["tracking.report_to=[wand]"])
 
 

@@ -18,8 +18,8 @@ from exporting import base_model, loaded, on_disk, some_gates, some_ids, trained
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nuteprune.__main__ import PlainFormatter
-from nuteprune.config import ConfigError, ExportConfig, ModelConfig, load_config
+from nuteprune.config import ExportConfig, ModelConfig, load_config
+from nuteprune.errors import UserError
 from nuteprune.evaluation import page, pictures, report
 from nuteprune.evaluation.models import load_any
 from nuteprune.evaluation.tasks import load_tasks
@@ -29,6 +29,7 @@ from nuteprune.model.loading import load_model, read_base
 from nuteprune.runs import jobs
 from nuteprune.runs.checkpoint import CheckpointError, inside, verify, write_atomic, write_manifest
 from nuteprune.runs.fingerprint import fingerprint
+from nuteprune.runs.log import PlainFormatter
 from nuteprune.runs.rundir import load_run, save_config
 from nuteprune.runs.snapshot_files import load_snapshots
 from nuteprune.runs.words import code, markdown_words, plain
@@ -81,7 +82,7 @@ def with_code(directory: Path, marker: Path, file: str = "config.json", key: str
 )
 def test_code_beside_a_model_runs_only_when_asked_for(model_dir, marker, file, key, caplog):
     with_code(model_dir, marker, file, key)
-    with pytest.raises(ConfigError, match=rf"{file} asks to run Python code .*{TRUST}") as caught:
+    with pytest.raises(UserError, match=rf"{file} asks to run Python code .*{TRUST}") as caught:
         load_any(str(model_dir), MODEL)
     assert "\n" not in str(caught.value)
     assert not marker.exists()
@@ -99,7 +100,7 @@ def test_code_of_a_base_model_never_runs_and_nobody_is_asked(model_dir, marker, 
     facts = json.loads((model_dir / "config.json").read_text())
     facts |= {"model_type": "evil", "auto_map": {"AutoConfig": "modeling_evil.EvilConfig"}}
     (model_dir / "config.json").write_text(json.dumps(facts))
-    with pytest.raises(ConfigError, match="custom code"):
+    with pytest.raises(UserError, match="custom code"):
         load_model(read_base(ModelConfig(path=str(model_dir), dtype="float32")))
     assert not marker.exists()
 
@@ -115,7 +116,7 @@ def test_an_export_of_ours_is_loaded_by_our_class_whatever_its_file_says(tmp_pat
         assert type(model).__module__ == "nuteprune.exporting.modeling_ragged"
         assert torch.equal(model(some_ids()).logits, wanted)
     with_code(directory, marker, "tokenizer_config.json", "AutoTokenizer")
-    with pytest.raises(ConfigError, match=r"tokenizer_config\.json asks to run"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json asks to run"):
         load_any(str(directory), MODEL)
     assert not marker.exists()
 
@@ -127,7 +128,7 @@ def test_pickled_weights_are_not_unpickled_into_code(model_dir, marker):
 
     (model_dir / "model.safetensors").unlink()
     torch.save({"lm_head.weight": Evil()}, model_dir / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match="cannot"):
+    with pytest.raises(UserError, match="cannot"):
         load_any(str(model_dir), MODEL)
     assert not marker.exists()
 
@@ -141,7 +142,7 @@ def test_a_task_file_runs_only_when_asked_for(tmp_path, marker):
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: !function evil.words\n"
         "doc_to_choice: ['yes', 'no']\ndoc_to_target: a\n"
     )
-    with pytest.raises(ConfigError, match=rf"task file .*is code to lm-eval.*{TRUST}"):
+    with pytest.raises(UserError, match=rf"task file .*is code to lm-eval.*{TRUST}"):
         load_tasks([str(file)])
     assert not marker.exists()
     assert load_tasks(["local_mc"])
@@ -155,7 +156,7 @@ def test_no_file_can_allow_code(tmp_path):
     for file in (run / "config.yaml", recipe):
         file.write_text("evaluate: {trust_remote_code: true}\n")
     for settings, overrides in ((run, []), (run / "config.yaml", []), (None, [f"recipe={recipe}"])):
-        with pytest.raises(ConfigError, match=r"which no file can: give evaluate\.trust_remote_code=… when you"):
+        with pytest.raises(UserError, match=r"which no file can: give evaluate\.trust_remote_code=… when you"):
             load_config(settings, overrides)
     config = load_config(None, [TRUST])
     assert config.evaluate.trust_remote_code
@@ -178,7 +179,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
 def test_yaml_holds_plain_values_of_a_sane_size(tmp_path, text):
     file = tmp_path / "recipe.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ConfigError, match=r"is not valid YAML|has more than") as caught:
+    with pytest.raises(UserError, match=r"is not valid YAML|has more than") as caught:
         load_config(file)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -241,7 +242,7 @@ def test_nothing_is_written_through_a_link(directory, tmp_path):
     save_config(directory / "config.yaml", load_config(None))
     write_manifest(directory)
     (directory / "metrics.jsonl").symlink_to(secret)
-    with pytest.raises(ConfigError, match="is a symbolic link"):
+    with pytest.raises(UserError, match="is a symbolic link"):
         Tracker(load_config(None, [f"run_dir={directory}", "tracking.report_to=[]"]), "prune", 1)
     assert secret.read_text() == "of the user"
     assert not (directory / "b.txt").is_symlink()
@@ -257,9 +258,9 @@ def test_weights_with_a_lying_header_are_refused(model_dir):
         (8).to_bytes(8, "little") + b"[" * 8,
     ):  # fmt: skip
         weights.write_bytes(data)
-        with pytest.raises(ConfigError, match="damaged"):
+        with pytest.raises(UserError, match="damaged"):
             fingerprint(str(model_dir))
-        with pytest.raises(ConfigError, match="cannot"):
+        with pytest.raises(UserError, match="cannot"):
             load_any(str(model_dir), MODEL)
         with pytest.raises(SafetensorError):
             load_file(weights)
@@ -277,7 +278,7 @@ def test_a_run_of_another_make_is_one_line(tmp_path, name, text):
     pruned = tmp_path / "run" / "pruned"
     (pruned / name).write_text(text)
     write_manifest(pruned)
-    with pytest.raises(ConfigError, match=r"is damaged: .") as caught:
+    with pytest.raises(UserError, match=r"is damaged: .") as caught:
         load_run(tmp_path / "run")
     assert "\n" not in str(caught.value)
 
@@ -295,7 +296,7 @@ def test_foreign_names_are_harmless_in_reports_and_cards(tmp_path):
     for text in (markdown_words(EVIL), code(EVIL), plain(EVIL)):
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", text)
     assert plain("a\tb\nc é 漢") == "a\tb\nc é 漢"
-    score = {"perplexity": 1.0, "stride": 8, "window": 8, "blocks": 1, "tokens": 7, "delta_nll": 0.0}
+    score = {"perplexity": 1.0, "window": 8, "blocks": 1, "tokens": 7, "delta_nll": 0.0}
     sample = {"prompt": EVIL, "continuation": EVIL, "loops": True}
     models = [
         {"name": EVIL + str(i), "path": EVIL, "parameters": 1, "perplexity": {EVIL: score}, "samples": [sample],
@@ -369,7 +370,7 @@ def test_the_hub_token_is_in_no_message(directory, monkeypatch, caplog):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_0123456789secret")
-        with pytest.raises(ConfigError, match=r"export\.push_to_hub me/small: ") as caught:
+        with pytest.raises(UserError, match=r"export\.push_to_hub me/small: ") as caught:
             push(directory, ExportConfig(push_to_hub="me/small"))
     finally:
         server.shutdown()

@@ -11,8 +11,8 @@ import datasets
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.config import ConfigError
 from nuteprune.data.sequences import first_tokens
+from nuteprune.errors import UserError, first_line
 
 SHIPPED = Path(__file__).parent
 PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -63,7 +63,7 @@ def load_tasks(tasks: list[str], trust: bool = False) -> list:
         trust: whether task files that do not ship here may be read, which lets them run code.
 
     Raises:
-        ConfigError: a task that is unknown, unreadable or cannot be fetched, or a task file that is not trusted.
+        UserError: a task that is unknown, unreadable or cannot be fetched, or a task file that is not trusted.
     """
     if not tasks:
         return []
@@ -74,7 +74,7 @@ def load_tasks(tasks: list[str], trust: bool = False) -> list:
     files = {task: _task_file(task) for task in names}
     for task, file in files.items():
         if file is not None and file.parent != SHIPPED and not trust:
-            raise ConfigError(
+            raise UserError(
                 f"evaluate.tasks: the task file '{task}' is code to lm-eval (!function, templates), which may do "
                 "anything you can: read it, then set evaluate.trust_remote_code=true"
             )
@@ -87,7 +87,7 @@ def load_tasks(tasks: list[str], trust: bool = False) -> list:
 def _load(manager, task: str, file: Path | None) -> list:
     """The objects of one name or file: a group, which brings its tasks with it, or the tasks of a tag, or one task."""
     if file is None and task not in manager.all_tasks:
-        raise ConfigError(
+        raise UserError(
             f"evaluate.tasks: lm-eval knows no task '{task}': give a name it knows, {', '.join(shipped())}, "
             "or the path of a task file (.yaml)"
         )
@@ -95,10 +95,9 @@ def _load(manager, task: str, file: Path | None) -> list:
         built = manager.load([task if file is None else _from_file(file)])
     except Exception as error:
         # Tasks are foreign code that fetches foreign data: whatever goes wrong in one is told by its name.
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(
+        raise UserError(
             f"evaluate.tasks: task '{task}' cannot be loaded (without a hub use {', '.join(shipped())} or a task "
-            f"file with local data): {reason}"
+            f"file with local data): {first_line(error)}"
         ) from error
     return [built["groups"][task]] if task in built.get("groups", {}) else list(built["tasks"].values())
 
@@ -120,7 +119,7 @@ def _task_file(task: str) -> Path | None:
         return SHIPPED / f"{task}.yaml"
     if task.endswith((".yaml", ".yml")):
         if not Path(task).is_file():
-            raise ConfigError(f"evaluate.tasks: task file '{task}' not found")
+            raise UserError(f"evaluate.tasks: task file '{task}' not found")
         return Path(task)
     return None
 

@@ -54,7 +54,7 @@ class Target:
         """Whether it is written; asked before anything is.
 
         Raises:
-            ConfigError: it is asked for, and cannot hold this model.
+            UserError: it is asked for, and cannot hold this model.
         """
         return True
 

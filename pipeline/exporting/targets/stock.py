@@ -8,6 +8,9 @@ from transformers import PreTrainedModel
 from nuteprune.exporting import modeling_ragged
 from nuteprune.exporting.targets.base import ExportPlan, Target
 
+SHARD = "5GB"
+"""Largest safetensors file."""
+
 
 class Transformers(Target):
     """A directory that `from_pretrained` loads, with a modelling file where layers have sizes of their own.
@@ -20,7 +23,7 @@ class Transformers(Target):
         for old in directory.glob("model*.safetensors*"):  # an earlier save may have had more shards
             old.unlink()
         plan.tokenizer.save_pretrained(directory)
-        model.save_pretrained(directory, max_shard_size=plan.export.shard_size)
+        model.save_pretrained(directory, max_shard_size=SHARD)
         # Copied as it is: transformers refuses to save some of the generation configs that it loads.
         plan.generation.to_json_file(directory / "generation_config.json", use_diff=True)
         if plan.shape != "uniform":

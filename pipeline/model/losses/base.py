@@ -62,7 +62,7 @@ class LayerTerm(Term):
 
 
 class OutputTerm(Term):
-    """A term of the logits, of which only `loss.chunk` tokens' worth exists at a time.
+    """A term of the logits, of which only a chunk of tokens' worth exists at a time.
 
     The output head is frozen, so a term computes its gradient in the logits at once and no graph is kept.
     """

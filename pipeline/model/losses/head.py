@@ -9,9 +9,12 @@ from torch import Tensor
 from nuteprune.config import LossConfig
 from nuteprune.model.losses.base import IGNORE, OutputTerm
 
+CHUNK = 256
+"""Tokens whose logits over the whole vocabulary exist at once."""
+
 
 class _ChunkedHeadLoss(torch.autograd.Function):
-    """Terms on full-vocabulary logits of which only `loss.chunk` tokens' worth exists at a time.
+    """Terms on full-vocabulary logits of which only `CHUNK` tokens' worth exists at a time.
 
     The head is frozen, so the gradient of the hidden states is computed chunk by chunk in the forward pass and scaled
     in the backward pass; no logits are kept and none are computed twice.
@@ -24,8 +27,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         tokens, last = hidden.shape[0], list(terms)[-1]
         last_taught = next((term for term in reversed(terms) if term.needs_teacher), None)
         learned = None if labels is None else (labels != IGNORE).sum().clamp(min=1)  # on the device: nothing waits
-        for start in range(0, tokens, config.chunk):
-            rows = slice(start, start + config.chunk)
+        for start in range(0, tokens, CHUNK):
+            rows = slice(start, start + CHUNK)
             logits = F.linear(hidden[rows], weight).float()
             target = None if last_taught is None else F.linear(teacher[rows], weight).float()
             slope = None

@@ -34,8 +34,8 @@ class Layer(LayerTerm):
         return kernels.layer_distances(student, teacher, hidden_gate, config.layer == "normalized")
 
     def over_layers(self, layers: Tensor, config: LossConfig) -> Tensor:
-        """Sum (the paper) or mean."""
-        return layers.sum() if config.layer_reduction == "sum" else layers.mean()
+        """Mean, or the paper's sum of the raw ones."""
+        return layers.sum() if config.layer == "raw" else layers.mean()
 
 
 def layer_loss(student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, kind: str) -> Tensor:

@@ -61,7 +61,7 @@ class SnapshotBank:
             frozen: ranks of `lora.refit`, of the step `fitted`.
 
         Raises:
-            ConfigError: a rung cannot be written.
+            UserError: a rung cannot be written.
         """
         if not self.is_due(sparsity):
             return False

@@ -1,0 +1,144 @@
+"""Words of the command line: stages, their flags and help. Imports no torch, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+
+from nuteprune.config import STAGE_SECTIONS, describe
+
+STAGES = {
+    "prepare": "fetch the model, tokenise and pack the text, once and without a GPU",
+    "prune": "learn gates and LoRA on the frozen base model, taught by earlier snapshots of the student",
+    "recover": "train snapshots of a run on, their gates fixed, so that each rung of a ladder is worth its size",
+    "finetune": "train the pruned student's LoRA on instruction records, its gates fixed",
+    "export": "write the student (or a snapshot of the run, or a ladder of them) as a small Hugging Face model",
+    "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
+}
+RUN = "all stages one after the other on this machine, with settings chosen for it; goes on where it stopped"
+SHORTCUTS = {
+    "run": {
+        "--sparsity": "sparsity.target",
+        "--data": "data.source",
+        "--out": "run_dir",
+        "--gguf": "export.gguf",
+    },
+    "recover": {"--ladder": "recover.ladder", "--sparsity": "recover.ladder"},
+    "finetune": {"--data": "finetune.data", "--sparsity": "finetune.sparsity"},
+    "export": {
+        "--sparsity": "export.sparsity",
+        "--from": "export.source",
+        "--ladder": "export.ladder",
+        "--gguf": "export.gguf",
+        "--push-to-hub": "export.push_to_hub",
+    },
+    "evaluate": {"--blocks": "evaluate.blocks", "--push-to-hub": "export.push_to_hub"},
+}
+"""Flags of a stage that stand for one key; a list is given with commas."""
+SUBMIT = "submit the stages of a run as dependent jobs of a SLURM cluster, or print a cluster file to edit"
+SUBMIT_FLAGS = {
+    "--config": "YAML file with the run's settings (or recipe=NAME behind), with a run_dir that every node sees",
+    "--cluster": "how the cluster is used: an edited copy of what --example prints",
+    "--from": "submit this stage and those after it, finished or not",
+    "--sweep": "instead, prune, export and evaluate once for each entry of a YAML list of settings, as a job array",
+}
+"""Flags of `submit` that take a value; slurm/submit.sh reads them."""
+STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"
+DISTRIBUTED = ("prune", "recover", "finetune")
+"""Stages that several ranks run together."""
+OVERRIDES = "directory of a run (for --config RUN/config.yaml), and settings that win over the file"
+PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"
+PLAN_FLAGS: dict[str, tuple[str | float, str]] = {
+    "--model": ("", "directory, config.json, hub id, or a name such as llama-3.1-70b (default: model.path)"),
+    "--nodes": (1, "nodes"),
+    "--gpus-per-node": (8, "GPUs of a node"),
+    "--gpu": (
+        "",
+        "a card by its name: h100, a100, 4090, …; an unknown name is answered with all (default h100, or, "
+        "given --gpu-memory alone, the slowest known card with that memory)",
+    ),
+    "--gpu-memory": ("", "memory of a GPU, such as 24GB; it and the following win over the card's own"),
+    "--intra-bandwidth": ("", "one way per GPU inside a node, such as 450GB/s"),
+    "--inter-bandwidth": ("", "one way per GPU between nodes: its NIC's"),
+    "--host-bandwidth": ("", "one way per GPU to host memory"),
+    "--flops": ("", "dense peak of a GPU in the model's type, such as 989TFLOP/s"),
+    "--mfu": (0.4, "share of that peak which is reached"),
+    "--disk-bandwidth": ("1GB/s", "of the file system that model and checkpoints lie in"),
+    "--tokens-per-document": (427.0, "assumed length, to count the steps of an epoch (427: mean of C4)"),
+    "--out": ("", "directory for plan.yaml and deepspeed.json"),
+}
+"""Flags of `plan`: default and meaning."""
+DRY_RUN_FLAGS = ("--world-size", "--gpus-per-node", "--gpu", "--gpu-memory")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    top = argparse.ArgumentParser(prog="nuteprune", description="Structured pruning with numerous teachers.")
+    # The deepspeed launcher adds it; the variable LOCAL_RANK says the same.
+    top.add_argument("--local_rank", help=argparse.SUPPRESS)
+    commands = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    run = commands.add_parser("run", help=RUN, description=_sentence(RUN))
+    _settings(run, "MODEL | key.sub=value", "directory or hub id of the model (for model.path=MODEL), and settings",
+              "YAML file with the run's settings, such as the run.yaml of an earlier start")  # fmt: skip
+    _shortcuts(run, "run")
+    _plan(commands.add_parser("plan", help=PLAN, description=_sentence(PLAN)))
+    for name, meaning in STAGES.items():
+        stage = commands.add_parser(
+            name, help=meaning, description=_sentence(meaning), epilog=describe(STAGE_SECTIONS[name]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        _settings(stage)
+        _shortcuts(stage, name)
+        if name == "prune":
+            _dry_run(stage)
+    submit = commands.add_parser("submit", help=SUBMIT, description=_sentence(SUBMIT))
+    for flag, meaning in SUBMIT_FLAGS.items():
+        submit.add_argument(flag, metavar="X", help=meaning)
+    submit.add_argument("--dry-run", action="store_true", help="print the sbatch commands only")
+    submit.add_argument("--example", action="store_true", help="print a cluster file to edit, and nothing else")
+    submit.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
+    status = commands.add_parser("status", help=STATUS, description=_sentence(STATUS))
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.add_argument("--tsv", action="store_true", help="print stage, state and job between tabs")
+    _settings(status, file="YAML file of the run, instead of its directory")
+    return top
+
+
+def _settings(
+    command: argparse.ArgumentParser, words: str = "RUN | key.sub=value", meaning: str = OVERRIDES,
+    file: str = "YAML file with the run's settings",
+) -> None:  # fmt: skip
+    command.add_argument("--config", help=file)
+    command.add_argument("overrides", nargs="*", metavar=words, help=meaning)
+
+
+def _shortcuts(command: argparse.ArgumentParser, stage: str) -> None:
+    for flag, key in SHORTCUTS.get(stage, {}).items():
+        command.add_argument(flag, metavar="X", help=f"same as {key}=X")
+
+
+def _plan(command: argparse.ArgumentParser) -> None:
+    for flag, (default, meaning) in PLAN_FLAGS.items():
+        _with_default(command, flag, default, meaning)
+    command.add_argument("--zero", choices=("auto", "2", "3"), default="auto", help="ZeRO stage (auto: the faster)")
+    command.add_argument(
+        "--table", action="store_true", help="well-known models on one card, a node and two, at 20%% and 50%%"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _settings(command, "key.sub=value", "settings that win over the file")
+
+
+def _dry_run(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(**{flag.strip("-").replace("-", "_"): default for flag, (default, _) in PLAN_FLAGS.items()})
+    command.add_argument("--dry-run", action="store_true", help="build the run without weights and print its plan")
+    for flag in DRY_RUN_FLAGS:
+        default, meaning = PLAN_FLAGS.get(flag, (1, "ranks"))
+        _with_default(command, flag, default, f"of a dry run: {meaning}")
+
+
+def _with_default(command: argparse.ArgumentParser, flag: str, default: str | float, meaning: str) -> None:
+    meaning += f" (default {default})" if default else ""
+    command.add_argument(flag, type=type(default), default=default, metavar="X", help=meaning)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
