@@ -51,7 +51,7 @@ test-lowest: ## the unit tests with the lowest versions that setup.py allows (to
 bench: $(VENV) $(FETCHED) ## time a training step against sparsity
 	$(BIN)/python -m nuteprune.bench.steps
 
-bench-kernels: $(VENV) ## time the fused projections against eager torch, peft and the bare GEMM
+bench-kernels: $(VENV) ## time the masked LoRA projections against eager torch, peft and the bare GEMM
 	$(BIN)/python -m nuteprune.kernels.bench
 
 bench-quality: $(VENV) $(FETCHED) $(TEXT) ## quality against baselines; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt BENCH_ARGS="--seeds 3"

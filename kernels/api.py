@@ -75,12 +75,12 @@ def known_lists(x: Tensor, weight: Tensor, *operands, backend: str | None = None
             compact_in, compact_out; a compact side has its list. Perhaps behind them a pair `whole`, see `Product`.
     """
     if choose_backend(x, backend) == "torch":
-        return torch_path.masked_lora_linear(x, weight, *operands)
-    return _module("masked_lora").masked_lora_linear(x, weight, *operands)
+        return torch_path.torch_linear(x, weight, *operands)
+    return _module("masked_lora").triton_linear(x, weight, *operands)
 
 
 def product_of(*operands) -> "Product":
-    """What the kernels keep of a projection from call to call, see `fused_projections`.
+    """What the kernels keep of a projection from call to call, see `projection_kernels`.
 
     Args:
         operands: weight and the operands behind it, as for `known_lists`.
@@ -88,22 +88,22 @@ def product_of(*operands) -> "Product":
     return _module("masked_lora").product_of(*operands)
 
 
-def fused_projections(x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
-    """`masked_lora.masked_lora_linears`, for products of one x, where its kernels run on x, else None."""
-    return None if choose_backend(x) == "torch" else _module("masked_lora").masked_lora_linears
+def projection_kernels(x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
+    """`masked_lora.triton_linears`, for products of one x, where its kernels run on x, else None."""
+    return None if choose_backend(x) == "torch" else _module("masked_lora").triton_linears
 
 
-def fused_kernels(*tensors: Tensor) -> ModuleType | None:
-    """`kernels.fused` where its kernels run on these tensors, else None."""
+def rowwise_kernels(*tensors: Tensor) -> ModuleType | None:
+    """`kernels.rowwise` where its kernels run on these tensors, else None."""
     if choose_backend(tensors[0]) == "torch":
         return None
-    fused = _module("fused")
-    return fused if fused.applies(*tensors) else None
+    rowwise = _module("rowwise")
+    return rowwise if rowwise.applies(*tensors) else None
 
 
-def fused_ffn(x: Tensor) -> Callable[..., Tensor] | None:
+def ffn_kernels(x: Tensor) -> Callable[..., Tensor] | None:
     """`kernels.ffn.gated_ffn` where its kernels run on x, else None."""
-    return None if fused_kernels(x) is None else _module("ffn").gated_ffn
+    return None if rowwise_kernels(x) is None else _module("ffn").gated_ffn
 
 
 @cache

@@ -13,7 +13,7 @@ from torch import Tensor
 from nuteprune.kernels import triton_kernels, tuning
 from nuteprune.kernels.product import Product, Side
 from nuteprune.kernels.torch_path import rows
-from nuteprune.kernels.tuning import INTERPRETER, INTERPRETING, Config, bucket, choose, configs
+from nuteprune.kernels.tuning import INTERPRETER, INTERPRETING, TileConfig, bucket, choose, configs
 
 FUSED_RANK = 16  # up to here u = xAᵀ rides along in the matmul (1/8 of a 128-wide tile), else it is a launch before it
 REDUCE_PROGRAMS = 512  # about four a multiprocessor on the cards aimed at; a constant keeps sums equal across cards
@@ -91,7 +91,7 @@ def empty_u(product: Product, x: Tensor, lasting: bool) -> Tensor:
     return workspace(x, "u", shape[0] * shape[1], x.dtype, shape)
 
 
-def options(product: Product, dtype: torch.dtype, fuse_u: bool, config: Config, add: bool = False) -> dict:
+def options(product: Product, dtype: torch.dtype, fuse_u: bool, config: TileConfig, add: bool = False) -> dict:
     """The compile-time arguments of one product in `matmul`."""
     return {
         "COMPACT_X": product.compact_in or product.keep_in is None,
@@ -131,7 +131,7 @@ class Tiles:
 
     __slots__ = ("grid", "options", "shape", "sizes", "zeroed")
 
-    def __init__(self, product: Product, x: Tensor, y: Tensor, fuse_u: bool, config: Config, add: bool = False):
+    def __init__(self, product: Product, x: Tensor, y: Tensor, fuse_u: bool, config: TileConfig, add: bool = False):
         count = tokens(x)
         sizes = (count, *product.kept, product.rank, product.scaling)
         self.sizes = (*sizes, *x.stride()[-2:], *product.strides, y.stride(-2))
@@ -180,15 +180,15 @@ def matmul(
         lasting: u is read after the next call too.
         onto: y of another product, to which this one is added.
     """
-    fused, add = fuses_u(product), onto is not None
+    fuse_u, add = fuses_u(product), onto is not None
     place = (x.shape, x.stride(), x.dtype, add)
     tiles = product.plans.get(place)
     y = onto if onto is not None else empty_output(product, x) if tiles is None else tiles.output(x)
-    u = empty_u(product, x, lasting) if product.rank and (keep_u or not fused) else None
-    if u is not None and not fused:
+    u = empty_u(product, x, lasting) if product.rank and (keep_u or not fuse_u) else None
+    if u is not None and not fuse_u:
         skinny(product, x, u)
     if tiles is None:
-        tiles = _tiles(product, x, u, y, fused, add)
+        tiles = _tiles(product, x, u, y, fuse_u, add)
         if not capturing(x):  # then no sizes were measured
             product.plans[place] = tiles
     if tiles.grid[0]:
@@ -196,15 +196,15 @@ def matmul(
     return y, u
 
 
-def _tiles(product: Product, x: Tensor, u: Tensor | None, y: Tensor, fused: bool, add: bool) -> Tiles:
+def _tiles(product: Product, x: Tensor, u: Tensor | None, y: Tensor, fuse_u: bool, add: bool) -> Tiles:
     """The launch of a product in the tile sizes chosen for it."""
     scratch = lru_cache(lambda: empty_output(product, x)) if add else (lambda: y)  # measuring must not add
 
-    def measured(config: Config) -> None:
-        Tiles(product, x, scratch(), fused, config).start(product, x, u, scratch())
+    def measured(config: TileConfig) -> None:
+        Tiles(product, x, scratch(), fuse_u, config).start(product, x, u, scratch())
 
     runs = product.kept[0] and tokens(x)
-    return Tiles(product, x, y, fused, config_of(product, x, measured) if runs else INTERPRETER, add)
+    return Tiles(product, x, y, fuse_u, config_of(product, x, measured) if runs else INTERPRETER, add)
 
 
 def capturing(x: Tensor) -> bool:
@@ -212,11 +212,11 @@ def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-_chosen: dict[tuple, Config] = {}
+_chosen: dict[tuple, TileConfig] = {}
 """Configs by everything that `key` rounds: the string is made, and the tuner asked, once for each."""
 
 
-def config_of(product: Product, x: Tensor, run: Callable[[Config], None]) -> Config:
+def config_of(product: Product, x: Tensor, run: Callable[[TileConfig], None]) -> TileConfig:
     """The tile sizes for a product."""
     if INTERPRETING:
         return INTERPRETER

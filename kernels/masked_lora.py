@@ -146,16 +146,16 @@ def shaped(y: Tensor, x: Tensor) -> Tensor:
     return y if y.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def masked_lora_linear(x: Tensor, *args) -> Tensor:
+def triton_linear(x: Tensor, *args) -> Tensor:
     """The triton path, with the resolved positional arguments of `Product`.
 
     Raises:
         ValueError: a dtype, device or size that the kernels cannot take.
     """
-    return masked_lora_linears(x, (product_of(*args),))[0]
+    return triton_linears(x, (product_of(*args),))[0]
 
 
-def masked_lora_linears(x: Tensor, products: tuple[Product, ...]) -> tuple[Tensor, ...]:
+def triton_linears(x: Tensor, products: tuple[Product, ...]) -> tuple[Tensor, ...]:
     """The outputs of several products of one x."""
     if not torch.is_grad_enabled():
         flat = in_rows(x)

@@ -18,7 +18,7 @@ def _dense_gate(gate: Tensor | None, keep: Tensor | None, size: int, x: Tensor) 
     return torch.where(gate != 0, gate, gate.detach()).to(x.dtype)
 
 
-def masked_lora_linear(
+def reference_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -66,7 +66,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]
 
 
 def gated_ffn(x: Tensor, gate: dict, up: dict, down: dict, gelu: bool = False) -> Tensor:
-    """down(act(gate(x))⊙up(x)); each part is the keyword arguments of `masked_lora_linear` but x."""
-    opened = masked_lora_linear(x, **gate)
+    """down(act(gate(x))⊙up(x)); each part is the keyword arguments of `reference_linear` but x."""
+    opened = reference_linear(x, **gate)
     opened = torch.nn.functional.gelu(opened, approximate="tanh") if gelu else torch.nn.functional.silu(opened)
-    return masked_lora_linear(opened * masked_lora_linear(x, **up), **down)
+    return reference_linear(opened * reference_linear(x, **up), **down)

@@ -211,6 +211,6 @@ class MaskedLoraLinear(torch.autograd.Function):
         return dx if need_x else None, None, None, d_a, d_b, d_in, d_out, None, None, None, None, None, None
 
 
-def masked_lora_linear(x: Tensor, weight: Tensor, *operands) -> Tensor:
+def torch_linear(x: Tensor, weight: Tensor, *operands) -> Tensor:
     """The torch path, with the resolved positional arguments of `MaskedLoraLinear.forward`."""
     return MaskedLoraLinear.apply(x, weight, *operands, *[None] * (WHOLE - len(operands)))

@@ -17,7 +17,7 @@ MEASURE = True
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class Config(NamedTuple):
+class TileConfig(NamedTuple):
     """Tile of the matmul [bm, bn] in steps of bk, pipeline stages and warps."""
 
     bm: int
@@ -30,33 +30,33 @@ class Config(NamedTuple):
 # Every entry compiles for the cards it is offered to without spilling a register, at rank 16 with gates and bias, and
 # fits the 163 KiB of shared memory of an A100; tests/kernels/test_kernels_compile.py holds that.
 DENSE_16BIT = (
-    Config(128, 128, 64, 3, 8),  # the safe middle: two programs a multiprocessor, divides all the models' sizes
-    Config(64, 128, 64, 4, 4),  # few tokens or few kept units: more programs, so that no multiprocessor idles
+    TileConfig(128, 128, 64, 3, 8),  # the safe middle: two programs a multiprocessor, divides all the models' sizes
+    TileConfig(64, 128, 64, 4, 4),  # few tokens or few kept units: more programs, so that no multiprocessor idles
 )
 # Most reuse per byte: long batches and wide layers. wgmma reads operands from shared memory; on sm_80 this one spills.
-HOPPER_16BIT = (Config(128, 256, 64, 3, 8),)
+HOPPER_16BIT = (TileConfig(128, 256, 64, 3, 8),)
 # Gathered tiles hold one offset per element in registers: half the depth.
-SCATTERED_16BIT = (Config(128, 128, 32, 3, 8), Config(64, 128, 32, 3, 4))
+SCATTERED_16BIT = (TileConfig(128, 128, 32, 3, 8), TileConfig(64, 128, 32, 3, 4))
 # Other cards: half the buffers, for the 64 KiB of shared memory of an AMD MI300, which the lists above exceed.
-OTHER_16BIT = (Config(128, 128, 64, 2, 8), Config(64, 128, 64, 2, 4))
+OTHER_16BIT = (TileConfig(128, 128, 64, 2, 8), TileConfig(64, 128, 64, 2, 4))
 # fp32 runs as three TF32 products: twice the bytes and more registers, hence half the tile; the taller for many tokens.
-DENSE_32BIT = (Config(64, 64, 32, 3, 8), Config(128, 64, 32, 3, 8))
-SCATTERED_32BIT = (Config(64, 32, 16, 3, 4), Config(64, 64, 16, 3, 8))
-INTERPRETER = Config(32, 32, 32, 1, 4)  # small, so that the odd shapes of the tests cross tile borders
+DENSE_32BIT = (TileConfig(64, 64, 32, 3, 8), TileConfig(128, 64, 32, 3, 8))
+SCATTERED_32BIT = (TileConfig(64, 32, 16, 3, 4), TileConfig(64, 64, 16, 3, 8))
+INTERPRETER = TileConfig(32, 32, 32, 1, 4)  # small, so that the odd shapes of the tests cross tile borders
 
 
-def skinny(rank: int, dtype: torch.dtype) -> Config:
+def skinny(rank: int, dtype: torch.dtype) -> TileConfig:
     """For xAᵀ alone: few columns, so short tiles (the rows are all there is to spread over the card)."""
     bn = min(rank, 64)
-    return Config(32, bn, 32, 2, 8) if dtype == torch.float32 else Config(32, bn, 64, 2, 4)
+    return TileConfig(32, bn, 32, 2, 8) if dtype == torch.float32 else TileConfig(32, bn, 64, 2, 4)
 
 
-def reduction(dtype: torch.dtype) -> Config:
+def reduction(dtype: torch.dtype) -> TileConfig:
     """For the column reduction, bm rows a step and bn columns: bound by memory, so one size will do."""
-    return Config(32, 64, 0, 3, 8) if dtype == torch.float32 else Config(64, 64, 0, 3, 4)
+    return TileConfig(32, 64, 0, 3, 8) if dtype == torch.float32 else TileConfig(64, 64, 0, 3, 4)
 
 
-def options(dtype: torch.dtype, scattered: bool, capability: int) -> tuple[Config, ...]:
+def options(dtype: torch.dtype, scattered: bool, capability: int) -> tuple[TileConfig, ...]:
     """The tile sizes to choose from on an NVIDIA card of compute capability 80, 90, … (0: any other card)."""
     if dtype == torch.float32:
         return SCATTERED_32BIT if scattered else DENSE_32BIT
@@ -67,7 +67,7 @@ def options(dtype: torch.dtype, scattered: bool, capability: int) -> tuple[Confi
     return DENSE_16BIT + HOPPER_16BIT if capability == 90 else DENSE_16BIT
 
 
-def configs(dtype: torch.dtype, scattered: bool, device: torch.device) -> tuple[Config, ...]:
+def configs(dtype: torch.dtype, scattered: bool, device: torch.device) -> tuple[TileConfig, ...]:
     """The tile sizes to choose from on `device`."""
     nvidia = device.type == "cuda" and not torch.version.hip
     major, minor = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
@@ -90,11 +90,11 @@ class Tuner:
 
     def __init__(self, card: str):
         self.path = cache_path(card)
-        self.chosen: dict[str, Config] = self._read()
+        self.chosen: dict[str, TileConfig] = self._read()
 
-    def _read(self) -> dict[str, Config]:
+    def _read(self) -> dict[str, TileConfig]:
         try:
-            return {key: Config(*value) for key, value in json.loads(self.path.read_text()).items()}
+            return {key: TileConfig(*value) for key, value in json.loads(self.path.read_text()).items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}  # nothing measured yet, or not a file of ours: measure again
 
@@ -111,7 +111,7 @@ class Tuner:
         except OSError:
             return
 
-    def pick(self, key: str, choices: Sequence[Config], measure: Callable[[Config], float]) -> Config:
+    def pick(self, key: str, choices: Sequence[TileConfig], measure: Callable[[TileConfig], float]) -> TileConfig:
         """The remembered config of `key` if it is still an option, else the one with the smallest `measure` (ms).
 
         Where every measure is infinite, the first, which is not remembered.
@@ -125,7 +125,7 @@ class Tuner:
         return self.chosen[key]
 
 
-def milliseconds(launch: Callable[[Config], None], config: Config) -> float:
+def milliseconds(launch: Callable[[TileConfig], None], config: TileConfig) -> float:
     """Time of a launch; infinity where the card has less shared memory or fewer registers than it needs."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
@@ -142,7 +142,9 @@ def tuner_of(card: str) -> Tuner:
     return Tuner(card)
 
 
-def choose(key: str, choices: Sequence[Config], device: torch.device, launch: Callable[[Config], None]) -> Config:
+def choose(
+    key: str, choices: Sequence[TileConfig], device: torch.device, launch: Callable[[TileConfig], None]
+) -> TileConfig:
     """The config for a launch on `device`; measures on first use, except when interpreting or capturing a graph."""
     if INTERPRETING:
         return INTERPRETER

@@ -52,9 +52,9 @@ def run(config: Config) -> str:
     if not config.run_dir:
         name = f"{Path(config.model.path).name}-{config.sparsity.target:.0%}".rstrip("%")
         config = load_config(config, [f"run_dir=runs/{name}"])
-    read_config(config.model.path)  # a model that is not there costs nothing else
+    _, spec = read_config(config.model.path)  # a model that is not there costs nothing else; its type is not chosen yet
     machine = this_machine()
-    choices, plan = choose(config, machine)
+    choices, plan = choose(config, machine, spec)
     config = load_config(config, [f"{choice.key}={choice.value}" for choice in choices])
     directory = Path(config.run_dir)
     config, held_out = hold_out(config)

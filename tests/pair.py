@@ -38,7 +38,10 @@ class Pair:
         self.student = build_view(self.spec, gates, self.model.lora(), 1.0, dtype, skip_removed=skip)
         if not skip:  # a layer that is gone has no term in the loss, however it is computed
             known = build_view(self.spec, gates, {}, 1.0, dtype).layers
-            layers = [replace(l, removed=k.removed) for l, k in zip(self.student.layers, known, strict=True)]
+            layers = [
+                replace(l, kept=replace(l.kept, removed=k.kept.removed))
+                for l, k in zip(self.student.layers, known, strict=True)
+            ]
             self.student = replace(self.student, layers=layers)
         old = {k: (a.detach() * 0.5, b.detach() * 0.5) for k, (a, b) in self.model.lora().items()}
         self.masks.project(0.1)

@@ -18,7 +18,7 @@ from nuteprune.arch import (
     smollm3,
 )
 from nuteprune.arch.base import ATTENTION, FFN, FUSED, PROJECTIONS, ArchSpec, Family
-from nuteprune.arch.fused import pack, projections, split_fused, stored
+from nuteprune.arch.fused import fuse, projections, split_fused, stored
 from nuteprune.errors import UserError
 
 _MODULES = (llama, mistral, qwen2, qwen3, granite, smollm3, phi3, olmo2, olmo3, gemma3_text, qwen3_moe, mixtral)
@@ -39,6 +39,6 @@ def read_spec(config) -> ArchSpec:
 
 
 __all__ = [
-    "ATTENTION", "FAMILIES", "FFN", "FUSED", "PROJECTIONS", "ArchSpec", "Family", "family_of", "pack", "projections",
+    "ATTENTION", "FAMILIES", "FFN", "FUSED", "PROJECTIONS", "ArchSpec", "Family", "family_of", "fuse", "projections",
     "read_spec", "split_fused", "stored",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A layer's projections; those that it holds in one linear layer are split into parameters of their own, and packed."""
+"""A layer's projections; those that it holds in one linear layer are split into parameters of their own, and fused."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def stored(layer: nn.Module, key: str) -> tuple[str, slice]:
     return (f"{module}.{part}", fused.rows[name]) if isinstance(fused, Fused) else (key, slice(None))
 
 
-def pack(state: dict[str, Tensor], layer: nn.Module) -> dict[str, Tensor]:
+def fuse(state: dict[str, Tensor], layer: nn.Module) -> dict[str, Tensor]:
     """A state dict of single projections as `layer` names them: those that it fuses, below each other."""
     state = dict(state)
     if hasattr(layer.mlp, "experts"):

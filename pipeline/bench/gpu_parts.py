@@ -22,7 +22,7 @@ from nuteprune.parallel.device import named, unseen_gpu
 from nuteprune.planning.machine import card_of
 
 BARS = {0.0: 1.15, 0.5: 0.65}
-"""Time of the fused projection over the bare GEMM's, forward, by sparsity: at most."""
+"""Time of the masked LoRA projection over the bare GEMM's, forward, by sparsity: at most."""
 MEMORY, SECONDS = (0.8, 1.1), (0.67, 1.5)
 """What was measured over what `plan` says, of a run of 7B: at least, and at most."""
 TWO_RANKS = (*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "nuteprune")
@@ -54,7 +54,7 @@ def kernel_tests(place: Place) -> Iterator[Line]:
 
 
 def kernel_times(place: Place) -> Iterator[Line]:
-    """The fused projection against the bare GEMM."""
+    """The masked LoRA projection against the bare GEMM."""
     record = place.out / "kernels.json"
     flags = ["--quick", "--others"]  # none
     wrong = place.run("kernels", *PYTHON, "nuteprune.kernels.bench", "--json", str(record), *flags)

@@ -32,6 +32,7 @@ from nuteprune.config import load_config
 from nuteprune.data.text import BatchStream
 from nuteprune.evaluation.measure import environment
 from nuteprune.masks import MaskSet
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.losses import TERMS
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
@@ -58,7 +59,7 @@ BARS = {"sampled": 20, "settled": 10}
 """Host syncs that a step may take, at any depth."""
 
 
-class Counts(TorchDispatchMode):
+class OperationCounts(TorchDispatchMode):
     """Counts operations by name, launches of our own kernels, and operations for which the host waits."""
 
     def __init__(self):
@@ -90,7 +91,7 @@ def _has_mask(args: tuple) -> bool:
 
 
 @contextmanager
-def counted_copies(counts: Counts) -> Iterator[None]:
+def counted_copies(counts: OperationCounts) -> Iterator[None]:
     """Count copies to the host that do not pass the dispatcher on a CPU."""
     before = {name: getattr(Tensor, name) for name in ("tolist", "numpy", "cpu")}
 
@@ -135,13 +136,13 @@ class _Stub:
 @contextmanager
 def stubbed_launches() -> Iterator[None]:
     """The triton path without its kernels."""
-    from nuteprune.kernels import fused, launch, masked_lora, tuning
+    from nuteprune.kernels import launch, masked_lora, rowwise, tuning
 
     changes: list[tuple[Any, str, Any]] = []
     for kernel, outputs in KERNELS.items():
         module, name = kernel.split(".")
         changes.append((import_module(f"nuteprune.kernels.{module}"), name, _Stub(name, *outputs)))
-    changes += [(module, "INTERPRETING", True) for module in (fused, launch, masked_lora, tuning)]
+    changes += [(module, "INTERPRETING", True) for module in (launch, masked_lora, rowwise, tuning)]
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     os.environ["NUTEPRUNE_KERNELS"] = "triton"
     for module, name, value in changes:
@@ -177,10 +178,11 @@ def trainer(layers: int, phase: str, batch: int = 1, dtype: str = "bfloat16") ->
     ])  # fmt: skip
     model = PairedModel(hf_model, spec, config.lora)
     masks, world = MaskSet(spec, config.gates), World()
-    engine = Engine(model, masks, None, config, STEPS, world)
+    schedule = Schedule.of(config, 0)
+    engine = Engine(model, masks, None, schedule, world)
     stream = BatchStream(torch.randint(0, spec.vocab, (64, 16), dtype=torch.int32), batch, 0)
     teacher = TEACHERS[config.teacher.mode](spec, config.teacher, model.scaling, world.device, model.dtype)
-    made = Pruning(config, world, model, engine, stream, STEPS, masks, teacher, refit=None)
+    made = Pruning(config, world, model, engine, stream, schedule, masks, teacher, refit=None)
     masks.restart({kind: torch.randn_like(la) for kind, la in masks.log_alpha.items()})
     for sparsity in (0.05, 0.1):
         masks.project(sparsity)
@@ -196,13 +198,13 @@ def step(made: Pruning) -> None:
     made.step += 1
 
 
-def counts(layers: int, phase: str, batch: int = 1) -> Counts:
+def counts(layers: int, phase: str, batch: int = 1) -> OperationCounts:
     """What one step takes, after two that settle what is kept between steps."""
     made = trainer(layers, phase, batch)
     with stubbed_launches():
         for _ in range(2):
             step(made)
-        with Counts() as found, counted_copies(found):
+        with OperationCounts() as found, counted_copies(found):
             step(made)
     return found
 

@@ -25,13 +25,13 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from nuteprune.bench.quality import Scorer, run_config
 from nuteprune.config import Config
-from nuteprune.data.prepared import training_blocks
+from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.exporting.folding import exported_parameters
 from nuteprune.exporting.small import export_model
 from nuteprune.masks.schedule import LORA_WARMUP
-from nuteprune.model.loading import load_any
+from nuteprune.model.loading import load_model, read_base
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.log import quiet_libraries
 from nuteprune.stages import prune
@@ -107,10 +107,9 @@ def torch_pruning(config: Config, rate: float) -> tuple[PreTrainedModel, float]:
     """The student of torch-pruning and LoRA at a learning rate, in float32, and the share of the decoder removed."""
     torch.manual_seed(config.seed)
     device = discover().device
-    teacher, tokenizer, _ = load_any(config.model.path, config.model)
-    student, _, _ = load_any(config.model.path, config.model)
-    teacher, student = teacher.to(device), student.to(device)
-    blocks = training_blocks(config, tokenizer, teacher.config.vocab_size)
+    base = read_base(config.model)
+    teacher, student = load_model(base, device), load_model(base, device)
+    blocks = TrainingText(config.run_dir, config.data, base).blocks()
     stream = BatchStream(blocks, config.train.batch_size, config.seed)
     before = exported_parameters(student)
     remove_units(student, stream, config.sparsity.target)

@@ -39,9 +39,9 @@ from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import text_tokens
 from nuteprune.errors import UserError
 from nuteprune.evaluation.measure import compare, environment, last_states
+from nuteprune.evaluation.models import load_any
 from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
-from nuteprune.model.loading import load_any
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.log import quiet_libraries
 from nuteprune.stages import finetune, prune, recover

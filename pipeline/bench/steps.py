@@ -20,7 +20,7 @@ from nuteprune.config import TeacherConfig, load_config
 from nuteprune.evaluation.measure import environment
 from nuteprune.masks import Gates, select_units, unit_shape
 from nuteprune.model.layers import View, build_view
-from nuteprune.model.loading import load_model
+from nuteprune.model.loading import load_model, read_base
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World, discover
 from nuteprune.runs.log import quiet_libraries
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     world = discover()
     config = load_config(None, [f"model.path={args.model}", f"model.dtype={args.dtype}"])
-    hf_model, spec = load_model(config.model, world.device)
-    model = PairedModel(hf_model, spec, config.lora)
+    base = read_base(config.model)
+    spec, model = base.spec, PairedModel(load_model(base, world.device), base.spec, config.lora)
     subjects = [subject(model, s, world) for s in args.sparsities]
     ids = torch.randint(0, spec.vocab, (args.batch, args.tokens), device=world.device)
     rows = measure(model, subjects, ids, config.loss, args.rounds)

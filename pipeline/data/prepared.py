@@ -4,68 +4,87 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
 
-from nuteprune.config import Config
+from nuteprune.config import DataConfig
 from nuteprune.data.sequences import SequenceForm, sequence_form
 from nuteprune.data.text import packed_blocks
 from nuteprune.errors import UserError
+from nuteprune.model.loading import Base
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, read_json, verify
 
 log = logging.getLogger(__name__)
 
 
-def save_blocks(config: Config, blocks: torch.LongTensor, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Write packed blocks [N, T] and what they were made with to `prepared` below the run directory."""
-    directory = Path(config.run_dir) / "prepared"
-    facts = _settings(config) | {"sequence": sequence_form(tokenizer).as_dict()}
-    with atomic_directory(directory) as temporary:
-        save_file({"blocks": blocks.to(torch.int32)}, temporary / "blocks.safetensors")
-        (temporary / "prepared.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return directory
+@dataclass(frozen=True)
+class TrainingText:
+    """What a run is trained on, as blocks [N, T] of its base model's tokens.
 
-
-def load_blocks(config: Config, tokenizer: PreTrainedTokenizerBase) -> torch.LongTensor | None:
-    """The blocks [N, T] that the prepare stage made with these settings and that are whole, or None.
-
-    Raises:
-        UserError: they were made with these settings, but without the tokenizer's own first token and separator, as
-            earlier versions made them.
+    Attributes:
+        run_dir: the directory of the run, below which `prepared` holds them; empty: none.
+        data: what is read.
+        base: the model.
     """
-    directory = Path(config.run_dir) / "prepared"
-    if not config.run_dir or not (directory / MANIFEST).is_file():
-        return None
-    try:
-        verify(directory)
-        facts = read_json(directory / "prepared.json")
-        blocks = load_file(directory / "blocks.safetensors")["blocks"].long()
-    except (CheckpointError, SafetensorError, OSError, LookupError) as error:
-        log.warning("%s is damaged, so the text is packed again: %s", directory, error)
-        return None
-    eos = tokenizer.eos_token_id
-    before = SequenceForm(end=() if eos is None else (eos,)).as_dict()
-    packed = facts.pop("sequence", before)
-    if facts != _settings(config):
-        return None
-    if packed != sequence_form(tokenizer).as_dict():
-        raise UserError(
-            f"{directory} was packed by another version, without the tokenizer's own first token and separator: "
-            "remove it and run `nuteprune prepare` again with the same settings"
-        )
-    return blocks
 
+    run_dir: str
+    data: DataConfig
+    base: Base
 
-def training_blocks(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.LongTensor:
-    """The run's training text as blocks [N, T]: prepared, or read and packed now; raises as the two that do it."""
-    blocks = load_blocks(config, tokenizer)
-    return packed_blocks(config.data, tokenizer, vocab_size) if blocks is None else blocks
+    @property
+    def directory(self) -> Path:
+        """Where the blocks are kept."""
+        return Path(self.run_dir) / "prepared"
 
+    def blocks(self) -> torch.LongTensor:
+        """Those that are kept, or else read and packed now; raises as the two that do it."""
+        kept = self.load()
+        return self.pack() if kept is None else kept
 
-def _settings(config: Config) -> dict:
-    return {"model": config.model.path, "data": asdict(config.data)}
+    def pack(self) -> torch.LongTensor:
+        """Read and pack the text; raises as `packed_blocks`."""
+        return packed_blocks(self.data, self.base.tokenizer, self.base.spec.vocab)
+
+    def save(self, blocks: torch.LongTensor) -> Path:
+        """Write blocks and what they were made with; returns the directory."""
+        facts = self._settings | {"sequence": sequence_form(self.base.tokenizer).as_dict()}
+        with atomic_directory(self.directory) as temporary:
+            save_file({"blocks": blocks.to(torch.int32)}, temporary / "blocks.safetensors")
+            (temporary / "prepared.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        return self.directory
+
+    def load(self) -> torch.LongTensor | None:
+        """The blocks that were made with these settings and that are whole, or None.
+
+        Raises:
+            UserError: they were made with these settings, but without the tokenizer's own first token and separator,
+                as earlier versions made them.
+        """
+        if not self.run_dir or not (self.directory / MANIFEST).is_file():
+            return None
+        try:
+            verify(self.directory)
+            facts = read_json(self.directory / "prepared.json")
+            blocks = load_file(self.directory / "blocks.safetensors")["blocks"].long()
+        except (CheckpointError, SafetensorError, OSError, LookupError) as error:
+            log.warning("%s is damaged, so the text is packed again: %s", self.directory, error)
+            return None
+        eos = self.base.tokenizer.eos_token_id
+        before = SequenceForm(end=() if eos is None else (eos,)).as_dict()
+        packed = facts.pop("sequence", before)
+        if facts != self._settings:
+            return None
+        if packed != sequence_form(self.base.tokenizer).as_dict():
+            raise UserError(
+                f"{self.directory} was packed by another version, without the tokenizer's own first token and "
+                "separator: remove it and run `nuteprune prepare` again with the same settings"
+            )
+        return blocks
+
+    @property
+    def _settings(self) -> dict:
+        return {"model": self.base.path, "data": asdict(self.data)}

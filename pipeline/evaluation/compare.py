@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.config import Config
+from nuteprune.config import Config, EvaluateConfig
 from nuteprune.data.sequences import first_tokens
 from nuteprune.errors import UserError
 from nuteprune.evaluation import generation, report
 from nuteprune.evaluation.generation import Continued
 from nuteprune.evaluation.measure import SIZES, environment, perplexity, sizes
+from nuteprune.evaluation.models import USABLE, load_any, weight_bytes
 from nuteprune.evaluation.protocol import ScoredText, scored_texts, short_names
 from nuteprune.evaluation.speed import SPEEDS, ceiling, speed, speed_ratio
 from nuteprune.evaluation.tasks import lm_eval_tasks, load_tasks, mean_accuracy
 from nuteprune.exporting.card import RECORD, add_results
 from nuteprune.exporting.publish import push
-from nuteprune.model.loading import USABLE, load_any, weight_bytes
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.checkpoint import CheckpointError
 from nuteprune.runs.words import one_line
@@ -62,18 +62,18 @@ def evaluate_models(config: Config) -> dict:
 
     for name, path in zip(short_names(paths), paths, strict=True):
         model, tokenizer, folder = load_any(path, config.model, settings.trust_remote_code, device)
-        texts = scored_texts(config, tokenizer)
+        texts = scored_texts(settings, config.data, tokenizer)
         streams.append(torch.cat([text.tokens for text in texts]))
         firsts.append(first_tokens(tokenizer))
         entries.append({"name": name, "path": path, **sizes(model, folder), "perplexity": {},
                         "first_tokens": tokenizer.convert_ids_to_tokens(list(firsts[-1]))})  # fmt: skip
-        for part in _quality(model, tokenizer, texts, tasks, continued, config, name):
+        for part in _quality(model, tokenizer, texts, tasks, continued, settings, config.tracking.progress, name):
             keep(entries[-1], part)
         if settings.batch_sizes and not too_big:
             models.append(model.to("cpu"))
         del model
     if models:
-        too_big = _speeds(models, firsts, device, config, entries, keep)
+        too_big = _speeds(models, firsts, device, settings, entries, keep)
     for entry in entries if entries[0].get("accuracy") else ():
         entry["retained"] = entry["accuracy"] / entries[0]["accuracy"]
     for entry in entries:
@@ -106,14 +106,15 @@ def _quality(
     texts: list[ScoredText],
     tasks: list,
     continued: list[Continued],
-    config: Config,
+    settings: EvaluateConfig,
+    shown: bool,
     name: str,
 ) -> Iterator[dict]:
     """Everything measured of one model but its speed, part by part; `continued` gets what it writes."""
-    settings, scores = config.evaluate, {}
+    scores = {}
     log.info("evaluating %s", name)
     for text in texts:
-        label = f"{text.name} by {name}" if config.tracking.progress else None
+        label = f"{text.name} by {name}" if shown else None
         how = (text.window, text.blocks, label, text.first)
         scores[text.name] = perplexity(model, text.tokens, *how)
         yield {"perplexity": scores}
@@ -131,11 +132,11 @@ def _quality(
 
 
 def _speeds(
-    models: list[PreTrainedModel], firsts: list[tuple[int, ...]], device: torch.device, config: Config,
+    models: list[PreTrainedModel], firsts: list[tuple[int, ...]], device: torch.device, settings: EvaluateConfig,
     entries: list[dict], keep: Callable[[dict, dict], None],
 ) -> str:  # fmt: skip
     """Measure each model by number of sequences; returns why some were not measured, empty where all were."""
-    settings, done = config.evaluate, ""
+    done = ""
     try:
         on_device = [model.to(device) for model in models]
         for batch in settings.batch_sizes:

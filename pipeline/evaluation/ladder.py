@@ -40,7 +40,7 @@ def run(config: Config) -> Path:
         raise UserError(f"export.ladder: sparsities lie between 0 and 1, got {config.export.ladder}")
     if config.export.push_to_hub:
         raise UserError("export.push_to_hub takes one model: push a rung with `nuteprune export RUN --sparsity …`")
-    trained = open_run(config)
+    trained = open_run(config.run_dir, config.model)
     for rung in rungs:
         choose_student(trained, rung)
     output = Path(config.export.output or trained.directory / "ladder")

@@ -11,7 +11,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nuteprune.config import Config, EvaluateConfig
+from nuteprune.config import DataConfig, EvaluateConfig
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import read_rows, text_tokens
 from nuteprune.errors import UserError, first_line
@@ -36,26 +36,25 @@ class ScoredText:
     first: tuple[int, ...] = ()
 
 
-def scored_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[ScoredText]:
+def scored_texts(settings: EvaluateConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[ScoredText]:
     """The texts for perplexity: `evaluate.text`, or else the text the run is trained on; or as papers do.
 
     Raises:
         UserError: see `load_text`; or as `published_text`.
     """
-    settings, source = config.evaluate, config.data.source
     if settings.protocol == "published":
-        name, text = published_text(settings, config.data.text_field)
+        name, text = published_text(settings, data.text_field)
         # The first token stands once, before the whole text: so the papers' code calls the tokenizer.
         ids = [*first_tokens(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
         tokens = torch.tensor(ids, dtype=torch.int64)
         return [ScoredText(f"{name}, windows of {window:,}", tokens, window) for window in PUBLISHED_WINDOWS]
     if settings.text:
-        found = {name: text_tokens(text, config.data.text_field, tokenizer)
+        found = {name: text_tokens(text, data.text_field, tokenizer)
                  for name, text in zip(short_names(settings.text), settings.text, strict=True)}  # fmt: skip
     else:
-        log.warning("evaluate.text is empty: perplexity is of the training text (%s), not held out", source)
-        tokens = text_tokens(source, config.data.text_field, tokenizer, config.data.documents)
-        found = {Path(source).name: tokens}
+        log.warning("evaluate.text is empty: perplexity is of the training text (%s), not held out", data.source)
+        tokens = text_tokens(data.source, data.text_field, tokenizer, data.documents)
+        found = {Path(data.source).name: tokens}
     how = (settings.window, settings.blocks, first_tokens(tokenizer))
     return [ScoredText(name, tokens, *how) for name, tokens in found.items()]
 

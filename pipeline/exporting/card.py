@@ -49,13 +49,11 @@ class Result:
 def kept_record(run: Run, student: Student, fold: Fold, result: Result) -> dict:
     """Contents of nuteprune.json: kept indices per layer, the original sizes, what was reached, fine-tuning steps."""
     spec, kept = fold.spec, fold.kept
-    by_layer = {"heads": kept.heads, "kv_groups": kept.kv_groups, "ffn": kept.ffn}
     original = {"heads": spec.heads, "kv_heads": spec.kv_heads, "ffn": spec.ffn, "hidden": spec.hidden}
-    if spec.experts > 1:  # units of all experts are numbered one after the other
-        by_layer["experts"], original["experts"] = kept.experts, spec.experts
+    if spec.experts > 1:
+        original["experts"] = spec.experts
     return {
-        "kept": {k: [t.tolist() for t in v] for k, v in by_layer.items()}
-        | {"hidden": kept.hidden.tolist(), "layers": kept.layers.tolist()},
+        "kept": kept.record(),
         "layers": spec.layers,
         "original": original,
         "sparsity": result.sparsity,

@@ -25,10 +25,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from nuteprune.arch import ATTENTION, FUSED, PROJECTIONS, ArchSpec, family_of, pack, projections
+from nuteprune.arch import ATTENTION, FUSED, PROJECTIONS, ArchSpec, family_of, fuse, projections
 from nuteprune.errors import UserError
 from nuteprune.exporting import modeling_ragged
-from nuteprune.masks import Gates, Kept, kept_units
+from nuteprune.masks import Gates, Kept
 from nuteprune.model.layers import LoraWeights
 
 log = logging.getLogger(__name__)
@@ -39,18 +39,25 @@ _RENAMED = {"architectures", "model_type", "quantization_config", "transformers_
 """Entries of a base configuration that say what the base was, not how it computes."""
 
 
-def _register() -> None:
-    """Make transformers' auto classes use this package's classes for exports of ours, never a directory's own file."""
+def _register() -> set[str]:
+    """Make transformers' auto classes use this package's classes for exports of ours, never a directory's own file.
+
+    Returns:
+        The model types of those.
+    """
+    types = set()
     for cls in vars(modeling_ragged).values():
         own = isinstance(cls, type) and cls.__module__ == modeling_ragged.__name__
         if own and issubclass(cls, PreTrainedConfig):
             AutoConfig.register(cls.model_type, cls, exist_ok=True)
+            types.add(cls.model_type)
         elif own and issubclass(cls, PreTrainedModel):
             auto = AutoModelForCausalLM if cls.__name__.endswith("ForCausalLM") else AutoModel
             auto.register(cls.config_class, cls, exist_ok=True)
+    return types
 
 
-_register()
+OWN_TYPES = _register()
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Fold:
 def plan_fold(spec: ArchSpec, gates: Gates, lora: LoraWeights, scaling: float) -> Fold:
     """The fold of given gates and LoRA; raises UserError where no hidden dimension or no layer is left."""
     full = gates.detach().to("cpu", torch.float32).full(spec)
-    kept = kept_units(spec, full)
+    kept = Kept.of(spec, full)
     if len(kept.hidden) == 0:
         raise UserError("no hidden dimension is left: lower the target sparsity")
     if len(kept.layers) == 0:
@@ -111,8 +118,8 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
     if (refusal := fold.spec.refusal([shape])) is not None:
         raise UserError(f"export.shape: {refusal}")
     kept = fold.kept.layers.tolist()
-    every_group = fold.kept.heads_per_group(fold.spec)
-    every_width, family = fold.kept.ffn_widths(fold.spec), family_of(base)
+    every_group = fold.kept.heads_per_group
+    every_width, family = fold.kept.ffn_widths, family_of(base)
     groups, ffn = [every_group[i] for i in kept], [max(every_width[i], default=0) for i in kept]
     values = {k: v for k, v in base.to_dict().items() if k not in _RENAMED}
     values |= {
@@ -201,7 +208,7 @@ def fold_model(model: PreTrainedModel, config: PreTrainedConfig, fold: Fold, pro
     for index in progress(range(fold.spec.layers)):
         if index in place:
             into = small.model.layers[place[index]]
-            into.load_state_dict(pack(fold_layer(fold, layers[index], index), into), assign=True)
+            into.load_state_dict(fuse(fold_layer(fold, layers[index], index), into), assign=True)
         layers[index] = nn.Identity()
     embedding, norm, head = fold_ends(fold, model)
     small.model.embed_tokens.load_state_dict({"weight": embedding}, assign=True)
@@ -287,7 +294,7 @@ def _sides(fold: Fold, name: str, index: int) -> tuple[Tensor, Tensor, Tensor | 
         unit, gate = _expand(kept.kv_groups[index], dim), None
     else:
         expert = int(name.split(".")[1]) if fold.spec.experts > 1 else 0
-        unit, gate = kept.ffn_of(fold.spec, index, expert), fold.ffn_gate[index].view(-1, fold.spec.ffn)[expert]
+        unit, gate = kept.ffn_of(index, expert), fold.ffn_gate[index].view(-1, fold.spec.ffn)[expert]
     if name.endswith(("o_proj", "down_proj")):
         added = fold.added_gates[int(name != "o_proj"), index]
         return kept.hidden, unit, fold.hidden_gate * (1.0 if fold.spec.norms_behind else added), gate

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune.config import Config
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import View, build_view
-from nuteprune.model.loading import load_model, load_tokenizer
+from nuteprune.model.loading import load_model, read_base
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.students import newest_student, open_run
@@ -42,12 +42,12 @@ class MaskedModel:
 
 def load(config: Config) -> MaskedModel:
     """The student that `config.export` asks for; raises `UserError` as the export does."""
-    trained, world = open_run(config), discover()
-    model, spec = load_model(trained.config.model, world.device)
-    student = newest_student(config, trained, spec)
+    trained, world = open_run(config.run_dir, config.model), discover()
+    base = read_base(trained.config.model)
+    spec, model = base.spec, load_model(base, world.device)
+    student = newest_student(config.export, trained, spec)
     paired = PairedModel(model, spec, trained.config.lora)
     gates = student.gates.to(world.device)
     lora = {key: tuple(t.to(world.device) for t in pair) for key, pair in student.lora.items()}
     view = build_view(spec, gates, lora, student.scaling, paired.dtype)
-    tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
-    return MaskedModel(gates, sparsity_of(spec, gates), tokenizer, paired, view)
+    return MaskedModel(gates, sparsity_of(spec, gates), base.tokenizer, paired, view)

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config
-from nuteprune.data.prepared import load_blocks
-from nuteprune.data.text import packed_blocks
+from nuteprune.data.prepared import TrainingText
 from nuteprune.errors import UserError
 from nuteprune.exporting.card import RECORD, Result, kept_record, model_card
 from nuteprune.exporting.folding import exported_parameters, fold_model, model_class, plan_fold, small_config
@@ -25,12 +24,12 @@ from nuteprune.exporting.publish import push
 from nuteprune.exporting.targets import TARGETS, ExportPlan, Target
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import build_view
-from nuteprune.model.loading import check_dtype, load_model, load_tokenizer, read_config
+from nuteprune.model.loading import Base, check_dtype, in_float32, load_model, read_base
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import newest_student, open_run, shape_of
+from nuteprune.runs.students import export_gates, newest_student, open_run
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +37,6 @@ LOGIT_TOLERANCE = 1e-3
 """Largest difference of two float32 logits, relative to the largest logit."""
 COUNT_TOLERANCE = 1e-3
 """The counted and the computed sparsity may be this far apart."""
-FLOAT32_ATTENTION = ("sdpa", "eager")
-"""Flash attention has no float32; all of them compute the same function."""
 
 
 class ExportError(RuntimeError):
@@ -54,22 +51,23 @@ def export_model(config: Config) -> Path:
             snapshot of, or a structure that the asked shape cannot hold.
         ExportError: the small model failed its checks.
     """
-    trained = open_run(config)
+    trained = open_run(config.run_dir, config.model)
     output = output_directory(config, trained)
-    _, spec = read_config(trained.config.model.path)
-    student = newest_student(config, trained, spec)
-    shape = shape_of(config, trained)
-    base, spec, dtype = load_base(trained.config, config.export.dtype)
-    fold = plan_fold(spec, student.gates, student.lora, student.scaling)
-    small = small_config(base.config, fold, shape)
-    tokenizer = load_tokenizer(trained.config.model.path, spec.vocab)
-    plan = ExportPlan(trained, student, fold, small, shape, dtype, tokenizer, base.generation_config, config.export)
+    base = read_base(in_float32(trained.config.model))
+    student = newest_student(config.export, trained, base.spec)
+    shape = export_gates(config.export, trained).shape
+    dtype = exported_dtype(base, config.export.dtype)
+    model = load_model(base)
+    fold = plan_fold(base.spec, student.gates, student.lora, student.scaling)
+    small = small_config(model.config, fold, shape)
+    plan = ExportPlan(trained, student, fold, small, shape, dtype, base.tokenizer, model.generation_config,
+                      config.export)  # fmt: skip
     first, *others = [target for target in TARGETS.values() if target.check(plan)]
-    tokens = real_text(trained.config, config.export.check_tokens, tokenizer, spec.vocab)
+    tokens = real_text(TrainingText(trained.config.run_dir, trained.config.data, base), config.export.check_tokens)
     with atomic_directory(output) as directory:
-        result, model = write_model(first, directory, base, plan, tokens)
+        result, exported = write_model(first, directory, model, plan, tokens)
         for target in others:
-            target.write(directory, plan, model)
+            target.write(directory, plan, exported)
         write_record(directory, plan, result)
     log.info("exported %s: %.2f%% of the prunable parameters removed, %s parameters left (%s before)", output,
              100 * result.sparsity, f"{result.parameters:,}", f"{result.base_parameters:,}")  # fmt: skip
@@ -91,25 +89,21 @@ def output_directory(config: Config, trained: Run) -> Path:
     return output
 
 
-def load_base(config: Config, dtype: str) -> tuple[PreTrainedModel, ArchSpec, torch.dtype]:
-    """The base model in float32, its architecture, and the type of the exported weights (`as_base`: its files' own)."""
-    attention = config.model.attention if config.model.attention in FLOAT32_ATTENTION else "sdpa"
-    found, spec = read_config(config.model.path)
-    stored = (found.dtype or torch.float32) if dtype == "as_base" else getattr(torch, dtype)
-    check_dtype(spec, str(stored).removeprefix("torch."), "export.dtype")
-    base, _ = load_model(replace(config.model, dtype="float32", attention=attention))
-    return base, spec, stored
+def exported_dtype(base: Base, asked: str) -> torch.dtype:
+    """The type of the exported weights (`as_base`: that of the base's files); raises `UserError` as `check_dtype`."""
+    stored = (base.config.dtype or torch.float32) if asked == "as_base" else getattr(torch, asked)
+    check_dtype(base.spec, str(stored).removeprefix("torch."), "export.dtype")
+    return stored
 
 
-def real_text(config: Config, count: int, tokenizer, vocab: int) -> Tensor:
+def real_text(text: TrainingText, count: int) -> Tensor:
     """About `count` tokens [N, T] of the run's own training text, in blocks no longer than those of training."""
-    length = min(config.data.seq_len, count)
-    blocks = load_blocks(config, tokenizer)
-    if blocks is not None:
-        return blocks[: -(-count // length), :length]
-    documents = min(config.data.documents or count, count)  # a document has at least one token
-    blocks = packed_blocks(replace(config.data, documents=documents, seq_len=length), tokenizer, vocab)
-    return blocks[: -(-count // length)]
+    length = min(text.data.seq_len, count)
+    blocks = text.load()
+    if blocks is None:
+        documents = min(text.data.documents or count, count)  # a document has at least one token
+        blocks = replace(text, data=replace(text.data, documents=documents, seq_len=length)).pack()
+    return blocks[: -(-count // length), :length]
 
 
 def write_model(
@@ -125,9 +119,8 @@ def write_model(
     save = partial(target.write, directory, plan)
     save(model)
     del model
-    attention = plan.config.model.attention if plan.config.model.attention in FLOAT32_ATTENTION else "sdpa"
     reload = partial(model_class(plan.small).from_pretrained, directory, dtype=torch.float32,
-                     attn_implementation=attention)  # fmt: skip
+                     attn_implementation=in_float32(plan.config.model).attention)  # fmt: skip
     model = reload()
     sparsity = check_count(fold.spec, plan.student.gates, model)
     difference = check_logits(model, tokens, wanted)
@@ -153,7 +146,7 @@ def _read(plan: ExportPlan, model: PreTrainedModel) -> tuple[int, int]:
     spec, kept = plan.fold.spec, plan.fold.kept
     if spec.experts == 1:
         return 0, 0
-    every_width = kept.ffn_widths(spec)
+    every_width = kept.ffn_widths
     unread = sum(sum(every_width[i][spec.top_k :]) for i in kept.layers)
     return model.num_parameters() - unread * spec.ffn_cost(len(kept.hidden)), read_parameters(spec)
 

@@ -3,10 +3,12 @@
 Pure arithmetic on tensors and an `ArchSpec`: no model, no files. Everything above may call it.
 """
 
+from nuteprune.masks.counts import Rounding, mean_counts
+from nuteprune.masks.fitting import fit_shape
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
-from nuteprune.masks.kept import Kept, kept_units
-from nuteprune.masks.mask_set import POINT, MaskSet, check_target, gated_kinds, multiples
-from nuteprune.masks.selection import describe, select_units
+from nuteprune.masks.kept import Kept
+from nuteprune.masks.mask_set import POINT, MaskSet, check_target, gated_kinds
+from nuteprune.masks.selection import select_units
 
 __all__ = [
     "KINDS",
@@ -14,12 +16,12 @@ __all__ = [
     "Gates",
     "Kept",
     "MaskSet",
+    "Rounding",
     "check_target",
-    "describe",
+    "fit_shape",
     "gated_kinds",
     "kept_parameters",
-    "kept_units",
-    "multiples",
+    "mean_counts",
     "select_units",
     "sparsity_of",
     "unit_shape",

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
+from nuteprune.config import GateConfig
 from nuteprune.errors import UserError
-from nuteprune.masks.gates import Gates
+from nuteprune.masks.kept import Kept
 
 TOLERANCE = 0.009
 """Largest distance from the target that rounding to multiples may cause before the multiple is halved."""
@@ -30,6 +31,13 @@ class Counts:
     layers: float
     experts: float
     ffn: float
+
+    def __str__(self) -> str:
+        experts = f"{self.experts:g} experts of " if self.experts != 1 else ""
+        return (
+            f"{self.layers:g} layers of {self.groups:g} x {self.heads:g} heads and {experts}{self.ffn:g} FFN units, "
+            f"hidden size {self.hidden:g}"
+        )
 
     def distance(self, other: Counts, spec: ArchSpec) -> float:
         """Sum over all but the FFN, which makes up for the others, of the differences as shares of the intact model."""
@@ -51,11 +59,24 @@ class Counts:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Multiples of the FFN width and the hidden size, halved where they would miss; tensor-parallel size."""
+    """Multiples of the FFN width and the hidden size, halved where the target would be missed by more than `TOLERANCE`.
+
+    KV groups and FFN widths are multiples of `parallel`, the tensor-parallel size, which is never halved. FFN widths
+    and groups are free in the per_layer shape.
+    """
 
     ffn: int = 1
     hidden: int = 1
     parallel: int = 1
+
+    @classmethod
+    def of(cls, gates: GateConfig) -> Rounding:
+        """As the settings have it."""
+        return cls(gates.ffn_multiple, gates.hidden_multiple, gates.tensor_parallel)
+
+
+EXACT = Rounding()
+"""Any count is allowed."""
 
 
 def intact(spec: ArchSpec) -> Counts:
@@ -63,27 +84,20 @@ def intact(spec: ArchSpec) -> Counts:
     return Counts(spec.kv_heads, spec.group_size, spec.hidden, spec.layers, spec.experts, spec.ffn)
 
 
-def mean_counts(spec: ArchSpec, gates: Gates) -> Counts:
+def mean_counts(kept: Kept) -> Counts:
     """What the layers that stay keep on average."""
-    full = gates.full(spec)
-    head_gate, ffn_gate, every_kind = full.head_gate(spec), full.ffn_gate(spec), full.as_dict()
-    assert head_gate is not None, "all kinds are there"
-    assert ffn_gate is not None, "all kinds are there"
-    heads = head_gate.unflatten(1, (spec.kv_heads, spec.group_size)) != 0
-    groups, layers = heads.any(-1).double().sum(), every_kind["layers"].double()
-    with_attention = (layers * every_kind["attn_sublayers"].double()).sum().clamp(min=1)
-    experts = ((every_kind["experts"] != 0) * layers[:, None]).sum()
+    heads, groups = int(kept.heads_LKG.sum()), int(kept.heads_LKG.any(2).sum())
+    layers, attention = int(kept.layers_L.sum()), int(kept.attention_L.sum())
+    experts, units = int(kept.experts_LE[kept.layers_L].sum()), int(kept.ffn_LEF.sum())
     return Counts(
-        float(groups / with_attention), float(heads.double().sum() / groups.clamp(min=1)),
-        float(every_kind["hidden"].double().sum()), float(layers.sum()),
-        float(experts / layers.sum().clamp(min=1)), float((ffn_gate != 0).double().sum() / experts.clamp(min=1)),
+        groups / max(1, attention), heads / max(1, groups), float(kept.hidden_D.sum()), float(layers),
+        experts / max(1, layers), units / max(1, experts),
     )  # fmt: skip
 
 
-def whole_counts(spec: ArchSpec, gates: Gates) -> Counts:
+def whole_counts(kept: Kept) -> Counts:
     """The counts of a structure that is alike in all layers, as whole numbers and with the FFN left open."""
-    mean = mean_counts(spec, gates)
-    return replace(Counts(*map(round, astuple(mean))), ffn=spec.ffn)
+    return replace(Counts(*map(round, astuple(mean_counts(kept)))), ffn=kept.spec.ffn)
 
 
 def between(spec: ArchSpec, counts: Counts, share: float) -> Counts:

@@ -13,6 +13,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import GateConfig
 from nuteprune.errors import UserError
 from nuteprune.masks import hard_concrete as hc
+from nuteprune.masks.counts import Rounding
 from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, unit_shape
 from nuteprune.masks.selection import cheapest_units, most_removed, select_units
 
@@ -46,11 +47,6 @@ def gated_kinds(spec: ArchSpec, units: Sequence[str]) -> list[str]:
     return kinds
 
 
-def multiples(config: GateConfig) -> tuple[int, int, int]:
-    """Multiples of the FFN width and the hidden size, and the tensor-parallel size."""
-    return config.ffn_multiple, config.hidden_multiple, config.tensor_parallel
-
-
 def check_target(spec: ArchSpec, config: GateConfig, target: float, lora: Sequence[str] = ()) -> None:
     """Raise `UserError` if the selected units cannot reach the target, or cannot be removed in the shape asked.
 
@@ -76,7 +72,7 @@ def check_target(spec: ArchSpec, config: GateConfig, target: float, lora: Sequen
         )
     generator = torch.Generator().manual_seed(0)
     scores = {k: torch.rand(unit_shape(spec, k), generator=generator) for k in kinds}
-    nearest = sparsity_of(spec, select_units(spec, scores, target, config.shape, *multiples(config)))
+    nearest = sparsity_of(spec, select_units(spec, scores, target, config.shape, Rounding.of(config)))
     if abs(nearest - target) > POINT:
         raise UserError(
             f"sparsity.target {target:g}: {', '.join(config.units)} are so coarse in the {config.shape} shape that the "
@@ -208,7 +204,7 @@ class MaskSet(nn.Module):
             loss: the losses of students with given gates.
         """
         config = self.config
-        gates = cheapest_units(self.spec, self.scores(), target, config.shape, multiples(config), loss)
+        gates = cheapest_units(self.spec, self.scores(), target, config.shape, Rounding.of(config), loss)
         self.fix(gates)
         return gates
 

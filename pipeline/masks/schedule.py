@@ -1,55 +1,77 @@
-"""How the target sparsity and the sampling noise move over the steps of a run."""
+"""What a run is over its steps: how many there are, when its gates settle, and what moves from step to step."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 
-from nuteprune.config import Config
+from nuteprune.config import Config, GateConfig, SparsityConfig, TrainConfig
 
 LORA_WARMUP = 0.03
 """Share of the steps over which LoRA's learning rate rises from 0."""
+_LEAST_NOISE = 1e-3
+"""A geometric path cannot begin or end at 0."""
 
 
-def target_at(config: Config, step: int, total: int) -> float:
-    """Target sparsity after optimizer step `step` (0-based) of `total`: rises to the full target by the warm-up's end.
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of one run and the settings of what moves over them; made once, when the length of its text is known.
 
-    Linear for the Lagrangian as in the paper (section 3.2), else cubic as in Zhu & Gupta 2017: t·(1 − (1 − p)³).
+    Attributes:
+        total: steps of the run.
     """
-    progress = min(1.0, (step + 1) / warmup_steps(config, total))
-    if config.sparsity.constraint == "projection":
-        progress = 1.0 - (1.0 - progress) ** 3
-    return config.sparsity.target * progress
 
+    total: int
+    train: TrainConfig
+    gates: GateConfig
+    sparsity: SparsityConfig
 
-def warmup_steps(config: Config, total: int) -> int:
-    """Steps over which the target rises, at least 1."""
-    return max(1, round(config.sparsity.warmup * total))
+    @classmethod
+    def of(cls, config: Config, steps_per_epoch: float) -> Schedule:
+        """`train.steps`, or where that is 0 `train.epochs` over the text."""
+        train = config.train
+        total = train.steps or max(1, round(train.epochs * steps_per_epoch))
+        return cls(total, train, config.gates, config.sparsity)
 
+    @property
+    def warmup(self) -> int:
+        """Steps over which the target rises, at least 1."""
+        return max(1, round(self.sparsity.warmup * self.total))
 
-def settle_step(config: Config, total: int) -> int:
-    """First step at which the gates are settled to 0/1: at the warm-up's end at the earliest, never if settle is 1."""
-    if config.gates.settle == 1:
-        return total
-    return max(1, min(total - 1, max(round(config.gates.settle * total), warmup_steps(config, total))))
+    @cached_property
+    def settle(self) -> int:
+        """First step at which the gates are 0 or 1, from 1 on: at the warm-up's end at the earliest; `total`: never."""
+        if self.gates.settle == 1:
+            return self.total
+        return max(1, min(self.total - 1, max(round(self.gates.settle * self.total), self.warmup)))
 
+    def target(self, step: int) -> float:
+        """Target sparsity after optimizer step `step` (0-based): rises to the full target by the warm-up's end.
 
-def noise_at(config: Config, step: int, total: int) -> float:
-    """Noise scale ν at `step`: geometric from `gates.noise` to `noise_end` at the step the gates settle."""
-    start, end = config.gates.noise, config.gates.noise_end
-    if start == end:
-        return start
-    progress = min(1.0, step / max(1, min(settle_step(config, total), total) - 1))
-    low = 1e-3
-    return max(start, low) * (max(end, low) / max(start, low)) ** progress
+        Linear for the Lagrangian as in the paper (section 3.2), else cubic as in Zhu & Gupta 2017: t·(1 − (1 − p)³).
+        """
+        progress = min(1.0, (step + 1) / self.warmup)
+        if self.sparsity.constraint == "projection":
+            progress = 1.0 - (1.0 - progress) ** 3
+        return self.sparsity.target * progress
 
+    def noise(self, step: int) -> float:
+        """Noise scale ν at `step`: geometric from `gates.noise` to `noise_end` at the step the gates settle."""
+        start, end = self.gates.noise, self.gates.noise_end
+        if start == end:
+            return start
+        start, end = max(start, _LEAST_NOISE), max(end, _LEAST_NOISE)
+        return start * (end / start) ** min(1.0, step / max(1, self.settle - 1))
 
-def lora_lr_at(config: Config, step: int, total: int) -> float:
-    """LoRA's learning rate at `step`: linear warm-up, then cosine to a tenth of the peak; the paper's linear to 0."""
-    train = config.train
-    warm = 1 if train.lora_optimizer == "adamw" else max(1, round(LORA_WARMUP * total))
-    if step < warm:
-        return train.lora_lr * (step + 1) / warm
-    progress = (step - warm) / max(1, total - warm)
-    if train.lora_optimizer == "adamw":
-        return train.lora_lr * (1 - progress)
-    return train.lora_lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    def lora_lr(self, step: int) -> float:
+        """LoRA's learning rate: linear warm-up, then cosine to a tenth of the peak; the paper's linear to 0."""
+        train = self.train
+        papers = train.lora_optimizer == "adamw"
+        warm = 1 if papers else max(1, round(LORA_WARMUP * self.total))
+        if step < warm:
+            return train.lora_lr * (step + 1) / warm
+        progress = (step - warm) / max(1, self.total - warm)
+        if papers:
+            return train.lora_lr * (1 - progress)
+        return train.lora_lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))

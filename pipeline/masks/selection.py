@@ -16,6 +16,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import GateConfig, Shape
 from nuteprune.errors import UserError
 from nuteprune.masks.counts import (
+    EXACT,
     TOLERANCE,
     Counts,
     Rounding,
@@ -32,6 +33,7 @@ from nuteprune.masks.counts import (
     with_ffn,
 )
 from nuteprune.masks.gates import Gates, kept_parameters, sparsity_of, unit_shape
+from nuteprune.masks.kept import Kept
 
 MEASURED = 12
 """Structures that are measured in a first round, at most."""
@@ -46,8 +48,8 @@ def is_measured(config: GateConfig) -> bool:
 
 
 def select_units(
-    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: Shape, ffn_multiple: int = 1,
-    hidden_multiple: int = 1, tensor_parallel: int = 1, like: Gates | None = None,
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: Shape, rounding: Rounding = EXACT,
+    like: Gates | None = None,
 ) -> Gates:  # fmt: skip
     """0/1 gates that keep the units with the highest scores at the target sparsity.
 
@@ -60,10 +62,7 @@ def select_units(
         target: removed share of the prunable parameters.
         shape: "uniform" (the same counts in every layer), "per_layer_ffn" (the same attention in every layer that has
             one, FFN widths free) or "per_layer".
-        ffn_multiple, hidden_multiple: counts are rounded to these, halved while the target would be missed by more
-            than `TOLERANCE`; FFN widths not in the per_layer shape.
-        tensor_parallel: KV groups and FFN widths are multiples of this, which is never halved; not in the per_layer
-            shape.
+        rounding: to what counts are rounded.
         like: a student whose kind of structure is wanted, at a sparsity of its own.
 
     Returns:
@@ -76,17 +75,16 @@ def select_units(
     scores = {k: s.detach().double().cpu() for k, s in scores.items()}
     if shape == "uniform" and ({"attn_sublayers", "ffn_sublayers"} & set(scores)):
         raise ValueError("whole sublayers cannot be removed in the uniform shape: use per_layer_ffn or per_layer")
-    if shape != "per_layer" and spec.kv_heads % tensor_parallel:
+    if shape != "per_layer" and spec.kv_heads % rounding.parallel:
         fitting = ", ".join(str(n) for n in range(1, spec.kv_heads + 1) if spec.kv_heads % n == 0)
         raise UserError(
-            f"tensor_parallel {tensor_parallel} does not divide the model's {spec.kv_heads} KV groups: use one of "
+            f"tensor_parallel {rounding.parallel} does not divide the model's {spec.kv_heads} KV groups: use one of "
             f"{fitting}, or the per_layer shape"
         )
-    rounding = Rounding(ffn_multiple, hidden_multiple, tensor_parallel)
     free = _as_gates(_threshold(spec, scores, target, {}))
-    near = mean_counts(spec, free)
+    near = mean_counts(Kept.of(spec, free))
     if like is not None and (reached := sparsity_of(spec, like)) > 0:
-        near = between(spec, mean_counts(spec, like), min(1.0, target / reached))
+        near = between(spec, mean_counts(Kept.of(spec, like)), min(1.0, target / reached))
     while True:
         gates = _as_gates(_SHAPES[shape](spec, scores, target, near, rounding))
         missed = abs(sparsity_of(spec, gates) - target) > TOLERANCE
@@ -96,7 +94,7 @@ def select_units(
 
 
 def cheapest_units(
-    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: Shape, rounding: tuple[int, int, int],
+    spec: ArchSpec, scores: Mapping[str, Tensor], target: float, shape: Shape, rounding: Rounding,
     loss: Callable[[list[Gates]], list[float]],
 ) -> Gates:  # fmt: skip
     """0/1 gates of the structure at the target whose measured loss is least; within a structure scores say which units.
@@ -108,13 +106,13 @@ def cheapest_units(
         spec, scores, target, shape, rounding: as for `select_units`.
         loss: the losses of models with given gates.
     """
-    own = select_units(spec, scores, target, shape, *rounding)
-    near, within = whole_counts(spec, own), Rounding(*rounding)
+    own = select_units(spec, scores, target, shape, rounding)
+    near = whole_counts(Kept.of(spec, own))
     kinds = set(scores)
     if shape != "uniform":  # where FFN widths are free, scores say which layers and experts go
         kinds -= {"layers", "experts"}
         near = replace(near, layers=spec.layers, experts=spec.experts)
-    possible = {near} | {c for c in grid(spec, kinds, near, target, within) if c.reach(spec, target, kinds)}
+    possible = {near} | {c for c in grid(spec, kinds, near, target, rounding) if c.reach(spec, target, kinds)}
     if shape == "per_layer" or len(possible) == 1:
         return own
     scores = {k: s.detach().double().cpu() for k, s in scores.items()}
@@ -124,24 +122,14 @@ def cheapest_units(
 
     def measure(wanted: Iterable[Counts]) -> Counts:
         """Measure those that meet the target; the best of all so far."""
-        gates.update((c, _as_gates(build(spec, scores, target, c, within))) for c in wanted if c not in gates)
+        gates.update((c, _as_gates(build(spec, scores, target, c, rounding))) for c in wanted if c not in gates)
         new = [c for c, g in gates.items() if c not in losses and (
             c == near or abs(sparsity_of(spec, g) - target) <= TOLERANCE)]  # fmt: skip
         losses.update(zip(new, loss([gates[c] for c in new]), strict=True))
         return min(losses, key=losses.__getitem__)
 
     best = measure(shortlist(spec, possible, near, MEASURED))
-    return gates[measure(midpoints(spec, kinds, best, possible, within))]
-
-
-def describe(spec: ArchSpec, gates: Gates) -> str:
-    """What the layers that stay keep on average, for a log."""
-    c = mean_counts(spec, gates)
-    experts = f"{c.experts:g} experts of " if spec.experts > 1 else ""
-    return (
-        f"{c.layers:g} layers of {c.groups:g} x {c.heads:g} heads and {experts}{c.ffn:g} FFN units, hidden size "
-        f"{c.hidden:g}"
-    )
+    return gates[measure(midpoints(spec, kinds, best, possible, rounding))]
 
 
 def most_removed(spec: ArchSpec, units: list[str], shape: Shape) -> float:
@@ -212,7 +200,7 @@ def _per_layer(
         return kept
     coarse = {k: v for k, v in kept.items() if k != "ffn"}
     if spec.experts > 1:
-        return _ffn_blocks(spec, scores["ffn"], target, coarse, Rounding())
+        return _ffn_blocks(spec, scores["ffn"], target, coarse, EXACT)
     return _threshold(spec, scores, target, coarse)
 
 

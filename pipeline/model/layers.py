@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from nuteprune.arch import ATTENTION, FFN, ArchSpec, projections
 from nuteprune.config import LoraConfig
-from nuteprune.masks import Gates
-from nuteprune.model import structure
+from nuteprune.masks import Gates, Kept
+from nuteprune.model.index_lists import LayerLists, index_lists
 from nuteprune.model.projection import MaskedLoRALinear, ProjectionState
 from nuteprune.model.wrappers import GatedNorm, GatedRouter, WidthNorm
 
@@ -29,23 +29,17 @@ LoraParameters = dict[str, tuple[nn.Parameter, nn.Parameter]]
 
 @dataclass(frozen=True)
 class LayerView:
-    """One decoder layer of a view: its projections, and how kept query heads map to kept KV groups.
+    """One decoder layer of a view.
 
     Attributes:
         states: by projection name.
-        group_size: query heads per group where that is the same for all kept groups, else 1.
-        kv_index: [kept heads] group of each kept head where groups are ragged, else None.
+        kept: what it keeps.
         behind: gates behind the norms that follow attention and FFN, where there are such norms.
-        removed: nothing of the layer is left.
-        routes: experts among which the router chooses, None for all.
     """
 
     states: dict[str, ProjectionState]
-    group_size: int
-    kv_index: Tensor | None = None
+    kept: LayerLists
     behind: tuple[Tensor | None, Tensor | None] = (None, None)
-    removed: bool = False
-    routes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -135,9 +129,9 @@ def activate(layer: nn.Module, view: LayerView) -> None:
     for name, module in seats.projections.items():
         module.__dict__["state"] = states[name]
     if seats.router is not None:
-        seats.router.keep = view.routes
+        seats.router.keep = view.kept.routes
     attention = seats.attention
-    attention["num_key_value_groups"], attention["kv_index"] = view.group_size, view.kv_index
+    attention["num_key_value_groups"], attention["kv_index"] = view.kept.group_size, view.kept.kv_index
     for norm, name in seats.width_norms:
         norm.keep = view.states[name].keep_out
     for norm, gate in zip(seats.gated_norms, view.behind, strict=False):
@@ -159,34 +153,35 @@ def build_view(
         whole: pairs in `dtype` to compute with, of which those of `lora` are the last ranks.
         skip_removed: leave units whose gate is exactly 0 out of the computation; False multiplies them by 0.
     """
-    heads = ffn = hidden = experts = None
-    if gates is not None:
-        heads, ffn, hidden, experts = gates.head_gate(spec), gates.ffn_gate(spec), gates.hidden, gates.experts
-    # A removed expert is no choice of the router's, however the others are computed.
-    known = (heads, ffn, hidden) if skip_removed else (None, None, None)
-    found = structure.find(spec, *known, experts=experts)
+    gates = gates or Gates()
+    heads, ffn, hidden = gates.head_gate(spec), gates.ffn_gate(spec), gates.hidden
+    kept = Kept.of(spec, gates)
+    if not skip_removed:  # a removed expert is no choice of the router's, however the others are computed
+        kept = replace(Kept.of(spec), experts_LE=kept.experts_LE)
+    device = next((gate.device for gate in gates.as_dict().values()), torch.device("cpu"))
+    lists, stream = index_lists(kept, device)
     into_norm = [{}] * spec.layers if skip_removed else _into_norm(spec, heads)
-    added = (None, None) if gates is None else gates.added_gates(spec)
+    added = gates.added_gates(spec)
     scales = list(zip(*(_layer_scales(spec, gate, skip_removed) for gate in added), strict=True))
     none = [None] * spec.layers
     # All layers at once: an operation a layer, and one more in its backward, is what a small layer's step is made of.
     head_gates = none if heads is None else heads.repeat_interleave(spec.head_dim, dim=1).unbind(0)
     ffn_gates = [None] * spec.layers * spec.experts if ffn is None else ffn.reshape(-1, spec.ffn).unbind(0)
-    residual = _Side(hidden, found.hidden)
+    residual = _Side(hidden, stream)
     layers = []
-    for index, kept in enumerate(found.layers):
+    for index, own in enumerate(lists):
         # LoRA in training stays as it is: the kernels take it in its own type, and its gradient arrives in that.
         pairs = {n: tuple(t if t.requires_grad else t.to(dtype) for t in lora[f"{index}.{n}"])
                  for n in (*ATTENTION, *FFN) if f"{index}.{n}" in lora}  # fmt: skip
-        queries, values = _Side(head_gates[index], kept.queries), _Side(None, kept.values)
-        own = ffn_gates[index * spec.experts : (index + 1) * spec.experts]
-        units = [_Side(gate, keep) for gate, keep in zip(own, kept.ffn, strict=True)]
+        queries, values = _Side(head_gates[index], own.queries), _Side(None, own.values)
+        of_experts = ffn_gates[index * spec.experts : (index + 1) * spec.experts]
+        units = [_Side(gate, keep) for gate, keep in zip(of_experts, own.ffn, strict=True)]
         states = _states(spec, queries, values, units, residual, scales[index], into_norm[index], pairs, scaling)
         for name in FFN:
             if whole and f"{index}.{name}" in whole:
                 states[name] = replace(states[name], whole=whole[f"{index}.{name}"])
         behind = scales[index] if spec.norms_behind else (None, None)
-        layers.append(LayerView(states, kept.group_size, kept.kv_index, behind, kept.removed, kept.routes))
+        layers.append(LayerView(states, own, behind))
     return View(layers, hidden)
 
 

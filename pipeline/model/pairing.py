@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from nuteprune.arch import ArchSpec
 from nuteprune.config import LoraConfig, LossConfig
 from nuteprune.masks import Gates
-from nuteprune.model.fused import install_fused
+from nuteprune.model.kernels import install_kernels
 from nuteprune.model.layers import LoraParameters, View, activate, at_hand, build_view, fresh_lora, install
 from nuteprune.model.lora import Update
 from nuteprune.model.losses import IGNORE, LayerTerm, OutputTerm, weights
@@ -82,7 +82,7 @@ class PairedDecoderLayer(nn.Module):
         if p.teacher is not None:
             p.teacher_stream = self._teacher(p, kwargs)
         student = self._student(hidden_states, p.student, kwargs)
-        if not p.student.layers[self.index].removed:
+        if not p.student.layers[self.index].kept.removed:
             for term, layers in p.terms.items():
                 layers.append(term.of_layer(student, p.teacher_stream, p.student.hidden, self.final_norm, p.loss))
         return student
@@ -148,7 +148,7 @@ class PairedModel(nn.Module):
         self.spec, self.model = spec, model
         self.scaling = lora.alpha / lora.rank
         install(model.model.layers, spec)
-        install_fused(model.model.layers, model.model.norm, spec)
+        install_kernels(model.model.layers, model.model.norm, spec)
         self.head = _Head(model.lm_head.weight)
         pairs = fresh_lora(model.model.layers, lora, model.device)
         frozen = {key: lora.refit for key in pairs if lora.refit and key.endswith(".down_proj")}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from nuteprune.kernels.api import fused_projections, known_lists, product_of
+from nuteprune.kernels.api import known_lists, product_of, projection_kernels
 
 if TYPE_CHECKING:
     from nuteprune.kernels.product import Product
@@ -88,7 +88,7 @@ class MaskedLoRALinear(nn.Module):
             own["_ready"] = None
             if ready[0] is x:
                 return ready[1]
-        call = fused_projections(x)
+        call = projection_kernels(x)
         if call is None:
             return known_lists(x, *self.operands)
         if not self.beside:

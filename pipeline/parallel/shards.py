@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,13 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from nuteprune.arch import ArchSpec, family_of, split_fused, stored
-from nuteprune.config import ModelConfig
 from nuteprune.errors import UserError, first_line
-from nuteprune.model.loading import check_attention, check_dtype, read_config
+from nuteprune.model.loading import Base, check_whole
 from nuteprune.parallel.distributed import World
 
 
-def load_partitioned(config: ModelConfig, world: World, settings: dict) -> tuple[PreTrainedModel, ArchSpec]:
+def load_partitioned(base: Base, world: World, settings: dict) -> PreTrainedModel:
     """The pretrained model with every parameter partitioned over the ranks; collective.
 
     It is built without weights; then rank 0 reads the embedding, each decoder layer, the last norm and the head in
@@ -28,7 +27,7 @@ def load_partitioned(config: ModelConfig, world: World, settings: dict) -> tuple
     on top of its share a rank holds one of those modules at a time.
 
     Args:
-        config: path, dtype, attention implementation.
+        base: the model.
         world: this rank's place; the process group exists.
         settings: complete DeepSpeed settings, stage 3.
 
@@ -38,22 +37,19 @@ def load_partitioned(config: ModelConfig, world: World, settings: dict) -> tuple
     import deepspeed
 
     with world.together():
-        check_attention(config)
-        hf_config, spec = read_config(config.path)
-        check_dtype(spec, config.dtype)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
-                hf_config, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+                base.config, dtype=base.dtype, attn_implementation=base.settings.attention
             )
         for layer in model.model.layers:
             split_fused(layer)
-        modules = _in_order(model, spec)
+        modules = _in_order(model, base.spec)
         names = {module: name for name, module in model.named_modules()}
-        files = _files(config.path) if world.is_main else {}
-        stored_as = family_of(hf_config).file_name
+        files = _files(base.path) if world.is_main else {}
+        stored_as = family_of(base.config).file_name
         if world.is_main:
             wanted = (stored_as(f"{names[m]}.{stored(m, n)[0]}") for m in modules for n, _ in m.named_parameters())
-            _check_whole(config.path, files, wanted)
+            check_whole(base.path, set(wanted) - files.keys())
     partitioned: list[nn.Parameter] = []
     for module in modules:
         _materialise(module, names[module], files, stored_as, world)
@@ -65,7 +61,7 @@ def load_partitioned(config: ModelConfig, world: World, settings: dict) -> tuple
     model.tie_weights()
     for module in model.modules():
         module._buffers |= {name: b.to(world.device) for name, b in module._buffers.items() if b is not None}
-    return model, spec
+    return model
 
 
 def _in_order(model: PreTrainedModel, spec: ArchSpec) -> list[nn.Module]:
@@ -110,9 +106,3 @@ def _files(path: str) -> dict[str, Path]:
             f"model.path {path}: ZeRO-3 reads safetensors, and they cannot be read ({first_line(error)})"
         ) from None
     return {weight: found[name] for weight, name in weights.items()}
-
-
-def _check_whole(path: str, files: dict[str, Path], wanted: Iterable[str]) -> None:
-    missing = sorted(set(wanted) - files.keys())
-    if missing:
-        raise UserError(f"model {path}: {len(missing)} weights are missing, first {missing[0]}")

@@ -19,9 +19,9 @@ import torch.distributed
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config
+from nuteprune.config import Config, LoraConfig
 from nuteprune.errors import UserError
-from nuteprune.model.loading import load_model
+from nuteprune.model.loading import Base, load_model
 from nuteprune.model.pairing import PairedDecoderLayer, PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.shards import load_partitioned
@@ -41,7 +41,7 @@ _READ_AT_2 = {
 """Keys of a stage 2 file that are read, or must say what the run says."""
 
 
-def read_settings(name: str) -> dict:
+def read_deepspeed(name: str) -> dict:
     """The DeepSpeed settings of a name in ds_configs/ or a JSON file; raises `UserError` for one that cannot work."""
     path = next((p for p in (DS_CONFIGS / f"{name}.json", Path(name)) if p.is_file()), None)
     if path is None:
@@ -84,7 +84,7 @@ def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
     """
     if not config.deepspeed:
         return None
-    settings = read_settings(config.deepspeed)
+    settings = read_deepspeed(config.deepspeed)
     dtype = config.model.dtype
     # The run drives its own micro-batches, so for DeepSpeed a step is one.
     _fill(settings, "train_batch_size", config.train.batch_size, "train.batch_size")
@@ -136,21 +136,24 @@ def _validate(name: str, zero: dict) -> None:
         raise UserError(f"deepspeed {name}: zero_optimization.{key}: {first['msg']}") from None
 
 
-def load_paired(config: Config, world: World, settings: dict | None) -> PairedModel:
+def load_paired(
+    base: Base, lora: LoraConfig, world: World, settings: dict | None, checkpointing: bool = False
+) -> PairedModel:
     """The frozen base model, wrapped, with fresh LoRA: whole on this rank, or partitioned by ZeRO-3; collective.
 
     Args:
-        config: model, LoRA, checkpointing.
+        base: the model.
+        lora: rank and targets of LoRA.
         world: this rank's place.
         settings: complete DeepSpeed settings, or None.
+        checkpointing: recompute each student layer in the backward pass.
     """
     if settings is None or settings["zero_optimization"]["stage"] != 3:
         with world.together():
-            hf_model, spec = load_model(config.model, world.device)
-        return PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
+            whole = load_model(base, world.device)
+        return PairedModel(whole, base.spec, lora, checkpointing)
     quiet()
-    hf_model, spec = load_partitioned(config.model, world, settings)
-    model = PairedModel(hf_model, spec, config.lora, config.train.activation_checkpointing)
+    model = PairedModel(load_partitioned(base, world, settings), base.spec, lora, checkpointing)
     attach(model, settings)
     return model
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nuteprune.masks.schedule import settle_step, target_at
 from nuteprune.masks.selection import BATCHES, MEASURED, is_measured
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.planning.costs import Timing, gather_seconds, launch_seconds, over_links, passes, traffic
@@ -155,11 +154,11 @@ def fitting_seconds(job: Job, layout: Layout) -> float:
     spec, cluster = job.spec, job.cluster
     if not refit_sizes(job):
         return 0.0
-    settled = settle_step(job.config, job.steps)
+    settled = job.schedule.settle
     count = min(TIMES, settled) + 1
     d, f, flops = spec.hidden, spec.ffn, float(spec.ffn**3)
     for number in range(1, count + 1):
-        r = f * target_at(job.config, settled * number // count, job.steps)
+        r = f * job.schedule.target(settled * number // count)
         flops += r**3 / 3 + 3 * r**2 * d + 4 * r * d**2 + 2 * r * f * job.config.lora.refit
     copied = count * (FP32 * f**2 + (job.itemsize * f * d if layout.stage == 3 else 0))
     fits = flops / (cluster.card.single * cluster.mfu) + copied / cluster.card.host

@@ -12,7 +12,6 @@ import torch
 
 from nuteprune.arch import ATTENTION, FFN, PROJECTIONS, ArchSpec
 from nuteprune.masks import Gates
-from nuteprune.masks.schedule import target_at
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.planning.footprint import USABLE
 from nuteprune.planning.job import (
@@ -36,7 +35,7 @@ GATHERS = {
 embedding is frozen, the head's gradient is computed in the forward pass (losses/head.py): neither is gathered again."""
 DISPATCHES, LAUNCHES = 84, 66
 """Of one layer and micro-batch, teacher, student and backward: operations sent through torch's dispatcher, and launches
-of the fused kernels, as `make bench-overhead` counts them with settled gates."""
+of the kernels, as `make bench-overhead` counts them with settled gates."""
 HOST_SECONDS, TRITON_SECONDS = 24e-6, 30e-6
 """CPU time of each of them with launches stubbed, and triton's own for a launch on top: docs/results.md, "What a step
 costs beside its kernels"."""
@@ -217,7 +216,7 @@ def mean_kept(job: Job) -> tuple[float, float]:
     student = teacher = 0.0
     wanted = snapshots(job)
     for step in range(total):
-        target = target_at(config, step, total)
+        target = job.schedule.target(step)
         policy.observe(step, target, config.sparsity.target)
         student += 1 - target
         teacher += 1 - policy.sparsity(step, total, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -11,7 +12,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import Config
 from nuteprune.errors import UserError
 from nuteprune.masks import gated_kinds, unit_shape
-from nuteprune.masks.schedule import warmup_steps
+from nuteprune.masks.schedule import Schedule
 from nuteprune.parallel.sizes import projection_shapes
 from nuteprune.planning.cards import CARDS, Card
 from nuteprune.training.refit import TOKENS
@@ -111,15 +112,18 @@ class Job:
         """Tokens of the text; without end where all documents are read."""
         return self.config.data.documents * self.tokens_per_document or math.inf
 
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The run's steps; raises `UserError` where they depend on a text whose length is not known."""
+        config = self.config
+        if not config.train.steps and not config.data.documents:
+            raise UserError("data.documents is 0 (all), so the planner cannot count them: set train.steps")
+        return Schedule.of(config, self.text // config.data.seq_len / config.train.batch_size)
+
     @property
     def steps(self) -> int:
-        """Steps of the run: `train.steps`, or `train.epochs` over the text."""
-        config = self.config
-        if config.train.steps:
-            return config.train.steps
-        if not config.data.documents:
-            raise UserError("data.documents is 0 (all), so the planner cannot count them: set train.steps")
-        return max(1, round(config.train.epochs * (self.text // config.data.seq_len) / config.train.batch_size))
+        """How many they are."""
+        return self.schedule.total
 
 
 def lora_sizes(job: Job) -> list[int]:
@@ -161,7 +165,7 @@ def snapshots(job: Job) -> int:
     config = job.config
     if not job.policy.records:
         return 0
-    return min(int(config.sparsity.target / config.teacher.interval + 1e-6), warmup_steps(config, job.steps))
+    return min(int(config.sparsity.target / config.teacher.interval + 1e-6), job.schedule.warmup)
 
 
 def teaching(job: Job) -> int:

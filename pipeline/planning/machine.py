@@ -13,7 +13,6 @@ import torch
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, flatten, load_config, to_dict
-from nuteprune.model.loading import read_config
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.host import processor
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
@@ -83,11 +82,16 @@ def card_of(name: str) -> Card:
     return max(known, key=lambda card: len(card.name), default=UNNAMED)
 
 
-def choose(config: Config, machine: Machine) -> tuple[list[Choice], Plan | None]:
+def choose(config: Config, machine: Machine, spec: ArchSpec) -> tuple[list[Choice], Plan | None]:
     """Settings for a run on a machine that `config` leaves as they are by default, and the plan that they follow.
 
+    Args:
+        config: the settings so far.
+        machine: where the run goes.
+        spec: its model.
+
     Raises:
-        UserError: no such model, or as `make_plan`.
+        UserError: as `make_plan`.
     """
     default = flatten(to_dict(load_config(None)))
     given = {key for key, value in flatten(to_dict(config)).items() if value != default[key]}
@@ -110,7 +114,6 @@ def choose(config: Config, machine: Machine) -> tuple[list[Choice], Plan | None]
     batch = config.train.batch_size
     take("train.batch_size", -(-batch // machine.ranks) * machine.ranks, "a multiple of the ranks")
     planned = load_config(config, [f"{choice.key}={choice.value}" for choice in choices])
-    _, spec = read_config(planned.model.path)
     plan = make_plan(Job(spec, planned, Cluster(1, machine.ranks, machine.card)))
     layout, why = (
         plan.chosen.layout,

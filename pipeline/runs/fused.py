@@ -18,8 +18,8 @@ BLOCKS = FFN, tuple(name for name, parts in FUSED.items() if set(parts) <= set(F
 Pair = tuple[Tensor, Tensor]
 
 
-def fuse(lora: Mapping[str, Pair], spec: ArchSpec) -> tuple[dict[str, Pair], dict]:
-    """The pairs as the model's layers are, and what `unfuse` has to know: outputs of the parts that had a pair.
+def fuse_lora(lora: Mapping[str, Pair], spec: ArchSpec) -> tuple[dict[str, Pair], dict]:
+    """The pairs as the model's layers are, and what `unfuse_lora` has to know: outputs of the parts that had a pair.
 
     Args:
         lora: pairs (A [R, K], B [N, R]) by "layer.projection".
@@ -41,8 +41,8 @@ def fuse(lora: Mapping[str, Pair], spec: ArchSpec) -> tuple[dict[str, Pair], dic
     return fused, found
 
 
-def unfuse(lora: Mapping[str, Pair], found: Mapping[str, Mapping[str, int]]) -> dict[str, Pair]:
-    """The inverse of `fuse`; outputs of parts without a pair are negative."""
+def unfuse_lora(lora: Mapping[str, Pair], found: Mapping[str, Mapping[str, int]]) -> dict[str, Pair]:
+    """The inverse of `fuse_lora`; outputs of parts without a pair are negative."""
     single = {}
     for key, (a, b) in lora.items():
         layer, _, name = key.partition(".")

@@ -21,7 +21,7 @@ RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Failed|Pree
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A job as SLURM knows it.
 
     Attributes:
@@ -58,21 +58,21 @@ def submitted(run_dir: Path) -> dict[str, str]:
     return {stage: number for stage, number in pairs if NUMBER.fullmatch(number)}
 
 
-def find(number: str) -> Job:
+def find(number: str) -> SlurmJob:
     """A job as the controller has it, or else the accounting; only its number where neither knows it."""
     fields = dict(re.findall(r"(\w+)=(\S*)", _output("scontrol", "-o", "show", "job", number)))
     if fields.get("JobState"):
         state, reason, nodes = (fields.get(key, "") for key in ("JobState", "Reason", "NodeList"))
         reason, nodes = ("" if word in ("None", "(null)") else word for word in (reason, nodes))
-        return Job(number, state, reason, nodes, int(fields.get("Restarts", 0)))
+        return SlurmJob(number, state, reason, nodes, int(fields.get("Restarts", 0)))
     line = _output("sacct", "-nPX", "-j", number, "-o", "State,Reason,NodeList").partition("\n")[0]
     if line.count("|") == 2:
         state, reason, nodes = line.split("|")
-        return Job(number, state.split()[0], "" if reason == "None" else reason, nodes)
-    return Job(number)
+        return SlurmJob(number, state.split()[0], "" if reason == "None" else reason, nodes)
+    return SlurmJob(number)
 
 
-def first_error(run_dir: Path, job: Job) -> str:
+def first_error(run_dir: Path, job: SlurmJob) -> str:
     """The error of the rank that failed first, in one line; empty where the logs tell of none.
 
     srun reports failed ranks in their order; what the others write afterwards is about the lost connection. A mistake

@@ -23,7 +23,7 @@ from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.masks import Gates
 from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, read_json, verify, write_atomic
 from nuteprune.runs.fingerprint import fingerprint
-from nuteprune.runs.fused import BLOCKS, from_metadata, fuse, patterns, to_metadata, unfuse
+from nuteprune.runs.fused import BLOCKS, from_metadata, fuse_lora, patterns, to_metadata, unfuse_lora
 from nuteprune.runs.snapshot import Snapshot
 from nuteprune.runs.snapshot_files import gate_tensors, load_snapshots, save_snapshots, split_gates
 from nuteprune.runs.words import one_line
@@ -53,7 +53,7 @@ def save_adapter(directory: Path, lora: Mapping[str, tuple[Tensor, Tensor]], con
     targets: list[str] = list(config.lora.targets)
     found: dict = {}
     if spec.fused and lora:
-        lora, found = fuse(lora, spec)
+        lora, found = fuse_lora(lora, spec)
         targets = sorted({key.partition(".")[2] for key in lora})
     tensors = {}
     for key, (a, b) in lora.items():
@@ -84,7 +84,7 @@ def load_adapter(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
             stem = key.removesuffix(".lora_A.weight")
             layer, _, name = stem.removeprefix(PEFT_PREFIX + ".").split(".")
             pairs[f"{layer}.{name}"] = (tensors[key], tensors[f"{stem}.lora_B.weight"])
-    return unfuse(pairs, found)
+    return unfuse_lora(pairs, found)
 
 
 def _peft_key(key: str) -> str:

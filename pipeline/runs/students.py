@@ -1,41 +1,27 @@
-"""Which student of a finished run is meant, and in which structure: its final one or a snapshot, fine-tuned or not."""
+"""Which student of a finished run is meant: its final one or a snapshot, trained on or not, in which shape."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, Shape, load_config
-from nuteprune.errors import MachineError, UserError, first_line
-from nuteprune.masks import POINT, Gates, kept_units, multiples, select_units, sparsity_of
+from nuteprune.config import ExportConfig, GateConfig, ModelConfig
+from nuteprune.errors import UserError
+from nuteprune.masks import POINT, Gates, Rounding, fit_shape
 from nuteprune.model.layers import LoraWeights
 from nuteprune.model.lora import joined, padded
-from nuteprune.runs.checkpoint import MANIFEST, atomic_directory, read_json, sha256, verify
+from nuteprune.runs.directories import TUNED, finetune_directory, recover_directory
 from nuteprune.runs.fingerprint import check_base
-from nuteprune.runs.rundir import (
-    DAMAGED,
-    Run,
-    load_adapter,
-    load_gates,
-    load_run,
-    save_adapter,
-    save_config,
-    save_gates,
-)
+from nuteprune.runs.rundir import Run, load_run
 from nuteprune.runs.snapshot import Snapshot
+from nuteprune.runs.tuned import load_tuned
 
 log = logging.getLogger(__name__)
-
-SUBLAYERS = ("attn_sublayers", "ffn_sublayers")
-TUNED = "tuned"
-"""Name of the fine-tuned student below `finetune_directory`."""
 
 
 @dataclass(frozen=True)
@@ -58,110 +44,62 @@ class Student:
     facts: Mapping
 
 
-def open_run(config: Config) -> Run:
-    """The finished run in `config.run_dir` on the base model of `model.path`, or where that is empty on the run's own.
+def open_run(run_dir: str | Path, model: ModelConfig) -> Run:
+    """The finished run in `run_dir` on the base model of `model.path`, or where that is empty on the run's own.
 
     Raises:
         UserError: no finished run there, or another base model than the one that was pruned.
     """
-    trained = load_run(config.run_dir)
-    model = config.model if config.model.path else trained.config.model
+    trained = load_run(run_dir)
+    model = model if model.path else trained.config.model
     check_base(model.path, trained.facts.get("base"))
     return replace(trained, config=replace(trained.config, model=model))
 
 
-def shape_of(config: Config, trained: Run) -> Shape:
-    """The shape that is asked for: `uniform`, `per_layer_ffn` or `per_layer`."""
-    return trained.config.gates.shape if config.export.shape == "as_trained" else config.export.shape
+def export_gates(asked: ExportConfig, trained: Run) -> GateConfig:
+    """The run's settings of its gates, with the shape that the export asks for."""
+    own = trained.config.gates
+    return own if asked.shape == "as_trained" else replace(own, shape=asked.shape)
 
 
-def pruned_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
-    """The student at a sparsity (0: the final one): recovered where that is finished, unless the export wants it as
-    pruning left it; in the structure that the export asks for."""
-    student = snapshot_student(config, trained, spec, sparsity)
-    directory = recover_directory(trained, sparsity) / TUNED
-    if config.export.source == "pruned" or not directory.is_dir():
-        return student
-    again = f"run `nuteprune recover {trained.directory} --sparsity {sparsity:g}`"
-    recovered = load_tuned(directory, trained, student.scores, student.target, again)
-    log.info("recovered for %d steps: %s", recovered.facts["recovered"], directory)
-    return _in_structure(config, trained, spec, recovered)
-
-
-def snapshot_student(config: Config, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
-    """The student as pruning left it at a sparsity (0: the final one), in the structure that the export asks for."""
-    return _in_structure(config, trained, spec, choose_student(trained, sparsity))
-
-
-def _in_structure(config: Config, trained: Run, spec: ArchSpec, student: Student) -> Student:
-    gates = structure(spec, student.gates, student.scores, student.target, shape_of(config, trained),
-                      multiples(trained.config.gates), trained.gates)  # fmt: skip
-    return replace(student, gates=gates)
-
-
-def newest_student(config: Config, trained: Run, spec: ArchSpec) -> Student:
-    """The student that `config.export` asks for: fine-tuned where `export.source` wants that and it is finished.
+def newest_student(asked: ExportConfig, trained: Run, spec: ArchSpec) -> Student:
+    """The student that an export asks for: fine-tuned where `source` wants that and it is finished.
 
     Raises:
         UserError: a sparsity that the run never reached, a shape that cannot hold the structure, or no finished
             fine-tuning where one is asked for.
     """
-    source, sparsity = config.export.source, config.export.sparsity
-    student = pruned_student(config, trained, spec, sparsity)
-    directory = finetune_directory(trained, sparsity) / TUNED
-    if source == "pruned" or (source == "newest" and not directory.is_dir()):
+    student = pruned_student(asked, trained, spec, asked.sparsity)
+    directory = finetune_directory(trained.directory, trained.config.sparsity.target, asked.sparsity) / TUNED
+    if asked.source == "pruned" or (asked.source == "newest" and not directory.is_dir()):
         return student
-    again = f"run `nuteprune finetune {trained.directory}`"
-    tuned = load_tuned(directory, trained, student.scores, student.target, again)
+    tuned = load_tuned(directory, trained, f"run `nuteprune finetune {trained.directory}`")
     log.info("with the LoRA that was fine-tuned for %d steps: %s", tuned.facts["steps"], directory)
-    return _in_structure(config, trained, spec, tuned)
+    return _in_shape(asked, trained, spec, replace(student, **tuned._asdict()))
 
 
-def finetune_directory(trained: Run, sparsity: float) -> Path:
-    """Where a student of a run is fine-tuned: its checkpoints, logs and result. The target stands for the final one."""
-    final = sparsity in (0, trained.config.sparsity.target)
-    return trained.directory / ("finetune" if final else f"finetune-{sparsity:g}")
+def pruned_student(asked: ExportConfig, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
+    """The student at a sparsity (0: the final one): recovered where that is finished, unless the export wants it as
+    pruning left it; in the shape that the export asks for."""
+    student = snapshot_student(asked, trained, spec, sparsity)
+    directory = recover_directory(trained.directory, trained.config.sparsity.target, sparsity) / TUNED
+    if asked.source == "pruned" or not directory.is_dir():
+        return student
+    recovered = load_tuned(directory, trained, f"run `nuteprune recover {trained.directory} --sparsity {sparsity:g}`")
+    log.info("recovered for %d steps: %s", recovered.facts["recovered"], directory)
+    return _in_shape(asked, trained, spec, replace(student, **recovered._asdict()))
 
 
-def recover_directory(trained: Run, sparsity: float) -> Path:
-    """Where a rung of a run is recovered: its checkpoints, logs and result."""
-    return trained.directory / f"recover-{sparsity or trained.config.sparsity.target:g}"
+def snapshot_student(asked: ExportConfig, trained: Run, spec: ArchSpec, sparsity: float) -> Student:
+    """The student as pruning left it at a sparsity (0: the final one), in the shape that the export asks for."""
+    return _in_shape(asked, trained, spec, choose_student(trained, sparsity))
 
 
-def save_tuned(
-    directory: Path, config: Config, trained: Run, spec: ArchSpec, gates: Gates, lora: LoraWeights, facts: dict
-) -> Path:
-    """Write a fine-tuned or recovered student to `<directory>/tuned`, atomically; `facts` go to tuned.json."""
-    with atomic_directory(directory / TUNED) as temporary:
-        save_config(temporary / "config.yaml", config)
-        save_gates(temporary / "gates.safetensors", gates, {})
-        save_adapter(temporary / "adapter", lora, config, spec)
-        facts = {**facts, "pruned": sha256(trained.directory / "pruned" / MANIFEST)}
-        (temporary / "tuned.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return directory / TUNED
-
-
-def load_tuned(directory: Path, trained: Run, scores: Mapping[str, Tensor], target: float, again: str) -> Student:
-    """Read what `save_tuned` wrote; raises `UserError` where it is missing, damaged, or of an earlier pruning.
-
-    `again` says how to make it anew.
-    """
-    if not directory.is_dir():
-        raise UserError(f"no finished fine-tuning in {directory.parent}: {again} (finetune.sparsity names a rung)")
-    try:
-        verify(directory)
-        gates, _ = load_gates(directory / "gates.safetensors")
-        facts = read_json(directory / "tuned.json")
-        lora, config = load_adapter(directory / "adapter"), load_config(directory / "config.yaml").lora
-        pruned = facts["pruned"]
-    except DAMAGED as error:
-        raise MachineError(f"the student in {directory} is damaged: {first_line(error)}; {again}") from None
-    if pruned != sha256(trained.directory / "pruned" / MANIFEST):
-        raise UserError(
-            f"{directory} comes from an earlier pruning of this run: remove {directory.parent} and {again}, or "
-            "set export.source=pruned"
-        )
-    return Student(gates, scores, lora, config.alpha / config.rank, target, facts)
+def _in_shape(asked: ExportConfig, trained: Run, spec: ArchSpec, student: Student) -> Student:
+    wanted = export_gates(asked, trained)
+    gates = fit_shape(spec, student.gates, student.scores, student.target, wanted.shape, Rounding.of(wanted),
+                      trained.gates)  # fmt: skip
+    return replace(student, gates=gates)
 
 
 def choose_student(trained: Run, sparsity: float) -> Student:
@@ -195,69 +133,3 @@ def rung_lora(trained: Run, snapshot: Snapshot) -> dict[str, tuple[Tensor, Tenso
     for key, (a_RK, b_NR) in trained.lora.items():
         merged[key] = a_RK[-rank:], share * b_NR[:, -rank:]
     return joined(merged, padded(snapshot.frozen, trained.config.lora.refit))
-
-
-def structure(
-    spec: ArchSpec, gates: Gates, scores: Mapping[str, Tensor], target: float, shape: Shape,
-    rounding: tuple[int, int, int], like: Gates | None = None,
-) -> Gates:  # fmt: skip
-    """Gates of the model to export: the run's own if they fit the shape and the target, else chosen by score.
-
-    A unit that stays keeps its gate's value, or gets 1 where the run had removed it.
-
-    Args:
-        spec: the architecture.
-        gates, scores: the run's gates and log-alpha.
-        target: wanted sparsity.
-        shape: "uniform", "per_layer_ffn" or "per_layer".
-        rounding: as from `multiples`.
-        like: the run's final student, whose kind of structure is taken where one has to be chosen.
-
-    Raises:
-        UserError: whole sublayers are removed but the shape is uniform, or the target is missed.
-    """
-    if shape == "uniform" and any((gates.as_dict()[k] == 0).any() for k in SUBLAYERS if k in gates.as_dict()):
-        raise UserError(
-            "the run removed whole sublayers, which no stock model lacks: use export.shape=per_layer_ffn or per_layer"
-        )
-    before = sparsity_of(spec, gates)
-    near = abs(before - target) <= POINT
-    if near and _fits(spec, gates, shape, rounding):
-        return gates
-    if shape == "uniform":
-        scores = {kind: s for kind, s in scores.items() if kind not in SUBLAYERS}
-    chosen = select_units(spec, scores, target, shape, *rounding, like=like).as_dict()
-    values = {k: torch.where(z == 0, torch.ones_like(z), z) for k, z in gates.as_dict().items()}
-    settled = Gates(**{k: v * chosen[k] if k in chosen else v for k, v in values.items()})
-    reached = sparsity_of(spec, settled)
-    log.log(logging.INFO if near else logging.WARNING,
-            "%d units change to fit the %s shape at %.2f%% (%.2f%% before)",
-            changed_units(spec, gates, settled), shape, 100 * reached, 100 * before)  # fmt: skip
-    if abs(reached - target) > POINT:
-        raise UserError(
-            f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: take another "
-            "sparsity, or export.shape=per_layer"
-        )
-    return settled
-
-
-def _fits(spec: ArchSpec, gates: Gates, shape: str, rounding: tuple[int, ...]) -> bool:
-    """Whether a shape can hold what the gates keep."""
-    kept, (ffn_multiple, _, parallel) = kept_units(spec, gates), rounding
-    if shape == "per_layer" or not kept.experts_are_alike(spec):
-        return kept.experts_are_alike(spec)
-    every_width = [width for layer in kept.ffn_widths(spec) for width in layer]
-    counts = [len(units) for units in kept.kv_groups] + every_width
-    if any(count % parallel for count in counts):
-        return False
-    if shape == "uniform":
-        return kept.is_uniform(spec)
-    widths = all(width % ffn_multiple == 0 or width == spec.ffn for width in every_width)
-    return kept.attention_is_alike(spec) and widths
-
-
-def changed_units(spec: ArchSpec, before: Gates, after: Gates) -> int:
-    """Query heads, FFN units and hidden dimensions that are in one of two structures only."""
-    a, b = before.full(spec), after.full(spec)
-    pairs = ((a.head_gate(spec), b.head_gate(spec)), (a.ffn_gate(spec), b.ffn_gate(spec)), (a.hidden, b.hidden))
-    return sum(int(torch.ne(x != 0, y != 0).sum()) for x, y in pairs)

@@ -13,11 +13,12 @@ from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.model.layers import View
-from nuteprune.model.loading import read_config
+from nuteprune.model.loading import read_base
 from nuteprune.model.losses import IGNORE
 from nuteprune.model.pairing import Answers, Losses
+from nuteprune.runs.directories import finetune_directory
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import finetune_directory, open_run, pruned_student
+from nuteprune.runs.students import open_run, pruned_student
 from nuteprune.training import fixed
 from nuteprune.training.loop import train
 from nuteprune.training.teachers import constant_mode
@@ -30,7 +31,7 @@ def run(config: Config) -> Path:
         UserError: no finished run, another base model, a rung that the run never reached, or unusable records.
         As `train` otherwise.
     """
-    return train(settings(config, open_run(config)), Finetuning)
+    return train(settings(config, open_run(config.run_dir, config.model)), Finetuning)
 
 
 def summary(config: Config, result: Path) -> str:
@@ -45,9 +46,9 @@ def settings(config: Config, trained: Run) -> Config:
     rank = tune.lora_rank or old.lora.rank
     if rank < old.lora.rank:
         raise UserError(f"finetune.lora_rank {rank} is less than the pruned student's {old.lora.rank}, which it keeps")
-    possible = read_config(old.model.path)[1].lora_targets
+    possible = read_base(old.model).spec.lora_targets
     return fixed.settings(
-        config, trained, finetune_directory(trained, tune.sparsity),
+        config, trained, finetune_directory(trained.directory, old.sparsity.target, tune.sparsity),
         finetune=tune,
         data=replace(old.data, source=tune.data, seq_len=tune.seq_len),
         train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
@@ -74,17 +75,17 @@ class Finetuning(fixed.FixedGates):
     @staticmethod
     def choose(config, trained, spec):
         """The final student or a rung, recovered where that is finished."""
-        return pruned_student(config, trained, spec, config.finetune.sparsity)
+        return pruned_student(config.export, trained, spec, config.finetune.sparsity)
 
     @staticmethod
-    def batches(config, world, tokenizer, spec) -> BatchStream:
+    def batches(config, world, base) -> BatchStream:
         """Windows [3, T] of packed records."""
         with world.together():
             if config.model.attention == "flash_attention_2" and config.finetune.micro_batch != 1:
                 raise UserError(
                     "finetune.micro_batch: flash attention keeps records apart in one window only: set it to 1"
                 )
-            windows = packed_windows(config.finetune, tokenizer)
+            windows = packed_windows(config.finetune, base.tokenizer)
             return BatchStream(windows, config.train.batch_size, config.seed, world.rank, world.size)
 
     def train_step(self) -> dict[str, float]:

@@ -9,11 +9,10 @@ from safetensors import SafetensorError, safe_open
 
 from nuteprune.config import Config
 from nuteprune.data.instructions import packed_windows
-from nuteprune.data.prepared import load_blocks, save_blocks
-from nuteprune.data.text import packed_blocks
+from nuteprune.data.prepared import TrainingText
 from nuteprune.errors import MachineError, UserError
 from nuteprune.model.hub import fetch
-from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.loading import read_base
 from nuteprune.runs.checkpoint import CheckpointError, read_json
 
 log = logging.getLogger(__name__)
@@ -31,19 +30,19 @@ def run(config: Config) -> Path:
     """
     if not config.run_dir:
         raise UserError("run_dir is empty: set it to the directory of the run")
-    _, spec = read_config(config.model.path)
+    base = read_base(config.model)
     files = check_weights(fetch(config.model.path))
-    tokenizer = load_tokenizer(config.model.path, spec.vocab)
+    text = TrainingText(config.run_dir, config.data, base)
     if config.finetune.data:
-        windows = packed_windows(config.finetune, tokenizer)
+        windows = packed_windows(config.finetune, base.tokenizer)
         log.info("%d windows of instruction records", len(windows))
     log.info("%s: %d weight files are whole", config.model.path, files)
-    if load_blocks(config, tokenizer) is None:
-        blocks = packed_blocks(config.data, tokenizer, spec.vocab)
+    if text.load() is None:
+        blocks = text.pack()
         log.info("%d blocks of %d tokens", *blocks.shape)
-        return save_blocks(config, blocks, tokenizer)
+        return text.save(blocks)
     log.info("the text is prepared already")
-    return Path(config.run_dir) / "prepared"
+    return text.directory
 
 
 def summary(config: Config, result: Path) -> str:

@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nuteprune.config import Config, LossConfig
+from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
-from nuteprune.masks import POINT, Gates, MaskSet, check_target, describe, sparsity_of
-from nuteprune.masks.schedule import noise_at, settle_step, target_at
+from nuteprune.masks import POINT, Gates, Kept, MaskSet, check_target, mean_counts, sparsity_of
+from nuteprune.masks.schedule import Schedule
 from nuteprune.masks.selection import BATCHES
 from nuteprune.model.layers import View
-from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.loading import read_base
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
@@ -67,28 +68,30 @@ class Pruning(Trainer):
     def build(cls, config: Config, world: World) -> Pruning:
         """Load the model and data and put a run together, at step 0."""
         with world.together():
-            _, spec = read_config(config.model.path)
+            base = read_base(config.model)
+            spec = base.spec
             check_target(spec, config.gates, config.sparsity.target, config.lora.targets)
             settings = zero_settings(config, spec, world)
-            tokenizer = load_tokenizer(config.model.path, spec.vocab)
-        blocks = shared_blocks(config, world, tokenizer, spec.vocab)
+            text = TrainingText(config.run_dir, config.data, base)
+        blocks = shared_blocks(text, world, config.train.batch_size)
         with world.together():
             stream = BatchStream(blocks, config.train.batch_size, config.seed, world.rank, world.size)
-        total = config.train.steps or max(1, round(config.train.epochs * stream.steps_per_epoch))
-        config = with_micro_batch(config, spec, world, settings, total)
-        model = load_paired(config, world, settings)
+        schedule = Schedule.of(config, stream.steps_per_epoch)
+        config = with_micro_batch(config, spec, world, settings, schedule.total)
+        model = load_paired(base, config.lora, world, settings, config.train.activation_checkpointing)
         masks = MaskSet(spec, config.gates).to(world.device)
         multipliers = Multipliers().to(world.device) if config.sparsity.constraint == "lagrangian" else None
-        engine = Engine(model, masks, multipliers, config, total, world)
+        engine = Engine(model, masks, multipliers, schedule, world, bool(config.deepspeed))
         held = config.sparsity.constraint == "projection"  # a Lagrangian may pass its target, and then more teach
         teacher = TEACHERS[config.teacher.mode](
             spec, config.teacher, model.scaling, world.device, model.dtype, config.sparsity.target if held else 1.0,
             Path(config.run_dir) / RUNGS if world.is_main else None,
         )  # fmt: skip
-        refit = Refit(model, config, world, stream, total) if config.lora.refit else None
+        shown, ranks = config.tracking.progress and world.is_main, config.lora.refit
+        refit = Refit(model, ranks, schedule, world, stream, shown) if ranks else None
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
-                 total)  # fmt: skip
-        return cls(config, world, model, engine, stream, total, masks, teacher, multipliers, refit=refit)
+                 schedule.total)  # fmt: skip
+        return cls(config, world, model, engine, stream, schedule, masks, teacher, multipliers, refit=refit)
 
     def start(self) -> None:
         """Rank the units in a new run, if not all start alike, and look at the FFN units until gates settle."""
@@ -172,12 +175,12 @@ class Pruning(Trainer):
     def constrain(self) -> float:
         """Set noise and target of this step, settle the gates when their time has come; returns the target sparsity."""
         config, masks = self.config, self.masks
-        target = target_at(config, self.step, self.total)
-        masks.noise = noise_at(config, self.step, self.total)
+        target = self.schedule.target(self.step)
+        masks.noise = self.schedule.noise(self.step)
         before = {kind: la.clone() for kind, la in masks.scores().items()}
         if config.sparsity.constraint == "projection":
             masks.project(target)
-        if masks.fixed is None and self.step >= settle_step(config, self.total):
+        if masks.fixed is None and self.step >= self.schedule.settle:
             try:
                 gates = masks.settle(config.sparsity.target, self.measure)
             except Preempted:  # saved as the last step left it, so that the next start does the same again
@@ -209,7 +212,7 @@ class Pruning(Trainer):
                     entropy = model(ids, view, None, LossConfig()).total
                     total += entropy.double() * self.share(ids, batch) / len(batches)
             losses.append(float(self.world.mean(total)))
-            log.info("%s: cross entropy %.4f", describe(model.spec, gates), losses[-1])
+            log.info("%s: cross entropy %.4f", mean_counts(Kept.of(model.spec, gates)), losses[-1])
         return losses
 
     def forward(self, ids: Tensor, teacher: View | None, target: float) -> Losses:

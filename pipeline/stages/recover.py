@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.config import Config
+from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
-from nuteprune.model.loading import read_config
+from nuteprune.model.loading import read_base
 from nuteprune.parallel.distributed import discover
+from nuteprune.runs.directories import recover_directory
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import open_run, recover_directory, snapshot_student
+from nuteprune.runs.students import open_run, snapshot_student
 from nuteprune.training import fixed
 from nuteprune.training.inputs import shared_blocks
 from nuteprune.training.loop import train
@@ -34,10 +36,11 @@ def run(config: Config) -> list[Path]:
         raise UserError(f"recover.ladder: give sparsities between 0 and 1 (--ladder 0.1,0.2), got {rungs}")
     if len(rungs) > 1 and discover().size > 1:
         raise UserError("several ranks recover one rung in a start: give one with --sparsity")
-    trained = open_run(config)
-    _, spec = read_config(trained.config.model.path)
+    trained = open_run(config.run_dir, config.model)
+    spec = read_base(trained.config.model).spec
     for rung in rungs:
-        snapshot_student(config, trained, spec, rung)  # a rung that is out of reach costs no training of the others
+        # A rung that is out of reach costs no training of the others.
+        snapshot_student(config.export, trained, spec, rung)
     return [train(settings(config, trained, rung), Recovering) for rung in rungs]
 
 
@@ -53,7 +56,7 @@ def settings(config: Config, trained: Run, rung: float) -> Config:
     old, wanted = trained.config, config.recover
     steps = wanted.steps or max(1, round(SHARE * int(trained.facts["steps"])))
     return fixed.settings(
-        config, trained, recover_directory(trained, rung),
+        config, trained, recover_directory(trained.directory, old.sparsity.target, rung),
         recover=replace(wanted, ladder=[rung]),
         train=replace(old.train, steps=steps, micro_batch=config.train.micro_batch),
         teacher=replace(old.teacher, mode=constant_mode(TEACHERS[old.teacher.mode].taught)),
@@ -69,13 +72,13 @@ class Recovering(fixed.FixedGates):
     @staticmethod
     def choose(config, trained, spec):
         """The rung as pruning left it."""
-        return snapshot_student(config, trained, spec, config.recover.ladder[0])
+        return snapshot_student(config.export, trained, spec, config.recover.ladder[0])
 
     @staticmethod
-    def batches(config, world, tokenizer, spec) -> BatchStream:
+    def batches(config, world, base) -> BatchStream:
         """The text in another order than that of pruning, whose last batches the snapshot has not seen."""
-        above = replace(config, run_dir=str(Path(config.run_dir).parent))
-        blocks = shared_blocks(above, world, tokenizer, spec.vocab)
+        text = TrainingText(str(Path(config.run_dir).parent), config.data, base)
+        blocks = shared_blocks(text, world, config.train.batch_size)
         with world.together():
             return BatchStream(blocks, config.train.batch_size, config.seed + 1, world.rank, world.size)
 

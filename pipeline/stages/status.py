@@ -11,6 +11,7 @@ from pathlib import Path
 from nuteprune.config import Config
 from nuteprune.errors import UserError
 from nuteprune.runs import jobs
+from nuteprune.runs.directories import TUNED, finetune_directory, recover_directory
 
 TRAINING = ("prune", "recover", "finetune")
 """Stages that take steps."""
@@ -42,11 +43,11 @@ def run(config: Config) -> dict:
 def outputs(config: Config) -> dict[str, Path]:
     """The stages of the run's chain in order, and the directory of each one's result; `recover-0.1` is one rung's."""
     run_dir, tune = Path(config.run_dir), config.finetune
-    rung = "" if tune.sparsity in (0, config.sparsity.target) else f"-{tune.sparsity:g}"
+    target = config.sparsity.target
     found = {"prepare": run_dir / "prepared", "prune": run_dir / "pruned"}
-    found |= {f"recover-{rung:g}": run_dir / f"recover-{rung:g}" / "tuned" for rung in config.recover.ladder}
+    found |= {f"recover-{rung:g}": recover_directory(run_dir, target, rung) / TUNED for rung in config.recover.ladder}
     if tune.data:
-        found["finetune"] = run_dir / f"finetune{rung}" / "tuned"
+        found["finetune"] = finetune_directory(run_dir, target, tune.sparsity) / TUNED
     if config.export.ladder:  # evaluated as it is exported
         return found | {"export": Path(config.export.output or run_dir / "ladder")}
     return found | {
@@ -56,7 +57,7 @@ def outputs(config: Config) -> dict[str, Path]:
 
 
 def _stage(run_dir: Path, stage: str, output: Path, number: str | None) -> dict:
-    job = jobs.find(number) if number else jobs.Job("")
+    job = jobs.find(number) if number else jobs.SlurmJob("")
     complete = (output / "manifest.json").is_file()
     state = job.standing or ("complete" if complete else job.state.lower() if job.failed else "incomplete")
     found = {"state": state, "job": vars(job) if number else None}

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nuteprune.config import Config
 from nuteprune.masks import MaskSet
-from nuteprune.masks.schedule import lora_lr_at, settle_step
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.training.importance import unit_costs
@@ -81,17 +80,17 @@ class Engine:
         model: holds the LoRA parameters.
         masks: holds log-alpha.
         multipliers: the Lagrangian's multipliers, or None under the projection.
-        config: learning rates, clipping, limits.
-        total: steps of the run.
+        schedule: the run's steps, with learning rates.
         world: the ranks whose gradients are averaged.
+        sharded: each rank holds the state of a share of LoRA's optimizer.
     """
 
     def __init__(
-        self, model: PairedModel, masks: MaskSet, multipliers: Multipliers | None, config: Config, total: int,
-        world: World,
+        self, model: PairedModel, masks: MaskSet, multipliers: Multipliers | None, schedule: Schedule, world: World,
+        sharded: bool = False,
     ):  # fmt: skip
-        self.config, self.total, self.masks, self.world = config, total, masks, world
-        train, gates = config.train, config.gates
+        self.schedule, self.masks, self.world = schedule, masks, world
+        train, gates = schedule.train, schedule.gates
         self.lora = [p for pair in model.lora().values() for p in pair]  # A, B, A, B, …
         self.alphas = list(masks.log_alpha.values())
         costs = unit_costs(masks.spec)
@@ -102,14 +101,14 @@ class Engine:
         adamw = {"lr": train.lora_lr, "weight_decay": 0.0, "fused": True}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if self.lora:
-            sharded = config.deepspeed and world.size > 1
             rates = (1.0, B_RATE if scaled else 1.0)
             factors = [{"params": self.lora[i::2], "rate": rate} for i, rate in enumerate(rates)]
-            self.optimizers["lora"] = (_sharded_adamw if sharded else torch.optim.AdamW)(factors, **adamw)
+            make = _sharded_adamw if sharded and world.size > 1 else torch.optim.AdamW
+            self.optimizers["lora"] = make(factors, **adamw)
         if gates.optimizer == "adam":
             self.optimizers["gates"] = torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
         else:
-            reach = gates.lr / max(1, min(total, settle_step(config, total)))
+            reach = gates.lr / schedule.settle
             self.optimizers["gates"] = torch.optim.SGD(self.alphas, lr=reach, momentum=_GATE_MOMENTUM)
         if multipliers is not None:
             self.optimizers["multipliers"] = torch.optim.AdamW(
@@ -129,7 +128,7 @@ class Engine:
         """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
         self.world.mean(self.gradients).div_(self.scale.value)
         for group in self.optimizers["lora"].param_groups if self.lora else ():
-            group["lr"] = group["rate"] * lora_lr_at(self.config, step, self.total)
+            group["lr"] = group["rate"] * self.schedule.lora_lr(step)
         norm = self._clip(LARGEST_NORM)
         # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
         odd = (self.gradients * 0).sum()
@@ -140,7 +139,7 @@ class Engine:
             if self.precondition:
                 self.precondition()
             moving = self.masks.fixed is None  # settled gates no longer move, not even by momentum
-            if moving and self.config.gates.optimizer == "sgd":
+            if moving and self.schedule.gates.optimizer == "sgd":
                 self._normalize()
             for name, optimizer in self.optimizers.items():
                 if moving or name != "gates":

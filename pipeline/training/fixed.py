@@ -9,20 +9,22 @@ from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config
 from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.layers import View
-from nuteprune.model.loading import load_tokenizer, read_config
+from nuteprune.model.loading import Base, read_base
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.checkpoint import MANIFEST, sha256
+from nuteprune.runs.directories import TUNED
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import TUNED, Student, open_run, save_tuned, shape_of
+from nuteprune.runs.students import Student, export_gates, open_run
+from nuteprune.runs.tuned import save_tuned
 from nuteprune.training.engine import Engine
 from nuteprune.training.teachers import TEACHERS
 from nuteprune.training.trainer import Trainer
@@ -37,10 +39,9 @@ def settings(config: Config, trained: Run, directory: Path, **own) -> Config:
         config: of this start.
         own: sections of the stage.
     """
-    old = trained.config
-    gates = replace(old.gates, shape=shape_of(config, trained))
-    return replace(old, run_dir=str(directory), deepspeed=config.deepspeed, checkpoint=config.checkpoint,
-                   tracking=config.tracking, export=config.export, gates=gates, **own)  # fmt: skip
+    return replace(trained.config, run_dir=str(directory), deepspeed=config.deepspeed, checkpoint=config.checkpoint,
+                   tracking=config.tracking, export=config.export, gates=export_gates(config.export, trained),
+                   **own)  # fmt: skip
 
 
 class FixedGates(Trainer):
@@ -63,7 +64,7 @@ class FixedGates(Trainer):
 
     @staticmethod
     @abstractmethod
-    def batches(config: Config, world: World, tokenizer: PreTrainedTokenizerBase, spec: ArchSpec) -> BatchStream:
+    def batches(config: Config, world: World, base: Base) -> BatchStream:
         """What it is trained on; every rank calls it, inside no collective."""
 
     @abstractmethod
@@ -74,22 +75,22 @@ class FixedGates(Trainer):
     def build(cls, config: Config, world: World) -> FixedGates:
         """Load the model, the student and its batches, at step 0."""
         with world.together():
-            trained = open_run(replace(config, run_dir=str(Path(config.run_dir).parent)))
-            _, spec = read_config(config.model.path)
+            trained = open_run(Path(config.run_dir).parent, config.model)
+            base = read_base(config.model)
+            spec = base.spec
             student = cls.choose(config, trained, spec)
             zero = zero_settings(config, spec, world)
-            tokenizer = load_tokenizer(config.model.path, spec.vocab)
-        stream = cls.batches(config, world, tokenizer, spec)
-        total = config.train.steps or max(1, round(config.train.epochs * stream.steps_per_epoch))
-        model = load_paired(config, world, zero)
+        stream = cls.batches(config, world, base)
+        schedule = Schedule.of(config, stream.steps_per_epoch)
+        model = load_paired(base, config.lora, world, zero, config.train.activation_checkpointing)
         model.update.load(student.lora)
         masks = MaskSet(spec, config.gates).to(world.device)
         masks.fix(student.gates)
-        engine = Engine(model, masks, None, config, total, world)
+        engine = Engine(model, masks, None, schedule, world, bool(config.deepspeed))
         teacher = TEACHERS[config.teacher.mode](spec, config.teacher, model.scaling, world.device, model.dtype)
         log.info("%s at sparsity %.4f: %d sequences, %d steps", cls.stage, sparsity_of(spec, student.gates),
-                 len(stream.blocks), total)  # fmt: skip
-        return cls(config, world, model, engine, stream, total, masks, teacher, trained=trained, student=student)
+                 len(stream.blocks), schedule.total)  # fmt: skip
+        return cls(config, world, model, engine, stream, schedule, masks, teacher, trained=trained, student=student)
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:

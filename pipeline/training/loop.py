@@ -23,7 +23,7 @@ from nuteprune.parallel.device import named
 from nuteprune.parallel.distributed import World, connected, discover
 from nuteprune.runs.checkpoint import CheckpointError, Checkpoints, atomic_directory
 from nuteprune.training.determinism import deterministic
-from nuteprune.training.inputs import fetch_model
+from nuteprune.training.inputs import fetch_once
 from nuteprune.training.lifecycle import check_directory, claim_directory, is_finished
 from nuteprune.training.memory import remembered
 from nuteprune.training.resume import check_fits
@@ -68,7 +68,7 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
     if world.from_main(finished):
         log.info("already finished: %s", output)
         return output
-    fetch_model(config, world)
+    fetch_once(config.model.path, world)
     torch.manual_seed(config.seed)
     trainer = stage.build(config, world)
     log.info("computing on %s%s", named(world.device), f", rank 0 of {world.size}" if world.size > 1 else "")

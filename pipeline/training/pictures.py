@@ -19,7 +19,7 @@ COLOURS = LinearSegmentedColormap.from_list("gates", ["#8696a650", "#2b6cb0"])
 """From a gate of 0 (removed) to 1 (kept); the first lets a page's own colour through, bright or dark."""
 
 
-def kept_units(gates: Mapping[str, Tensor], width: float = WIDTH) -> bytes:
+def kept_picture(gates: Mapping[str, Tensor], width: float = WIDTH) -> bytes:
     """The picture of `kept_figure` as PNG."""
     return png(kept_figure(gates, width))
 

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.arch import projections
-from nuteprune.config import Config
 from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.masks import Gates
-from nuteprune.masks.schedule import settle_step
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.host import free_memory
@@ -59,19 +58,22 @@ class Refit:
 
     Args:
         model: the paired model; layers without LoRA on down_proj (experts, say) are left alone.
-        config: Q (`lora.refit`), when the gates settle.
+        ranks: Q (`lora.refit`).
+        schedule: when the gates settle.
         world: the ranks of the run.
         stream: the text, of which each rank reads its share.
-        total: steps of the run.
+        shown: whether a progress bar is.
 
     Attributes:
         every: steps between two refits while units leave; the same after a resume.
     """
 
-    def __init__(self, model: PairedModel, config: Config, world: World, stream: BatchStream, total: int):
-        self.model, self.ranks, self.world, self.stream = model, config.lora.refit, world, stream
-        self.shown = config.tracking.progress and world.is_main
-        self.every = max(1, min(settle_step(config, total), total) // TIMES)
+    def __init__(
+        self, model: PairedModel, ranks: int, schedule: Schedule, world: World, stream: BatchStream,
+        shown: bool = False,
+    ):  # fmt: skip
+        self.model, self.ranks, self.world, self.stream, self.shown = model, ranks, world, stream, shown
+        self.every = max(1, schedule.settle // TIMES)
         self.layers = [index for index in range(model.spec.layers) if f"{index}.down_proj" in model.update.frozen]
         self._measured = False
         self._packed: dict[int, Tensor] = {}

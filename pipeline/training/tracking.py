@@ -31,7 +31,7 @@ from nuteprune.config import Config, TrackingConfig, flatten, to_dict
 from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.model.losses import TERMS
 from nuteprune.runs.checkpoint import write_atomic
-from nuteprune.training.pictures import kept_units
+from nuteprune.training.pictures import kept_picture
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Tracker:
         """Draw what each layer keeps from gates [L, U] in 0..1 by kind, where a picture is shown at all."""
         if not gates or not (self._writer or self._modules):
             return
-        image = Image.open(io.BytesIO(kept_units(gates, PICTURE_WIDTH))).convert("RGB")
+        image = Image.open(io.BytesIO(kept_picture(gates, PICTURE_WIDTH))).convert("RGB")
         tag = f"{self.stage}/kept"
         if self._writer is not None:
             self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")

@@ -21,6 +21,7 @@ from nuteprune.config import Config
 from nuteprune.data.text import BatchStream
 from nuteprune.kernels.api import into_grad
 from nuteprune.masks import MaskSet
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.lora import Update
 from nuteprune.model.pairing import Losses, PairedModel
 from nuteprune.parallel.distributed import World
@@ -52,7 +53,7 @@ class Trainer(ABC):
         model: frozen base with the LoRA in training.
         engine: its optimizers.
         stream: batches by step.
-        total: steps of the run.
+        schedule: the run's steps.
         masks: gates, in training or fixed.
         teacher: who teaches.
         multipliers: the Lagrangian's, where there are any.
@@ -66,11 +67,11 @@ class Trainer(ABC):
     """Sections of the configuration that may change between two starts of one run."""
 
     def __init__(
-        self, config: Config, world: World, model: PairedModel, engine: Engine, stream: BatchStream, total: int,
-        masks: MaskSet, teacher: Teacher, multipliers: Multipliers | None = None,
+        self, config: Config, world: World, model: PairedModel, engine: Engine, stream: BatchStream,
+        schedule: Schedule, masks: MaskSet, teacher: Teacher, multipliers: Multipliers | None = None,
     ):  # fmt: skip
         self.config, self.world, self.model, self.engine = config, world, model, engine
-        self.stream, self.total = stream, total
+        self.stream, self.schedule, self.total = stream, schedule, schedule.total
         self.masks, self.teacher, self.multipliers = masks, teacher, multipliers
         self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep)
         self.step = self.bad_in_a_row = self.bad_total = 0

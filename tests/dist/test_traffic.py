@@ -12,8 +12,9 @@ from tiny import tiny_model
 
 from nuteprune.config import load_config
 from nuteprune.masks import MaskSet
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.layers import build_view
-from nuteprune.model.loading import read_config
+from nuteprune.model.loading import read_base
 from nuteprune.parallel.distributed import connected, discover
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.parallel.zero import load_paired, zero_settings
@@ -104,11 +105,13 @@ def measure() -> None:
     world = discover()
     config = load_config(None, [f"model.path={directory}", f"train.batch_size={world.size}", f"deepspeed={deepspeed}",
                                 f"train.activation_checkpointing={checkpointing}", "lora.refit=0"])  # fmt: skip
-    _, spec = read_config(directory)
+    base_model = read_base(config.model)
+    spec = base_model.spec
     job = Job(spec, config, Cluster(1, world.size))
     with connected(world, 60):
-        model = load_paired(config, world, zero_settings(config, spec, world))
-        engine = Engine(model, MaskSet(spec, config.gates), None, config, 1, world)
+        settings, recomputed = zero_settings(config, spec, world), config.train.activation_checkpointing
+        model = load_paired(base_model, config.lora, world, settings, recomputed)
+        engine = Engine(model, MaskSet(spec, config.gates), None, Schedule.of(config, 0), world, sharded=True)
         ids = torch.randint(0, spec.vocab, (1, 16), generator=torch.Generator().manual_seed(world.rank))
         base = total_parameters(spec) * job.itemsize
         result = {}

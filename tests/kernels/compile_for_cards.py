@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from nuteprune.kernels import fused, launch, pointwise, triton_kernels, tuning
+from nuteprune.kernels import launch, pointwise, rowwise, triton_kernels, tuning
 from nuteprune.kernels.product import Product
 
 M, N, K = 2048, 4096, 11008
@@ -155,7 +155,7 @@ def pointwise_kernels(cards: list[str], dtype: torch.dtype) -> None:
 
     for width in (N, 16384):
         x, weight, rows = meta(M, width), meta(width), meta(M, dtype=torch.float32)
-        _, tiles = fused.row_tiles(M, width)
+        _, tiles = rowwise.row_tiles(M, width)
         q, angles = meta(1, 32, M, 128), meta(1, M, 128)
         turn = (q, q, angles, angles, q, q, M, 32, *[M * 128, 128, 32 * 128] * 4, 0, 128)
         calls = {

@@ -73,7 +73,7 @@ def test_lists_may_hold_units_whose_gate_is_zero(call):
     stale = {"keep_in": torch.arange(1, 33), "keep_out": torch.arange(16)}
     kwargs.update({name: keep.to(kwargs["x"].device) for name, keep in stale.items()})
     got = value_and_grads(call, kwargs)
-    want = value_and_grads(reference.masked_lora_linear, as_double(kwargs), got["upstream"])
+    want = value_and_grads(reference.reference_linear, as_double(kwargs), got["upstream"])
     for name, value in want.items():
         assert_near(name, got[name], value, 1e-5)
 
@@ -88,7 +88,7 @@ def test_ranks_that_are_not_trained_ride_along_and_get_no_gradient(call, rank, d
     a, b = whole[0][-3:].float().requires_grad_(), whole[1][:, -3:].float().requires_grad_()
     gates, keep = (kwargs["in_gate"], kwargs["out_gate"]), kwargs["in_gate"].detach().nonzero().flatten()
     operands = (None, a, b, *gates, keep, None, kwargs["scaling"], False, False, whole)
-    want = value_and_grads(reference.masked_lora_linear, as_double(kwargs), None)
+    want = value_and_grads(reference.reference_linear, as_double(kwargs), None)
     leaves = kwargs["x"], a, b, *gates
     y = known_lists(kwargs["x"], kwargs["weight"], *operands, backend=backend)
     got = torch.autograd.grad(y, leaves, want["upstream"].to(y))

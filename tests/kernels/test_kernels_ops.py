@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from nuteprune.kernels.tuning import Config, Tuner, bucket, milliseconds, options
+from nuteprune.kernels.tuning import TileConfig, Tuner, bucket, milliseconds, options
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
@@ -21,7 +21,7 @@ def test_tuner_measures_once_and_remembers_on_disk(tmp_path, monkeypatch):
     choices = options(torch.bfloat16, False, 90)
     measured = []
 
-    def measure(config: Config) -> float:
+    def measure(config: TileConfig) -> float:
         measured.append(config)
         return -config.bn
 
@@ -50,7 +50,7 @@ def test_tuner_survives_a_stale_or_broken_file(tmp_path, monkeypatch):
 def test_a_config_that_the_card_has_no_room_for_is_not_chosen(tmp_path, monkeypatch):
     from triton.runtime.errors import OutOfResources
 
-    def launch(config: Config) -> None:
+    def launch(config: TileConfig) -> None:
         raise OutOfResources(79872, 65536, "shared memory")
 
     monkeypatch.setenv("NUTEPRUNE_CACHE", str(tmp_path))

@@ -8,7 +8,7 @@ import torch
 
 from nuteprune.bench import peers
 from nuteprune.config import load_config
-from nuteprune.model.loading import load_any
+from nuteprune.evaluation.models import load_any
 
 PACKAGE = "torch-pruning==1.6.1"
 

@@ -19,9 +19,8 @@ from nuteprune.arch import read_spec
 from nuteprune.config import Config, EvaluateConfig, ModelConfig, TrackingConfig
 from nuteprune.errors import UserError
 from nuteprune.evaluation import compare, head, measure, report, speed
+from nuteprune.evaluation.models import load_any, placement, weight_bytes
 from nuteprune.evaluation.tasks import PAPER, lm_eval_tasks, load_tasks, mean_accuracy
-from nuteprune.model import loading
-from nuteprune.model.loading import load_any
 from nuteprune.runs.checkpoint import verify, write_manifest
 from nuteprune.stages import evaluate
 
@@ -450,10 +449,10 @@ def test_models_too_big_for_a_card_together_do_not_take_turns_there(monkeypatch,
 
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-    size = loading.weight_bytes(base, ModelConfig(dtype="float32"))
+    size = weight_bytes(base, ModelConfig(dtype="float32"))
     whole = sum(p.nbytes for p in load_any(base, ModelConfig())[0].parameters())
     assert whole <= size < whole + 8192  # the file's header besides
-    assert loading.weight_bytes(base, ModelConfig(dtype="bfloat16")) == size // 2
+    assert weight_bytes(base, ModelConfig(dtype="bfloat16")) == size // 2
     assert compare.too_big_together([40_000, 40_000], cuda) == ""
     assert "0.0 GB fit" in compare.too_big_together([50_000, 50_000], cuda)
     assert compare.too_big_together([10**15], torch.device("cpu")) == ""
@@ -462,14 +461,14 @@ def test_models_too_big_for_a_card_together_do_not_take_turns_there(monkeypatch,
 def test_a_model_beyond_one_card_is_spread(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 80 * 10**9))
     cuda = torch.device("cuda", 0)
-    assert loading.placement(26 * 10**9, cuda) == {"": cuda}
-    assert loading.placement(141 * 10**9, cuda) == "auto"
+    assert placement(26 * 10**9, cuda) == {"": cuda}
+    assert placement(141 * 10**9, cuda) == "auto"
     # What torch keeps of a model that is gone counts as free: the next one of that size fits as well.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 10**9, 80 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60 * 10**9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10**9)
-    assert loading.placement(26 * 10**9, cuda) == {"": cuda}
-    assert loading.placement(141 * 10**9, torch.device("cpu")) is None
+    assert placement(26 * 10**9, cuda) == {"": cuda}
+    assert placement(141 * 10**9, torch.device("cpu")) is None
 
 
 def test_a_spread_model_has_the_same_perplexity(base, model, tokens, tmp_path, monkeypatch):

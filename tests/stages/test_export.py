@@ -28,11 +28,10 @@ from safetensors.torch import load_file
 from nuteprune.arch import PROJECTIONS, read_spec
 from nuteprune.errors import UserError
 from nuteprune.exporting import folding
-from nuteprune.exporting.folding import exported_parameters, fold_model, kept_units, plan_fold, small_config
+from nuteprune.exporting.folding import exported_parameters, fold_model, plan_fold, small_config
 from nuteprune.exporting.small import ExportError
 from nuteprune.exporting.targets import stock
-from nuteprune.masks import Gates, sparsity_of
-from nuteprune.runs import students
+from nuteprune.masks import Gates, Kept, Rounding, fit_shape, sparsity_of
 from nuteprune.runs.checkpoint import verify
 from nuteprune.runs.snapshot import Snapshot
 from nuteprune.stages import export
@@ -346,17 +345,17 @@ def test_run_that_missed_its_target_is_cut_to_it():
     spec = read_spec(base_model("llama").config)
     gates = some_gates(spec, "uniform")
     scores = {k: torch.rand(z.shape) for k, z in gates.as_dict().items()}
-    chosen = students.structure(spec, gates, scores, 0.3, "uniform", (1, 1, 1))
+    chosen = fit_shape(spec, gates, scores, 0.3, "uniform", Rounding())
     assert abs(sparsity_of(spec, chosen) - 0.3) <= 0.01
-    assert kept_units(spec, chosen).is_uniform(spec)
+    assert Kept.of(spec, chosen).is_uniform
     before, after = gates.full(spec).ffn_gate(spec), chosen.full(spec).ffn_gate(spec)
     stayed = (before != 0) & (after != 0)
     assert torch.equal(before[stayed], after[stayed])
     assert (after[(before == 0) & (after != 0)] == 1).all()
-    split = students.structure(spec, gates, scores, 0.3, "uniform", (1, 1, 3))
-    assert len(kept_units(spec, split).kv_groups[0]) == 3
-    assert len(kept_units(spec, split).ffn[0]) % 3 == 0
-    same = students.structure(spec, gates, scores, sparsity_of(spec, gates), "uniform", (16, 16, 1))
+    split = fit_shape(spec, gates, scores, 0.3, "uniform", Rounding(parallel=3))
+    assert len(Kept.of(spec, split).kv_groups[0]) == 3
+    assert len(Kept.of(spec, split).ffn[0]) % 3 == 0
+    same = fit_shape(spec, gates, scores, sparsity_of(spec, gates), "uniform", Rounding(16, 16))
     assert same is gates
 
 
@@ -366,18 +365,18 @@ def test_free_ffn_widths_of_a_per_layer_run_are_rounded():
     scores = {"ffn": torch.rand(LAYERS, 160, generator=generator)}
     gates = Gates(ffn=(scores["ffn"] > 0.5).float())
     target = sparsity_of(spec, gates)
-    chosen = students.structure(spec, gates, scores, target, "per_layer_ffn", (8, 1, 1))
-    assert {len(units) % 8 for units in kept_units(spec, chosen).ffn} == {0}
+    chosen = fit_shape(spec, gates, scores, target, "per_layer_ffn", Rounding(8))
+    assert {len(units) % 8 for units in Kept.of(spec, chosen).ffn} == {0}
     assert abs(sparsity_of(spec, chosen) - target) <= 0.01
-    assert students.structure(spec, chosen, scores, target, "per_layer_ffn", (8, 1, 1)) is chosen
-    assert students.structure(spec, gates, scores, target, "per_layer", (8, 1, 1)) is gates
+    assert fit_shape(spec, chosen, scores, target, "per_layer_ffn", Rounding(8)) is chosen
+    assert fit_shape(spec, gates, scores, target, "per_layer", Rounding(8)) is gates
 
 
 def test_target_that_the_shape_cannot_meet():
     spec = read_spec(base_model("llama").config)
     gates = Gates(kv_groups=torch.ones(LAYERS, 3))
     with pytest.raises(UserError, match=r"export\.ffn_multiple"):
-        students.structure(spec, gates, {"kv_groups": torch.rand(LAYERS, 3)}, 0.07, "uniform", (16, 16, 1))
+        fit_shape(spec, gates, {"kv_groups": torch.rand(LAYERS, 3)}, 0.07, "uniform", Rounding(16, 16))
 
 
 def test_removed_sublayers_need_the_per_layer_shape(tmp_path):

@@ -21,7 +21,8 @@ from nuteprune.model.layers import build_view
 from nuteprune.model.losses import IGNORE
 from nuteprune.parallel.distributed import World
 from nuteprune.runs.rundir import load_run
-from nuteprune.runs.students import load_tuned, open_run
+from nuteprune.runs.students import open_run
+from nuteprune.runs.tuned import load_tuned
 from nuteprune.stages import export, finetune
 from nuteprune.training.signals import Preempted
 
@@ -57,7 +58,7 @@ def metrics(directory) -> list[dict]:
 def build(config) -> finetune.Finetuning:
     """The trainer at step 0."""
     torch.manual_seed(0)
-    return finetune.Finetuning.build(finetune.settings(config, open_run(config)), World())
+    return finetune.Finetuning.build(finetune.settings(config, open_run(config.run_dir, config.model)), World())
 
 
 def test_answers_are_learned_with_the_gates_fixed(tuning, run_dir):
@@ -69,7 +70,7 @@ def test_answers_are_learned_with_the_gates_fixed(tuning, run_dir):
     run = load_run(run_dir)
     gates = load_file(directory / "gates.safetensors")
     assert all(torch.equal(gates[f"gates.{k}"], z) for k, z in run.gates.as_dict().items())
-    tuned = load_tuned(directory, run, run.scores, 0.4, "")
+    tuned = load_tuned(directory, run, "")
     assert tuned.lora.keys() == run.lora.keys()
     assert not any(torch.equal(tuned.lora[k][1], run.lora[k][1]) for k in run.lora)
     answers = sum(m["finetune/answer_tokens"] for m in lines)

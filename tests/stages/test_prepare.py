@@ -8,22 +8,25 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from nuteprune.config import load_config
-from nuteprune.data.prepared import load_blocks, training_blocks
-from nuteprune.data.text import packed_blocks
+from nuteprune.data.prepared import TrainingText
 from nuteprune.errors import UserError
-from nuteprune.model.loading import load_tokenizer
+from nuteprune.model.loading import read_base
 from nuteprune.runs.checkpoint import write_manifest
 from nuteprune.stages import prepare
+
+
+def text_of(config) -> TrainingText:
+    return TrainingText(config.run_dir, config.data, read_base(config.model))
 
 
 def test_prepared_text_is_what_would_be_packed(settings, text_file, monkeypatch):
     config = load_config(None, settings)
     directory = prepare.run(config)
-    tokenizer = load_tokenizer(config.model.path, 300)
-    expected = packed_blocks(config.data, tokenizer, 300)
-    assert torch.equal(load_blocks(config, tokenizer), expected)
+    text = text_of(config)
+    expected = text.pack()
+    assert torch.equal(text.load(), expected)
     monkeypatch.setattr("nuteprune.data.prepared.packed_blocks", None)  # not called any more
-    assert torch.equal(training_blocks(config, tokenizer, 300), expected)
+    assert torch.equal(text.blocks(), expected)
     before = (directory / "manifest.json").stat().st_mtime_ns
     assert prepare.run(config) == directory
     assert (directory / "manifest.json").stat().st_mtime_ns == before
@@ -32,24 +35,24 @@ def test_prepared_text_is_what_would_be_packed(settings, text_file, monkeypatch)
 def test_other_settings_are_not_served_the_old_text(settings):
     config = load_config(None, settings)
     prepare.run(config)
-    tokenizer = load_tokenizer(config.model.path, 300)
-    assert load_blocks(load_config(None, [*settings, "data.seq_len=16"]), tokenizer) is None
+    assert text_of(load_config(None, [*settings, "data.seq_len=16"])).load() is None
 
 
 def test_text_packed_before_sequences_had_a_form_of_their_own(settings):
     """It is used where it would be packed alike, and refused in one line where it lacks the tokenizer's first token."""
     config = load_config(None, settings)
-    directory, tokenizer = prepare.run(config), load_tokenizer(config.model.path, 300)
+    directory, text = prepare.run(config), text_of(config)
+    tokenizer = text.base.tokenizer
     facts = json.loads((directory / "prepared.json").read_text())
     del facts["sequence"]
     (directory / "prepared.json").write_text(json.dumps(facts))
     write_manifest(directory)
-    assert load_blocks(config, tokenizer) is not None
+    assert text.load() is not None
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)]
     )
     with pytest.raises(UserError, match="remove it and run `nuteprune prepare` again"):
-        training_blocks(config, tokenizer, 300)
+        text.blocks()
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "none"])

@@ -21,7 +21,7 @@ from tiny import tiny_config, tiny_model
 from nuteprune.arch import read_spec
 from nuteprune.config import load_config
 from nuteprune.errors import UserError
-from nuteprune.masks import kept_units
+from nuteprune.masks import Kept
 from nuteprune.runs.checkpoint import verify, write_manifest
 from nuteprune.runs.rundir import load_adapter, load_run, save_config
 from nuteprune.stages import export, finetune, prune
@@ -87,7 +87,7 @@ def test_the_structure_with_the_least_loss_is_settled_on(settings, tokenizer, tm
     assert len({layers for layers, *_ in measured}) >= 3
     layers, groups, ffn, _ = map(float, min(measured, key=lambda found: float(found[-1])))
     run = load_run(config.run_dir)
-    kept = kept_units(read_spec(tiny_config("llama", intermediate_size=160, num_hidden_layers=6)), run.gates)
+    kept = Kept.of(read_spec(tiny_config("llama", intermediate_size=160, num_hidden_layers=6)), run.gates)
     one = int(kept.layers[0])
     assert (len(kept.layers), len(kept.kv_groups[one]), len(kept.ffn[one])) == (layers, groups, ffn)
     small = json.loads((export.run(config) / "config.json").read_text())

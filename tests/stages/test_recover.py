@@ -13,7 +13,7 @@ from nuteprune import load_masked
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.errors import UserError
-from nuteprune.model.loading import read_config
+from nuteprune.model.loading import read_base
 from nuteprune.runs.students import open_run, pruned_student, snapshot_student
 from nuteprune.stages import export, finetune, recover
 from nuteprune.training.signals import Preempted
@@ -27,9 +27,10 @@ def config(run_dir):
 
 def students(config, rung):
     """(as pruning left it, as export takes it) of a rung."""
-    trained = open_run(config)
-    _, spec = read_config(trained.config.model.path)
-    return (snapshot_student(config, trained, spec, rung), pruned_student(config, trained, spec, rung)), spec
+    trained = open_run(config.run_dir, config.model)
+    spec = read_base(trained.config.model).spec
+    found = tuple(find(config.export, trained, spec, rung) for find in (snapshot_student, pruned_student))
+    return found, spec
 
 
 def record(directory) -> dict:
@@ -56,7 +57,7 @@ def test_a_rung_learns_and_keeps_its_units(config, run_dir):
 
 @pytest.mark.parametrize("rung", [0.1, 0.2, 0.3])
 def test_a_rung_has_what_the_run_learned_to_its_end(rung, config, run_dir, text_file, monkeypatch):
-    trained = open_run(config)
+    trained = open_run(config.run_dir, config.model)
     snapshot = min(trained.snapshots, key=lambda s: abs(s.sparsity - rung))
     (before, _), _ = students(config, rung)
     assert before.gates.settled

@@ -7,6 +7,7 @@ from tiny import SENTENCES, tiny_config
 
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
+from nuteprune.model.loading import read_base
 from nuteprune.planning.cards import CARDS, UNNAMED
 from nuteprune.planning.machine import Machine, card_of, choose
 
@@ -56,7 +57,8 @@ def test_settings_follow_the_machine_and_give_way_to_the_users(tmp_path):
     config = load_config(None, [f"model.path={tmp_path}", "sparsity.target=0.3"])
 
     def chosen(machine, *settings):
-        return {choice.key: choice.value for choice in choose(load_config(config, settings), machine)[0]}
+        asked = load_config(config, settings)
+        return {choice.key: choice.value for choice in choose(asked, machine, read_base(asked.model).spec)[0]}
 
     one = chosen(Machine("H100", 1, CARDS["h100"], bf16=True))
     assert one["model.dtype"] == "bfloat16"

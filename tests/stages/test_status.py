@@ -80,7 +80,7 @@ def test_first_error_is_that_of_the_rank_that_failed_first(tmp_path, first, rank
     logs = tmp_path / "logs" / "prune-12"
     written(logs / "srun.log", SRUN.format(first=first))
     written(logs / "rank-1.log", rank_1)
-    assert jobs.first_error(tmp_path, jobs.Job("12", "FAILED")) == error
+    assert jobs.first_error(tmp_path, jobs.SlurmJob("12", "FAILED")) == error
 
 
 def test_a_mistake_found_by_another_rank_is_told_by_the_first(tmp_path):
@@ -88,17 +88,17 @@ def test_a_mistake_found_by_another_rank_is_told_by_the_first(tmp_path):
     written(logs / "srun.log", SRUN.format(first="Exited with exit code 2"))
     written(logs / "rank-0.log", "nuteprune: rank 1: model.path /x: no such file\n")
     written(logs / "rank-1.log", "")
-    found = jobs.first_error(tmp_path, jobs.Job("12", "FAILED"))
+    found = jobs.first_error(tmp_path, jobs.SlurmJob("12", "FAILED"))
     assert found == "rank 1 on node2: nuteprune: rank 1: model.path /x: no such file"
 
 
 def test_a_job_that_no_rank_ever_began(tmp_path):
     written(tmp_path / "logs" / "prune-12.log", "/spool/script: line 9: my.env: cannot open\nbye\n")
-    assert "my.env: cannot open" in jobs.first_error(tmp_path, jobs.Job("12", "FAILED"))
-    assert jobs.first_error(tmp_path, jobs.Job("13", "CANCELLED")) == ""
+    assert "my.env: cannot open" in jobs.first_error(tmp_path, jobs.SlurmJob("12", "FAILED"))
+    assert jobs.first_error(tmp_path, jobs.SlurmJob("13", "CANCELLED")) == ""
 
 
 def test_a_job_that_gave_up(tmp_path):
     log = "job 12, restart 0: prune\nslurmstepd: error: requeue\njob 12, restart 1: prune\ngiven up: 9\n"
     written(tmp_path / "logs" / "prune-12.log", log)
-    assert jobs.first_error(tmp_path, jobs.Job("12", "FAILED")) == "given up: 9"
+    assert jobs.first_error(tmp_path, jobs.SlurmJob("12", "FAILED")) == "given up: 9"

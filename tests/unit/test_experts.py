@@ -9,12 +9,11 @@ from tiny import VOCAB, tiny_config, tiny_model
 from nuteprune.arch import read_spec
 from nuteprune.config import GateConfig, LoraConfig
 from nuteprune.errors import UserError
-from nuteprune.masks import Gates, check_target, kept_units, multiples, select_units, sparsity_of, unit_shape
+from nuteprune.masks import Gates, Kept, Rounding, check_target, fit_shape, select_units, sparsity_of, unit_shape
 from nuteprune.model.layers import GatedRouter, build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters, total_parameters
 from nuteprune.planning.models import named_spec
-from nuteprune.runs.students import structure
 
 NAMES = ("qwen3_moe", "mixtral")
 IDS = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3))
@@ -76,10 +75,10 @@ def test_uniform_structures_are_those_of_a_stock_class(name, units, target):
     check_target(spec, config, target)
     generator = torch.Generator().manual_seed(0)
     scores = {kind: torch.randn(unit_shape(spec, kind), generator=generator) for kind in units}
-    gates = select_units(spec, scores, target, "uniform", *multiples(config))
-    kept = kept_units(spec, gates)
-    assert kept.is_uniform(spec)
-    widths = {width for layer in kept.ffn_widths(spec) for width in layer}
+    gates = select_units(spec, scores, target, "uniform", Rounding.of(config))
+    kept = Kept.of(spec, gates)
+    assert kept.is_uniform
+    widths = {width for layer in kept.ffn_widths for width in layer}
     assert len(widths) == 1
     assert widths.pop() % 8 == len(kept.hidden) % 8 == 0
     assert {len(experts) for experts in kept.experts} == {len(kept.experts[0])}
@@ -99,20 +98,20 @@ def test_free_structures_have_experts_of_one_width_in_a_layer(name, units, shape
     generator = torch.Generator().manual_seed(0)
     scores = {kind: torch.randn(unit_shape(spec, kind), generator=generator) for kind in units}
     scores["ffn"] -= torch.arange(spec.layers)[:, None]  # the first layers deserve more
-    gates = select_units(spec, scores, target, shape, *multiples(config))
-    kept = kept_units(spec, gates)
-    assert kept.experts_are_alike(spec)
-    widths = [set(kept.ffn_widths(spec)[i]) for i in kept.layers]
+    gates = select_units(spec, scores, target, shape, Rounding.of(config))
+    kept = Kept.of(spec, gates)
+    assert kept.experts_are_alike
+    widths = [set(kept.ffn_widths[i]) for i in kept.layers]
     assert max(widths[0]) > max(widths[-1])
     assert all(width % 8 == 0 for layer in widths for width in layer)
     assert all(len(kept.experts[i]) >= spec.top_k for i in kept.layers)
-    assert shape == "per_layer" or kept.attention_is_alike(spec)
+    assert shape == "per_layer" or kept.attention_is_alike
     assert abs(sparsity_of(spec, gates) - target) <= 0.01
-    assert structure(spec, gates, scores, target, shape, (1, 1, 1)) is gates
+    assert fit_shape(spec, gates, scores, target, shape, Rounding()) is gates
     ragged = gates.ffn.clone()
     ragged[0, ragged[0].nonzero()[0]] = 0  # as in a snapshot
-    settled = structure(spec, replace(gates, ffn=ragged), scores, target, shape, multiples(config))
-    assert kept_units(spec, settled).experts_are_alike(spec)
+    settled = fit_shape(spec, replace(gates, ffn=ragged), scores, target, shape, Rounding.of(config))
+    assert Kept.of(spec, settled).experts_are_alike
 
 
 @names
@@ -126,7 +125,7 @@ def test_as_many_experts_as_the_router_chooses_always_stay(name):
         assert (gates.experts.sum(1) == spec.top_k).all()
     few = torch.zeros(unit_shape(spec, "experts"))
     few[:, 0] = 1
-    assert not kept_units(spec, Gates(experts=few)).is_uniform(spec)
+    assert not Kept.of(spec, Gates(experts=few)).is_uniform
 
 
 @names

@@ -6,14 +6,15 @@ from tiny import CONFIGS, tiny_config, tiny_model
 from torch import nn
 
 from nuteprune.__main__ import main
-from nuteprune.arch import pack, projections, read_spec, split_fused, stored
-from nuteprune.config import GateConfig, LoraConfig, LossConfig, load_config
+from nuteprune.arch import fuse, projections, read_spec, split_fused, stored
+from nuteprune.config import GateConfig, LoraConfig, LossConfig, ModelConfig
 from nuteprune.errors import UserError
 from nuteprune.exporting.folding import fold_model, plan_fold, small_config
 from nuteprune.exporting.gguf_model import gguf_architecture
-from nuteprune.exporting.small import load_base
-from nuteprune.masks import Gates, MaskSet, check_target, kept_units, select_units, sparsity_of, unit_shape
+from nuteprune.exporting.small import exported_dtype
+from nuteprune.masks import Gates, Kept, MaskSet, Rounding, check_target, select_units, sparsity_of, unit_shape
 from nuteprune.model.layers import build_view
+from nuteprune.model.loading import read_base
 from nuteprune.model.pairing import PairedModel
 
 LONG = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0],
@@ -115,7 +116,7 @@ def test_gemma_in_float16_is_one_line(tmp_path, capsys, dry, text_file, tokenize
     assert main(["prune", *arguments, *dry]) == 2
     assert "model.dtype: gemma3_text cannot have float16" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"export.dtype: gemma3_text cannot have float16"):
-        load_base(load_config(None, [f"model.path={tmp_path / 'base'}"]), "float16")
+        exported_dtype(read_base(ModelConfig(path=str(tmp_path / "base"))), "float16")
 
 
 def test_gemma_with_softcapped_logits_is_refused():
@@ -132,9 +133,9 @@ def test_heads_divide_the_hidden_size_where_the_stock_class_wants_it(target):
     check_target(spec, config, target)
     torch.manual_seed(0)
     scores = {kind: torch.randn(unit_shape(spec, kind)) for kind in config.units}
-    gates = select_units(spec, scores, target, "uniform", ffn_multiple=1, hidden_multiple=4)
-    kept = kept_units(spec, gates)
-    assert kept.is_uniform(spec)
+    gates = select_units(spec, scores, target, "uniform", Rounding(hidden=4))
+    kept = Kept.of(spec, gates)
+    assert kept.is_uniform
     assert len(kept.hidden) % len(kept.heads[0]) == 0
     assert abs(sparsity_of(spec, gates) - target) <= 0.01
 
@@ -187,7 +188,7 @@ def test_split_layers_know_their_files_and_pack_again(name):
         linear = getattr(owner, attribute)
         assert isinstance(linear, nn.Linear)
         single |= {f"{block}.{projection}.{part}": tensor for part, tensor in linear.named_parameters()}
-    packed = pack(single, tiny_model(name).model.layers[1])
+    packed = fuse(single, tiny_model(name).model.layers[1])
     kept = {k: v.shape for k, v in whole.items() if "norm" not in k and k != "mlp.gate.weight"}
     assert kept == {k: v.shape for k, v in packed.items()}
     assert all(torch.equal(whole[k], v) for k, v in packed.items())

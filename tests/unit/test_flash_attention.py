@@ -16,7 +16,7 @@ from nuteprune.errors import UserError
 from nuteprune.exporting.modeling_ragged import RaggedLlamaConfig, RaggedLlamaForCausalLM
 from nuteprune.masks import Gates
 from nuteprune.model.layers import build_view
-from nuteprune.model.loading import load_model
+from nuteprune.model.loading import read_base
 from nuteprune.model.pairing import PairedModel
 
 IDS = torch.arange(24).view(2, 12) * 7 % VOCAB
@@ -100,4 +100,4 @@ def test_a_per_layer_export_computes_with_it_beside_the_paired_model(flash):
 def test_float32_is_refused_in_one_line(model_dir):
     config = ModelConfig(path=str(model_dir), attention="flash_attention_2")
     with pytest.raises(UserError, match=r"set model\.dtype=bfloat16"):
-        load_model(config)
+        read_base(config)

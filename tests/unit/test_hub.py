@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from nuteprune.config import ModelConfig
 from nuteprune.data.text import load_text
 from nuteprune.errors import UserError
+from nuteprune.evaluation import models
 from nuteprune.model import hub, loading
 
 
@@ -61,8 +62,8 @@ def test_a_model_of_the_hub_has_its_size_before_it_is_placed(endpoint, model_dir
     (folder / "consolidated.safetensors").write_bytes(b"the same weights again")
     with small_hub(folder) as server:
         endpoint(server.address)
-        size = loading.weight_bytes(server.name, ModelConfig())
+        size = models.weight_bytes(server.name, ModelConfig())
         assert size == (model_dir / "model.safetensors").stat().st_size
-        loading.load_any(server.name, ModelConfig())
+        models.load_any(server.name, ModelConfig())
         assert server.sent.count("model.safetensors") == 1
         assert "consolidated.safetensors" not in server.sent

@@ -13,18 +13,18 @@ from nuteprune.errors import UserError
 from nuteprune.masks import (
     KINDS,
     Gates,
+    Kept,
     MaskSet,
+    Rounding,
     check_target,
     kept_parameters,
-    kept_units,
-    multiples,
     select_units,
     sparsity_of,
     unit_shape,
 )
 from nuteprune.masks import hard_concrete as hc
 from nuteprune.masks.counts import mean_counts
-from nuteprune.masks.schedule import noise_at, settle_step, target_at, warmup_steps
+from nuteprune.masks.schedule import Schedule
 from nuteprune.masks.selection import MEASURED, cheapest_units
 
 SPEC = read_spec(tiny_config("llama"))
@@ -194,7 +194,7 @@ def test_uniform_selection_keeps_equal_counts_and_meets_the_target(target):
         tiny_config("llama", hidden_size=96, intermediate_size=256, num_attention_heads=12, num_key_value_heads=4)
     )
     scores = {k: torch.randn(unit_shape(spec, k)) for k in ("heads", "kv_groups", "ffn", "hidden")}
-    gates = select_units(spec, scores, target, "uniform", 16, 8)
+    gates = select_units(spec, scores, target, "uniform", Rounding(16, 8))
     in_groups = gates.head_gate(spec).unflatten(1, (spec.kv_heads, spec.group_size)).sum(-1)
     assert len(in_groups[in_groups > 0].unique()) == 1
     assert len((in_groups > 0).sum(1).unique()) == 1
@@ -223,7 +223,7 @@ def test_free_ffn_widths_are_multiples_and_attention_is_whole(name, target):
     config = GateConfig(units=["ffn"], shape="per_layer_ffn")
     check_target(spec, config, target)
     scores = random_scores(spec, ["ffn"])
-    gates = select_units(spec, scores, target, "per_layer_ffn", *multiples(config))
+    gates = select_units(spec, scores, target, "per_layer_ffn", Rounding.of(config))
     widths = gates.ffn.sum(1)
     assert (widths % 128 == 0).all()
     assert len(widths.unique()) > 4
@@ -235,13 +235,13 @@ def test_free_ffn_widths_are_multiples_and_attention_is_whole(name, target):
 def test_free_ffn_widths_keep_the_blocks_with_the_highest_sums():
     spec = wide_spec(layers=4)
     scores = random_scores(spec, ["ffn"])["ffn"]
-    gates = select_units(spec, {"ffn": scores}, 0.4, "per_layer_ffn", 128)
+    gates = select_units(spec, {"ffn": scores}, 0.4, "per_layer_ffn", Rounding(128))
     blocks = scores.double().sort(dim=1, descending=True).values.unflatten(1, (12, 128)).sum(-1)
     kept = torch.arange(12) < gates.ffn.sum(1)[:, None] / 128
     assert blocks[kept].min() > blocks[~kept].max()
     layer = {"ffn": scores.clone()}
     layer["ffn"][2] -= 100  # worth nothing: the layer keeps no unit
-    assert select_units(spec, layer, 0.4, "per_layer_ffn", 128).ffn.sum(1)[2] == 0
+    assert select_units(spec, layer, 0.4, "per_layer_ffn", Rounding(128)).ffn.sum(1)[2] == 0
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
@@ -253,9 +253,9 @@ def test_attention_is_alike_where_there_is_any(units, parallel):
     spec = wide_spec()
     config = GateConfig(units=units, shape="per_layer_ffn", tensor_parallel=parallel)
     check_target(spec, config, 0.5)
-    gates = select_units(spec, random_scores(spec, units), 0.5, "per_layer_ffn", *multiples(config))
-    kept = kept_units(spec, gates)
-    assert kept.attention_is_alike(spec)
+    gates = select_units(spec, random_scores(spec, units), 0.5, "per_layer_ffn", Rounding.of(config))
+    kept = Kept.of(spec, gates)
+    assert kept.attention_is_alike
     assert all(len(layer) % parallel == 0 for layer in (*kept.kv_groups, *kept.ffn))
     assert all(len(layer) % 128 == 0 for layer in kept.ffn)
     assert abs(sparsity_of(spec, gates) - 0.5) <= 0.01
@@ -277,20 +277,20 @@ def test_of_the_structures_at_the_target_the_cheapest_is_taken(units, shape, tar
 
     def loss(structures):
         """Cheapest where most is left of attention, and among those where the most layers are."""
-        counts = [mean_counts(spec, gates) for gates in structures]
+        counts = [mean_counts(Kept.of(spec, gates)) for gates in structures]
         seen.extend(structures)
         return [-c.groups * c.heads - 0.01 * c.layers for c in counts]
 
-    gates = cheapest_units(spec, scores, target, shape, (128, 64, 1), loss)
+    gates = cheapest_units(spec, scores, target, shape, Rounding(128, 64), loss)
     assert 2 <= len(seen) <= 2 * MEASURED
     assert all(abs(sparsity_of(spec, g) - target) <= 0.01 for g in seen)
     assert len({tuple(g.layers.tolist() + g.ffn.sum(1).tolist()) for g in seen}) > 1
     if shape == "uniform":
-        assert all(kept_units(spec, g).is_uniform(spec) for g in seen)
-    attention = {c.groups * c.heads for c in (mean_counts(spec, g) for g in seen)}
-    best = mean_counts(spec, gates)
+        assert all(Kept.of(spec, g).is_uniform for g in seen)
+    attention = {c.groups * c.heads for c in (mean_counts(Kept.of(spec, g)) for g in seen)}
+    best = mean_counts(Kept.of(spec, gates))
     assert best.groups * best.heads == max(attention) == 9
-    again = cheapest_units(spec, scores, target, shape, (128, 64, 1), loss)
+    again = cheapest_units(spec, scores, target, shape, Rounding(128, 64), loss)
     assert all(torch.equal(a, b) for a, b in zip(gates.as_dict().values(), again.as_dict().values(), strict=True))
 
 
@@ -301,18 +301,20 @@ def test_where_one_structure_meets_the_target_nothing_is_measured():
     spec = wide_spec()
     for shape in ("uniform", "per_layer_ffn", "per_layer"):
         scores = random_scores(spec, ["ffn"])
-        gates = cheapest_units(spec, scores, 0.4, shape, (128, 64, 1), loss)
-        assert torch.equal(gates.ffn, select_units(spec, scores, 0.4, shape, 128, 64).ffn)
+        gates = cheapest_units(spec, scores, 0.4, shape, Rounding(128, 64), loss)
+        assert torch.equal(gates.ffn, select_units(spec, scores, 0.4, shape, Rounding(128, 64)).ffn)
 
 
 def test_a_structure_like_another_has_its_kind_at_another_sparsity():
     spec = wide_spec()
     scores = random_scores(spec, ["kv_groups", "ffn", "layers"])
     for layers, groups in ((20, 3), (25, 2)):
-        sparse = cheapest_units(spec, scores, 0.5, "uniform", (128, 64, 1), lambda structures, n=layers, k=groups: [
-            abs(c.layers - n) + abs(c.groups - k) for c in (mean_counts(spec, g) for g in structures)])  # fmt: skip
-        rung = mean_counts(spec, select_units(spec, scores, 0.25, "uniform", 128, 64, like=sparse))
-        found = mean_counts(spec, sparse)
+        within = Rounding(128, 64)
+        sparse = cheapest_units(spec, scores, 0.5, "uniform", within, lambda structures, n=layers, k=groups: [
+            abs(c.layers - n) + abs(c.groups - k)
+            for c in (mean_counts(Kept.of(spec, g)) for g in structures)])  # fmt: skip
+        rung = mean_counts(Kept.of(spec, select_units(spec, scores, 0.25, "uniform", within, sparse)))
+        found = mean_counts(Kept.of(spec, sparse))
         assert (found.layers, found.groups) == (layers, groups)
         assert abs(rung.layers - (30 + layers) / 2) <= 1
         assert rung.groups in (groups, 3)
@@ -343,7 +345,7 @@ def test_uniform_counts_of_real_models_are_multiples_that_gpus_like(name, parall
     check_target(spec, config, target)
     generator = torch.Generator().manual_seed(1)
     scores = {k: torch.rand(unit_shape(spec, k), generator=generator) for k in config.units}
-    gates = select_units(spec, scores, target, "uniform", *multiples(config))
+    gates = select_units(spec, scores, target, "uniform", Rounding.of(config))
     groups, width = (int(count) for count in (gates.kv_groups[0].sum(), gates.ffn[0].sum()))
     assert (width % 128, int(gates.hidden.sum()) % 64) == (0, 0)
     assert groups % parallel == width % parallel == 0
@@ -377,24 +379,25 @@ def test_a_target_out_of_reach_is_refused_with_what_is_possible():
 @pytest.mark.parametrize("target", [0.1, 0.15, 0.236])
 def test_hidden_alone_reaches_the_target_by_halving_the_multiple(target, shape):
     spec = read_spec(tiny_config("llama", hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64))
-    gates = select_units(spec, {"hidden": torch.randn(576)}, target, shape, 16, 16)
+    gates = select_units(spec, {"hidden": torch.randn(576)}, target, shape, Rounding(16, 16))
     assert sparsity_of(spec, gates) == pytest.approx(target, abs=0.01)
 
 
 @pytest.mark.parametrize("constraint", ["projection", "lagrangian"])
 def test_schedule_rises_to_the_target_and_stays(constraint):
-    config = load_config(None, [f"sparsity.constraint={constraint}", "sparsity.target=0.4", "sparsity.warmup=0.5"])
-    path = [target_at(config, step, 60) for step in range(60)]
-    assert warmup_steps(config, 60) == 30
+    settings = [f"sparsity.constraint={constraint}", "sparsity.target=0.4", "sparsity.warmup=0.5"]
+    schedule = Schedule.of(load_config(None, ["train.steps=60", *settings]), 0)
+    path = [schedule.target(step) for step in range(60)]
+    assert schedule.warmup == 30
     assert path == sorted(path)
     assert path[29:] == [0.4] * 31
     assert 0 < path[0] < 0.4
-    assert settle_step(config, 60) >= 30
+    assert schedule.settle >= 30
 
 
 def test_noise_falls_geometrically_until_the_gates_settle():
-    config = load_config(None, ["gates.noise=0.5", "gates.settle=0.5"])
-    path = [noise_at(config, step, 100) for step in range(100)]
+    config = load_config(None, ["train.steps=100", "gates.noise=0.5", "gates.settle=0.5"])
+    path = [Schedule.of(config, 0).noise(step) for step in range(100)]
     assert path[0] == 0.5
     assert path[49] == pytest.approx(0.1)
     assert path[24] / path[23] == pytest.approx(path[10] / path[9])

@@ -11,6 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from nuteprune.arch import read_spec
 from nuteprune.config import load_config
 from nuteprune.masks import MaskSet
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.training.engine import Engine, LossScale
@@ -20,9 +21,11 @@ from nuteprune.training.resume import _restore_optimizer
 
 def engine(dtype=torch.float32, *settings) -> Engine:
     hf = tiny_model("llama").to(dtype)
-    config = load_config(None, ["gates.ffn_multiple=1", *settings])
+    config = load_config(None, ["gates.ffn_multiple=1", "train.steps=10", *settings])
     spec = read_spec(hf.config)
-    return Engine(PairedModel(hf, spec, config.lora), MaskSet(spec, config.gates), None, config, 10, World())
+    return Engine(
+        PairedModel(hf, spec, config.lora), MaskSet(spec, config.gates), None, Schedule.of(config, 0), World()
+    )
 
 
 def test_the_scale_halves_at_an_overflow_and_doubles_after_200_good_steps():

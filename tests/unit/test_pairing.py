@@ -33,7 +33,7 @@ def separate_passes(pair: Pair, loss: LossConfig):
     logits = streams(pair.student, "student")
     terms = []
     for view, s, t in zip(pair.student.layers, states["student"], states["teacher"], strict=True):
-        if view.removed:
+        if view.kept.removed:
             continue
         if loss.layer == "raw" and s is states["student"][-1]:  # the last hidden state of transformers is normed
             s, t = (pair.model.model.model.norm(x) for x in (s, t))

@@ -11,7 +11,7 @@ import torch
 from tiny import SENTENCES, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from nuteprune.config import Config, EvaluateConfig
+from nuteprune.config import DataConfig, EvaluateConfig
 from nuteprune.errors import UserError
 from nuteprune.evaluation import protocol
 from nuteprune.evaluation.protocol import published_text, scored_texts
@@ -43,13 +43,12 @@ def test_windows_stand_side_by_side_over_one_first_token_and_the_text(tmp_path):
     plain = tokenizer(TEXT).input_ids
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
     # Whatever else is set: papers take all of it.
-    config = Config(evaluate=settings(tmp_path / "joined.txt", window=64, blocks=2))
-    found = scored_texts(config, tokenizer)
+    published = settings(tmp_path / "joined.txt", window=64, blocks=2)
+    found = scored_texts(published, DataConfig(), tokenizer)
     assert [(text.window, text.blocks) for text in found] == [(2048, 0), (128, 0)]
     assert all(torch.equal(text.tokens, torch.tensor([0, *plain])) for text in found)
     assert [text.first for text in found] == [(), ()]
-    own = replace(config, evaluate=replace(config.evaluate, protocol="own"))
-    (text,) = scored_texts(own, tokenizer)
+    (text,) = scored_texts(replace(published, protocol="own"), DataConfig(), tokenizer)
     assert (text.window, text.blocks, text.first) == (64, 2, (0,))
     assert torch.equal(text.tokens, torch.tensor(plain))
 

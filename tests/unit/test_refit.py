@@ -15,6 +15,7 @@ from nuteprune.config import LoraConfig, load_config
 from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.masks import Gates
+from nuteprune.masks.schedule import Schedule
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
@@ -37,8 +38,8 @@ def paired(name, ranks, **lora):
 
 
 def refitting(model, ranks):
-    config = load_config(None, [f"lora.refit={ranks}"])
-    return Refit(model, config, World(), BatchStream(TEXT, 8, config.seed), 100)
+    config = load_config(None, ["train.steps=100"])
+    return Refit(model, ranks, Schedule.of(config, 0), World(), BatchStream(TEXT, 8, config.seed))
 
 
 def some_leave(spec):

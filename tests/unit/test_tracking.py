@@ -16,7 +16,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.errors import UserError
-from nuteprune.training.pictures import kept_units
+from nuteprune.training.pictures import kept_picture
 from nuteprune.training.tracking import PICTURE_WIDTH, Tracker, progress_bar
 
 
@@ -110,8 +110,8 @@ def test_pictures_settings_and_hparams(tmp_path):
 def test_bars_show_the_kept_share_whatever_the_order_of_the_units():
     gates = torch.zeros(3, 40)
     gates[0], gates[1, :20] = 1, 1
-    picture = kept_units({"ffn": gates})
-    assert picture == kept_units({"ffn": gates[:, torch.randperm(40)]})
+    picture = kept_picture({"ffn": gates})
+    assert picture == kept_picture({"ffn": gates[:, torch.randperm(40)]})
     pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).reshape(-1, 3)
     kept, removed = ((pixels == colour).all(1).sum() for colour in ((0x2B, 0x6C, 0xB0), (0xD9, 0xDE, 0xE3)))
     assert kept / (kept + removed) == pytest.approx(0.5, abs=0.03)

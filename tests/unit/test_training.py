@@ -8,8 +8,8 @@ import torch
 from nuteprune.config import ModelConfig, load_config
 from nuteprune.errors import UserError
 from nuteprune.kernels import tuning
-from nuteprune.kernels.tuning import Config
-from nuteprune.model.loading import load_model
+from nuteprune.kernels.tuning import TileConfig
+from nuteprune.model.loading import load_model, read_base
 from nuteprune.parallel.distributed import World, discover
 from nuteprune.stages import prune
 from nuteprune.training.determinism import deterministic
@@ -45,7 +45,7 @@ def test_alike_ranks_go_on():
 def test_deterministic_says_so_to_torch_cublas_flash_attention_and_the_tuner(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "0")
-    choices = (Config(128, 128, 64, 3, 8), Config(64, 128, 64, 4, 4))
+    choices = (TileConfig(128, 128, 64, 3, 8), TileConfig(64, 128, 64, 4, 4))
     with deterministic(True):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory
@@ -74,7 +74,7 @@ def test_a_run_is_trained_deterministically_where_it_is_asked_for(settings, monk
 
 
 def test_weights_are_loaded_onto_their_device_without_a_copy_on_the_host(model_dir):
-    model, _ = load_model(ModelConfig(path=str(model_dir)), "meta")
+    model = load_model(read_base(ModelConfig(path=str(model_dir))), "meta")
     assert all(p.is_meta for p in model.parameters())
 
 

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from nuteprune.config import ExportConfig, ModelConfig, load_config
 from nuteprune.errors import UserError
 from nuteprune.evaluation import page, pictures, report
+from nuteprune.evaluation.models import load_any
 from nuteprune.evaluation.tasks import load_tasks
 from nuteprune.exporting.card import base_licence
 from nuteprune.exporting.publish import push
-from nuteprune.model.loading import load_any, load_model
+from nuteprune.model.loading import load_model, read_base
 from nuteprune.runs import jobs
 from nuteprune.runs.checkpoint import CheckpointError, inside, verify, write_atomic, write_manifest
 from nuteprune.runs.fingerprint import fingerprint
@@ -95,12 +96,12 @@ def test_code_of_a_base_model_never_runs_and_nobody_is_asked(model_dir, marker, 
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question in a job that nobody watches"))
     for file, key in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
         with_code(model_dir, marker, file, key)
-    load_model(ModelConfig(path=str(model_dir), dtype="float32"))  # a family that transformers knows
+    load_model(read_base(ModelConfig(path=str(model_dir), dtype="float32")))  # a family that transformers knows
     facts = json.loads((model_dir / "config.json").read_text())
     facts |= {"model_type": "evil", "auto_map": {"AutoConfig": "modeling_evil.EvilConfig"}}
     (model_dir / "config.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match="custom code"):
-        load_model(ModelConfig(path=str(model_dir), dtype="float32"))
+        load_model(read_base(ModelConfig(path=str(model_dir), dtype="float32")))
     assert not marker.exists()
 
 

@@ -11,7 +11,7 @@ from nuteprune.config import load_config
 from nuteprune.errors import UserError
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.sizes import layer_tensors
-from nuteprune.parallel.zero import DS_CONFIGS, read_settings, zero_settings
+from nuteprune.parallel.zero import DS_CONFIGS, read_deepspeed, zero_settings
 
 SPEC = read_spec(tiny_config("llama-bias"))
 WORLD = World(rank=1, size=8, local_rank=1, local_size=4)
@@ -52,7 +52,7 @@ def test_sizes_of_the_file_win(tmp_path):
     path.write_text(json.dumps({"train_batch_size": 16, "bf16": "auto",
                                 "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 7}}))  # fmt: skip
     assert settings(path)["zero_optimization"]["stage3_prefetch_bucket_size"] == 7
-    assert "train_batch_size" not in read_settings("zero3")
+    assert "train_batch_size" not in read_deepspeed("zero3")
 
 
 @pytest.mark.parametrize(

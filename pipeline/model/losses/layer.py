@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nuteprune.config import LossConfig
-from nuteprune.kernels.api import fused_kernels
+from nuteprune.kernels.api import rowwise_kernels
 from nuteprune.model.losses.base import LayerTerm
 
 _EPS = 1e-8
@@ -28,7 +28,7 @@ class Layer(LayerTerm):
             with torch.no_grad():
                 teacher = norm(teacher)
             student = norm(student)
-        kernels = fused_kernels(student, teacher)
+        kernels = rowwise_kernels(student, teacher)
         if kernels is None:
             return layer_loss(student, teacher, hidden_gate, config.layer)
         return kernels.layer_distances(student, teacher, hidden_gate, config.layer == "normalized")

@@ -1,4 +1,4 @@
-"""The fused kernels beside the projections under the interpreter, against the fp64 reference: values and gradients."""
+"""The kernels beside the projections under the interpreter, against the fp64 reference: values and gradients."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from kernels_cases import DEVICE, GRADS, TOLERANCE, Case, as_double, assert_near
 from torch.utils.checkpoint import checkpoint
 
 from nuteprune.kernels import reference
-from nuteprune.kernels.api import fused_ffn, fused_kernels, into_grad, masked_lora_linear, product_of
+from nuteprune.kernels.api import ffn_kernels, into_grad, masked_lora_linear, product_of, rowwise_kernels
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
@@ -51,7 +51,7 @@ def compare(ours, wanted, leaves: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("shape", [(4, 3), (5, 33), (2, 3, 257), (2, 3, 4, 6), (0, 8)])
 def test_rms_norm(shape, form, dtype):
     weight = drawn(shape[-1], dtype=dtype, seed=1)
-    ours = fused_kernels(weight).rms_norm
+    ours = rowwise_kernels(weight).rms_norm
     right = partial(reference.rms_norm, weight=weight.double(), eps=form[0], offset=form[1], rounds=form[2])
     compare(lambda x: ours(x, weight, *form), right, [drawn(*shape, dtype=dtype)])
 
@@ -59,7 +59,7 @@ def test_rms_norm(shape, form, dtype):
 def test_rms_norm_of_what_has_gaps():
     weight, wide = drawn(6, seed=1), drawn(2, 5, 12)
     for x in (wide[..., :6], wide[..., ::2], wide.transpose(0, 1)[..., 3:9]):
-        compare(lambda x: fused_kernels(x).rms_norm(x, weight, 1e-6), partial(
+        compare(lambda x: rowwise_kernels(x).rms_norm(x, weight, 1e-6), partial(
             reference.rms_norm, weight=weight.double(), eps=1e-6), [x])  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_rotary(angles, heads, groups, width, dtype):
     q, k = (drawn(2, 37, n, width, dtype=dtype, seed=n).transpose(1, 2) for n in (heads, groups))
     cos, sin = (drawn(angles, 37, width, seed=7 + n).to(dtype) for n in range(2))
     right = partial(reference.rotary, cos=cos.double(), sin=sin.double())
-    compare(lambda q, k: fused_kernels(q, k).rotary(q, k, cos, sin), right, [q, k])
+    compare(lambda q, k: rowwise_kernels(q, k).rotary(q, k, cos, sin), right, [q, k])
 
 
 @pytest.mark.parametrize("kind", ["raw", "normalized"])
@@ -124,7 +124,7 @@ def test_gated_ffn(gelu, kind, dtype):
     wide = x.detach().double().requires_grad_()
     right_leaves = [wide, *(part[name] for part in doubles for name in GRADS if part.get(name) is not None)]
     products = tuple(product_of(*(part[name] for name in order)) for part in parts)
-    got = fused_ffn(x)(x, products, gelu)
+    got = ffn_kernels(x)(x, products, gelu)
     want = reference.gated_ffn(wide, *doubles, gelu)
     upstream = drawn(*got.shape, dtype=dtype, seed=5)
     assert_near("y", got, want, TOLERANCE[dtype])
@@ -133,13 +133,13 @@ def test_gated_ffn(gelu, kind, dtype):
     for number, (value, right) in enumerate(pairs):
         assert_near(str(number), value, right, 2 * TOLERANCE[dtype])
     with torch.no_grad():
-        again = fused_ffn(x)(x, products, gelu)
+        again = ffn_kernels(x)(x, products, gelu)
     assert_near("without autograd", again, want, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("kind", [None, "half"])
 def test_projections_of_one_input_together(kind):
-    from nuteprune.kernels.masked_lora import masked_lora_linears
+    from nuteprune.kernels.masked_lora import triton_linears
 
     cases = [build(Case(lead=(2, 5), k=33, n=n, in_kind=kind, out_kind="soft", seed=n)) for n in (17, 8, 8)]
     x = cases[0]["x"]
@@ -148,7 +148,7 @@ def test_projections_of_one_input_together(kind):
     for case in cases:
         if kind:
             case["keep_in"] = case["in_gate"].detach().nonzero().flatten()
-    together = masked_lora_linears(x, tuple(product_of(*(case[name] for name in order)) for case in cases))
+    together = triton_linears(x, tuple(product_of(*(case[name] for name in order)) for case in cases))
     apart = [masked_lora_linear(**{**case, "x": x}) for case in cases]
     leaves = [x, *(case[name] for case in cases for name in GRADS[1:] if case[name] is not None)]
     upstream = [drawn(*y.shape, seed=5) for y in together]
@@ -161,7 +161,7 @@ def test_projections_of_one_input_together(kind):
 
 def test_measuring_tile_sizes_adds_nothing(monkeypatch):
     from nuteprune.kernels import launch, tuning
-    from nuteprune.kernels.masked_lora import masked_lora_linears
+    from nuteprune.kernels.masked_lora import triton_linears
 
     def measure(product, x, run):
         for _ in range(2):
@@ -172,9 +172,9 @@ def test_measuring_tile_sizes_adds_nothing(monkeypatch):
     x = case["x"]
     parts = [product_of(case["weight"], case["bias"], case["lora_a"], case["lora_b"]) for _ in range(2)]
     upstream = [drawn(2, 5, 17)] * 2
-    want = torch.autograd.grad(masked_lora_linears(x, tuple(parts)), x, upstream)
+    want = torch.autograd.grad(triton_linears(x, tuple(parts)), x, upstream)
     monkeypatch.setattr(launch, "config_of", measure)
-    torch.testing.assert_close(torch.autograd.grad(masked_lora_linears(x, tuple(parts)), x, upstream), want)
+    torch.testing.assert_close(torch.autograd.grad(triton_linears(x, tuple(parts)), x, upstream), want)
 
 
 @pytest.mark.parametrize(("kind", "recomputed"), [("half", False), ("list", False), ("half", True)])

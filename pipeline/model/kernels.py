@@ -1,4 +1,4 @@
-"""Transformers' norms, rotary positions and FFN as fused kernels, wherever triton runs; elsewhere as they are.
+"""Transformers' norms, rotary positions and FFN as kernels of their own, wherever triton runs; elsewhere as they are.
 
 Modules keep their classes, names and parameters: an instance gets another `forward`, which falls back to its own.
 Rotary positions are a function of the modelling file, whose name there is bound anew.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from nuteprune.arch import FFN, ArchSpec, projections
-from nuteprune.kernels.api import fused_ffn, fused_kernels
+from nuteprune.kernels.api import ffn_kernels, rowwise_kernels
 from nuteprune.model.projection import MaskedLoRALinear
 from nuteprune.model.wrappers import GatedNorm, WidthNorm
 
@@ -22,18 +22,18 @@ _ACTIVATIONS = {False: type(ACT2FN["silu"]), True: type(ACT2FN["gelu_pytorch_tan
 """Classes of the activations that the FFN's kernels know, by whether it is GELU."""
 
 
-def install_fused(layers: nn.ModuleList, final_norm: nn.Module, spec: ArchSpec) -> None:
+def install_kernels(layers: nn.ModuleList, final_norm: nn.Module, spec: ArchSpec) -> None:
     """Let the decoder's layers, whose projections are `MaskedLoRALinear` already, and its last norm use the kernels."""
     final_norm.forward = _Norm(final_norm, spec)
     for layer in layers:
         for norm in _norms(layer, spec):
             norm.forward = _Norm(norm, spec)
         for block in getattr(layer.mlp, "experts", None) or [layer.mlp]:
-            _fuse_ffn(block, layer)
-        _fuse_rotary(sys.modules[type(layer.self_attn).__module__])
+            _let_ffn(block, layer)
+        _let_rotary(sys.modules[type(layer.self_attn).__module__])
 
 
-def _fuse_ffn(block: nn.Module, layer: nn.Module) -> None:
+def _let_ffn(block: nn.Module, layer: nn.Module) -> None:
     """The FFN of a layer or of an expert, where its activation is one of those that the kernels know."""
     gelu = next((k for k, kind in _ACTIVATIONS.items() for m in block.children() if isinstance(m, kind)), None)
     if gelu is not None:
@@ -58,7 +58,7 @@ class _Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.norm.weight
-        kernels = fused_kernels(x, weight)
+        kernels = rowwise_kernels(x, weight)
         return self.inner(x) if kernels is None else kernels.rms_norm(x, weight, *self.form)
 
 
@@ -73,11 +73,11 @@ class _Ffn:
     def __call__(self, x: Tensor) -> Tensor:
         # Whoever hooks down_proj wants to see its input, which the kernels never make a tensor of its own.
         down = self.parts[2]
-        call = None if down._forward_pre_hooks or down._forward_hooks else fused_ffn(x)
+        call = None if down._forward_pre_hooks or down._forward_hooks else ffn_kernels(x)
         return self.inner(x) if call is None else call(x, tuple(part.product for part in self.parts), self.gelu)
 
 
-def _fuse_rotary(modelling: Any) -> None:
+def _let_rotary(modelling: Any) -> None:
     """Bind `apply_rotary_pos_emb` of a modelling file anew, once."""
     inner = modelling.apply_rotary_pos_emb
     if hasattr(inner, "takes_kernels"):
@@ -85,7 +85,7 @@ def _fuse_rotary(modelling: Any) -> None:
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1):
         whole = q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1]
-        kernels = fused_kernels(q, k) if unsqueeze_dim == 1 and whole else None
+        kernels = rowwise_kernels(q, k) if unsqueeze_dim == 1 and whole else None
         return inner(q, k, cos, sin, unsqueeze_dim) if kernels is None else kernels.rotary(q, k, cos, sin)
 
     wrapper: Any = apply_rotary_pos_emb

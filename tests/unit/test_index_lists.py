@@ -8,11 +8,13 @@ from tiny import tiny_config, tiny_model
 
 from nuteprune.arch import read_spec
 from nuteprune.config import LoraConfig, LossConfig
-from nuteprune.masks import Gates
-from nuteprune.model import structure
+from nuteprune.masks import Gates, Kept
+from nuteprune.model import layers
+from nuteprune.model.index_lists import LayerLists, index_lists
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 
+CPU = torch.device("cpu")
 SPEC = read_spec(tiny_config("llama"))  # 3 layers, 6 heads of 6 in 2 groups, 40 FFN units, 24 hidden dimensions
 
 
@@ -25,9 +27,9 @@ def gates(share: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torc
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
 def test_lists_are_those_of_each_layer_alone(share):
     heads, ffn, hidden = gates(share)
-    found = structure.find(SPEC, heads, ffn, hidden)
-    assert_kept(found.hidden, hidden)
-    for index, layer in enumerate(found.layers):
+    found, stream = index_lists(Kept.of(SPEC, Gates(heads=heads, ffn=ffn, hidden=hidden)), CPU)
+    assert_kept(stream, hidden)
+    for index, layer in enumerate(found):
         assert_kept(layer.ffn[0], ffn[index])
         kept = heads[index].nonzero().flatten()
         rows = None if len(kept) == SPEC.heads else (kept[:, None] * 6 + torch.arange(6)).flatten()
@@ -52,29 +54,31 @@ def assert_kept(found: torch.Tensor | None, gate: torch.Tensor) -> None:
 def test_ffn_units_are_kept_in_multiples_with_removed_ones():
     _, ffn, _ = gates(0.5)
     ffn[2] = 0
-    found = structure.find(SPEC, None, ffn, None, multiple=8)
-    for index, layer in enumerate(found.layers):
+    found, _ = index_lists(Kept.of(SPEC, Gates(ffn=ffn)), CPU, multiple=8)
+    for index, layer in enumerate(found):
         kept = ffn[index].nonzero().flatten()
         (units,) = layer.ffn
         assert len(units) % 8 == 0
         assert 0 <= len(units) - len(kept) < 8
         assert torch.isin(kept, units).all()
         assert torch.equal(units, units.unique())
-    assert len(found.layers[2].ffn[0]) == 0
+    assert len(found[2].ffn[0]) == 0
     ffn[0] = 1
     ffn[0, :3] = 0  # 37 of 40: all of them
-    assert structure.find(SPEC, None, ffn, None, multiple=8).layers[0].ffn == [None]
+    assert index_lists(Kept.of(SPEC, Gates(ffn=ffn)), CPU, multiple=8)[0][0].ffn == [None]
 
 
-def test_nothing_gated_is_dense():
-    assert structure.find(SPEC, None, None, None) == structure.dense(SPEC)
+def test_without_gates_nothing_is_listed():
+    found, stream = index_lists(Kept.of(SPEC), CPU)
+    assert stream is None
+    assert found == [LayerLists(None, None, [None], SPEC.group_size, None, removed=False, routes=None)] * SPEC.layers
 
 
 def test_filled_up_lists_change_neither_losses_nor_gradients(monkeypatch):
     """On the torch path; that the kernels take units whose gate is zero is in test_kernels_autograd.py."""
-    results, find = [], structure.find
+    results = []
     for multiple in (1, 8):
-        monkeypatch.setattr(structure, "find", partial(find, multiple=multiple))
+        monkeypatch.setattr(layers, "index_lists", partial(index_lists, multiple=multiple))
         hf = tiny_model("llama")
         model = PairedModel(hf, read_spec(hf.config), LoraConfig(rank=4))
         _, ffn, _ = gates(0.5)

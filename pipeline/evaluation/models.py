@@ -1,0 +1,108 @@
+"""Any causal language model, to be measured: an export of ours, the base, or somebody else's."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nuteprune.config import ModelConfig
+from nuteprune.errors import UserError, first_line
+from nuteprune.exporting.folding import OWN_TYPES
+from nuteprune.model.hub import PICKLED, WEIGHTS, fetch
+from nuteprune.model.loading import check_attention, check_whole
+
+log = logging.getLogger(__name__)
+
+USABLE = 0.9
+"""Share of a device's memory that the weights of a model may fill, the rest is for what is computed with them."""
+
+
+def weight_bytes(path: str, config: ModelConfig) -> int:
+    """Bytes of a model's weights in `config.dtype`, from the sizes of its files; 0 where there are none.
+
+    A model of the hub is downloaded first: before, nothing tells their sizes.
+    """
+    try:
+        folder = fetch(path)
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (UserError, OSError, ValueError):
+        return 0  # loading it says what is wrong
+    dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype") or "float32"), torch.float32)
+    files = list(folder.glob(WEIGHTS)) or folder.glob(PICKLED)
+    size = sum(file.stat().st_size for file in files)
+    return size * getattr(torch, config.dtype).itemsize // dtype.itemsize
+
+
+def placement(size: int, device: torch.device) -> str | dict | None:
+    """transformers' device_map for weights of so many bytes: one card, or, where they do not fit, all of them and the
+    host ("auto", by accelerate); None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch, for what comes
+    if size <= USABLE * free:
+        return {"": device}
+    log.info(
+        "the weights take %.1f GB and %.1f GB are free on %s: spread over all devices", size / 1e9, free / 1e9, device
+    )
+    return "auto"
+
+
+def load_any(
+    path: str, config: ModelConfig, trust: bool = False, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+    """Any causal language model in `config.dtype` for evaluation, its tokenizer, and the directory of its files.
+
+    A `per_layer` export brings a modelling file for transformers; here the class of this package is used, never that
+    file, which anybody may have changed.
+
+    Args:
+        path: directory or hub id.
+        config: type and attention.
+        trust: whether Python files that came with the model may run.
+        device: the weights are read shard by shard onto it; a model that does not fit is spread over all devices.
+
+    Raises:
+        UserError: no whole model or no tokenizer there, or code of its own that is not trusted.
+    """
+    check_attention(config)
+    try:
+        folder = fetch(path)
+        asking = _asking_for_code(folder)
+    except (UserError, OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
+    if asking and not trust:
+        raise UserError(
+            f"model {path}: its {asking} asks to run Python code that came with it (auto_map), which may do anything "
+            "you can: read that code, then set evaluate.trust_remote_code=true"
+        )
+    if asking:
+        log.warning("%s brings code of its own (auto_map in its %s), which is run", path, asking)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=bool(asking))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
+            trust_remote_code=bool(asking), output_loading_info=True,
+            device_map=placement(weight_bytes(path, config), torch.device(device)),
+        )  # fmt: skip
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
+    check_whole(path, info["missing_keys"])
+    return model.eval(), tokenizer, folder
+
+
+def _asking_for_code(folder: Path) -> str:
+    """The file of a model that names code of its own for transformers to run; empty where none does, or only ours."""
+    for name in ("config.json", "tokenizer_config.json"):
+        file = folder / name
+        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        ours = name == "config.json" and facts.get("model_type") in OWN_TYPES
+        if facts.get("auto_map") and not ours:
+            return name
+    return ""

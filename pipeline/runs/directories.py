@@ -1,0 +1,18 @@
+"""Where students of a run are trained on, below its directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TUNED = "tuned"
+"""Name of the student below the directory in which it was trained on."""
+
+
+def finetune_directory(run_dir: Path, target: float, sparsity: float) -> Path:
+    """Where a student is fine-tuned: its checkpoints, logs and result. 0 or the run's target: the final student."""
+    return run_dir / ("finetune" if sparsity in (0, target) else f"finetune-{sparsity:g}")
+
+
+def recover_directory(run_dir: Path, target: float, sparsity: float) -> Path:
+    """Where a rung is recovered: its checkpoints, logs and result. 0: that at the run's target."""
+    return run_dir / f"recover-{sparsity or target:g}"
