@@ -127,5 +127,5 @@ def tiny_settings(model_dir, text_file, **train) -> dict:
         "gates": {"importance_tokens": 256, "ffn_multiple": 1, "hidden_multiple": 1},
         "checkpoint": {"every": 10},
         "tracking": {"report_to": [], "progress": False},
-        "evaluate": {"speed": False, "blocks": 2, "window": 32, "prompts": 0},
+        "evaluate": {"batch_sizes": [], "blocks": 2, "window": 32, "prompts": 0},
     }

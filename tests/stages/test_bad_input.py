@@ -168,7 +168,7 @@ def test_full_disk_while_saving_leaves_the_old_checkpoint(settings, tmp_path, ca
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=True)
     try:
-        arguments = [*settings, f"run_dir={disk}", "checkpoint.every=2", "tracking.report_to=[]", "lora.rank=24",
+        arguments = [*settings, f"run_dir={disk}", "checkpoint.every=2", "tracking.report_to=[]", "lora.rank=48",
                      "sparsity.warmup=0.9"]  # fmt: skip
         line = refused(capsys, "prune", *arguments)
         assert "a fault of this machine, not of the settings: cannot write" in line
