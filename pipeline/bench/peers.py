@@ -28,6 +28,7 @@ from nuteprune.config import Config
 from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
+from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.folding import exported_parameters
 from nuteprune.exporting.small import export_model
 from nuteprune.masks.schedule import LORA_WARMUP
@@ -68,7 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     for rate in (0.0, *args.rates):
         # A new process a row: a peak of memory is never forgotten by the one that had it.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            rows.append(pool.submit(measure, args, rate).result())
+            try:
+                rows.append(pool.submit(measure, args, rate).result())
+            except UserError as error:
+                sys.stderr.write(f"bench-peers: {error}\n")
+                return 2
         (args.out / "peers.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         sys.stdout.write(line(rows[-1]) + "\n")
         sys.stdout.flush()
@@ -86,7 +91,7 @@ def measure(args: argparse.Namespace, rate: float) -> dict:
     else:
         prune.run(config)
         exported = export_model(config)
-        student, reached = str(exported), json.loads((exported / "nuteprune.json").read_text())["sparsity"]
+        student, reached = str(exported), json.loads((exported / RECORD).read_text())["sparsity"]
     row = {
         "row": f"torch-pruning, LoRA at {rate:g}" if rate else OURS,
         "reached": reached,
@@ -126,13 +131,13 @@ def remove_units(model: PreTrainedModel, stream: BatchStream, sparsity: float) -
         ids = stream.batch(step).to(device)
         (model(ids, labels=ids, use_cache=False).loss / steps).backward()
     ffn = [module for name, module in model.named_modules() if name.endswith(("gate_proj", "up_proj"))]
-    total = exported_parameters(model)
-    share = sparsity * total / (1.5 * sum(module.weight.numel() for module in ffn))  # down_proj goes with them
-    if not ffn or share >= 1:
-        raise UserError(f"FFN units alone cannot remove {sparsity:.0%} of the decoder of this model")
+    prunable = 1.5 * sum(module.weight.numel() for module in ffn)  # down_proj goes with them
+    wanted = sparsity * exported_parameters(model)
+    if wanted >= prunable:
+        raise UserError(f"FFN units alone cannot remove {sparsity:.0%} of the decoder of this model: lower --sparsity")
     pruner = tp.pruner.BasePruner(
         model, stream.batch(0)[:1].to(device), tp.importance.GroupTaylorImportance(), global_pruning=True,
-        pruning_ratio=share,
+        pruning_ratio=wanted / prunable,
         ignored_layers=[each for each in model.modules() if isinstance(each, nn.Linear) and each not in ffn],
         output_transform=lambda output: output.logits,
     )  # fmt: skip

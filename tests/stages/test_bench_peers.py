@@ -8,6 +8,7 @@ import torch
 
 from nuteprune.bench import peers
 from nuteprune.config import load_config
+from nuteprune.errors import UserError
 from nuteprune.evaluation.models import load_any
 
 PACKAGE = "torch-pruning==1.6.1"
@@ -36,3 +37,5 @@ def test_the_peers_student(peer, model_dir, text_file):
         with torch.no_grad():
             losses.append(peers.distillation(student(ids).logits, intact(ids).logits, ids))
     assert losses[1] < losses[0]
+    with pytest.raises(UserError, match="FFN units alone cannot remove 99%"):
+        peers.torch_pruning(load_config(config, ["sparsity.target=0.99"]), 1e-3)
