@@ -42,8 +42,9 @@ test: $(VENV) $(FETCHED) ## run the tests; TESTS=tests/unit runs some
 test-lowest: ## the unit tests with the lowest versions that setup.py allows (torch's CUDA build: 3 GB)
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet uv
+	echo "datasets<5" >.venv-lowest/datasets.txt # by itself uv takes a newer one, though the lowest fits
 	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev --no-emit-package nuteprune setup.py \
-		--output-file .venv-lowest/lowest.txt
+		--constraint .venv-lowest/datasets.txt --output-file .venv-lowest/lowest.txt
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --requirement .venv-lowest/lowest.txt
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --no-deps --editable .
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) tests/unit
