@@ -130,7 +130,9 @@ class TrainConfig:
         0, "Sequences of a forward pass on one rank, halved where memory runs out, with the same losses; 0: begin with "
         "as many as the planner finds room for.", ge=0
     )  # fmt: skip
-    lora_lr: float = opt(2e-3, "Peak learning rate of LoRA.", gt=0)
+    lora_lr: float = opt(
+        0.0, "Peak learning rate of LoRA; 0: a hundredth of the root mean square of the weights that it updates.", ge=0
+    )  # fmt: skip
     lora_optimizer: Literal["scaled", "adamw"] = opt(
         "scaled", "`scaled` is AdamW on the gradient of each LoRA factor scaled by the other factor, B at four times "
         "the rate of A, with 3% warm-up and a cosine to a tenth; `adamw` (the paper) falls linearly to 0."
