@@ -1,4 +1,4 @@
-"""The public call: argument checks, the search for removed units, the choice of a backend."""
+"""The public call: the search for removed units, the choice of a backend."""
 
 import importlib.util
 import os
@@ -55,11 +55,8 @@ def masked_lora_linear(
         [..., N] with exact zeros at removed outputs, or [..., len(keep_out)] with `compact_out`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or an unknown backend.
+        ValueError: an unknown backend. Shapes, dtypes and devices that fit together are the caller's to see to.
     """
-    tensors = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "in_gate": in_gate,
-               "out_gate": out_gate, "keep_in": keep_in, "keep_out": keep_out}  # fmt: skip
-    _check(x, tensors, compact_in, compact_out)
     keep_in = _resolve_keep(in_gate, keep_in, weight.shape[1])
     keep_out = _resolve_keep(out_gate, keep_out, weight.shape[0])
     compact = compact_in and keep_in is not None, compact_out and keep_out is not None
@@ -68,7 +65,7 @@ def masked_lora_linear(
 
 
 def known_lists(x: Tensor, weight: Tensor, *operands, backend: str | None = None) -> Tensor:
-    """`masked_lora_linear` for a caller that has checked its operands and knows which units are removed.
+    """`masked_lora_linear` for a caller that knows which units are removed.
 
     Args:
         operands: bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out (None: nothing is removed), scaling,
@@ -150,45 +147,3 @@ def _resolve_keep(gate: Tensor | None, keep: Tensor | None, size: int) -> Tensor
             return None
         keep = gate.detach().nonzero().flatten()
     return None if keep.numel() == size else keep
-
-
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
-
-
-def _check_keep(name: str, keep: Tensor | None, size: int, compact: bool) -> None:
-    if keep is None:
-        if compact:
-            raise ValueError(f"compact_{name.removeprefix('keep_')} needs {name}")
-    elif keep.dim() != 1 or keep.dtype != torch.int64 or keep.numel() > size:
-        raise ValueError(
-            f"{name} must be a 1-D int64 tensor of at most {size} indices, got {keep.dtype} {list(keep.shape)}"
-        )
-
-
-def _check(x: Tensor, tensors: dict[str, Tensor | None], compact_in: bool, compact_out: bool) -> None:
-    weight, bias, lora_a, lora_b, in_gate, out_gate, keep_in, keep_out = tensors.values()
-    assert weight is not None
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [N, K], got shape {list(weight.shape)}")
-    n, k = weight.shape
-    _check_keep("keep_in", keep_in, k, compact_in)
-    _check_keep("keep_out", keep_out, n, compact_out)
-    width = k if keep_in is None or not compact_in else keep_in.numel()
-    if x.dim() == 0 or x.shape[-1] != width:
-        raise ValueError(f"x has shape {list(x.shape)}, expected its last dimension to be {width}")
-    _check_shape("bias", bias, (n,))
-    _check_shape("in_gate", in_gate, (k,))
-    _check_shape("out_gate", out_gate, (n,))
-    if (lora_a is None) != (lora_b is None):
-        raise ValueError("lora_a and lora_b come together: pass both or neither")
-    if lora_a is not None:
-        rank = max(1, lora_a.shape[0])
-        _check_shape("lora_a", lora_a, (rank, k))
-        _check_shape("lora_b", lora_b, (n, rank))
-    if weight.dtype != x.dtype:
-        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: cast one of them")
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
