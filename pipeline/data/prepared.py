@@ -12,9 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nuteprune.config import DataConfig
-from nuteprune.data.sequences import SequenceForm, sequence_form
+from nuteprune.data.sequences import sequence_form
 from nuteprune.data.text import packed_blocks
-from nuteprune.errors import UserError
 from nuteprune.model.loading import Base
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, read_json, verify
 
@@ -51,19 +50,13 @@ class TrainingText:
 
     def save(self, blocks: torch.LongTensor) -> Path:
         """Write blocks and what they were made with; returns the directory."""
-        facts = self._settings | {"sequence": sequence_form(self.base.tokenizer).as_dict()}
         with atomic_directory(self.directory) as temporary:
             save_file({"blocks": blocks.to(torch.int32)}, temporary / "blocks.safetensors")
-            (temporary / "prepared.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            (temporary / "prepared.json").write_text(json.dumps(self._settings, indent=1) + "\n", encoding="utf-8")
         return self.directory
 
     def load(self) -> torch.LongTensor | None:
-        """The blocks that were made with these settings and that are whole, or None.
-
-        Raises:
-            UserError: they were made with these settings, but without the tokenizer's own first token and separator,
-                as earlier versions made them.
-        """
+        """The blocks that were made with these settings and that are whole, or None."""
         if not self.run_dir or not (self.directory / MANIFEST).is_file():
             return None
         try:
@@ -73,18 +66,9 @@ class TrainingText:
         except (CheckpointError, SafetensorError, OSError, LookupError) as error:
             log.warning("%s is damaged, so the text is packed again: %s", self.directory, error)
             return None
-        eos = self.base.tokenizer.eos_token_id
-        before = SequenceForm(end=() if eos is None else (eos,)).as_dict()
-        packed = facts.pop("sequence", before)
-        if facts != self._settings:
-            return None
-        if packed != sequence_form(self.base.tokenizer).as_dict():
-            raise UserError(
-                f"{self.directory} was packed by another version, without the tokenizer's own first token and "
-                "separator: remove it and run `nuteprune prepare` again with the same settings"
-            )
-        return blocks
+        return blocks if facts == self._settings else None
 
     @property
     def _settings(self) -> dict:
-        return {"model": self.base.path, "data": asdict(self.data)}
+        data, sequence = asdict(self.data), sequence_form(self.base.tokenizer)
+        return {"model": self.base.path, "data": data, "sequence": sequence}

@@ -5,34 +5,20 @@ A model is used on sequences that its tokenizer makes, so it is trained and scor
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-
 from transformers import PreTrainedTokenizerBase
 
 _PROBE = "a"
 
 
-@dataclass(frozen=True)
-class SequenceForm:
-    """Token ids around a text.
+def sequence_form(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Token ids around a text, as JSON holds them.
 
-    Attributes:
-        first: what every sequence begins with: `<bos>` where the tokenizer adds one, else nothing. Read, never scored.
-        end: what stands between two documents: `eos_token`, or nothing where the tokenizer has none.
+    Returns:
+        `first`: what every sequence begins with, `<bos>` where the tokenizer adds one; read, never scored. `end`: what
+        stands between two documents, `eos_token`. Either is empty where the tokenizer has none.
     """
-
-    first: tuple[int, ...] = ()
-    end: tuple[int, ...] = ()
-
-    def as_dict(self) -> dict[str, list[int]]:
-        """The same as JSON holds it."""
-        return {key: list(ids) for key, ids in asdict(self).items()}
-
-
-def sequence_form(tokenizer: PreTrainedTokenizerBase) -> SequenceForm:
-    """How this tokenizer's sequences begin and how its documents end."""
-    end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return SequenceForm(first_tokens(tokenizer), end)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return {"first": list(first_tokens(tokenizer)), "end": end}
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

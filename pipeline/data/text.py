@@ -74,9 +74,9 @@ def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_
     pieces: list[np.ndarray] = []
     for ids in _token_ids(documents["text"], tokenizer):
         # int32 while collecting: half the memory of the result.
-        pieces.append(np.asarray([*(form.end if pieces else ()), *ids], dtype=np.int32))
+        pieces.append(np.asarray([*(form["end"] if pieces else ()), *ids], dtype=np.int32))
     stream = np.concatenate(pieces)
-    length = config.seq_len - len(form.first)
+    length = config.seq_len - len(form["first"])
     count = len(stream) // length
     if count == 0:
         raise UserError(
@@ -89,7 +89,7 @@ def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_
             "the tokenizer belongs to another model; use the model's own"
         )
     text = torch.from_numpy(stream[: count * length].astype(np.int64)).view(count, length)
-    return torch.cat([torch.tensor(form.first, dtype=torch.int64).expand(count, -1), text], dim=1)
+    return torch.cat([torch.tensor(form["first"], dtype=torch.int64).expand(count, -1), text], dim=1)
 
 
 def text_tokens(

@@ -37,8 +37,8 @@ PICTURE_EVERY = 50
 """Steps between two pictures of the kept units."""
 
 
-def train(config: Config, stage: type[Trainer]) -> Path:
-    """Run a stage to its end; returns the directory of its result.
+def train(config: Config, stage: type[Trainer], *known: Any) -> Path:
+    """Run a stage to its end; returns the directory of its result. `known` goes to its `build`.
 
     Started again on the same run directory it goes on from the newest checkpoint that verifies, or returns at once if
     the result is finished.
@@ -53,10 +53,10 @@ def train(config: Config, stage: type[Trainer]) -> Path:
     world = discover()
     ranks = connected(world, config.train.rank_timeout) if world.size > 1 or config.deepspeed else nullcontext()
     with stop_signals() as stop, ranks, deterministic(config.train.deterministic):
-        return _train(config, stage, world, stop)
+        return _train(config, stage, known, world, stop)
 
 
-def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Path:
+def _train(config: Config, stage: type[Trainer], known: tuple, world: World, stop: Stop) -> Path:
     check_alike(config, world)
     output = Path(config.run_dir) / stage.output
     finished = False
@@ -70,7 +70,7 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
         return output
     fetch_once(config.model.path, world)
     torch.manual_seed(config.seed)
-    trainer = stage.build(config, world)
+    trainer = stage.build(config, world, *known)
     log.info("computing on %s%s", named(world.device), f", rank 0 of {world.size}" if world.size > 1 else "")
     with world.together():
         if world.is_main:

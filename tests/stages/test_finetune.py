@@ -18,6 +18,7 @@ from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.errors import UserError
 from nuteprune.model.layers import build_view
+from nuteprune.model.loading import read_base
 from nuteprune.model.losses import IGNORE
 from nuteprune.parallel.distributed import World
 from nuteprune.runs.rundir import load_run
@@ -58,7 +59,9 @@ def metrics(directory) -> list[dict]:
 def build(config) -> finetune.Finetuning:
     """The trainer at step 0."""
     torch.manual_seed(0)
-    return finetune.Finetuning.build(finetune.settings(config, open_run(config.run_dir, config.model)), World())
+    trained = open_run(config.run_dir, config.model)
+    base = read_base(trained.config.model)
+    return finetune.Finetuning.build(finetune.settings(config, trained, base.spec), World(), trained, base)
 
 
 def test_answers_are_learned_with_the_gates_fixed(tuning, run_dir):

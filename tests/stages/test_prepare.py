@@ -11,7 +11,6 @@ from nuteprune.config import load_config
 from nuteprune.data.prepared import TrainingText
 from nuteprune.errors import UserError
 from nuteprune.model.loading import read_base
-from nuteprune.runs.checkpoint import write_manifest
 from nuteprune.stages import prepare
 
 
@@ -38,21 +37,17 @@ def test_other_settings_are_not_served_the_old_text(settings):
     assert text_of(load_config(None, [*settings, "data.seq_len=16"])).load() is None
 
 
-def test_text_packed_before_sequences_had_a_form_of_their_own(settings):
-    """It is used where it would be packed alike, and refused in one line where it lacks the tokenizer's first token."""
+def test_text_packed_without_the_tokenizers_first_token_is_packed_anew(settings):
     config = load_config(None, settings)
-    directory, text = prepare.run(config), text_of(config)
-    tokenizer = text.base.tokenizer
-    facts = json.loads((directory / "prepared.json").read_text())
-    del facts["sequence"]
-    (directory / "prepared.json").write_text(json.dumps(facts))
-    write_manifest(directory)
+    prepare.run(config)
+    text = text_of(config)
     assert text.load() is not None
+    tokenizer = text.base.tokenizer
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)]
     )
-    with pytest.raises(UserError, match="remove it and run `nuteprune prepare` again"):
-        text.blocks()
+    assert text.load() is None
+    assert bool((text.blocks()[:, 0] == tokenizer.eos_token_id).all())
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "none"])

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from nuteprune.config import DataConfig
-from nuteprune.data.sequences import SequenceForm, sequence_form
+from nuteprune.data.sequences import sequence_form
 from nuteprune.data.text import packed_blocks
 
 WORDS = ["<unk>", "a", "b", "c", "d", "e"]
@@ -46,9 +46,8 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
 def test_form(kind):
     tokenizer = tokenizer_of(kind)
     _, _, first, end = KINDS[kind]
-    expected = SequenceForm(*(tuple(tokenizer.convert_tokens_to_ids(t) for t in part)
-                              for part in (first, [end] if end else [])))  # fmt: skip
-    assert sequence_form(tokenizer) == expected
+    first, end = (tokenizer.convert_tokens_to_ids(part) for part in (first, [end] if end else []))
+    assert sequence_form(tokenizer) == {"first": first, "end": end}
 
 
 def blocks_of(tmp_path, kind: str) -> list[list[str]]:
