@@ -128,7 +128,7 @@ class TrainConfig:
     batch_size: int = opt(16, "Sequences of an optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(
         0, "Sequences of a forward pass on one rank, halved where memory runs out, with the same losses; 0: begin with "
-        "all, in pruning on a GPU with as many as the planner finds room for.", ge=0
+        "as many as the planner finds room for.", ge=0
     )  # fmt: skip
     lora_lr: float = opt(2e-3, "Peak learning rate of LoRA.", gt=0)
     lora_optimizer: Literal["scaled", "adamw"] = opt(
@@ -243,7 +243,7 @@ class FinetuneConfig:
     steps: int = opt(0, "Optimizer steps; 0: `epochs` passes over the windows.", ge=0)
     epochs: float = opt(2.0, "Passes over the windows where `steps` is 0.", gt=0)
     batch_size: int = opt(16, "Windows of an optimizer step over all ranks.", ge=1)
-    micro_batch: int = opt(1, "Windows of a forward pass on one rank, as train.micro_batch.", ge=0)
+    micro_batch: int = opt(0, "Windows of a forward pass on one rank, as train.micro_batch.", ge=0)
     lr: float = opt(1e-4, "Peak learning rate.", gt=0)
     lora_rank: int = opt(0, "Rank of LoRA, at least the run's, whose update is trained on; 0: the run's.", ge=0)
     distill: float = opt(
