@@ -91,7 +91,8 @@ def test_as_many_windows_at_a_time_as_the_planner_finds_room_for(tuning, monkeyp
     pruning = replace(trained.config, train=replace(trained.config.train, micro_batch=0))
     for free, wanted in ((8 << 30, 4), (0, 1)):
         monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
-        trainers = (build(tuning), recover.Recovering.build(recovering, World()), prune.Pruning.build(pruning, World()))
+        recovered = recover.Recovering.build(recovering, World(), trained, read_base(trained.config.model))
+        trainers = (build(tuning), recovered, prune.Pruning.build(pruning, World()))
         assert [trainer.micro_batch for trainer in trainers] == [wanted] * 3
     planned = [r.getMessage() for r in caplog.records if "as planned" in r.getMessage()]
     assert planned == ["1 of 4 sequences at a time, as planned for 0.0 GB"] * 3
