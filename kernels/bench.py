@@ -1,4 +1,4 @@
-"""Time and peak memory of the masked LoRA projection against eager torch, torch.compile, peft and the bare GEMM.
+"""Time and peak memory of the masked LoRA projection against eager torch, peft and the bare GEMM.
 
 python -m nuteprune.kernels.bench [--quick] [--others NAME …] [--json PATH]
 
@@ -37,7 +37,7 @@ MODELS = {
     ],
 }
 REDUCED = {"SmolLM2-135M": [("q", 576, 576, "out"), ("gate", 576, 1536, "out"), ("down", 1536, 576, "in")]}
-OTHERS = ("eager", "compile", "peft")
+OTHERS = ("eager", "peft")
 CONTENDERS = ("ours", *OTHERS, "gemm")
 NOT_MEASURED = "not measured"
 
@@ -76,11 +76,6 @@ def eager(p: Problem) -> Callable[[], Tensor]:
     return lambda: reference.reference_linear(p.x, p.weight, None, p.lora_a, p.lora_b, 1.0, **p.gates)
 
 
-def compiled(p: Problem) -> Callable[[], Tensor]:
-    call = torch.compile(reference.reference_linear, dynamic=False)
-    return lambda: call(p.x, p.weight, None, p.lora_a, p.lora_b, 1.0, **p.gates)
-
-
 def peft_layer(p: Problem) -> Callable[[], Tensor]:
     from peft import LoraConfig
     from peft.tuners.lora import Linear
@@ -102,7 +97,7 @@ def gemm(p: Problem) -> Callable[[], Tensor]:
     return lambda: F.linear(p.x, p.weight)
 
 
-MAKERS = dict(zip(CONTENDERS, (ours, eager, compiled, peft_layer, gemm), strict=True))
+MAKERS = dict(zip(CONTENDERS, (ours, eager, peft_layer, gemm), strict=True))
 
 
 def milliseconds(call: Callable[[], object], device: str, repeats: int, graph: bool = False) -> float:
@@ -162,8 +157,7 @@ def rows(device: str, quick: bool, others: Sequence[str] = OTHERS) -> list[dict]
             setup = (k, n, side, m, rank, sparsity, device)
             row = {"model": model, "projection": name, "K": k, "N": n, "tokens": m, "rank": rank, "sparsity": sparsity}
             for contender, maker in MAKERS.items():
-                # inductor's CPU code is not what we compete with
-                skip = contender not in ("ours", "gemm", *others) or (contender == "compile" and not on_gpu)
+                skip = contender not in ("ours", "gemm", *others)
                 row[contender] = NOT_MEASURED if skip else measure(maker, Problem(*setup), device, repeats)
             table.append(row)
         if quick and on_gpu:

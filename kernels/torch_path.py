@@ -64,16 +64,9 @@ def _merge_pays(weight: Tensor, tokens: int) -> bool:
 
 
 def fold(
-    weight: Tensor,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    in_gate: Tensor | None,
-    out_gate: Tensor | None,
-    keep_in: Tensor | None,
-    keep_out: Tensor | None,
-    scaling: float,
-    tokens: int,
-) -> Folded:
+    weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, in_gate: Tensor | None, out_gate: Tensor | None,
+    keep_in: Tensor | None, keep_out: Tensor | None, scaling: float, tokens: int,
+) -> Folded:  # fmt: skip
     """Kept rows and columns of W [N, K], A [R, K], B [N, R] with gates and scaling multiplied in."""
     dtype = weight.dtype
     w = pick(pick(weight, 0, keep_out, dtype), 1, keep_in, dtype)
@@ -136,21 +129,10 @@ class MaskedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        in_gate: Tensor | None,
-        out_gate: Tensor | None,
-        keep_in: Tensor | None,
-        keep_out: Tensor | None,
-        scaling: float,
-        compact_in: bool,
-        compact_out: bool,
-        whole: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
+        in_gate: Tensor | None, out_gate: Tensor | None, keep_in: Tensor | None, keep_out: Tensor | None,
+        scaling: float, compact_in: bool, compact_out: bool, whole: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         flat = rows(x)
         if not compact_in:
             flat = pick(flat, 1, keep_in, x.dtype)

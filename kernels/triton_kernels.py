@@ -37,19 +37,9 @@ def _tile_of(pid, m_tiles, n_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def _add_lora(
-    acc,
-    u_tile,
-    b,
-    units,
-    col_ok,
-    ranks,
-    rank,
-    scaling,
-    stride_bn,
-    stride_br,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+    acc, u_tile, b, units, col_ok, ranks, rank, scaling, stride_bn, stride_br,
+    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
     """acc + s·u Bᵀ for some ranks. s goes into B, so that one accumulator serves both products."""
     b_ptr = b + (units[None, :] * stride_bn + ranks[:, None] * stride_br)
     b_tile = tl.load(b_ptr, mask=(ranks < rank)[:, None] & col_ok[None, :], other=0.0)
@@ -59,44 +49,12 @@ def _add_lora(
 
 @triton.jit
 def matmul(
-    x,
-    w,
-    bias,
-    a,
-    b,
-    u,
-    y,
-    in_gate,
-    out_gate,
-    k_index,
-    n_index,
-    M,
-    n_kept,
-    k_kept,
-    rank,
-    scaling,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    stride_ym,
-    COMPACT_X: tl.constexpr,
-    COMPACT_Y: tl.constexpr,
-    GATHER_ROWS: tl.constexpr,
-    FUSE_U: tl.constexpr,
-    ADD: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    RANK: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
+    x, w, bias, a, b, u, y, in_gate, out_gate, k_index, n_index, M, n_kept, k_kept, rank, scaling, stride_xm, stride_xk,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_ym,
+    COMPACT_X: tl.constexpr, COMPACT_Y: tl.constexpr, GATHER_ROWS: tl.constexpr, FUSE_U: tl.constexpr,
+    ADD: tl.constexpr, EVEN_K: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
     """y (or, with strides swapped, dx) over the kept units only; one program a [BM, BN] tile.
 
     u = (x⊙m_in)Aᵀ [M, rank] is computed beside it (FUSE_U: rank <= RANK, stored once) or read, RANK columns at a time.
@@ -184,28 +142,10 @@ def matmul(
 
 @triton.jit
 def column_reduce(
-    p,
-    q,
-    t,
-    outer,
-    dots,
-    index,
-    M,
-    kept,
-    rank,
-    chunk,
-    stride_pm,
-    stride_pc,
-    stride_tm,
-    stride_tc,
-    stride_qm,
-    COMPACT: tl.constexpr,
-    RANK: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    p, q, t, outer, dots, index, M, kept, rank, chunk, stride_pm, stride_pc, stride_tm, stride_tc, stride_qm,
+    COMPACT: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
-):
+):  # fmt: skip
     """Over `chunk` rows: outer[split, c, r] = Σ_m p[m, c]·q[m, r] and dots[split, c] = Σ_m p[m, c]·t[m, c].
 
     dB and dm_out with (p, q, t) = (g, u, y); dA and dm_in with (x, gB, dx). q or t may be None. The grid's last axis is
@@ -254,22 +194,9 @@ def column_reduce(
 
 @triton.jit
 def finish_reduce(
-    outer,
-    dots,
-    gate,
-    index,
-    d_outer,
-    d_gate,
-    kept,
-    rank,
-    splits,
-    scaling,
-    stride_c,
-    stride_r,
-    ADD: tl.constexpr,
-    RANK: tl.constexpr,
-    BC: tl.constexpr,
-):
+    outer, dots, gate, index, d_outer, d_gate, kept, rank, splits, scaling, stride_c, stride_r,
+    ADD: tl.constexpr, RANK: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     """The gradients from the sums of `column_reduce`, each unit's at its place: s·gate⊙Σ outer and Σ dots / gate.
 
     The grid is over units and over RANK ranks each. Strides of d_outer: dB is [N, R], dA is [R, K]; ADD: to what it

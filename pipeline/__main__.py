@@ -86,9 +86,9 @@ def run(args: argparse.Namespace) -> int:
             from nuteprune.stages import plan
 
             typed = args.config is not None or any(o.startswith("model.dtype=") for o in args.overrides)
-            outcome = plan.run(config, args, typed)
-            sys.stdout.write(outcome.text + "\n")
-            return 0 if outcome.fits else 1
+            text, fits = plan.run(config, args, typed)
+            sys.stdout.write(text + "\n")
+            return 0 if fits else 1
         text = run_chain(config) if args.stage == "run" else run_stage(args.stage, config)
         if is_main:
             sys.stdout.write(plain(text) + "\n")

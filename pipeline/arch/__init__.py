@@ -36,9 +36,3 @@ def family_of(config) -> Family:
 def read_spec(config) -> ArchSpec:
     """`ArchSpec` of a transformers configuration; raises UserError for an unsupported model type."""
     return family_of(config).read(config)
-
-
-__all__ = [
-    "ATTENTION", "FAMILIES", "FFN", "FUSED", "PROJECTIONS", "ArchSpec", "Family", "family_of", "fuse", "projections",
-    "read_spec", "split_fused", "stored",
-]  # fmt: skip

@@ -71,17 +71,6 @@ def kernel_times(place: Place) -> Iterator[Line]:
             yield Line(f"{name}: forward over GEMM", wanted, f"{ratio:.2f}", verdict)
 
 
-def host_syncs(place: Place) -> Iterator[Line]:
-    """Host syncs of a step, counted with launches stubbed (on the CPU in any case)."""
-    from nuteprune.bench.overhead import BARS as syncs
-    from nuteprune.bench.overhead import counts
-
-    for phase, bar in syncs.items():
-        found = counts(40, phase).waits.total()
-        what = f"host syncs of a step at 40 layers, gates {phase}"
-        yield Line(what, str(bar), str(found), MET if found <= bar else MISSED)
-
-
 def options(place: Place) -> Iterator[Line]:
     """What a run may turn on, in short runs of a random model: bfloat16, checkpointing, determinism, offload."""
     half = "model.dtype=bfloat16"
@@ -232,7 +221,6 @@ PARTS: dict[str, tuple[int, Callable[[Place], Iterator[Line]]]] = {
     "device": (5, device),
     "kernel-tests": (110, kernel_tests),
     "kernel-times": (45, kernel_times),
-    "host-syncs": (10, host_syncs),
     "options": (90, options),
     "refit": (40, refit),
     "planned": (105, planned),

@@ -101,15 +101,9 @@ def evaluate_models(config: Config) -> dict:
 
 
 def _quality(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[ScoredText],
-    tasks: list,
-    continued: list[Continued],
-    settings: EvaluateConfig,
-    shown: bool,
-    name: str,
-) -> Iterator[dict]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[ScoredText], tasks: list,
+    continued: list[Continued], settings: EvaluateConfig, shown: bool, name: str,
+) -> Iterator[dict]:  # fmt: skip
     """Everything measured of one model but its speed, part by part; `continued` gets what it writes."""
     scores = {}
     log.info("evaluating %s", name)

@@ -30,13 +30,9 @@ SIZES = ("parameters", "parameters_non_embedding", "bytes")
 
 @torch.inference_mode()
 def perplexity(
-    model: PreTrainedModel,
-    tokens: torch.LongTensor,
-    window: int,
-    blocks: int,
-    progress: str | None = None,
+    model: PreTrainedModel, tokens: torch.LongTensor, window: int, blocks: int, progress: str | None = None,
     first: Sequence[int] = (),
-) -> dict:
+) -> dict:  # fmt: skip
     """Perplexity of a text: exp of the mean negative log-likelihood over the predicted tokens.
 
     Args:

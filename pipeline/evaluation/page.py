@@ -5,16 +5,7 @@ from __future__ import annotations
 import re
 from html import escape
 
-from nuteprune.evaluation.contents import (
-    conditions,
-    environment_lines,
-    headline,
-    model_lines,
-    rows,
-    task_conditions,
-    task_rows,
-    titles,
-)
+from nuteprune.evaluation import contents
 from nuteprune.runs.words import one_line, plain
 
 WIDTH = 5.0
@@ -65,14 +56,14 @@ def html(report: dict, pictures: dict[str, str]) -> str:
     name = one_line(report["models"][0]["name"])
     parts = [
         f"<h1>NutePrune: {escape(name)}</h1>",
-        f'<p class="headline">{_sentence(headline(report))}</p>',
-        _table(rows(report)),
+        f'<p class="headline">{_sentence(contents.headline(report))}</p>',
+        _table(contents.rows(report)),
         *_tasks(report),
         *_pictures(pictures),
         *_samples(report),
         "<h2>How it was measured</h2>",
-        *(f'<p class="small">{_sentence(line)}</p>' for line in conditions(report)),
-        _list([*model_lines(report), *environment_lines(report)]),
+        *(f'<p class="small">{_sentence(line)}</p>' for line in contents.conditions(report)),
+        _list([*contents.model_lines(report), *contents.environment_lines(report)]),
     ]  # fmt: skip
     head = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -99,9 +90,11 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _tasks(report: dict) -> list[str]:
-    found = task_rows(report)
+    found = contents.task_rows(report)
     return (
-        ["<h2>Tasks</h2>", _table(found), f'<p class="small">{_sentence(task_conditions(report))}</p>'] if found else []
+        ["<h2>Tasks</h2>", _table(found), f'<p class="small">{_sentence(contents.task_conditions(report))}</p>']
+        if found
+        else []
     )
 
 
@@ -116,7 +109,7 @@ def _samples(report: dict) -> list[str]:
     parts = []
     for index, sample in enumerate(report["models"][0].get("samples", [])):
         parts.append(f'<div class="sample"><p>{escape(plain(sample["prompt"].strip()))} …</p><div class="cards">')
-        for title, model in zip(titles(report), report["models"], strict=True):
+        for title, model in zip(contents.titles(report), report["models"], strict=True):
             own = model["samples"][index]
             mark = ' <span class="loop">a loop</span>' * own["loops"]
             text = escape(plain(own["continuation"].strip()))

@@ -10,17 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from nuteprune.evaluation import page, pictures
-from nuteprune.evaluation.contents import (
-    conditions,
-    environment_lines,
-    headline,
-    model_lines,
-    rows,
-    task_conditions,
-    task_rows,
-    titles,
-)
+from nuteprune.evaluation import contents, page, pictures
 from nuteprune.runs.checkpoint import MANIFEST, write_atomic, write_manifest
 from nuteprune.runs.words import code, markdown_words, plain
 from nuteprune.training.pictures import WIDTH, png
@@ -78,7 +68,7 @@ def write_draft(draft: dict, output: Path) -> None:
 
 def table(report: dict) -> str:
     """The numbers as aligned plain text: one column a model, then the last over the first."""
-    found = rows(report)
+    found = contents.rows(report)
     widths = [max(len(row[column]) for row in found) for column in range(len(found[0]))]
     lines = []
     for label, *cells in found:
@@ -89,20 +79,25 @@ def table(report: dict) -> str:
 
 def markdown(report: dict) -> str:
     """The whole report as Markdown."""
-    parts = ["# Evaluation", headline(report), results(report), *samples(report)]
+    parts = ["# Evaluation", contents.headline(report), results(report), *samples(report)]
     if "kept.png" in report["pictures"]:
         parts += ["## What each layer kept", "![Kept units of each layer](kept.png)"]
     if "training.png" in report["pictures"]:
         parts += ["## Loss and sparsity over time", "![Loss and sparsity over the steps](training.png)"]
-    parts += ["## Models", _listed(model_lines(report)), "## Measured with", _listed(environment_lines(report))]
+    parts += [
+        "## Models",
+        _listed(contents.model_lines(report)),
+        "## Measured with",
+        _listed(contents.environment_lines(report)),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
 def results(report: dict) -> str:
     """The report's numbers and how they were measured, as Markdown."""
-    parts = [_marked_table(rows(report)), *conditions(report)]
-    if tasks := task_rows(report):
-        parts += [_marked_table(tasks), task_conditions(report)]
+    parts = [_marked_table(contents.rows(report)), *contents.conditions(report)]
+    if tasks := contents.task_rows(report):
+        parts += [_marked_table(tasks), contents.task_conditions(report)]
     return "\n\n".join(parts)
 
 
@@ -116,7 +111,7 @@ def samples(report: dict) -> list[str]:
     parts = ["## Samples"]
     for index, sample in enumerate(report["models"][0].get("samples", [])):
         parts += [f"Behind {code(sample['prompt'])}"]
-        for title, model in zip(titles(report), report["models"], strict=True):
+        for title, model in zip(contents.titles(report), report["models"], strict=True):
             own = model["samples"][index]
             # Indented blocks: a model may write anything, fences of its own included.
             lines = [f"    {plain(line)}" for line in own["continuation"].splitlines() or [""]]

@@ -9,20 +9,3 @@ from nuteprune.masks.gates import KINDS, Gates, kept_parameters, sparsity_of, un
 from nuteprune.masks.kept import Kept
 from nuteprune.masks.mask_set import POINT, MaskSet, check_target, gated_kinds
 from nuteprune.masks.selection import select_units
-
-__all__ = [
-    "KINDS",
-    "POINT",
-    "Gates",
-    "Kept",
-    "MaskSet",
-    "Rounding",
-    "check_target",
-    "fit_shape",
-    "gated_kinds",
-    "kept_parameters",
-    "mean_counts",
-    "select_units",
-    "sparsity_of",
-    "unit_shape",
-]

@@ -25,7 +25,8 @@ def sample(log_alpha: Tensor, uniform: Tensor, temperature: float, noise: float 
         noise: ν, 0 for none.
     """
     logit = torch.logit(uniform, eps=_EPS)
-    return _stretch(torch.sigmoid((noise * logit + log_alpha) / temperature))
+    s = torch.sigmoid((noise * logit + log_alpha) / temperature)
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
 
 
 def mean_open(log_alpha: Tensor, temperature: float, noise: float = 1.0, points: int = 16) -> Tensor:
@@ -41,7 +42,3 @@ def probability_open(log_alpha: Tensor, temperature: float, noise: float = 1.0) 
     """P(z > 0), of log_alpha's shape: σ((log α − β·log(−γ/ζ))/ν) (eq. 12 with noise scale ν)."""
     shifted = log_alpha - temperature * math.log(-GAMMA / ZETA)
     return torch.sigmoid(shifted / max(noise, 1e-4))
-
-
-def _stretch(s: Tensor) -> Tensor:
-    return (s * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)

@@ -35,7 +35,7 @@ class RankLost(RuntimeError):
     """Another rank died or hangs; this one cannot go on."""
 
     exit_code = 75
-    """As of `lifecycle.Preempted`: the same command goes on from the newest checkpoint."""
+    """As of `signals.Preempted`: the same command goes on from the newest checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,6 @@ from nuteprune.planning.job import (
     FP32,
     Job,
     Layout,
-    frozen_tensors,
-    gate_units,
-    lora_parameters,
-    refit_parameters,
-    refit_sizes,
-    refit_tokens,
-    rung_tensors,
-    snapshots,
-    teacher_tensors,
-    teaching,
 )
 from nuteprune.training.gram import TOKENS_AT_ONCE
 from nuteprune.training.refit import STORED_BYTES, TIMES
@@ -126,7 +116,7 @@ def reading_seconds(job: Job, layout: Layout) -> float:
     bytes) is summed over the ranks and copied to its owner's host memory, and the hidden states of the share (s·D·N/n)
     come from there and go back. A third of a step's launches: forward alone.
     """
-    spec, card, ranks, tokens = job.spec, job.cluster.card, job.cluster.ranks, refit_tokens(job)
+    spec, card, ranks, tokens = job.spec, job.cluster.card, job.cluster.ranks, job.refit_tokens
     if not tokens:
         return 0.0
     attention = spec.layers * 2 * job.config.data.seq_len * spec.heads * spec.head_dim
@@ -152,7 +142,7 @@ def fitting_seconds(job: Job, layout: Layout) -> float:
     in the model's type) are summed over the ranks.
     """
     spec, cluster = job.spec, job.cluster
-    if not refit_sizes(job):
+    if not job.refit_sizes:
         return 0.0
     settled = job.schedule.settle
     count = min(TIMES, settled) + 1
@@ -162,7 +152,7 @@ def fitting_seconds(job: Job, layout: Layout) -> float:
         flops += r**3 / 3 + 3 * r**2 * d + 4 * r * d**2 + 2 * r * f * job.config.lora.refit
     copied = count * (FP32 * f**2 + (job.itemsize * f * d if layout.stage == 3 else 0))
     fits = flops / (cluster.card.single * cluster.mfu) + copied / cluster.card.host
-    summed = 2 * job.itemsize * refit_parameters(job)
+    summed = 2 * job.itemsize * job.refit_parameters
     return math.ceil(spec.layers / cluster.ranks) * fits + count * gather_seconds(*over_links(summed, cluster), cluster)
 
 
@@ -174,17 +164,17 @@ def checkpoint_bytes(job: Job) -> dict[str, float]:
     which there is one for each fit at most. G, for a restart, where all of it is small (`STORED_BYTES`). The result:
     LoRA and the last pair in one adapter, in float32, and the gates.
     """
-    every, count, teachers = job.config.checkpoint.every, snapshots(job), teaching(job)
+    every, count, teachers = job.config.checkpoint.every, job.snapshots, job.teaching
     states = (job.steps - 1) // every if every else 0
-    gates, frozen = FP32 * gate_units(job), refit_parameters(job)
+    gates, frozen = FP32 * job.gate_units, job.refit_parameters
     grams = FP32 * job.spec.layers * job.spec.ffn**2 if frozen else 0
-    state = 3 * FP32 * lora_parameters(job) + job.itemsize * frozen + 3 * gates
-    recorded = teachers * sum(teacher_tensors(job)) + (count - teachers) * sum(rung_tensors(job))
+    state = 3 * FP32 * job.lora_parameters + job.itemsize * frozen + 3 * gates
+    recorded = teachers * sum(job.teacher_tensors) + (count - teachers) * sum(job.rung_tensors)
     parts = {
         f"states ({states})": states * state,
         f"snapshots ({count}, of which {teachers} can teach)": recorded,
-        f"their frozen pairs ({min(count, TIMES)})": min(count, TIMES) * sum(frozen_tensors(job)),
+        f"their frozen pairs ({min(count, TIMES)})": min(count, TIMES) * sum(job.frozen_tensors),
         "refit: G": grams if grams <= STORED_BYTES else 0,
-        "result": FP32 * (lora_parameters(job) + frozen) + 2 * gates,
+        "result": FP32 * (job.lora_parameters + frozen) + 2 * gates,
     }
     return {name: float(size) for name, size in parts.items() if size}

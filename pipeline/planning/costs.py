@@ -19,11 +19,6 @@ from nuteprune.planning.job import (
     Cluster,
     Job,
     Layout,
-    gate_units,
-    lora_parameters,
-    refit_parameters,
-    snapshots,
-    teaching,
 )
 from nuteprune.runs.snapshot import Snapshot
 
@@ -102,7 +97,7 @@ def traffic(job: Job, layout: Layout, mode: str = "paired") -> Traffic:
         layers = spec.layers * partitioned(layer_tensors(spec), ranks, threshold)[0]
         vocabulary = partitioned([spec.vocab * spec.hidden], ranks, threshold)[0]
         used = s * (times["layers"] * layers + (times["embedding"] + times["head"]) * vocabulary) * count
-    small = 3 * FP32 * lora_parameters(job) + 2 * FP32 * gate_units(job)
+    small = 3 * FP32 * job.lora_parameters + 2 * FP32 * job.gate_units
     gathered = used if ranks > 1 else 0.0
     intra, inter = over_links(gathered, cluster, inside=layout.hpz)
     reduce_intra, reduce_inter = over_links(small, cluster)
@@ -195,13 +190,13 @@ def step_flops(job: Job, checkpointing: bool, kept: tuple[float, float]) -> floa
     student, teacher = (1.0, 1.0) if "experts" in config.gates.units else kept
     layer = 2 * spec.prunable_read
     attention = spec.layers * 2 * config.data.seq_len * spec.heads * spec.head_dim
-    trained = 2 * lora_parameters(job)
-    lora = trained + 2 * refit_parameters(job)
+    trained = 2 * job.lora_parameters
+    lora = trained + 2 * job.refit_parameters
     head = 2 * spec.vocab * spec.hidden
     taught = job.policy.taught
     forward = student * (layer + attention + lora)
     backward = student * (layer + 2.5 * attention + lora + trained)
-    tutor = teacher * (layer + attention + (lora if teaching(job) else 0)) if taught else 0.0
+    tutor = teacher * (layer + attention + (lora if job.teaching else 0)) if taught else 0.0
     per_token = tutor + forward * (2 if checkpointing else 1) + backward + head * (3 if taught else 2)
     return per_token * job.tokens
 
@@ -214,7 +209,7 @@ def mean_kept(job: Job) -> tuple[float, float]:
     config, total = job.config, job.steps
     policy = job.policy(job.spec, config.teacher, 1.0, torch.device("cpu"), torch.float32)
     student = teacher = 0.0
-    wanted = snapshots(job)
+    wanted = job.snapshots
     for step in range(total):
         target = job.schedule.target(step)
         policy.observe(step, target, config.sparsity.target)

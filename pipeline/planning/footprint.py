@@ -18,16 +18,6 @@ from nuteprune.planning.job import (
     FP32,
     Job,
     Layout,
-    frozen_tensors,
-    gate_units,
-    lora_parameters,
-    refit_parameters,
-    refit_sizes,
-    refit_tokens,
-    rung_tensors,
-    snapshots,
-    teacher_tensors,
-    teaching,
 )
 from nuteprune.training.refit import TIMES
 
@@ -74,7 +64,7 @@ def memory(job: Job, layout: Layout) -> Memory:
     vocabulary = s * spec.vocab * spec.hidden if layout.stage == 3 else 0
     per_layer = saved_per_token(job) if layout.checkpointing else 0
     resident = weights | lora_memory(job, layout)
-    resident["gates and their optimizer"] = gate_units(job) * FP32 * (4 if job.config.gates.optimizer == "adam" else 3)
+    resident["gates and their optimizer"] = job.gate_units * FP32 * (4 if job.config.gates.optimizer == "adam" else 3)
     step = {
         "activations of the student": activations(job, layout.checkpointing) * tokens,
         "teacher's stream": 2 * s * spec.hidden * tokens,
@@ -92,7 +82,7 @@ def memory(job: Job, layout: Layout) -> Memory:
             "final hidden states and their gradient": (FP32 + 2 * s) * spec.hidden * tokens,
         },
     }  # fmt: skip
-    if refit_sizes(job):
+    if job.refit_sizes:
         phases["refit fits a layer"] = {"G, what stays of it, its factor and a copy": 4 * FP32 * spec.ffn**2}
     return Memory(resident, phases, host_memory(job, layout), rung_memory(job))
 
@@ -110,17 +100,17 @@ def host_memory(job: Job, layout: Layout) -> dict[str, float]:
     Refit, until the gates settle: G [F, F] in float32 of the layers that a rank owns, under ZeRO-3 their down_proj, and
     while they are measured the hidden states of its share of the text in the model's type.
     """
-    spec, s, count = job.spec, job.itemsize, teaching(job)
+    spec, s, count = job.spec, job.itemsize, job.teaching
     host = {"process: Python, libraries, CUDA": PROCESS_BYTES}
     if count:
-        host[f"teachers ({count} snapshots, pinned)"] = count * pinned(teacher_tensors(job))
+        host[f"teachers ({count} snapshots, pinned)"] = count * pinned(job.teacher_tensors)
         pairs = min(count, TIMES)
-        host[f"frozen pairs of teachers ({pairs}, pinned)"] = pairs * pinned(frozen_tensors(job))
-    if refit_sizes(job):
+        host[f"frozen pairs of teachers ({pairs}, pinned)"] = pairs * pinned(job.frozen_tensors)
+    if job.refit_sizes:
         own = math.ceil(spec.layers / job.cluster.ranks)
         host["refit: G of removed units"] = FP32 * spec.ffn**2 * own
         host["refit: down_proj of those layers"] = s * spec.ffn * spec.hidden * own if layout.stage == 3 else 0
-        host["refit: hidden states of the text"] = s * spec.hidden * refit_tokens(job) / job.cluster.ranks
+        host["refit: hidden states of the text"] = s * spec.hidden * job.refit_tokens / job.cluster.ranks
     if layout.offload:
         threshold = persistence_threshold(spec)
         shards = [-(-size // job.cluster.ranks) for size in model_tensors(spec) if size > threshold]
@@ -130,9 +120,9 @@ def host_memory(job: Job, layout: Layout) -> dict[str, float]:
 
 def rung_memory(job: Job) -> float:
     """Bytes that rank 0 holds on top of it: snapshots that are rungs alone, and their frozen pairs."""
-    count, teachers = snapshots(job), teaching(job)
+    count, teachers = job.snapshots, job.teaching
     pairs = min(count, TIMES) - min(teachers, TIMES)
-    return float((count - teachers) * sum(rung_tensors(job)) + pairs * sum(frozen_tensors(job)))
+    return float((count - teachers) * sum(job.rung_tensors) + pairs * sum(job.frozen_tensors))
 
 
 def model_tensors(spec: ArchSpec) -> list[int]:
@@ -161,12 +151,12 @@ def lora_memory(job: Job, layout: Layout) -> dict[str, float]:
     compute type of it and of refit's frozen pair: the student's; the active teacher's; in bfloat16 the next one's,
     which is fetched ahead.
     """
-    count, s = lora_parameters(job), job.itemsize
-    teachers = s + 2 if teaching(job) else 0
+    count, s = job.lora_parameters, job.itemsize
+    teachers = s + 2 if job.teaching else 0
     return {
         "LoRA weights": FP32 * count,
         "LoRA in compute type (student, teachers)": ((s if s != FP32 else 0) + teachers) * count,
-        "frozen pairs of refit (student's, teachers')": (s + teachers) * refit_parameters(job),
+        "frozen pairs of refit (student's, teachers')": (s + teachers) * job.refit_parameters,
         "LoRA gradient": FP32 * count,
         "LoRA moments": 2 * FP32 * count / (job.cluster.ranks if layout.stage else 1),
     }

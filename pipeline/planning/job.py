@@ -125,71 +125,75 @@ class Job:
         """How many they are."""
         return self.schedule.total
 
+    @property
+    def lora_sizes(self) -> list[int]:
+        """Elements of each trained LoRA matrix of one layer."""
+        shapes, lora = projection_shapes(self.spec), self.config.lora
+        return [lora.rank * side for name in lora.targets for side in shapes[name]]
 
-def lora_sizes(job: Job) -> list[int]:
-    """Elements of each trained LoRA matrix of one layer."""
-    shapes, lora = projection_shapes(job.spec), job.config.lora
-    return [lora.rank * side for name in lora.targets for side in shapes[name]]
+    @property
+    def refit_sizes(self) -> list[int]:
+        """Elements of the two matrices of a layer's frozen pair (`lora.refit`); none where there is no such pair."""
+        lora, spec = self.config.lora, self.spec
+        there = (
+            lora.refit
+            and "down_proj" in set(lora.targets) & set(spec.lora_targets)
+            and "ffn" in self.config.gates.units
+        )
+        return [lora.refit * side for side in projection_shapes(spec)["down_proj"]] if there else []
 
+    @property
+    def lora_parameters(self) -> int:
+        """Elements of all trained LoRA matrices."""
+        return self.spec.layers * sum(self.lora_sizes)
 
-def refit_sizes(job: Job) -> list[int]:
-    """Elements of the two matrices of a layer's frozen pair (`lora.refit`); none where there is no such pair."""
-    lora, spec = job.config.lora, job.spec
-    there = lora.refit and "down_proj" in set(lora.targets) & set(spec.lora_targets) and "ffn" in job.config.gates.units
-    return [lora.refit * side for side in projection_shapes(spec)["down_proj"]] if there else []
+    @property
+    def refit_parameters(self) -> int:
+        """Elements of the frozen pairs of all layers."""
+        return self.spec.layers * sum(self.refit_sizes)
 
+    @property
+    def gate_sizes(self) -> list[int]:
+        """Gates (log-alphas) of the run, by kind."""
+        kinds = gated_kinds(self.spec, self.config.gates.units)
+        return [torch.Size(unit_shape(self.spec, kind)).numel() for kind in kinds]
 
-def lora_parameters(job: Job) -> int:
-    """Elements of all trained LoRA matrices."""
-    return job.spec.layers * sum(lora_sizes(job))
+    @property
+    def gate_units(self) -> int:
+        """All of them."""
+        return sum(self.gate_sizes)
 
+    @property
+    def snapshots(self) -> int:
+        """Snapshots recorded over a run: one per interval up to the target, at most one a step of the warm-up."""
+        config = self.config
+        if not self.policy.records:
+            return 0
+        return min(int(config.sparsity.target / config.teacher.interval + 1e-6), self.schedule.warmup)
 
-def refit_parameters(job: Job) -> int:
-    """Elements of the frozen pairs of all layers."""
-    return job.spec.layers * sum(refit_sizes(job))
+    @property
+    def teaching(self) -> int:
+        """Those of them that can ever teach: far enough below the target for the policy."""
+        teacher = self.config.teacher
+        limit = self.policy.limit(teacher, self.config.sparsity.target)
+        return min(self.snapshots, max(0, int(limit / teacher.interval + 1e-6)))
 
+    @property
+    def rung_tensors(self) -> list[int]:
+        """Bytes of each tensor of a snapshot that cannot teach: gates and scores in float32."""
+        return [FP32 * size for size in self.gate_sizes] * 2
 
-def gate_sizes(job: Job) -> list[int]:
-    """Gates (log-alphas) of the run, by kind."""
-    kinds = gated_kinds(job.spec, job.config.gates.units)
-    return [torch.Size(unit_shape(job.spec, kind)).numel() for kind in kinds]
+    @property
+    def teacher_tensors(self) -> list[int]:
+        """Bytes of each tensor of one that can: those, and trained LoRA in bfloat16."""
+        return [2 * size for size in self.lora_sizes] * self.spec.layers + self.rung_tensors
 
+    @property
+    def frozen_tensors(self) -> list[int]:
+        """Bytes of each tensor of the frozen pairs of all layers in bfloat16; snapshots between two fits share them."""
+        return [2 * size for size in self.refit_sizes] * self.spec.layers
 
-def gate_units(job: Job) -> int:
-    """All of them."""
-    return sum(gate_sizes(job))
-
-
-def snapshots(job: Job) -> int:
-    """Snapshots recorded over a run: one per interval up to the target, at most one a step of the warm-up."""
-    config = job.config
-    if not job.policy.records:
-        return 0
-    return min(int(config.sparsity.target / config.teacher.interval + 1e-6), job.schedule.warmup)
-
-
-def teaching(job: Job) -> int:
-    """Those of them that can ever teach: far enough below the target for the policy."""
-    teacher = job.config.teacher
-    limit = job.policy.limit(teacher, job.config.sparsity.target)
-    return min(snapshots(job), max(0, int(limit / teacher.interval + 1e-6)))
-
-
-def rung_tensors(job: Job) -> list[int]:
-    """Bytes of each tensor of a snapshot that cannot teach: gates and scores in float32."""
-    return [FP32 * size for size in gate_sizes(job)] * 2
-
-
-def teacher_tensors(job: Job) -> list[int]:
-    """Bytes of each tensor of one that can: those, and trained LoRA in bfloat16."""
-    return [2 * size for size in lora_sizes(job)] * job.spec.layers + rung_tensors(job)
-
-
-def frozen_tensors(job: Job) -> list[int]:
-    """Bytes of each tensor of the frozen pairs of all layers, in bfloat16, which snapshots between two fits share."""
-    return [2 * size for size in refit_sizes(job)] * job.spec.layers
-
-
-def refit_tokens(job: Job) -> float:
-    """Tokens that refit reads: `TOKENS` for each FFN unit of a layer, all of a text that has fewer."""
-    return min(TOKENS * job.spec.ffn, job.text) if refit_sizes(job) else 0
+    @property
+    def refit_tokens(self) -> float:
+        """Tokens that refit reads: `TOKENS` for each FFN unit of a layer, all of a text that has fewer."""
+        return min(TOKENS * self.spec.ffn, self.text) if self.refit_sizes else 0

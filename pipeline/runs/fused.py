@@ -5,7 +5,6 @@ Parts of rank r become a pair of the sum of their ranks, exactly: A one below th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import torch
@@ -64,13 +63,3 @@ def patterns(lora: Mapping[str, Pair], rank: int, alpha: float) -> dict:
     """`rank_pattern` and `alpha_pattern` of peft's LoraConfig for pairs of another rank: alpha / rank stays."""
     ranks = {key.partition(".")[2]: len(a) for key, (a, _) in lora.items() if len(a) != rank}
     return {"rank_pattern": ranks, "alpha_pattern": {name: alpha * own / rank for name, own in ranks.items()}}
-
-
-def to_metadata(found: Mapping) -> dict[str, str]:
-    """For a safetensors file."""
-    return {"fused": json.dumps(found)} if found else {}
-
-
-def from_metadata(metadata: Mapping[str, str] | None) -> dict[str, dict[str, int]]:
-    """What `to_metadata` wrote."""
-    return json.loads((metadata or {}).get("fused", "{}"))

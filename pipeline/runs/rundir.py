@@ -23,7 +23,7 @@ from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.masks import Gates
 from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, read_json, verify, write_atomic
 from nuteprune.runs.fingerprint import fingerprint
-from nuteprune.runs.fused import BLOCKS, from_metadata, fuse_lora, patterns, to_metadata, unfuse_lora
+from nuteprune.runs.fused import BLOCKS, fuse_lora, patterns, unfuse_lora
 from nuteprune.runs.snapshot import Snapshot
 from nuteprune.runs.snapshot_files import gate_tensors, load_snapshots, save_snapshots, split_gates
 from nuteprune.runs.words import one_line
@@ -59,7 +59,8 @@ def save_adapter(directory: Path, lora: Mapping[str, tuple[Tensor, Tensor]], con
     for key, (a, b) in lora.items():
         for name, tensor in (("lora_A", a), ("lora_B", b)):
             tensors[f"{_peft_key(key)}.{name}.weight"] = tensor.detach().cpu().contiguous()
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt", **to_metadata(found)})
+    metadata = {"format": "pt"} | ({"fused": json.dumps(found)} if found else {})
+    save_file(tensors, directory / "adapter_model.safetensors", metadata=metadata)
     LoraConfig(
         r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets, bias="none",
         **patterns(lora, config.lora.rank, config.lora.alpha),
@@ -77,7 +78,7 @@ def load_adapter(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     file = directory / "adapter_model.safetensors"
     tensors = load_file(file)
     with safe_open(file, framework="pt") as opened:
-        found = from_metadata(opened.metadata())
+        found = json.loads((opened.metadata() or {}).get("fused", "{}"))
     pairs = {}
     for key in tensors:
         if key.endswith(".lora_A.weight"):

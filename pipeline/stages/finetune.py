@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, Projection
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.text import BatchStream
@@ -32,7 +33,9 @@ def run(config: Config) -> Path:
         UserError: no finished run, another base model, a rung that the run never reached, or unusable records.
         As `train` otherwise.
     """
-    return train(settings(config, open_run(config.run_dir, config.model)), Finetuning)
+    trained = open_run(config.run_dir, config.model)
+    base = read_base(trained.config.model)
+    return train(settings(config, trained, base.spec), Finetuning, trained, base)
 
 
 def summary(config: Config, result: Path) -> str:
@@ -41,13 +44,12 @@ def summary(config: Config, result: Path) -> str:
     return f"fine-tuned student: {result}\nnext: nuteprune export {config.run_dir}{rung}"
 
 
-def settings(config: Config, trained: Run) -> Config:
+def settings(config: Config, trained: Run, spec: ArchSpec) -> Config:
     """The run's configuration with `finetune` in place of what training reads."""
     tune, old = config.finetune, trained.config
     rank = tune.lora_rank or old.lora.rank
     if rank < old.lora.rank:
         raise UserError(f"finetune.lora_rank {rank} is less than the pruned student's {old.lora.rank}, which it keeps")
-    possible = read_base(old.model).spec.lora_targets
     return fixed.settings(
         config, trained, finetune_directory(trained.directory, old.sparsity.target, tune.sparsity),
         finetune=tune,
@@ -55,7 +57,7 @@ def settings(config: Config, trained: Run) -> Config:
         train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
                       micro_batch=tune.micro_batch, lora_lr=tune.lr),
         loss=replace(config.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
-        lora=replace(old.lora, targets=[name for name in get_args(Projection) if name in possible], rank=rank,
+        lora=replace(old.lora, targets=[name for name in get_args(Projection) if name in spec.lora_targets], rank=rank,
                      alpha=rank * old.lora.alpha / old.lora.rank),
         teacher=replace(old.teacher, mode=constant_mode(bool(tune.distill))),
     )  # fmt: skip

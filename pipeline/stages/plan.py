@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,16 +20,10 @@ from nuteprune.planning.planner import Plan, deepspeed_settings, make_plan, run_
 from nuteprune.planning.report import as_dict, figures_of, plan_text, table_text
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the command prints, and whether the run fits."""
-
-    text: str
-    fits: bool
-
-
-def run(config: Config, args: argparse.Namespace, dtype_given: bool = True) -> Outcome:
+def run(config: Config, args: argparse.Namespace, dtype_given: bool = True) -> tuple[str, bool]:
     """Plan the run that the flags and the configuration describe; writes plan.yaml, deepspeed.json into `--out`.
+
+    Returns what the command prints, and whether the run fits.
 
     Args:
         config: the run's configuration.
@@ -45,7 +39,7 @@ def run(config: Config, args: argparse.Namespace, dtype_given: bool = True) -> O
     if args.table:
         rows = table(config, cluster, args.tokens_per_document, args.zero)
         plans = [as_dict(plan) for row in rows for plan in row]
-        return Outcome(json.dumps(plans, indent=2) if args.json else table_text(rows), True)
+        return json.dumps(plans, indent=2) if args.json else table_text(rows), True
     model, spec = read_model(args.model or config.model.path)
     named = str(getattr(model, "dtype", None)).removeprefix("torch.")
     dtype: Dtype | None = next((known for known in get_args(Dtype) if known == named), None)
@@ -57,7 +51,7 @@ def run(config: Config, args: argparse.Namespace, dtype_given: bool = True) -> O
     files = settings_files(plan, Path(args.out) if args.out else None)
     if args.out:
         write(files, Path(args.out))
-    return Outcome(json.dumps(as_dict(plan), indent=2) if args.json else plan_text(plan, files), plan.chosen.fits)
+    return json.dumps(as_dict(plan), indent=2) if args.json else plan_text(plan, files), plan.chosen.fits
 
 
 def read_cluster(args: argparse.Namespace) -> Cluster:

@@ -38,11 +38,11 @@ def run(config: Config) -> list[Path]:
     if len(rungs) > 1 and discover().size > 1:
         raise UserError("several ranks recover one rung in a start: give one with --sparsity")
     trained = open_run(config.run_dir, config.model)
-    spec = read_base(trained.config.model).spec
+    base = read_base(trained.config.model)
     for rung in rungs:
         # A rung that is out of reach costs no training of the others.
-        snapshot_student(config.export, trained, spec, rung)
-    return [train(settings(config, trained, rung), Recovering) for rung in rungs]
+        snapshot_student(config.export, trained, base.spec, rung)
+    return [train(settings(config, trained, rung), Recovering, trained, base) for rung in rungs]
 
 
 def summary(config: Config, result: list[Path]) -> str:

@@ -16,14 +16,14 @@ from nuteprune.data.text import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.layers import View
-from nuteprune.model.loading import Base, read_base
+from nuteprune.model.loading import Base
 from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.checkpoint import MANIFEST, sha256
 from nuteprune.runs.directories import TUNED
 from nuteprune.runs.rundir import Run
-from nuteprune.runs.students import Student, export_gates, open_run
+from nuteprune.runs.students import Student, export_gates
 from nuteprune.runs.tuned import save_tuned
 from nuteprune.training.engine import Engine
 from nuteprune.training.teachers import TEACHERS
@@ -77,12 +77,10 @@ class FixedGates(Trainer):
         """What the result's tuned.json says of the training."""
 
     @classmethod
-    def build(cls, config: Config, world: World) -> FixedGates:
-        """Load the model, the student and its batches, at step 0."""
+    def build(cls, config: Config, world: World, trained: Run, base: Base) -> FixedGates:
+        """Load the model, the student of the run and its batches, at step 0."""
+        spec = base.spec
         with world.together():
-            trained = open_run(Path(config.run_dir).parent, config.model)
-            base = read_base(config.model)
-            spec = base.spec
             student = cls.choose(config, trained, spec)
             zero = zero_settings(config, spec, world)
         stream = cls.batches(config, world, base)

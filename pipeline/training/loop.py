@@ -9,7 +9,8 @@ import logging
 import resource
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,15 @@ import torch
 from safetensors import SafetensorError
 
 from nuteprune.config import Config, flatten, to_dict
-from nuteprune.errors import UserError, first_line
+from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.parallel.device import named
 from nuteprune.parallel.distributed import World, connected, discover
-from nuteprune.runs.checkpoint import CheckpointError, Checkpoints, atomic_directory
+from nuteprune.runs.checkpoint import CheckpointError, Checkpoints, atomic_directory, verify
+from nuteprune.runs.rundir import save_config
 from nuteprune.training.determinism import deterministic
 from nuteprune.training.inputs import fetch_once
-from nuteprune.training.lifecycle import check_directory, claim_directory, is_finished
 from nuteprune.training.memory import remembered
-from nuteprune.training.resume import check_fits
+from nuteprune.training.resume import check_fits, check_same_run
 from nuteprune.training.signals import Preempted, Stop, stop_signals
 from nuteprune.training.tracking import Tracker, check_reporters
 from nuteprune.training.trainer import Trainer
@@ -37,8 +38,8 @@ PICTURE_EVERY = 50
 """Steps between two pictures of the kept units."""
 
 
-def train(config: Config, stage: type[Trainer]) -> Path:
-    """Run a stage to its end; returns the directory of its result.
+def train(config: Config, stage: type[Trainer], *known: Any) -> Path:
+    """Run a stage to its end; returns the directory of its result. `known` goes to its `build`.
 
     Started again on the same run directory it goes on from the newest checkpoint that verifies, or returns at once if
     the result is finished.
@@ -53,10 +54,10 @@ def train(config: Config, stage: type[Trainer]) -> Path:
     world = discover()
     ranks = connected(world, config.train.rank_timeout) if world.size > 1 or config.deepspeed else nullcontext()
     with stop_signals() as stop, ranks, deterministic(config.train.deterministic):
-        return _train(config, stage, world, stop)
+        return _train(config, stage, known, world, stop)
 
 
-def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Path:
+def _train(config: Config, stage: type[Trainer], known: tuple, world: World, stop: Stop) -> Path:
     check_alike(config, world)
     output = Path(config.run_dir) / stage.output
     finished = False
@@ -70,7 +71,7 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
         return output
     fetch_once(config.model.path, world)
     torch.manual_seed(config.seed)
-    trainer = stage.build(config, world)
+    trainer = stage.build(config, world, *known)
     log.info("computing on %s%s", named(world.device), f", rank 0 of {world.size}" if world.size > 1 else "")
     with world.together():
         if world.is_main:
@@ -87,6 +88,51 @@ def _train(config: Config, stage: type[Trainer], world: World, stop: Stop) -> Pa
         if world.is_main:
             trainer.finish()
     return output
+
+
+def check_directory(config: Config, free: tuple[str, ...]) -> None:
+    """Make the run directory if need be, after a check that it is this run's; nothing in it is changed.
+
+    Args:
+        config: the run's settings.
+        free: sections that may differ from those of an earlier start.
+
+    Raises:
+        UserError: none is set, it belongs to another configuration, or it cannot be written to.
+    """
+    if not config.run_dir:
+        raise UserError("run_dir is empty: set it to the directory this run may write to")
+    run_dir = Path(config.run_dir)
+    check_same_run(run_dir, config, free)
+    with _writing_to(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def claim_directory(config: Config) -> None:
+    """Make the run directory this run's, once its model and data are known to be good: its settings go there."""
+    run_dir = Path(config.run_dir)
+    with _writing_to(run_dir):
+        save_config(run_dir / "config.yaml", config)
+
+
+@contextmanager
+def _writing_to(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a stage's output directory is there and whole."""
+    if not output.is_dir():
+        return False
+    try:
+        verify(output)
+    except CheckpointError as error:
+        log.warning("%s is damaged and will be made again: %s", output, error)
+        return False
+    return True
 
 
 def run_steps(trainer: Trainer, tracker: Tracker) -> None:

@@ -81,8 +81,8 @@ class Trainer(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, config: Config, world: World) -> Trainer:
-        """Load the model and data and put a run together, at step 0."""
+    def build(cls, config: Config, world: World, *known) -> Trainer:
+        """Load the model and data and put a run together, at step 0; `known`: what the stage has read before."""
 
     @abstractmethod
     def start(self) -> None:

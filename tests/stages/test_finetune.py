@@ -18,6 +18,7 @@ from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.errors import UserError
 from nuteprune.model.layers import build_view
+from nuteprune.model.loading import read_base
 from nuteprune.model.losses import IGNORE
 from nuteprune.parallel.distributed import World
 from nuteprune.planning import machine
@@ -59,7 +60,9 @@ def metrics(directory) -> list[dict]:
 def build(config) -> finetune.Finetuning:
     """The trainer at step 0."""
     torch.manual_seed(0)
-    return finetune.Finetuning.build(finetune.settings(config, open_run(config.run_dir, config.model)), World())
+    trained = open_run(config.run_dir, config.model)
+    base = read_base(trained.config.model)
+    return finetune.Finetuning.build(finetune.settings(config, trained, base.spec), World(), trained, base)
 
 
 def test_answers_are_learned_with_the_gates_fixed(tuning, run_dir):
@@ -88,7 +91,8 @@ def test_as_many_windows_at_a_time_as_the_planner_finds_room_for(tuning, monkeyp
     pruning = replace(trained.config, train=replace(trained.config.train, micro_batch=0))
     for free, wanted in ((8 << 30, 4), (0, 1)):
         monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
-        trainers = (build(tuning), recover.Recovering.build(recovering, World()), prune.Pruning.build(pruning, World()))
+        recovered = recover.Recovering.build(recovering, World(), trained, read_base(trained.config.model))
+        trainers = (build(tuning), recovered, prune.Pruning.build(pruning, World()))
         assert [trainer.micro_batch for trainer in trainers] == [wanted] * 3
     planned = [r.getMessage() for r in caplog.records if "as planned" in r.getMessage()]
     assert planned == ["1 of 4 sequences at a time, as planned for 0.0 GB"] * 3

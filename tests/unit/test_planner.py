@@ -42,12 +42,6 @@ from nuteprune.planning.job import (
     Cluster,
     Job,
     Layout,
-    gate_units,
-    lora_parameters,
-    refit_parameters,
-    snapshots,
-    teacher_tensors,
-    teaching,
 )
 from nuteprune.planning.machine import layout_of
 from nuteprune.planning.models import MODELS, named_spec
@@ -103,20 +97,20 @@ def test_lora_gates_and_teachers_are_those_of_a_run(units):
     spec = read_spec(model.config)
     plan = job(spec, 1, 1, f"gates.units={units}", "gates.shape=per_layer", "lora.refit=0")
     paired, masks = PairedModel(model, spec, plan.config.lora), MaskSet(spec, plan.config.gates)
-    assert lora_parameters(plan) == sum(t.numel() for pair in paired.lora().values() for t in pair)
-    assert gate_units(plan) == sum(p.numel() for p in masks.parameters())
+    assert plan.lora_parameters == sum(t.numel() for pair in paired.lora().values() for t in pair)
+    assert plan.gate_units == sum(p.numel() for p in masks.parameters())
     bank = plan.policy(spec, plan.config.teacher, 1.0, torch.device("cpu"), torch.float32)
     bank.record(0, 0.05, masks.deterministic(), masks.scores(), paired.lora())
-    assert sum(teacher_tensors(plan)) == bank.nbytes
+    assert sum(plan.teacher_tensors) == bank.nbytes
 
 
 def test_snapshots_and_those_that_can_teach():
-    assert snapshots(job("llama-7b", 1, 8, "train.steps=1000")) == 20
-    assert snapshots(job("llama-7b", 1, 8, "train.steps=10")) == 4  # one a step of the warm-up
-    assert snapshots(job("llama-7b", 1, 8, "teacher.mode=intact")) == 0
-    assert teaching(job()) == 0  # none is 20 intervals below 20%
-    assert teaching(job("llama-7b", 1, 8, "sparsity.target=0.5")) == 20  # up to 0.4 x 50%
-    assert teaching(job("llama-7b", 1, 8, "sparsity.target=0.5", "teacher.lag=40")) == 10
+    assert job("llama-7b", 1, 8, "train.steps=1000").snapshots == 20
+    assert job("llama-7b", 1, 8, "train.steps=10").snapshots == 4  # one a step of the warm-up
+    assert job("llama-7b", 1, 8, "teacher.mode=intact").snapshots == 0
+    assert job().teaching == 0  # none is 20 intervals below 20%
+    assert job("llama-7b", 1, 8, "sparsity.target=0.5").teaching == 20  # up to 0.4 x 50%
+    assert job("llama-7b", 1, 8, "sparsity.target=0.5", "teacher.lag=40").teaching == 10
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -134,7 +128,7 @@ def test_memory_by_hand():
     assert need.resident["frozen weights (1/8)"] == 2 * (TOTALS["llama-7b"] - norms) / 8
     assert need.resident["small tensors kept whole"] == 2 * norms
     trained, frozen = 32 * 16 * (4 * 8192 + 3 * 15104), 32 * 112 * 15104
-    assert (lora_parameters(plan), refit_parameters(plan)) == (trained, frozen)
+    assert (plan.lora_parameters, plan.refit_parameters) == (trained, frozen)
     assert need.resident["LoRA weights"] == need.resident["LoRA gradient"] == 4 * trained
     assert need.resident["LoRA moments"] == 8 * trained / 8
     assert need.resident["frozen pairs of refit (student's, teachers')"] == 3 * 2 * frozen
@@ -154,7 +148,7 @@ def test_host_memory_by_hand():
     assert need.pop("process: Python, libraries, CUDA") > 0
     pair = 2**22 + 2**20  # 112·11008 and 112·4096 elements of two bytes, each in a block of a power of two
     assert need == {
-        "teachers (20 snapshots, pinned)": 20 * pinned(teacher_tensors(plan)),
+        "teachers (20 snapshots, pinned)": 20 * pinned(plan.teacher_tensors),
         "frozen pairs of teachers (20, pinned)": 20 * 32 * pair,
         "refit: G of removed units": 4 * 11008**2 * 4,
         "refit: down_proj of those layers": 2 * 4096 * 11008 * 4,
@@ -164,7 +158,7 @@ def test_host_memory_by_hand():
 
 def test_refit_is_not_planned_where_there_is_none():
     for plan in job("llama-7b", 1, 8, "lora.refit=0"), job("qwen3-30b-a3b", 1, 8, "lora.targets=[q_proj]"):
-        assert not refit_parameters(plan)
+        assert not plan.refit_parameters
         assert REFIT not in memory(plan, Layout(3, 1)).phases
         assert not any("refit" in name or "frozen" in name for name in host_memory(plan, Layout(3, 1)))
 
@@ -173,7 +167,7 @@ def test_rungs_are_held_by_rank_0():
     """At 20% no snapshot teaches: 20 of them have gates and scores, and a frozen pair each; at 50% 30 of 50 are rungs,
     and teachers hold 20 of the 25 pairs."""
     plan = job("llama-7b", 1, 8, "train.steps=1000")
-    rung, pair = 8 * gate_units(plan), 2 * refit_parameters(plan)
+    rung, pair = 8 * plan.gate_units, 2 * plan.refit_parameters
     assert rung_memory(plan) == 20 * (rung + pair)
     assert not any("teachers" in name for name in host_memory(plan, Layout(2, 1)))
     half = job("llama-7b", 1, 8, "train.steps=1000", "sparsity.target=0.5")
@@ -182,8 +176,8 @@ def test_rungs_are_held_by_rank_0():
 
 def test_pinned_blocks_are_powers_of_two():
     assert pinned([1, 2, 3, 1024, 1025]) == 1 + 2 + 4 + 1024 + 2048
-    exact = sum(teacher_tensors(job()))
-    assert 1.0 < pinned(teacher_tensors(job())) / exact < 2.0
+    exact = sum(job().teacher_tensors)
+    assert 1.0 < pinned(job().teacher_tensors) / exact < 2.0
 
 
 def test_zero2_keeps_weights_whole_and_offload_and_hpz_move_them():
@@ -299,7 +293,7 @@ def test_flops_by_hand():
     plan = job("llama-7b", 1, 8, "teacher.mode=none")
     spec, tokens = plan.spec, 8 * 512
     attention, head = 32 * 2 * 512 * 4096, 2 * 32000 * 4096
-    trained, frozen = 2 * lora_parameters(plan), 2 * refit_parameters(plan)
+    trained, frozen = 2 * plan.lora_parameters, 2 * plan.refit_parameters
     lora = trained + frozen
     assert step_flops(plan, False, (1.0, 1.0)) == tokens * (
         4 * spec.prunable + 3.5 * attention + 3 * trained + 2 * frozen + 2 * head
@@ -397,9 +391,9 @@ def test_checkpoints_of_a_7b_run_are_small():
     for target, pairs in ((0.2, 20), (0.5, 25)):
         plan = job("llama-7b", 1, 8, "train.steps=2000", f"sparsity.target={target}")
         written = checkpoint_bytes(plan)
-        state = 12 * (lora_parameters(plan) + gate_units(plan)) + 2 * refit_parameters(plan)
+        state = 12 * (plan.lora_parameters + plan.gate_units) + 2 * plan.refit_parameters
         assert written["states (9)"] == 9 * state
-        assert written[f"their frozen pairs ({pairs})"] == pairs * 2 * refit_parameters(plan)
+        assert written[f"their frozen pairs ({pairs})"] == pairs * 2 * plan.refit_parameters
         assert "refit: G" not in written  # 15.5 GB
         assert sum(written.values()) <= 12e9
     assert not any(name.startswith("states") for name in checkpoint_bytes(job("llama-7b", 1, 8, "checkpoint.every=0"))

@@ -8,6 +8,4 @@ from nuteprune.exporting.targets.deci import Deci
 from nuteprune.exporting.targets.gguf import Gguf
 from nuteprune.exporting.targets.stock import Transformers
 
-__all__ = ["TARGETS", "ExportPlan", "Target"]
-
 TARGETS: dict[str, Target] = {"transformers": Transformers(), "deci": Deci(), "gguf": Gguf()}

@@ -9,8 +9,6 @@ from nuteprune.model.losses.kl import Kl
 from nuteprune.model.losses.label import Label
 from nuteprune.model.losses.layer import Layer
 
-__all__ = ["IGNORE", "TERMS", "LayerTerm", "OutputTerm", "Term", "weights"]
-
 TERMS: dict[str, Term] = {term.name: term for term in (Layer(), Kl(), Label())}
 
 

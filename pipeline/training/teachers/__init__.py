@@ -9,8 +9,6 @@ from nuteprune.training.teachers.base import Teacher
 from nuteprune.training.teachers.constant import Intact, Nobody
 from nuteprune.training.teachers.numerous import Numerous
 
-__all__ = ["TEACHERS", "Intact", "Nobody", "Numerous", "Teacher", "constant_mode"]
-
 TEACHERS: dict[str, type[Teacher]] = {"numerous": Numerous, "intact": Intact, "none": Nobody}
 
 
