@@ -6,7 +6,7 @@ from pathlib import Path
 import ranks
 from hub import small_hub
 
-DELAY, TIMEOUT = 20, 15
+DELAY, TIMEOUT = 12, 9
 
 
 def use(address: str, cache: Path, rank: int) -> None:
