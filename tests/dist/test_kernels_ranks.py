@@ -1,4 +1,4 @@
-"""The prune stage in the triton kernels, under their interpreter: alike on one rank, on two under ZeRO-3 and in torch."""
+"""Pruning in the triton kernels, under their interpreter: alike on one rank, on two under ZeRO-3, and in torch."""
 
 import json
 import os

@@ -44,7 +44,7 @@ kept = Kept()
 atexit.register(print, "exit function")
 cli()
 """
-"""The command line; the process groups' threads outlive it, and one that needs the interpreter in finalization aborts."""
+"""The command line. The groups' threads outlive them; one that needs the interpreter at its end aborts the process."""
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
