@@ -11,7 +11,7 @@ from nuteprune.config import LossConfig
 @pytest.mark.parametrize("name", ["gemma3", "mixtral", "qwen3", "olmo2", "phi3-partial", "granite"])
 def test_a_family_has_the_same_losses_and_gradients_with_triton(name, monkeypatch):
     pytest.importorskip("triton", reason="triton has no build for this platform")
-    pair, ids, found = Pair(name, device=DEVICE), IDS.to(DEVICE), {}
+    pair, ids, found = Pair(name, device=DEVICE, num_hidden_layers=2), IDS[:1].to(DEVICE), {}
     for backend in ("torch", "triton"):
         monkeypatch.setenv("NUTEPRUNE_KERNELS", backend)
         losses = pair.model(ids, pair.student, pair.teacher, LossConfig())
