@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from nuteprune.__main__ import main
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 
 def test_two_ranks_learn_what_one_process_learns(run_dir, tmp_path):
     rows = [{"prompt": f"The {n}", "completion": " river" * (1 + n % 7)} for n in range(40)]

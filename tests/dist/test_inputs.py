@@ -3,8 +3,11 @@
 from functools import partial
 from pathlib import Path
 
+import pytest
 import ranks
 from hub import small_hub
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 DELAY, TIMEOUT = 12, 9
 

@@ -13,6 +13,8 @@ from tiny import tiny_model
 from nuteprune.config import load_config
 from nuteprune.stages import prune
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
 

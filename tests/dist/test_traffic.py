@@ -23,6 +23,8 @@ from nuteprune.planning.footprint import frozen_weights, lora_memory
 from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.training.engine import Engine
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 LAYERS = 24
 
 
