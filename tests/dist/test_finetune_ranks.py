@@ -12,10 +12,7 @@ from nuteprune.__main__ import main
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
-def test_two_ranks_learn_what_one_process_learns(run_dir, tmp_path):
-    rows = [{"prompt": f"The {n}", "completion": " river" * (1 + n % 7)} for n in range(40)]
-    records = tmp_path / "records.json"
-    records.write_text(json.dumps(rows))
+def test_two_ranks_learn_what_one_process_learns(run_dir, records, tmp_path):
     other = shutil.copytree(run_dir, tmp_path / "two")
     settings = [f"finetune.data={records}", "finetune.seq_len=64", "finetune.batch_size=4", "finetune.steps=6",
                 "finetune.lr=1e-3", "finetune.distill=0.5"]  # fmt: skip

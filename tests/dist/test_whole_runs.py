@@ -28,12 +28,11 @@ SIZES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_goes_all_the_way(family, text_file, tmp_path):
-    base, records, one, two = (tmp_path / name for name in ("base", "records.json", "one", "two"))
+def test_every_family_goes_all_the_way(family, text_file, records, tmp_path):
+    base, one, two = (tmp_path / name for name in ("base", "one", "two"))
     model = tiny_model(family, vocab_size=304, **SIZES.get(family, {}))  # more rows than the tokenizer has tokens
     model.save_pretrained(base)
     tiny_tokenizer(bos=True).save_pretrained(base)
-    records.write_text(json.dumps([{"prompt": f"The {n}", "completion": " river"} for n in range(8)]))
     spec = read_spec(model.config)
     units = "[kv_groups,ffn,experts]" if spec.experts > 1 else "[heads,kv_groups,ffn]"
     overrides = [

@@ -202,9 +202,7 @@ def test_the_papers_recipe_runs_with_its_lagrangian(settings, caplog):
     assert all(math.isfinite(m["prune/loss"]) for m in lines)
 
 
-def test_gates_are_learned_without_lora_and_fine_tuning_brings_it(settings, text_file, tmp_path):
-    records = tmp_path / "records.json"
-    records.write_text(json.dumps([{"prompt": f"The {n}", "completion": " river"} for n in range(8)]))
+def test_gates_are_learned_without_lora_and_fine_tuning_brings_it(settings, records):
     config = load_config(None, [*settings, "recipe=paper-masks", "train.steps=30", "gates.units=[ffn,hidden]",
                                 f"finetune.data={records}", "finetune.steps=2", "finetune.seq_len=32"])  # fmt: skip
     prune.run(config)
