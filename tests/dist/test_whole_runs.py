@@ -36,7 +36,7 @@ def test_every_family_goes_all_the_way(family, text_file, records, tmp_path):
     spec = read_spec(model.config)
     units = "[kv_groups,ffn,experts]" if spec.experts > 1 else "[heads,kv_groups,ffn]"
     overrides = [
-        f"model.path={base}", f"data.source={text_file}", "data.seq_len=32", "train.steps=16", "train.batch_size=4",
+        f"model.path={base}", f"data.source={text_file}", "data.seq_len=32", "train.steps=24", "train.batch_size=4",
         "train.micro_batch=1", "gates.importance_tokens=256", f"gates.units={units}", "gates.ffn_multiple=1",
         f"lora.targets=[{','.join(spec.lora_targets)}]", "tracking.progress=false", "lora.refit=4",
         # A target between two teachers (0.39, 0.40), so that rounding records no other one.
