@@ -39,7 +39,7 @@ def test_one_rank_and_two_under_zero3_in_the_kernels_follow_the_torch_path(token
     settings = [
         f"model.path={model}", f"data.source={text_file}", "data.seq_len=8", "train.steps=2", "train.batch_size=2",
         "train.micro_batch=1", "gates.init=drop_rate", "gates.shape=per_layer", "gates.ffn_multiple=1",
-        "sparsity.target=0.3", "lora.targets=[q_proj,down_proj]", "lora.refit=8", "tracking.progress=false",
+        "sparsity.target=0.3", "lora.targets=[q_proj,down_proj]", "tracking.progress=false",
     ]  # fmt: skip
     worlds = {"one": (1, []), "two": (2, ["deepspeed=zero3"])}
     for name, (size, own) in worlds.items():
