@@ -72,8 +72,8 @@ def test_interruptions_change_no_bit(undisturbed, tiny_run):
     run = tiny_run()
     # Not one restart without progress is allowed.
     prune = run.submit("--from", "prune", PRUNE_TIME="60", SIGNAL_SECONDS="120", MAX_RESTARTS="0")["prune"]
-    wait_for_step(run, 20)
     assert not run.submit()  # queued and running jobs are not submitted twice
+    wait_for_step(run, 20)
     os.kill(run.cluster.pid(prune, rank=1), signal.SIGKILL)
     wait_for_step(run, 40)
     leave_before_time_limit(run, prune)
