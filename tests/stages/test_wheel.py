@@ -89,7 +89,7 @@ def test_a_run_from_the_wheel_alone(binaries, elsewhere, settings, text_file):
     run(*launcher, "-m", "nuteprune", "prune", *settings, "train.steps=6", "deepspeed=zero3", "gates.settle=0.5")
     made = elsewhere / "run"
     wanted = {"tasks": "[local_mc]", "task_limit": 2, "window": 64, "blocks": 2, "text": text_file, "batch_sizes": "[]"}
-    run(binaries / "python", "-c", REST, made, *(f"evaluate.{key}={value}" for key, value in wanted.items()))
+    run(binaries / "python", "-I", "-c", REST, made, *(f"evaluate.{key}={value}" for key, value in wanted.items()))
     assert "local_mc" in (made / "evaluate" / "report.md").read_text()
 
 
