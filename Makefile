@@ -47,8 +47,9 @@ coverage: $(VENV) $(FETCHED) ## the same with a count of the lines of pipeline/ 
 test-lowest: ## the unit tests with the lowest versions that setup.py allows (torch's CUDA build: 3 GB)
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet uv
+	echo "datasets<5" >.venv-lowest/datasets.txt # by itself uv takes a newer one, though the lowest fits
 	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra dev --no-emit-package nuteprune setup.py \
-		--output-file .venv-lowest/lowest.txt
+		--constraint .venv-lowest/datasets.txt --output-file .venv-lowest/lowest.txt
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --requirement .venv-lowest/lowest.txt
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --no-deps --editable .
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) tests/unit
@@ -96,7 +97,7 @@ LLAMA_BENCH ?= .venv-llamabench/bin/llama-batched-bench
 bench-engines: $(EXPORT:%=%/model.gguf) $(VENV) $(VLLM) $(LLAMA_BENCH) ## speed of exports in vLLM and llama.cpp by their own benchmarks; EXPORT="DIR DIR" of one model (--gguf f16)
 	$(BIN)/python -m nuteprune.bench.engines --vllm .venv-vllm/bin/python --llamacpp $(LLAMA_BENCH) $(BENCH_ARGS) $(EXPORT)
 
-bench-quants: $(VENV) ## bytes and perplexity in llama.cpp of an EXPORT=DIR and its base in f16, q8_0, q4_k_m; BENCH_ARGS="--windows 8"
+bench-quants: $(VENV) ## bytes, perplexity and tokens/s in llama.cpp of an EXPORT=DIR and its base in f16, q8_0, q4_k_m; BENCH_ARGS="--windows 8"
 	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.quants $(BENCH_ARGS) $(EXPORT)
 
 check-vllm: $(call HAVE,config.json) $(VLLM) ## hold exports in vLLM's CPU build against transformers; EXPORT=DIR (default: tiny models of all families and shapes), IMPL=auto, TP=2

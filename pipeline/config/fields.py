@@ -128,9 +128,11 @@ class TrainConfig:
     batch_size: int = opt(16, "Sequences of an optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(
         0, "Sequences of a forward pass on one rank, halved where memory runs out, with the same losses; 0: begin with "
-        "all, in pruning on a GPU with as many as the planner finds room for.", ge=0
+        "as many as the planner finds room for.", ge=0
     )  # fmt: skip
-    lora_lr: float = opt(2e-3, "Peak learning rate of LoRA.", gt=0)
+    lora_lr: float = opt(
+        0.0, "Peak learning rate of LoRA; 0: a hundredth of the root mean square of the weights that it updates.", ge=0
+    )  # fmt: skip
     lora_optimizer: Literal["scaled", "adamw"] = opt(
         "scaled", "`scaled` is AdamW on the gradient of each LoRA factor scaled by the other factor, B at four times "
         "the rate of A, with 3% warm-up and a cosine to a tenth; `adamw` (the paper) falls linearly to 0."
@@ -243,7 +245,7 @@ class FinetuneConfig:
     steps: int = opt(0, "Optimizer steps; 0: `epochs` passes over the windows.", ge=0)
     epochs: float = opt(2.0, "Passes over the windows where `steps` is 0.", gt=0)
     batch_size: int = opt(16, "Windows of an optimizer step over all ranks.", ge=1)
-    micro_batch: int = opt(1, "Windows of a forward pass on one rank, as train.micro_batch.", ge=0)
+    micro_batch: int = opt(0, "Windows of a forward pass on one rank, as train.micro_batch.", ge=0)
     lr: float = opt(1e-4, "Peak learning rate.", gt=0)
     lora_rank: int = opt(0, "Rank of LoRA, at least the run's, whose update is trained on; 0: the run's.", ge=0)
     distill: float = opt(

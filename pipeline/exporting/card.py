@@ -135,7 +135,8 @@ def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result:
         f"| Shape | `{shape}` |",
         f"| Weights | {dtype} |",
         f"| Data | {_data_name(config.data.source)}, blocks of {config.data.seq_len} tokens |",
-        f"| Training | {steps}, batch {train.batch_size}, LoRA rank {lora.rank}, learning rate {train.lora_lr:g} |",
+        f"| Training | {steps}, batch {train.batch_size}, LoRA rank {lora.rank}, learning rate "
+        f"{facts.get('lora_lr', train.lora_lr):g} |",
         f"| Tokens | {facts.get('tokens', 0):,} |",
         f"| Teacher | {config.teacher.mode} |",
         f"| Largest logit difference from the masked model | {result.difference:.1e} of the largest logit, float32, "

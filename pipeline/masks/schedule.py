@@ -65,13 +65,12 @@ class Schedule:
         return start * (end / start) ** min(1.0, step / max(1, self.settle - 1))
 
     def lora_lr(self, step: int) -> float:
-        """LoRA's learning rate: linear warm-up, then cosine to a tenth of the peak; the paper's linear to 0."""
-        train = self.train
-        papers = train.lora_optimizer == "adamw"
+        """LoRA's learning rate over its peak: linear warm-up, then cosine to a tenth; the paper's linear to 0."""
+        papers = self.train.lora_optimizer == "adamw"
         warm = 1 if papers else max(1, round(LORA_WARMUP * self.total))
         if step < warm:
-            return train.lora_lr * (step + 1) / warm
+            return (step + 1) / warm
         progress = (step - warm) / max(1, self.total - warm)
         if papers:
-            return train.lora_lr * (1 - progress)
-        return train.lora_lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+            return 1 - progress
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))

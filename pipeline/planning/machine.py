@@ -14,8 +14,9 @@ import torch
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, flatten, load_config, to_dict
 from nuteprune.parallel.distributed import World
-from nuteprune.parallel.host import processor
+from nuteprune.parallel.host import free_memory, processor
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
+from nuteprune.planning.footprint import PROCESS_BYTES, host_memory
 from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.planning.planner import Plan, largest_micro_batch, make_plan
 
@@ -130,24 +131,28 @@ def choose(config: Config, machine: Machine, spec: ArchSpec) -> tuple[list[Choic
 
 
 def with_micro_batch(config: Config, spec: ArchSpec, world: World, zero: dict | None, steps: int) -> Config:
-    """The run with `train.micro_batch` as planned for what is free on its cards, where it is 0; collective.
+    """The run with `train.micro_batch` as planned for the memory that is free, where it is 0; collective.
 
     Args:
         config: the run.
         spec: its architecture.
-        world: this rank's place; a run on CPUs stays as it is.
+        world: this rank's place.
         zero: complete DeepSpeed settings, or None.
         steps: of the run.
     """
-    if config.train.micro_batch or world.device.type != "cuda":
+    if config.train.micro_batch:
         return config
-    free, _ = torch.cuda.mem_get_info(world.device)
-    card = replace(UNNAMED, memory=float(min(world.gather(free))))
-    cluster = Cluster(world.size // world.local_size, world.local_size, card)
+    job = Job(spec, replace(config, train=replace(config.train, steps=steps)),
+              Cluster(world.size // world.local_size, world.local_size, UNNAMED))  # fmt: skip
     layout = layout_of(zero, config.train.activation_checkpointing)
-    job = Job(spec, replace(config, train=replace(config.train, steps=steps)), cluster)
-    size = largest_micro_batch(job, layout)
-    log.info("%d sequences at a time, as planned for %.1f GB", size, card.memory / 1e9)
+    if world.device.type == "cuda":
+        free = float(torch.cuda.mem_get_info(world.device)[0])
+    else:  # shared with a machine's other ranks, and with what a card's rank keeps on the host; the process is there
+        free = free_memory() / world.local_size - sum(host_memory(job, layout).values()) + PROCESS_BYTES
+    free = max(0.0, min(world.gather(free)))
+    size = largest_micro_batch(job, layout, free)
+    if size < job.local_batch:
+        log.info("%d of %d sequences at a time, as planned for %.1f GB", size, job.local_batch, free / 1e9)
     return replace(config, train=replace(config.train, micro_batch=size))
 
 

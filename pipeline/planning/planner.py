@@ -120,10 +120,10 @@ def estimate(job: Job, layout: Layout, kept: tuple[float, float]) -> Estimate:
     return Estimate(layout, need, traffic(job, layout), step, bill(job, layout, step), fits)
 
 
-def largest_micro_batch(job: Job, layout: Layout) -> int:
-    """The largest of a rank's batch and its halves with which a layout fits; 1 where none does."""
-    size, usable = job.local_batch, USABLE * job.cluster.card.memory
-    while size > 1 and memory(job, replace(layout, micro_batch=size)).peak > usable:
+def largest_micro_batch(job: Job, layout: Layout, room: float) -> int:
+    """The largest of a rank's batch and its halves with which a layout fits into `room` bytes; 1 where none does."""
+    size = job.local_batch
+    while size > 1 and memory(job, replace(layout, micro_batch=size)).peak > USABLE * room:
         size = -(-size // 2)
     return size
 

@@ -16,6 +16,7 @@ from nuteprune.model.layers import View
 from nuteprune.model.loading import read_base
 from nuteprune.model.losses import IGNORE
 from nuteprune.model.pairing import Answers, Losses
+from nuteprune.planning.machine import with_micro_batch
 from nuteprune.runs.directories import finetune_directory
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import open_run, pruned_student
@@ -64,6 +65,7 @@ class Finetuning(fixed.FixedGates):
     """A student on instruction records, taught by answers and perhaps by the intact model."""
 
     stage = "finetune"
+    plan = staticmethod(with_micro_batch)
     free = ("recover", "checkpoint", "tracking", "export", "evaluate")
 
     def __init__(self, *parts, **state):

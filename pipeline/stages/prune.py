@@ -89,8 +89,8 @@ class Pruning(Trainer):
         )  # fmt: skip
         shown, ranks = config.tracking.progress and world.is_main, config.lora.refit
         refit = Refit(model, ranks, schedule, world, stream, shown) if ranks else None
-        log.info("%s, %d prunable parameters, %d blocks of text, %d steps", spec.family, spec.prunable, len(blocks),
-                 schedule.total)  # fmt: skip
+        log.info("%s, %d prunable parameters, %d blocks of text, %d steps, LoRA's rate %g", spec.family, spec.prunable,
+                 len(blocks), schedule.total, engine.peak)  # fmt: skip
         return cls(config, world, model, engine, stream, schedule, masks, teacher, multipliers, refit=refit)
 
     def start(self) -> None:
@@ -253,6 +253,7 @@ class Pruning(Trainer):
             "sparsity": float(masks.expected_sparsity().detach()),
             "kept_sparsity": sparsity_of(spec, gates),
             "steps": self.total,
+            "lora_lr": self.engine.peak,
             "tokens": self.total * config.train.batch_size * config.data.seq_len,
             "skipped_steps": self.bad_total,
             "teachers": [s.sparsity for s in self.teacher.snapshots],

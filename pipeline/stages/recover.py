@@ -12,6 +12,7 @@ from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.model.loading import read_base
 from nuteprune.parallel.distributed import discover
+from nuteprune.planning.machine import with_micro_batch
 from nuteprune.runs.directories import recover_directory
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import open_run, snapshot_student
@@ -67,6 +68,7 @@ class Recovering(fixed.FixedGates):
     """A rung on the training text, taught with the run's own loss."""
 
     stage = "recover"
+    plan = staticmethod(with_micro_batch)
     free = ("checkpoint", "tracking", "export", "evaluate", "finetune")
 
     @staticmethod

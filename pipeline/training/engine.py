@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nuteprune.arch import projections
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
+from nuteprune.parallel.zero import gathered
 from nuteprune.training.importance import unit_costs
 from nuteprune.training.preconditioning import B_RATE, Preconditioner
 
@@ -27,6 +29,9 @@ LARGEST_NORM = 1.0
 """Of LoRA's gradient, which is scaled down to it (the paper's)."""
 MULTIPLIER_RATE = 0.1
 """Ascent rate of the Lagrangian's multipliers (the paper's)."""
+RELATIVE_RATE = 1.04e-2
+"""LoRA's peak learning rate over the root mean square of the weights that it updates, where `train.lora_lr` is 0: it
+moves weights by as large a share of themselves in every model (docs/experiments.md)."""
 _GATE_MOMENTUM = 0.9
 _FIRST_SCALE, _SCALE_PATIENCE = 2.0**12, 200
 
@@ -83,6 +88,9 @@ class Engine:
         schedule: the run's steps, with learning rates.
         world: the ranks whose gradients are averaged.
         sharded: each rank holds the state of a share of LoRA's optimizer.
+
+    Attributes:
+        peak: LoRA's peak learning rate.
     """
 
     def __init__(
@@ -91,6 +99,7 @@ class Engine:
     ):  # fmt: skip
         self.schedule, self.masks, self.world = schedule, masks, world
         train, gates = schedule.train, schedule.gates
+        self.peak = train.lora_lr or relative_rate(model)
         self.lora = [p for pair in model.lora().values() for p in pair]  # A, B, A, B, …
         self.alphas = list(masks.log_alpha.values())
         costs = unit_costs(masks.spec)
@@ -98,7 +107,7 @@ class Engine:
         # As multiples of the least, so that no square of a gradient underflows.
         self.costs = {kind: costs[kind] / least for kind in masks.log_alpha}
         scaled = train.lora_optimizer == "scaled"
-        adamw = {"lr": train.lora_lr, "weight_decay": 0.0, "fused": True}
+        adamw = {"lr": self.peak, "weight_decay": 0.0, "fused": True}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if self.lora:
             rates = (1.0, B_RATE if scaled else 1.0)
@@ -128,7 +137,7 @@ class Engine:
         """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
         self.world.mean(self.gradients).div_(self.scale.value)
         for group in self.optimizers["lora"].param_groups if self.lora else ():
-            group["lr"] = group["rate"] * self.schedule.lora_lr(step)
+            group["lr"] = group["rate"] * self.peak * self.schedule.lora_lr(step)
         norm = self._clip(LARGEST_NORM)
         # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
         odd = (self.gradients * 0).sum()
@@ -181,6 +190,23 @@ class Engine:
     def discard(self) -> None:
         """Forget accumulated gradients."""
         self.gradients.zero_()
+
+
+@torch.no_grad()
+def relative_rate(model: PairedModel) -> float:
+    """`RELATIVE_RATE` of the weights that LoRA updates, to two digits: the same on any number of ranks. Collective."""
+    lora, squares, count = model.lora(), [], 0
+    for index, each in enumerate(model.layers):
+        for name, (owner, attribute) in projections(each.layer).items():
+            if f"{index}.{name}" in lora:
+                weight = getattr(owner, attribute).weight
+                with gathered(weight):
+                    squares.append(torch.linalg.vector_norm(weight, dtype=torch.float32).square())
+                    count += weight.numel()
+    if not squares:
+        return 0.0
+    size = math.sqrt(float(torch.stack(squares).double().sum()) / count)
+    return float(f"{RELATIVE_RATE * size:.1e}")
 
 
 def _sharded_adamw(parameters: list[dict], **options) -> torch.optim.Optimizer:

@@ -67,6 +67,11 @@ class FixedGates(Trainer):
     def batches(config: Config, world: World, base: Base) -> BatchStream:
         """What it is trained on; every rank calls it, inside no collective."""
 
+    @staticmethod
+    @abstractmethod
+    def plan(config: Config, spec: ArchSpec, world: World, zero: dict | None, steps: int) -> Config:
+        """Its settings with a micro-batch, planned in a room above this one."""
+
     @abstractmethod
     def facts(self) -> dict:
         """What the result's tuned.json says of the training."""
@@ -82,6 +87,7 @@ class FixedGates(Trainer):
             zero = zero_settings(config, spec, world)
         stream = cls.batches(config, world, base)
         schedule = Schedule.of(config, stream.steps_per_epoch)
+        config = cls.plan(config, spec, world, zero, schedule.total)
         model = load_paired(base, config.lora, world, zero, config.train.activation_checkpointing)
         model.update.load(student.lora)
         masks = MaskSet(spec, config.gates).to(world.device)

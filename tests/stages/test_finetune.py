@@ -20,10 +20,11 @@ from nuteprune.errors import UserError
 from nuteprune.model.layers import build_view
 from nuteprune.model.losses import IGNORE
 from nuteprune.parallel.distributed import World
+from nuteprune.planning import machine
 from nuteprune.runs.rundir import load_run
 from nuteprune.runs.students import open_run
 from nuteprune.runs.tuned import load_tuned
-from nuteprune.stages import export, finetune
+from nuteprune.stages import export, finetune, prune, recover
 from nuteprune.training.signals import Preempted
 
 
@@ -77,6 +78,20 @@ def test_answers_are_learned_with_the_gates_fixed(tuning, run_dir):
     assert (tuned.facts["steps"], tuned.facts["answer_tokens"]) == (12, answers)
     events = EventAccumulator(str(run_dir / "finetune" / "tensorboard")).Reload()
     assert [s.step for s in events.Scalars("finetune/loss")] == list(range(12))
+
+
+def test_as_many_windows_at_a_time_as_the_planner_finds_room_for(tuning, monkeypatch, caplog):
+    """Also in recovering and pruning."""
+    caplog.set_level("INFO")
+    trained = open_run(tuning.run_dir, tuning.model)
+    recovering = recover.settings(load_config(tuning.run_dir, []), trained, 0.2)
+    pruning = replace(trained.config, train=replace(trained.config.train, micro_batch=0))
+    for free, wanted in ((8 << 30, 4), (0, 1)):
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
+        trainers = (build(tuning), recover.Recovering.build(recovering, World()), prune.Pruning.build(pruning, World()))
+        assert [trainer.micro_batch for trainer in trainers] == [wanted] * 3
+    planned = [r.getMessage() for r in caplog.records if "as planned" in r.getMessage()]
+    assert planned == ["1 of 4 sequences at a time, as planned for 0.0 GB"] * 3
 
 
 def test_every_answer_token_of_a_step_counts_alike(tuning):

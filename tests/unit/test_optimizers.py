@@ -8,13 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nuteprune.arch import read_spec
+from nuteprune.arch import projections, read_spec
 from nuteprune.config import load_config
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
-from nuteprune.training.engine import Engine, LossScale
+from nuteprune.training.engine import RELATIVE_RATE, Engine, LossScale, relative_rate
 from nuteprune.training.importance import unit_costs
 from nuteprune.training.resume import _restore_optimizer
 
@@ -26,6 +26,29 @@ def engine(dtype=torch.float32, *settings) -> Engine:
     return Engine(
         PairedModel(hf, spec, config.lora), MaskSet(spec, config.gates), None, Schedule.of(config, 0), World()
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
+def test_the_rate_is_a_share_of_the_weights_that_lora_updates(family):
+    hf = tiny_model(family)
+    config, spec = load_config(None, ["gates.ffn_multiple=1", "train.steps=10"]), read_spec(hf.config)
+    model = PairedModel(hf, spec, config.lora)
+    weights = [getattr(*owned).weight for layer in model.layers for owned in projections(layer.layer).values()]
+    size = torch.cat([weight.flatten() for weight in weights]).square().mean().sqrt()
+    first = relative_rate(model)
+    assert first == pytest.approx(RELATIVE_RATE * float(size), rel=0.05)  # two digits
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(10)
+    assert relative_rate(model) == pytest.approx(10 * first, rel=1e-6)
+    made = Engine(model, MaskSet(spec, config.gates), None, Schedule.of(config, 0), World())
+    assert made.peak == relative_rate(model)
+    made.step(9)
+    assert made.optimizers["lora"].param_groups[0]["lr"] < made.peak
+
+
+def test_a_rate_that_is_given_is_taken():
+    assert engine(torch.float32, "train.lora_lr=0.5").peak == 0.5
 
 
 def test_the_scale_halves_at_an_overflow_and_doubles_after_200_good_steps():

@@ -455,10 +455,9 @@ def test_micro_batches_above_and_below_the_configured_one_are_tried():
 
 def test_a_run_without_a_micro_batch_takes_the_largest_that_fits_its_settings_and_memory():
     def largest(memory, deepspeed):
-        run = job("llama-7b", 1, 8, "train.batch_size=96", f"deepspeed={deepspeed}", memory=memory)
-        return largest_micro_batch(
-            run, layout_of(zero_settings(run.config, run.spec, World(size=8, local_size=8)), False)
-        )
+        run = job("llama-7b", 1, 8, "train.batch_size=96", f"deepspeed={deepspeed}")
+        zero = zero_settings(run.config, run.spec, World(size=8, local_size=8))
+        return largest_micro_batch(run, layout_of(zero, False), memory)
 
     whole, shared = ([largest(memory, zero) for memory in (10e9, 24e9, 400e9)] for zero in ("", "zero3"))
     assert whole[0] == shared[0] == 1
