@@ -20,7 +20,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo models demo-slurm test test-lowest bench bench-kernels gpu-check bench-quality bench-overhead bench-engines bench-quants bench-peers chaos check-vllm check-llamacpp check-torchao check-transformers docs site site-links picture lint lock format clean
+.PHONY: help venv demo models demo-slurm test coverage test-lowest bench bench-kernels gpu-check bench-quality bench-overhead bench-engines bench-quants bench-peers chaos check-vllm check-llamacpp check-torchao check-transformers docs site site-links picture lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,11 @@ demo-slurm: $(VENV) $(FETCHED) $(TEXT) ## the same as jobs of a real SLURM clust
 
 test: $(VENV) $(FETCHED) ## run the tests; TESTS=tests/unit runs some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+
+coverage: $(VENV) $(FETCHED) ## the same with a count of the lines of pipeline/ and kernels/ that ran; TESTS=tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
 
 test-lowest: ## the unit tests with the lowest versions that setup.py allows (torch's CUDA build: 3 GB)
 	$(PYTHON) -m venv .venv-lowest

@@ -48,6 +48,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "coverage>=7.10",  # the first that follows processes by itself
             "hypothesis>=6.100",
             "kernels>=0.17.2",  # the package of that name: the tests run beside it
             "llama-cpp-py-sync; platform_system == 'Linux' and platform_machine == 'x86_64'",  # llama.cpp as a wheel

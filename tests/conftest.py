@@ -1,5 +1,6 @@
 """Fixtures over the tiny models of `tiny.py`: a tokenizer, a text, a saved model, a short run's settings."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -30,6 +31,14 @@ def text_file(tmp_path_factory):
     """About 9,000 tokens of text."""
     path = tmp_path_factory.mktemp("text") / "train.txt"
     path.write_text("\n".join(SENTENCES * 3), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory):
+    """40 instruction records, whose answers differ in length."""
+    path = tmp_path_factory.mktemp("records") / "records.json"
+    path.write_text(json.dumps([{"prompt": f"The {n}", "completion": " river" * (1 + n % 7)} for n in range(40)]))
     return path
 
 

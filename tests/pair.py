@@ -18,8 +18,9 @@ IDS = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3
 class Pair:
     """A paired tiny model with a student and a teacher view in which some units of each kind are removed."""
 
-    def __init__(self, name, checkpointing=False, skip=True, attention="sdpa", dtype=torch.float32, device="cpu"):
-        hf = tiny_model(name).to(device, dtype)
+    def __init__(self, name, checkpointing=False, skip=True, attention="sdpa", dtype=torch.float32, device="cpu",
+                 **sizes):  # fmt: skip
+        hf = tiny_model(name, **sizes).to(device, dtype)
         hf.set_attn_implementation(attention)
         self.spec = read_spec(hf.config)
         lora = LoraConfig(rank=3, targets=list(self.spec.lora_targets))

@@ -18,6 +18,8 @@ from nuteprune.data.prepared import TrainingText
 from nuteprune.parallel.distributed import RankLost
 from nuteprune.stages import prune
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 STEPS = 50
 
 

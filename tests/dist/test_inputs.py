@@ -3,10 +3,13 @@
 from functools import partial
 from pathlib import Path
 
+import pytest
 import ranks
 from hub import small_hub
 
-DELAY, TIMEOUT = 20, 15
+pytestmark = pytest.mark.xdist_group("ranks")
+
+DELAY, TIMEOUT = 12, 9
 
 
 def use(address: str, cache: Path, rank: int) -> None:

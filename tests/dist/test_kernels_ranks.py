@@ -1,4 +1,4 @@
-"""Two ranks under ZeRO-3 whose layers run in the triton kernels, under its interpreter, follow one process alike."""
+"""Pruning in the triton kernels, under their interpreter: alike on one rank, on two under ZeRO-3, and in torch."""
 
 import json
 import os
@@ -10,7 +10,10 @@ import ranks
 from safetensors.torch import load_file
 from tiny import tiny_model
 
+from nuteprune.config import load_config
 from nuteprune.stages import prune
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
@@ -29,7 +32,7 @@ def in_triton(rank: int) -> None:
     prune.Pruning.train_step = noting
 
 
-def test_two_ranks_under_zero3_follow_one_process_in_the_kernels(tokenizer, text_file, tmp_path):
+def test_one_rank_and_two_under_zero3_in_the_kernels_follow_the_torch_path(tokenizer, text_file, tmp_path):
     model = tmp_path / "model"
     tiny_model("llama", num_hidden_layers=1).save_pretrained(model)
     tokenizer.save_pretrained(model)
@@ -43,12 +46,15 @@ def test_two_ranks_under_zero3_follow_one_process_in_the_kernels(tokenizer, text
         arguments = ["prune", *settings, *own, f"run_dir={tmp_path / name}"]
         ranks.run(arguments, size, tmp_path / "logs" / name, in_triton)
         assert [(tmp_path / name / f"rank-{rank}").read_text() for rank in range(size)] == ["True"] * size
-    one, two = (
+    prune.run(load_config(None, [*settings, f"run_dir={tmp_path / 'torch'}"]))
+    one, two, torch = (
         [json.loads(line)["prune/loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in worlds
+        for name in (*worlds, "torch")
     )
     assert len(one) == 2
     assert two == pytest.approx(one, rel=1e-5)
+    assert one == pytest.approx(torch, rel=1e-4)
+    assert one != torch  # the other backend really ran
     one, two = (load_file(tmp_path / name / "pruned/adapter/adapter_model.safetensors") for name in worlds)
     assert one.keys() == two.keys()
     for key in (key for key in one if "lora_A" in key):

@@ -35,33 +35,30 @@ def environment(monkeypatch):
     return monkeypatch
 
 
+PROGRAM = """
+import atexit
+from nuteprune.__main__ import cli
+class Kept:
+    def __del__(self): print("finalized", flush=True)
+kept = Kept()
+atexit.register(print, "exit function")
+cli()
+"""
+"""The command line. The groups' threads outlive them; one that needs the interpreter at its end aborts the process."""
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_ranks_of_every_launcher_prune_together(launcher, settings, tmp_path, environment):
+def test_two_ranks_of_every_launcher_prune_together_and_end_without_finalization(
+    launcher, settings, tmp_path, environment
+):
+    (tmp_path / "program.py").write_text(PROGRAM)
     overrides = [*settings, "train.steps=2", "gates.importance_tokens=1", "deepspeed=zero3"]
-    code, out, err = _launch(launcher, ["nuteprune", "prune", *overrides], tmp_path)
+    code, out, err = _launch(launcher, ["program", "prune", *overrides], tmp_path)
     assert code == 0, err
     assert out.count("pruned student: ") == 1
     assert err.count(" blocks of text, ") == 1
     assert "Traceback" not in err
     assert load_file(tmp_path / "run/pruned/gates.safetensors")
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_rank_that_is_done_runs_its_exit_functions_but_not_finalization(launcher, tmp_path, environment):
-    """The groups' threads outlive the group, and one of them that needs the interpreter then aborts the process."""
-    (tmp_path / "program.py").write_text(
-        "import atexit\n"
-        "import nuteprune.__main__ as program\n"
-        "from nuteprune.parallel.distributed import discover\n"
-        "class Kept:\n"
-        "    def __del__(self): print('finalized', flush=True)\n"
-        "kept = Kept()\n"
-        "atexit.register(print, 'exit function')\n"
-        "program.main = lambda: discover().size - 2\n"
-        "program.cli()\n"
-    )
-    code, out, err = _launch(launcher, ["program"], tmp_path)
-    assert code == 0, err
     assert out.count("exit function") == 2
     assert "finalized" not in out
 

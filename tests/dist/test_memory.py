@@ -12,6 +12,8 @@ from tiny import tiny_model
 from nuteprune.config import load_config
 from nuteprune.stages import prune
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 ROOM = 280 << 20
 """Bytes that rank 1 may take beyond its start: a step on eight sequences takes 370 MB, one on four half of that."""
 

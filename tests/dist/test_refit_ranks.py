@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import ranks
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +12,8 @@ from nuteprune.config import load_config
 from nuteprune.masks import Gates
 from nuteprune.parallel.distributed import World, connected, discover
 from nuteprune.stages import prune
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def refitted(config, world: World) -> tuple[prune.Pruning, dict[str, torch.Tensor]]:

@@ -23,6 +23,8 @@ from nuteprune.planning.footprint import frozen_weights, lora_memory
 from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.training.engine import Engine
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 LAYERS = 24
 
 
@@ -159,9 +161,9 @@ def test_one_gather_a_layer_forward_and_one_backward(deep, tmp_path, size, check
     assert result["paired largest"] <= result["largest planned"]
 
 
-def test_hpz_gathers_inside_the_node_only(deep, tmp_path):
+def test_hpz_gathers_inside_the_node_only(model_dir, tmp_path):
     out, settings = tmp_path / "out.json", tmp_path / "hpz.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}))
-    ranks.run([str(deep), str(out), str(settings), "false"], 4, tmp_path / "logs", program=measure)
+    ranks.run([str(model_dir), str(out), str(settings), "false"], 4, tmp_path / "logs", program=measure)
     result = json.loads(out.read_text())
     assert list(result["by_ranks"]) == ["2"], result

@@ -16,7 +16,10 @@ from nuteprune.stages import evaluate, export, finetune, prune, recover
 
 ON_TWO_RANKS = ("phi3", "olmo2", "gemma3", "qwen3_moe", "mixtral")
 """ZeRO-3 partitions modules of theirs that LLaMA, which test_engine.py has on two ranks, has not."""
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3", "olmo3", *ON_TWO_RANKS)
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "granite", "smollm3", "olmo3",
+    *(pytest.param(name, marks=pytest.mark.xdist_group("ranks")) for name in ON_TWO_RANKS),
+)  # fmt: skip
 SIZES = {
     "qwen3_moe": {"moe_intermediate_size": 128, "num_experts": 8},
     "mixtral": {"intermediate_size": 128, "num_local_experts": 8},
@@ -25,12 +28,11 @@ SIZES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_goes_all_the_way(family, text_file, tmp_path):
-    base, records, one, two = (tmp_path / name for name in ("base", "records.json", "one", "two"))
+def test_every_family_goes_all_the_way(family, text_file, records, tmp_path):
+    base, one, two = (tmp_path / name for name in ("base", "one", "two"))
     model = tiny_model(family, vocab_size=304, **SIZES.get(family, {}))  # more rows than the tokenizer has tokens
     model.save_pretrained(base)
     tiny_tokenizer(bos=True).save_pretrained(base)
-    records.write_text(json.dumps([{"prompt": f"The {n}", "completion": " river"} for n in range(8)]))
     spec = read_spec(model.config)
     units = "[kv_groups,ffn,experts]" if spec.experts > 1 else "[heads,kv_groups,ffn]"
     overrides = [

@@ -19,13 +19,9 @@ SHARED_MEMORY = {"80": 163 * 1024, "90": 227 * 1024, "gfx942": 64 * 1024}
 @pytest.mark.parametrize(
     ("cards", "dtype", "variants"),
     [
-        ("80,90", "bfloat16", ["bare", "both"]),
-        ("80,90", "bfloat16", ["gates", "rows", "compact"]),
+        ("80,90", "bfloat16", ["bare", "both", "gates", "rows", "compact", "pointwise"]),
         ("80,90", "float16", ["gates"]),
-        ("80,90", "bfloat16", ["pointwise"]),
-        ("80,90", "float32", ["pointwise"]),
-        ("80,90", "float32", ["rows", "both"]),
-        ("80,90", "float32", ["bare", "compact"]),
+        ("80,90", "float32", ["bare", "both", "rows", "compact", "pointwise"]),
         ("gfx942", "bfloat16", ["gates", "both", "pointwise"]),
         ("gfx942", "float32", ["rows"]),
     ],

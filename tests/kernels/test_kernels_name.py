@@ -30,7 +30,6 @@ with tempfile.TemporaryDirectory() as folder:
     assert model(torch.arange(8)[None]).logits.shape == (1, 8, 32)
 masked_lora_linear(torch.ones(2, 3), torch.ones(4, 3))
 """
-PLACES = pytest.mark.parametrize("elsewhere", [False, True], ids=["from the root", "from elsewhere"])
 
 
 def run(code: str, place: Path, available: bool, path: Path | None = None) -> None:
@@ -41,23 +40,19 @@ def run(code: str, place: Path, available: bool, path: Path | None = None) -> No
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory) -> Path:
+@pytest.fixture
+def theirs(tmp_path) -> Path:
     """A directory with Hugging Face's package, said to be of the lowest version that transformers accepts."""
-    place = tmp_path_factory.mktemp("theirs")
-    shutil.copytree(distribution("kernels").locate_file("kernels"), place / "kernels")
-    metadata = place / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+    shutil.copytree(distribution("kernels").locate_file("kernels"), tmp_path / "kernels")
+    metadata = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
-    return place
+    return tmp_path
 
 
-@PLACES
-@pytest.mark.parametrize("block", ["", BLOCK_TRITON], ids=["triton", "no triton"])
-def test_model_loads_and_runs(block, elsewhere, tmp_path):
-    run(block + LOAD_AND_RUN, tmp_path if elsewhere else ROOT, is_kernels_available())
+def test_a_model_loads_and_runs_elsewhere_without_triton(tmp_path):
+    run(BLOCK_TRITON + LOAD_AND_RUN, tmp_path, is_kernels_available())
 
 
-@PLACES
-def test_beside_their_package(elsewhere, theirs, tmp_path):
-    run(LOAD_AND_RUN, tmp_path if elsewhere else ROOT, True, theirs)
+def test_a_model_loads_and_runs_beside_their_package_where_our_folder_is(theirs):
+    run(LOAD_AND_RUN, ROOT, True, theirs)

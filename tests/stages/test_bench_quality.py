@@ -12,9 +12,7 @@ from nuteprune.bench import quality
 from nuteprune.evaluation.measure import compare, last_states, perplexity
 
 
-def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, tmp_path, capsys):
-    records = tmp_path / "records.json"
-    records.write_text(json.dumps([{"prompt": f"The {n}", "completion": " river"} for n in range(8)]))
+def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, records, tmp_path, capsys):
     settings = ["gates.importance_tokens=1", "tracking.progress=false", "train.micro_batch=4", "finetune.steps=1",
                 "finetune.seq_len=32", "finetune.batch_size=1", "data.seq_len=32"]  # fmt: skip
     arguments = ["--model", model_dir, "--train", text_file, "--test", text_file, "--sparsities", "0.4", "--variants",

@@ -1,6 +1,5 @@
 """The files of examples/ run as they stand, on a tiny model in place of theirs."""
 
-import json
 import runpy
 from pathlib import Path
 
@@ -37,9 +36,7 @@ def test_a_sweep_draws_its_picture(printed, model_dir, text_file):
     assert Image.open(printed("sweep.py", model_dir, text_file)).size[0] > 100
 
 
-def test_pruned_then_fine_tuned_then_for_llama_cpp(printed, model_dir, text_file, tmp_path):
-    records = tmp_path / "records.json"
-    records.write_text(json.dumps([{"prompt": "The", "completion": " river"}]))
+def test_pruned_then_fine_tuned_then_for_llama_cpp(printed, model_dir, text_file, records, tmp_path):
     last = printed("finetune_to_gguf.py", model_dir, text_file, records)
     assert Path(last.removeprefix("llama-cli -m ")).read_bytes()[:4] == b"GGUF"
     assert (tmp_path / "runs/finetune-to-gguf/finetune/tuned").is_dir()

@@ -36,6 +36,8 @@ from nuteprune.runs.checkpoint import verify
 from nuteprune.runs.snapshot import Snapshot
 from nuteprune.stages import export
 
+pytestmark = pytest.mark.xdist_group("export")
+
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):

@@ -19,9 +19,7 @@ def arguments(run_dir, text_file):
             "evaluate.prompts=2"]  # fmt: skip
 
 
-def test_every_rung_is_exported_and_compared(arguments, run_dir, capsys, tmp_path):
-    records = tmp_path / "records.json"
-    records.write_text('[{"prompt": "The river", "completion": " is wide"}]')
+def test_every_rung_is_exported_and_compared(arguments, run_dir, records, capsys):
     assert main(["finetune", str(run_dir), "--data", str(records), "--sparsity", "0.2", "finetune.steps=2",
                  "finetune.seq_len=32", "finetune.batch_size=1"]) == 0  # fmt: skip
     assert main([*arguments, "--ladder", "0.4,0.1,0.2"]) == 0

@@ -29,9 +29,9 @@ def logged(run_dir: Path, prefix: str) -> set[str]:
     return {name.removeprefix(prefix) for line in lines for name in line if name.startswith(prefix)}
 
 
-def test_what_is_logged_is_defined_and_what_is_defined_is_logged(run_dir, settings, text_file, model_dir, tmp_path):
-    records = tmp_path / "records.json"
-    records.write_text(json.dumps([{"prompt": "The", "completion": " river"}]))
+def test_what_is_logged_is_defined_and_what_is_defined_is_logged(
+    run_dir, settings, text_file, records, model_dir, tmp_path
+):
     prune.run(load_config(None, ["recipe=paper", *settings, f"run_dir={tmp_path / 'paper'}", "train.steps=1"]))
     config = load_config(run_dir, [
         "recover.ladder=[0.2]", "recover.steps=1", f"finetune.data={records}", "finetune.steps=1",

@@ -15,6 +15,8 @@ from nuteprune.config import load_config
 from nuteprune.evaluation.page import html
 from nuteprune.stages import evaluate
 
+pytestmark = pytest.mark.xdist_group("page")
+
 EVIL = "<img src=x onerror=alert(1)>"
 VOID = {"meta", "link", "img", "br"}
 

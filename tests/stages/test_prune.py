@@ -4,13 +4,9 @@ import dataclasses
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -49,8 +45,9 @@ def same_run(a: Path, b: Path) -> None:
         assert all(torch.equal(left[k], right[k]) for k in left), file
 
 
-@pytest.mark.parametrize("shape", ["uniform", "per_layer_ffn", "per_layer"])
-@pytest.mark.parametrize(("steps", "target"), [(60, 0.2), (60, 0.5), (133, 0.35)])
+@pytest.mark.parametrize(
+    ("steps", "target", "shape"), [(60, 0.2, "uniform"), (60, 0.5, "per_layer_ffn"), (133, 0.35, "per_layer")]
+)
 def test_any_budget_holds_the_schedule_and_reaches_the_target(settings, steps, target, shape, tokenizer, tmp_path):
     wide = tmp_path / "wide"  # enough FFN units that one is less than the tolerance
     tiny_model("llama", intermediate_size=160).save_pretrained(wide)
@@ -135,14 +132,13 @@ def test_a_snapshot_is_written_once_and_outlives_the_checkpoint_it_was_written_f
     assert {bool(s.lora) for s in snapshots if not s.teaches} == {False}
 
 
-def test_adapter_opens_in_peft(settings, model_dir):
+def test_adapter_opens_in_peft(finished_run, model_dir):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    config = load_config(None, settings)
-    out = prune.run(config)
+    out = finished_run / "pruned"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), out / "adapter")
-    for key, (a, b) in load_run(config.run_dir).lora.items():
+    for key, (a, b) in load_run(finished_run).lora.items():
         layer, name = key.split(".")
         block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
         module = getattr(getattr(model.base_model.model.model.layers[int(layer)], block), name)
@@ -155,7 +151,7 @@ def test_adapter_opens_in_peft(settings, model_dir):
 
 @pytest.mark.parametrize("mode", ["intact", "none"])
 def test_other_teachers_record_nothing(settings, mode):
-    config = load_config(None, [*settings, f"teacher.mode={mode}"])
+    config = load_config(None, [*settings, f"teacher.mode={mode}", "train.steps=30", "sparsity.target=0.4"])
     prune.run(config)
     assert load_run(config.run_dir).snapshots == []
     assert {m["prune/teacher_sparsity"] for m in metrics(config.run_dir)} == {0.0}
@@ -164,7 +160,8 @@ def test_other_teachers_record_nothing(settings, mode):
 def test_micro_batches_give_the_step_of_the_whole_batch(settings, tmp_path):
     losses = []
     for micro in (0, 2):
-        config = load_config(None, [*settings, f"run_dir={tmp_path / str(micro)}", f"train.micro_batch={micro}"])
+        config = load_config(None, [*settings, "train.steps=30", f"run_dir={tmp_path / str(micro)}",
+                                    f"train.micro_batch={micro}"])  # fmt: skip
         prune.run(config)
         losses.append([m["prune/loss"] for m in metrics(config.run_dir)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -205,9 +202,7 @@ def test_the_papers_recipe_runs_with_its_lagrangian(settings, caplog):
     assert all(math.isfinite(m["prune/loss"]) for m in lines)
 
 
-def test_gates_are_learned_without_lora_and_fine_tuning_brings_it(settings, text_file, tmp_path):
-    records = tmp_path / "records.json"
-    records.write_text(json.dumps([{"prompt": f"The {n}", "completion": " river"} for n in range(8)]))
+def test_gates_are_learned_without_lora_and_fine_tuning_brings_it(settings, records):
     config = load_config(None, [*settings, "recipe=paper-masks", "train.steps=30", "gates.units=[ffn,hidden]",
                                 f"finetune.data={records}", "finetune.steps=2", "finetune.seq_len=32"])  # fmt: skip
     prune.run(config)
@@ -246,16 +241,13 @@ def test_one_bad_gradient_is_skipped_counted_and_logged(settings, monkeypatch, c
     assert "step 4 skipped" in caplog.text
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_saves_and_the_next_start_ends_bit_identical(settings, tmp_path, monkeypatch, sig):
-    whole = load_config(None, [*settings, f"run_dir={tmp_path / 'whole'}"])
-    prune.run(whole)
-    cut = load_config(None, [*settings, f"run_dir={tmp_path / 'cut'}"])
+def test_a_signal_saves_and_the_next_start_ends_bit_identical(settings, finished_run, monkeypatch):
+    cut = load_config(None, [*settings, "sparsity.target=0.4"])
     original = prune.Pruning.train_step
 
     def signalled(trainer):
         if trainer.step == 17:
-            os.kill(os.getpid(), sig)
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(trainer)
 
     monkeypatch.setattr(prune.Pruning, "train_step", signalled)
@@ -263,7 +255,7 @@ def test_a_signal_saves_and_the_next_start_ends_bit_identical(settings, tmp_path
         prune.run(cut)
     monkeypatch.undo()
     prune.run(cut)
-    same_run(tmp_path / "whole", tmp_path / "cut")
+    same_run(finished_run, Path(cut.run_dir))
 
 
 def test_tensorboard_has_the_scalars_pictures_and_texts(settings, tmp_path):
@@ -293,37 +285,9 @@ def test_importance_has_a_bar_of_its_own_before_that_of_the_steps(settings, caps
     assert re.search(r"importance: 100%.* 2/2 .*\bprune: +0%.* 0/4 .*\bprune: 100%.* 4/4 ", shown, re.DOTALL)
 
 
-def test_kill_9_at_random_points_loses_nothing(settings, tmp_path):
-    overrides = [*settings, "checkpoint.every=6"]
-    whole = load_config(None, [*overrides, f"run_dir={tmp_path / 'whole'}"])
-    prune.run(whole)
-    cut = tmp_path / "cut"
-    command = [sys.executable, "-m", "nuteprune", "prune", *overrides, f"run_dir={cut}"]
-    rng = random.Random(0)
-    for _ in range(3):
-        process = subprocess.Popen(command, cwd=Path(prune.__file__).parents[2], stderr=subprocess.PIPE, text=True)
-        start = len(metrics(cut)) if (cut / "metrics.jsonl").exists() else 0
-        until = start + rng.randint(7, 14)
-        while process.poll() is None and not ((cut / "metrics.jsonl").exists() and len(metrics_lines(cut)) >= until):
-            time.sleep(0.01)
-        assert process.poll() is None, process.stderr.read()
-        process.kill()
-        process.wait()
-    assert list((cut / "checkpoints").glob("step-*"))
-    subprocess.run(command, cwd=Path(prune.__file__).parents[2], check=True, capture_output=True)
-    same_run(tmp_path / "whole", cut)
-    exports = [export.run(load_config(None, [*overrides, f"run_dir={d}"])) for d in (tmp_path / "whole", cut)]
-    weights = [(e / "model.safetensors").read_bytes() for e in exports]
-    assert weights[0] == weights[1]
-
-
-def metrics_lines(run_dir: Path) -> list[str]:
-    return (run_dir / "metrics.jsonl").read_text().splitlines()
-
-
-def test_a_damaged_checkpoint_is_skipped_with_the_reason(settings, tmp_path, monkeypatch, caplog):
+def test_a_damaged_checkpoint_is_skipped_with_the_reason(settings, finished_run, monkeypatch, caplog):
     caplog.set_level("INFO")
-    config = load_config(None, [*settings, "checkpoint.every=10", "checkpoint.keep=3"])
+    config = load_config(None, [*settings, "sparsity.target=0.4", "checkpoint.every=10", "checkpoint.keep=3"])
     saved = interrupted(config, 33, monkeypatch)
     assert sorted(p.name for p in saved.iterdir()) == ["step-00000010", "step-00000020", "step-00000030"]
     newest = saved / "step-00000030" / "optimizer.safetensors"
@@ -336,9 +300,7 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason(settings, tmp_path, mon
     assert "optimizer.safetensors has" in caplog.text
     assert "does not match its sha256" in caplog.text
     assert "resumed at step 10" in caplog.text
-    whole = load_config(None, [*settings, f"run_dir={tmp_path / 'whole'}"])
-    prune.run(whole)
-    same_run(tmp_path / "whole", Path(config.run_dir))
+    same_run(finished_run, Path(config.run_dir))
 
 
 def interrupted(config, step, monkeypatch) -> Path:
@@ -357,8 +319,8 @@ def interrupted(config, step, monkeypatch) -> Path:
     return Path(config.run_dir) / "checkpoints"
 
 
-def test_damaged_checkpoints_neither_evict_new_ones_nor_lend_their_teachers(settings, tmp_path, monkeypatch):
-    config = load_config(None, [*settings, "checkpoint.every=10", "checkpoint.keep=2"])
+def test_damaged_checkpoints_neither_evict_new_ones_nor_lend_their_teachers(settings, finished_run, monkeypatch):
+    config = load_config(None, [*settings, "sparsity.target=0.4", "checkpoint.every=10", "checkpoint.keep=2"])
     saved = interrupted(config, 35, monkeypatch)
     for path in saved.glob("step-*/teachers/*.safetensors"):
         data = bytearray(path.read_bytes())
@@ -368,9 +330,7 @@ def test_damaged_checkpoints_neither_evict_new_ones_nor_lend_their_teachers(sett
     interrupted(config, 15, monkeypatch)
     assert [p.name for p in saved.iterdir()] == ["step-00000010"]
     prune.run(config)
-    whole = load_config(None, [*settings, f"run_dir={tmp_path / 'whole'}"])
-    prune.run(whole)
-    same_run(tmp_path / "whole", Path(config.run_dir))
+    same_run(finished_run, Path(config.run_dir))
 
 
 @pytest.mark.parametrize(
@@ -436,9 +396,9 @@ def _replace(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def test_a_finished_run_returns_at_once(settings, caplog):
-    config = load_config(None, settings)
-    out = prune.run(config)
+def test_a_finished_run_returns_at_once(settings, run_dir):
+    config = load_config(None, [*settings, "sparsity.target=0.4"])
+    out = run_dir / "pruned"
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert prune.run(config) == out
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}

@@ -114,14 +114,12 @@ def test_the_same_command_again_does_nothing_and_a_signal_loses_nothing(config, 
     assert {p.name: p.read_bytes() for p in (resumed / "adapter").iterdir()} == wanted
 
 
-def test_export_and_fine_tuning_take_a_recovered_rung(config, run_dir, tmp_path):
+def test_export_and_fine_tuning_take_a_recovered_rung(config, run_dir, records):
     recover.run(config)
     small = load_config(config, ["export.sparsity=0.2", "evaluate.batch_sizes=[]"])
     assert record(export.run(small))["recovered"] == 20
     assert "Recovered | 20 steps" in (run_dir / "export" / "README.md").read_text()
     assert record(export.run(load_config(small, ["export.source=pruned"])))["recovered"] == 0
-    records = tmp_path / "records.json"
-    records.write_text(json.dumps([{"prompt": f"The {n}", "completion": " river"} for n in range(8)]))
     finetune.run(load_config(config, [f"finetune.data={records}", "finetune.steps=1", "finetune.seq_len=32",
                                       "finetune.sparsity=0.2"]))  # fmt: skip
     tuned = record(export.run(small))

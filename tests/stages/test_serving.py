@@ -22,6 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nuteprune.stages import export
 
+pytestmark = pytest.mark.xdist_group("serving")
+
 LONG = {"max_position_embeddings": 128, "rope_parameters": {
     "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32}}  # fmt: skip
 

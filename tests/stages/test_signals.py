@@ -56,8 +56,9 @@ def has_loaded(process, library) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("library", ["", "libtorch_cpu", "tokenizers"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    ("number", "library"), [(signal.SIGTERM, ""), (signal.SIGUSR1, "libtorch_cpu"), (signal.SIGINT, "tokenizers")]
+)
 def test_a_signal_while_it_loads_ends_with_a_line(start, settings, tmp_path, number, library):
     process = start("-m", "nuteprune", "prune", *settings)
     until(lambda: catches(process, signal.SIGUSR1) and has_loaded(process, library), process)

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("wheel")
+
 ROOT = Path(__file__).parents[2]
+REST = """
+import sys, nuteprune, nuteprune.kernels.triton_kernels
+nuteprune.export(sys.argv[1])
+nuteprune.evaluate(sys.argv[1], sys.argv[2:])
+"""
 STRAY = "raise ImportError('a stray module of the user, not to be imported')\n"
 
 
@@ -54,18 +61,7 @@ def binaries(wheel, tmp_path_factory) -> Path:
             (site / entry.name).symlink_to(entry)
     with zipfile.ZipFile(wheel) as archive:
         assert {name.split("/")[0].split("-")[0] for name in archive.namelist()} == {"nuteprune"}
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        place / "bin" / "python",
-        "install",
-        "--quiet",
-        "--no-deps",
-        wheel,
-    ]
-    subprocess.run(list(map(str, install)), check=True, capture_output=True, text=True)
+    run(sys.executable, "-m", "pip", "--python", place / "bin" / "python", "install", "--quiet", "--no-deps", wheel)
     return place / "bin"
 
 
@@ -88,20 +84,19 @@ def test_the_wheel_asks_for_no_triton(wheel):
 
 
 def test_a_run_from_the_wheel_alone(binaries, elsewhere, settings, text_file):
-    """Ranks, a DeepSpeed file, recipes, tasks: prune → export → evaluate."""
+    """Ranks, a DeepSpeed file, recipes, tasks, the kernels' names: prune → export → evaluate."""
     launcher = [binaries / "python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     run(*launcher, "-m", "nuteprune", "prune", *settings, "train.steps=6", "deepspeed=zero3", "gates.settle=0.5")
     made = elsewhere / "run"
-    assert "exported model" in run(binaries / "nuteprune", "export", made)
     wanted = {"tasks": "[local_mc]", "task_limit": 2, "window": 64, "blocks": 2, "text": text_file, "batch_sizes": "[]"}
-    what = [f"evaluate.{key}={value}" for key, value in wanted.items()]
-    run(binaries / "python", "-m", "nuteprune", "evaluate", made, *what)
+    run(binaries / "python", "-I", "-c", REST, made, *(f"evaluate.{key}={value}" for key, value in wanted.items()))
     assert "local_mc" in (made / "evaluate" / "report.md").read_text()
 
 
 def test_what_the_manual_shows_needs_no_checkout(binaries, elsewhere):
-    """The cluster file, a chain of jobs with the planner's figures, the kernels' names."""
-    (elsewhere / "my.env").write_text(run(binaries / "nuteprune", "submit", "--example"))
+    """The cluster file and a chain of jobs (with the planner's figures: tests/slurm/test_submit.py)."""
+    example = run(binaries / "nuteprune", "submit", "--example")
+    (elsewhere / "my.env").write_text(f"{example}\nPRUNE_GPUS=0 PRUNE_TIME=10\n")
     jobs = run(
         binaries / "nuteprune", "submit", "--cluster", "my.env", "--dry-run", "recipe=llama2-13b", "run_dir=runs/x"
     )
@@ -110,4 +105,3 @@ def test_what_the_manual_shows_needs_no_checkout(binaries, elsewhere):
     ]  # fmt: skip
     scripts = {word for line in jobs.splitlines() for word in line.split() if word.endswith("stage.sbatch")}
     assert all(Path(script).is_file() and not Path(script).is_relative_to(ROOT) for script in scripts)
-    run(binaries / "python", "-I", "-c", "import nuteprune.kernels.triton_kernels, nuteprune; nuteprune.prune")

@@ -219,9 +219,7 @@ def test_memory_is_asked_for_before_and_given_back_when_gates_settle(settings, m
     assert not trainer.refit._packed
 
 
-def test_peft_opens_the_adapter_and_later_stages_go_on_from_it(settings, model_dir, tmp_path):
-    records = tmp_path / "records.json"
-    records.write_text(json.dumps([{"prompt": f"The river of {n}", "completion": " is deep."} for n in range(20)]))
+def test_peft_opens_the_adapter_and_later_stages_go_on_from_it(settings, model_dir, records):
     config = load_config(None, [*settings, "train.steps=40", "sparsity.target=0.4", "lora.refit=5", "lora.rank=4",
                                 "lora.alpha=2.0"])  # fmt: skip
     prune.run(config)
