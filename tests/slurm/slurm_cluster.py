@@ -147,14 +147,15 @@ class Cluster:
 
     def pid(self, job: str, rank: int) -> int:
         """Process id of a rank of a job's step: the Python that nuteprune runs in."""
-        wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
+        wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
+        steps = {"SLURM_STEP_ID=0", "SLURM_STEP_ID=1"}  # a job's first start names its versions in a step before
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (process / "environ").read_bytes().decode().split("\0")
                 command = (process / "cmdline").read_bytes()
             except OSError:  # gone meanwhile
                 continue
-            if wanted <= set(environment) and b"nuteprune" in command:
+            if wanted <= set(environment) and steps & set(environment) and b"nuteprune" in command:
                 return int(process.name)
         raise AssertionError(f"job {job} has no rank {rank}")
 
