@@ -49,7 +49,7 @@ class Kept:
             effective = open_.as_dict() | {"heads": open_.head_gate(spec), "ffn": open_.ffn_gate(spec)}
             masks = {kind: mask for kind, mask in effective.items() if mask is not None}
             flat = torch.cat([mask.flatten() for mask in masks.values()]).numpy()
-            ends = np.cumsum([mask.numel() for mask in masks.values()])[:-1]
+            ends: np.ndarray = np.cumsum([mask.numel() for mask in masks.values()])[:-1]
             found = dict(zip(masks, np.split(flat, ends), strict=True))
 
         def mask(kind: str, *shape: int) -> np.ndarray:
