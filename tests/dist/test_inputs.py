@@ -9,7 +9,7 @@ from hub import small_hub
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-DELAY, TIMEOUT = 12, 9
+DELAY, TIMEOUT = 14, 10
 
 
 def use(address: str, cache: Path, rank: int) -> None:
