@@ -64,7 +64,7 @@ class Schedule:
         start, end = max(start, _LEAST_NOISE), max(end, _LEAST_NOISE)
         return start * (end / start) ** min(1.0, step / max(1, self.settle - 1))
 
-    def lora_lr(self, step: int) -> float:
+    def lora_share(self, step: int) -> float:
         """LoRA's learning rate over its peak: linear warm-up, then cosine to a tenth; the paper's linear to 0."""
         papers = self.train.lora_optimizer == "adamw"
         warm = 1 if papers else max(1, round(LORA_WARMUP * self.total))

@@ -137,7 +137,7 @@ class Engine:
         """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
         self.world.mean(self.gradients).div_(self.scale.value)
         for group in self.optimizers["lora"].param_groups if self.lora else ():
-            group["lr"] = group["rate"] * self.peak * self.schedule.lora_lr(step)
+            group["lr"] = group["rate"] * self.peak * self.schedule.lora_share(step)
         norm = self._clip(LARGEST_NORM)
         # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
         odd = (self.gradients * 0).sum()

@@ -95,7 +95,7 @@ def test_the_papers_recipe_is_the_papers():
     assert (config.data.source, config.data.documents, config.data.seq_len) == ("c4", 20_000, 512)
     assert (config.train.batch_size, config.train.epochs, config.train.lora_lr) == (16, 7, 1e-3)
     assert (config.gates.lr, config.gates.init) == (0.1, "drop_rate")
-    assert Schedule(101, config.train, config.gates, config.sparsity).lora_lr(60) == pytest.approx(1 - 59 / 100)
+    assert Schedule(101, config.train, config.gates, config.sparsity).lora_share(60) == pytest.approx(1 - 59 / 100)
     assert config.gates.clamp == pytest.approx(4.60517)
     assert (config.sparsity.target, config.sparsity.warmup) == (0.2, pytest.approx(4 / 7))
     assert (config.finetune.epochs, config.finetune.batch_size, config.finetune.lr) == (2, 16, 1e-4)
