@@ -77,7 +77,7 @@ def _train(config: Config, stage: type[Trainer], known: tuple, world: World, sto
         if world.is_main:
             claim_directory(config)
     trainer.micro_batch = world.from_main(remembered(trainer.checkpoints.directory, trainer.micro_batch))
-    resume(trainer)
+    resume(trainer, planned=not config.train.micro_batch)
     trainer.stop, stop.polled = stop, True
     with world.together():
         tracker = Tracker(config, trainer.stage, trainer.total, trainer.step, world.is_main)
@@ -170,8 +170,13 @@ def check_alike(config: Config, world: World) -> None:
                 )
 
 
-def resume(trainer: Trainer) -> None:
-    """Restore the newest checkpoint that verifies, if there is one; rank 0 chooses it."""
+def resume(trainer: Trainer, planned: bool) -> None:
+    """Restore the newest checkpoint that verifies, if there is one; rank 0 chooses it.
+
+    Args:
+        trainer: at step 0.
+        planned: whether its micro-batch is not the user's: then it is no larger than the checkpoint's, for the same bits.
+    """
     world = trainer.world
     path = None
     with world.together():
@@ -189,6 +194,8 @@ def resume(trainer: Trainer) -> None:
             counters, scale = trainer.load(path), trainer.engine.scale
             trainer.step, trainer.bad_total = int(counters["step"]), int(counters["bad_total"])
             scale.value, scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
+            if planned and counters.get("ranks") == world.size:
+                trainer.micro_batch = min(trainer.micro_batch, int(counters["micro_batch"]))
         except UserError:
             raise
         # Whole, but of something else.
@@ -212,7 +219,8 @@ def save_checkpoint(trainer: Trainer) -> None:
     """Write the state after the current step on rank 0, then drop checkpoints beyond `checkpoint.keep`."""
     scale = trainer.engine.scale
     counters: dict[str, Any] = {"step": trainer.step, "bad_total": trainer.bad_total, "loss_scale": scale.value,
-                                "good_steps": scale.good_steps}  # fmt: skip
+                                "good_steps": scale.good_steps, "micro_batch": trainer.micro_batch,
+                                "ranks": trainer.world.size}  # fmt: skip
     trainer.engine.collect()
     with trainer.world.together():
         if trainer.world.is_main:

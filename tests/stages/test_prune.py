@@ -18,6 +18,7 @@ from nuteprune.arch import read_spec
 from nuteprune.config import load_config
 from nuteprune.errors import UserError
 from nuteprune.masks import Kept
+from nuteprune.planning import machine
 from nuteprune.runs.checkpoint import verify, write_manifest
 from nuteprune.runs.rundir import load_adapter, load_run, save_config
 from nuteprune.stages import export, finetune, prune
@@ -165,6 +166,18 @@ def test_micro_batches_give_the_step_of_the_whole_batch(settings, tmp_path):
         prune.run(config)
         losses.append([m["prune/loss"] for m in metrics(config.run_dir)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_where_more_is_free_later_a_run_goes_on_with_the_micro_batch_that_it_began_with(settings, tmp_path, monkeypatch):
+    overrides = [*settings, "train.steps=12", "checkpoint.every=5", "train.batch_size=4", "train.micro_batch=0"]
+    whole, cut = (load_config(None, [*overrides, f"run_dir={tmp_path / name}"]) for name in ("whole", "cut"))
+    monkeypatch.setattr(machine, "free_memory", lambda: 0)
+    prune.run(whole)
+    with monkeypatch.context() as patch:
+        interrupted(cut, 8, patch)
+    monkeypatch.setattr(machine, "free_memory", lambda: 8 << 30)
+    prune.run(cut)
+    same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_step_that_runs_out_of_memory_is_taken_in_smaller_parts(settings, tmp_path, monkeypatch, caplog):
