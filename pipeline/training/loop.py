@@ -175,7 +175,7 @@ def resume(trainer: Trainer, planned: bool) -> None:
 
     Args:
         trainer: at step 0.
-        planned: whether its micro-batch is not the user's: then it is no larger than the checkpoint's, for the same bits.
+        planned: whether its micro-batch is not the user's: then it is at most the checkpoint's, for the same bits.
     """
     world = trainer.world
     path = None

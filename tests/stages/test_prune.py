@@ -168,7 +168,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch(settings, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_where_more_is_free_later_a_run_goes_on_with_the_micro_batch_that_it_began_with(settings, tmp_path, monkeypatch):
+def test_where_more_is_free_later_a_run_keeps_its_micro_batch(settings, tmp_path, monkeypatch):
     overrides = [*settings, "train.steps=12", "checkpoint.every=5", "train.batch_size=4", "train.micro_batch=0"]
     whole, cut = (load_config(None, [*overrides, f"run_dir={tmp_path / name}"]) for name in ("whole", "cut"))
     monkeypatch.setattr(machine, "free_memory", lambda: 0)
