@@ -246,7 +246,7 @@ class FinetuneConfig:
     epochs: float = opt(2.0, "Passes over the windows where `steps` is 0.", gt=0)
     batch_size: int = opt(16, "Windows of an optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(0, "Windows of a forward pass on one rank, as train.micro_batch.", ge=0)
-    lr: float = opt(1e-4, "Peak learning rate.", gt=0)
+    lr: float = opt(0.0, "Peak learning rate; 0: half of what train.lora_lr is by default.", ge=0)
     lora_rank: int = opt(0, "Rank of LoRA, at least the run's, whose update is trained on; 0: the run's.", ge=0)
     distill: float = opt(
         0.0, "Weight per answer token of the KL from the intact model, beside the cross entropy.", ge=0

@@ -22,6 +22,7 @@ from nuteprune.runs.directories import finetune_directory
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import open_run, pruned_student
 from nuteprune.training import fixed
+from nuteprune.training.engine import RELATIVE_RATE
 from nuteprune.training.loop import train
 from nuteprune.training.teachers import constant_mode
 
@@ -68,6 +69,7 @@ class Finetuning(fixed.FixedGates):
 
     stage = "finetune"
     plan = staticmethod(with_micro_batch)
+    relative_rate = RELATIVE_RATE / 2  # of a 7B model about 1e-4, as the authors' rate; all of it forgets more
     free = ("recover", "checkpoint", "tracking", "export", "evaluate")
 
     def __init__(self, *parts, **state):

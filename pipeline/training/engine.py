@@ -88,6 +88,7 @@ class Engine:
         schedule: the run's steps, with learning rates.
         world: the ranks whose gradients are averaged.
         sharded: each rank holds the state of a share of LoRA's optimizer.
+        relative: LoRA's peak learning rate over the root mean square of the weights, where `train.lora_lr` is 0.
 
     Attributes:
         peak: LoRA's peak learning rate.
@@ -95,11 +96,11 @@ class Engine:
 
     def __init__(
         self, model: PairedModel, masks: MaskSet, multipliers: Multipliers | None, schedule: Schedule, world: World,
-        sharded: bool = False,
+        sharded: bool = False, relative: float = RELATIVE_RATE,
     ):  # fmt: skip
         self.schedule, self.masks, self.world = schedule, masks, world
         train, gates = schedule.train, schedule.gates
-        self.peak = train.lora_lr or relative_rate(model)
+        self.peak = train.lora_lr or relative_rate(model, relative)
         self.lora = [p for pair in model.lora().values() for p in pair]  # A, B, A, B, …
         self.alphas = list(masks.log_alpha.values())
         costs = unit_costs(masks.spec)
@@ -193,8 +194,8 @@ class Engine:
 
 
 @torch.no_grad()
-def relative_rate(model: PairedModel) -> float:
-    """`RELATIVE_RATE` of the weights that LoRA updates, to two digits: the same on any number of ranks. Collective."""
+def relative_rate(model: PairedModel, share: float) -> float:
+    """A share of the weights that LoRA updates, to two digits: the same on any number of ranks. Collective."""
     lora, squares, count = model.lora(), [], 0
     for index, each in enumerate(model.layers):
         for name, (owner, attribute) in projections(each.layer).items():
@@ -206,7 +207,7 @@ def relative_rate(model: PairedModel) -> float:
     if not squares:
         return 0.0
     size = math.sqrt(float(torch.stack(squares).double().sum()) / count)
-    return float(f"{RELATIVE_RATE * size:.1e}")
+    return float(f"{share * size:.1e}")
 
 
 def _sharded_adamw(parameters: list[dict], **options) -> torch.optim.Optimizer:

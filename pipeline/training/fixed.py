@@ -7,6 +7,7 @@ from abc import abstractmethod
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from nuteprune.runs.directories import TUNED
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import Student, export_gates
 from nuteprune.runs.tuned import save_tuned
-from nuteprune.training.engine import Engine
+from nuteprune.training.engine import RELATIVE_RATE, Engine
 from nuteprune.training.teachers import TEACHERS
 from nuteprune.training.trainer import Trainer
 
@@ -52,6 +53,8 @@ class FixedGates(Trainer):
     """
 
     output = TUNED
+    relative_rate: ClassVar[float] = RELATIVE_RATE
+    """See `Engine`."""
 
     def __init__(self, *parts, trained: Run, student: Student):
         super().__init__(*parts)
@@ -90,10 +93,10 @@ class FixedGates(Trainer):
         model.update.load(student.lora)
         masks = MaskSet(spec, config.gates).to(world.device)
         masks.fix(student.gates)
-        engine = Engine(model, masks, None, schedule, world, bool(config.deepspeed))
+        engine = Engine(model, masks, None, schedule, world, bool(config.deepspeed), cls.relative_rate)
         teacher = TEACHERS[config.teacher.mode](spec, config.teacher, model.scaling, world.device, model.dtype)
-        log.info("%s at sparsity %.4f: %d sequences, %d steps", cls.stage, sparsity_of(spec, student.gates),
-                 len(stream.blocks), schedule.total)  # fmt: skip
+        log.info("%s at sparsity %.4f: %d sequences, %d steps, LoRA's rate %g", cls.stage,
+                 sparsity_of(spec, student.gates), len(stream.blocks), schedule.total, engine.peak)  # fmt: skip
         return cls(config, world, model, engine, stream, schedule, masks, teacher, trained=trained, student=student)
 
     @cached_property

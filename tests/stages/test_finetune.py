@@ -65,6 +65,15 @@ def build(config) -> finetune.Finetuning:
     return finetune.Finetuning.build(finetune.settings(config, trained, base.spec), World(), trained, base)
 
 
+def test_the_rate_follows_the_weights_and_is_half_of_pruning(tuning):
+    trained = open_run(tuning.run_dir, tuning.model)
+    recovering = recover.settings(load_config(tuning.run_dir, []), trained, 0.2)
+    recovered = recover.Recovering.build(recovering, World(), trained, read_base(trained.config.model))
+    wanted = recovered.engine.peak / 2
+    assert build(changed(tuning, lr=0.0, lora_rank=0)).engine.peak == pytest.approx(wanted, rel=0.05)  # two digits
+    assert build(changed(tuning, lr=3e-3)).engine.peak == 3e-3
+
+
 def test_answers_are_learned_with_the_gates_fixed(tuning, run_dir):
     directory = finetune.run(tuning)
     assert directory == run_dir / "finetune" / "tuned"

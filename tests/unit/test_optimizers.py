@@ -35,14 +35,14 @@ def test_the_rate_is_a_share_of_the_weights_that_lora_updates(family):
     model = PairedModel(hf, spec, config.lora)
     weights = [getattr(*owned).weight for layer in model.layers for owned in projections(layer.layer).values()]
     size = torch.cat([weight.flatten() for weight in weights]).square().mean().sqrt()
-    first = relative_rate(model)
+    first = relative_rate(model, RELATIVE_RATE)
     assert first == pytest.approx(RELATIVE_RATE * float(size), rel=0.05)  # two digits
     with torch.no_grad():
         for weight in weights:
             weight.mul_(10)
-    assert relative_rate(model) == pytest.approx(10 * first, rel=1e-6)
+    assert relative_rate(model, RELATIVE_RATE) == pytest.approx(10 * first, rel=1e-6)
     made = Engine(model, MaskSet(spec, config.gates), None, Schedule.of(config, 0), World())
-    assert made.peak == relative_rate(model)
+    assert made.peak == relative_rate(model, RELATIVE_RATE)
     made.step(9)
     assert made.optimizers["lora"].param_groups[0]["lr"] < made.peak
 
