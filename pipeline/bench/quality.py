@@ -56,7 +56,7 @@ VARIANTS = {
     "no-refit": ["lora.refit=0"],
     "taylor": ["recipe=taylor"],
     "paper": ["recipe=paper", "gates.units=[heads,kv_groups,ffn]"],
-    "control": ["teacher.mode=none", "lora.refit=0", f"sparsity.target={NOTHING}"],
+    "control": ["teacher.mode=none", "lora.refit=0", "gates.importance_tokens=1", f"sparsity.target={NOTHING}"],
 }
 """Overrides of each row. `taylor`: scores taken once, one ranking, a hard schedule (its recipe), the rest as ours."""
 
