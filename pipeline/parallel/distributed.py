@@ -159,7 +159,7 @@ def discover(computes: bool = True) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        _set_allocator(size)
+        keep_freed_memory(True)
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size),
     }  # fmt: skip
@@ -257,13 +257,13 @@ def _from_mpi() -> Place | None:
     return world.rank, world.size, node.rank, node.size
 
 
-def _set_allocator(ranks: int) -> None:
+def keep_freed_memory(keep: bool) -> None:
     """Tell glibc what to do with large buffers that are freed.
 
-    A process of its own keeps them: fetching them again costs a page fault every 4 KB, a fifth of a step's time on a
-    CPU. Ranks that share a machine's memory hand them back: the holes between gathered weights doubled their memory.
+    A process keeps them: fetching them again costs a page fault every 4 KB, a fifth of a step's time on a CPU. Ranks
+    that gather weights hand them back: the holes between gathered weights doubled their memory.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            libc.mallopt(parameter, 1 << 30 if ranks == 1 else 1 << 17)
+            libc.mallopt(parameter, 1 << 30 if keep else 1 << 17)

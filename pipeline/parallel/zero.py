@@ -23,7 +23,7 @@ from nuteprune.config import Config, LoraConfig
 from nuteprune.errors import UserError
 from nuteprune.model.loading import Base, load_model
 from nuteprune.model.pairing import PairedDecoderLayer, PairedModel
-from nuteprune.parallel.distributed import World
+from nuteprune.parallel.distributed import World, keep_freed_memory
 from nuteprune.parallel.shards import load_partitioned
 from nuteprune.parallel.sizes import zero3_sizes
 
@@ -153,6 +153,8 @@ def load_paired(
             whole = load_model(base, world.device)
         return PairedModel(whole, base.spec, lora, checkpointing)
     quiet()
+    if world.size > 1 and world.device.type == "cpu":
+        keep_freed_memory(False)
     model = PairedModel(load_partitioned(base, world, settings), base.spec, lora, checkpointing)
     attach(model, settings)
     return model
