@@ -69,7 +69,7 @@ class Finetuning(fixed.FixedGates):
 
     stage = "finetune"
     plan = staticmethod(with_micro_batch)
-    relative_rate = RELATIVE_RATE / 2  # of a 7B model about 1e-4, as the authors' rate; all of it forgets more
+    relative_rate = RELATIVE_RATE / 2  # about the authors' 1e-4 on a 7B model; the whole rate forgets more
     free = ("recover", "checkpoint", "tracking", "export", "evaluate")
 
     def __init__(self, *parts, **state):
