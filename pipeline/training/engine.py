@@ -195,7 +195,10 @@ class Engine:
 
 @torch.no_grad()
 def relative_rate(model: PairedModel, share: float) -> float:
-    """A share of the root mean square of the weights that LoRA updates, to two digits: alike on all ranks. Collective."""
+    """A share of the root mean square of the weights that LoRA updates, to two digits: alike on all ranks.
+
+    Collective.
+    """
     lora, squares, count = model.lora(), [], 0
     for index, each in enumerate(model.layers):
         for name, (owner, attribute) in projections(each.layer).items():
