@@ -130,7 +130,8 @@ def split(train: Path, held_out: int, out: Path) -> tuple[Path, list[Path]]:
     """The training file and, where documents are held out, what is left of it and a file of those."""
     if not held_out:
         return train, []
-    lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
+    with train.open(encoding="utf-8", newline="\n") as file:
+        lines = file.readlines()  # not splitlines: a record may hold other ends of lines, U+2028 say
     if train.suffix != ".jsonl" or held_out >= len(lines):
         raise UserError(f"--held-out {held_out}: {train} must be a .jsonl file of more documents than that")
     parts = {"train.jsonl": lines[:-held_out], "held-out.jsonl": lines[-held_out:]}

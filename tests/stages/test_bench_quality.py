@@ -63,10 +63,11 @@ def test_two_commands_fill_one_table(model_dir, text_file, tmp_path, monkeypatch
 
 def test_documents_held_out_are_not_trained_on(tmp_path):
     file = tmp_path / "c4.jsonl"
-    file.write_text("".join(json.dumps({"text": str(n)}) + "\n" for n in range(9)))
+    # A line separator inside a record ends no record.
+    file.write_text("".join(f'{{"text": "{n}\u2028"}}\n' for n in range(9)), encoding="utf-8")
     train, (held_out,) = quality.split(file, 2, tmp_path)
-    texts = [[json.loads(line)["text"] for line in part.read_text().splitlines()] for part in (train, held_out)]
-    assert texts == [[str(n) for n in range(7)], ["7", "8"]]
+    texts = [[json.loads(line)["text"] for line in part.open(encoding="utf-8")] for part in (train, held_out)]
+    assert texts == [[f"{n}\u2028" for n in range(7)], ["7\u2028", "8\u2028"]]
 
 
 def test_rows_within_two_standard_errors_are_equal():
