@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 from hub import small_hub
 from huggingface_hub import constants
+from transformers.utils import hub as transformers_hub
 
 from nuteprune.config import ModelConfig
 from nuteprune.data.text import load_text
@@ -22,6 +23,7 @@ def endpoint(monkeypatch, tmp_path):
 
     def use(address: str) -> None:
         monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # a client that keeps the address
         files = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
