@@ -149,7 +149,8 @@ def train_lora(
     student: PreTrainedModel, teacher: PreTrainedModel, stream: BatchStream, config: Config, rate: float
 ) -> PreTrainedModel:
     """The student with LoRA trained by KL to the teacher and cross entropy, merged."""
-    lora = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets))
+    rank = config.lora.rank
+    lora = LoraConfig(r=rank, lora_alpha=rank * config.lora.scaling, target_modules=list(config.lora.targets))
     model, steps = get_peft_model(student, lora), config.train.steps
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(LORA_WARMUP * steps), steps)

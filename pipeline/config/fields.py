@@ -131,7 +131,8 @@ class TrainConfig:
         "as many as the planner finds room for.", ge=0
     )  # fmt: skip
     lora_lr: float = opt(
-        0.0, "Peak learning rate of LoRA; 0: a hundredth of the root mean square of the weights that it updates.", ge=0
+        0.0, "Peak learning rate of LoRA; 0: a hundredth of the root mean square of the weights that it updates, at "
+        "another rank than 16 times √(16 / rank).", ge=0
     )  # fmt: skip
     lora_optimizer: Literal["scaled", "adamw"] = opt(
         "scaled", "`scaled` is AdamW on the gradient of each LoRA factor scaled by the other factor, B at four times "
@@ -154,12 +155,17 @@ class LoraConfig:
         "Projections that get LoRA; none: gates alone are learned.",
     )
     rank: int = opt(16, "Rank of LoRA.", ge=1)
-    alpha: float = opt(16.0, "LoRA's update is scaled by alpha / rank.", gt=0)
+    alpha: float = opt(0.0, "LoRA's update is scaled by alpha / rank; 0: not scaled.", ge=0)
     refit: int = opt(
         112, "Extra ranks of down_proj through which the FFN units that stay replace those that leave, by least "
         "squares on the text and not trained; 0: off, as where no FFN units leave, down_proj has no LoRA or layers "
         "have experts.", ge=0
     )  # fmt: skip
+
+    @property
+    def scaling(self) -> float:
+        """What LoRA's update is multiplied by."""
+        return self.alpha / self.rank or 1.0
 
 
 @dataclass(frozen=True)

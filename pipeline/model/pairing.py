@@ -146,7 +146,7 @@ class PairedModel(nn.Module):
         model.requires_grad_(False)
         model.eval()
         self.spec, self.model = spec, model
-        self.scaling = lora.alpha / lora.rank
+        self.scaling = lora.scaling
         install(model.model.layers, spec)
         install_kernels(model.model.layers, model.model.norm, spec)
         self.head = _Head(model.lm_head.weight)

@@ -61,9 +61,9 @@ def save_adapter(directory: Path, lora: Mapping[str, tuple[Tensor, Tensor]], con
             tensors[f"{_peft_key(key)}.{name}.weight"] = tensor.detach().cpu().contiguous()
     metadata = {"format": "pt"} | ({"fused": json.dumps(found)} if found else {})
     save_file(tensors, directory / "adapter_model.safetensors", metadata=metadata)
+    rank, alpha = config.lora.rank, config.lora.rank * config.lora.scaling
     LoraConfig(
-        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets, bias="none",
-        **patterns(lora, config.lora.rank, config.lora.alpha),
+        r=rank, lora_alpha=alpha, target_modules=targets, bias="none", **patterns(lora, rank, alpha),
         task_type=TaskType.CAUSAL_LM, base_model_name_or_path=config.model.path, inference_mode=True,
     ).save_pretrained(directory)  # fmt: skip
     # peft keeps the targets as a set, whose order is another in each process.

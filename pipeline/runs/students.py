@@ -104,7 +104,7 @@ def _in_shape(asked: ExportConfig, trained: Run, spec: ArchSpec, student: Studen
 
 def choose_student(trained: Run, sparsity: float) -> Student:
     """The final student (sparsity 0), or whatever the run has nearest to a sparsity."""
-    scaling = trained.config.lora.alpha / trained.config.lora.rank
+    scaling = trained.config.lora.scaling
     final = Student(trained.gates, trained.scores, trained.lora, scaling, trained.config.sparsity.target, {})
     if sparsity in (0, final.target):
         return final

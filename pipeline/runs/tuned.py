@@ -67,4 +67,4 @@ def load_tuned(directory: Path, trained: Run, again: str) -> Tuned:
             f"{directory} comes from an earlier pruning of this run: remove {directory.parent} and {again}, or "
             "set export.source=pruned"
         )
-    return Tuned(gates, lora, config.alpha / config.rank, facts)
+    return Tuned(gates, lora, config.scaling, facts)

@@ -59,7 +59,7 @@ def settings(config: Config, trained: Run, spec: ArchSpec) -> Config:
                       micro_batch=tune.micro_batch, lora_lr=tune.lr),
         loss=replace(config.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
         lora=replace(old.lora, targets=[name for name in get_args(Projection) if name in spec.lora_targets], rank=rank,
-                     alpha=rank * old.lora.alpha / old.lora.rank),
+                     alpha=rank * old.lora.scaling),
         teacher=replace(old.teacher, mode=constant_mode(bool(tune.distill))),
     )  # fmt: skip
 

@@ -30,8 +30,8 @@ LARGEST_NORM = 1.0
 MULTIPLIER_RATE = 0.1
 """Ascent rate of the Lagrangian's multipliers (the paper's)."""
 RELATIVE_RATE = 1.04e-2
-"""LoRA's peak learning rate over the root mean square of the weights that it updates, where `train.lora_lr` is 0: it
-moves weights by as large a share of themselves in every model (docs/experiments.md)."""
+"""LoRA's peak learning rate over the root mean square of the weights that it updates, at rank 16, where
+`train.lora_lr` is 0: it moves weights by as large a share of themselves in every model (docs/experiments.md)."""
 _GATE_MOMENTUM = 0.9
 _FIRST_SCALE, _SCALE_PATIENCE = 2.0**12, 200
 
@@ -197,6 +197,8 @@ class Engine:
 def relative_rate(model: PairedModel, share: float) -> float:
     """A share of the root mean square of the weights that LoRA updates, to two digits: alike on all ranks.
 
+    At another rank than 16 times √(16 / rank).
+
     Collective.
     """
     lora, squares, count = model.lora(), [], 0
@@ -210,7 +212,8 @@ def relative_rate(model: PairedModel, share: float) -> float:
     if not squares:
         return 0.0
     size = math.sqrt(float(torch.stack(squares).double().sum()) / count)
-    return float(f"{share * size:.1e}")
+    rank = len(next(iter(lora.values()))[0])
+    return float(f"{share * size * math.sqrt(16 / rank):.1e}")
 
 
 def _sharded_adamw(parameters: list[dict], **options) -> torch.optim.Optimizer:

@@ -1,5 +1,7 @@
 """The optimizer side: the loss scale of float16, gradients that lie in one buffer, and shards of AdamW's state."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -41,6 +43,8 @@ def test_the_rate_is_a_share_of_the_weights_that_lora_updates(family):
         for weight in weights:
             weight.mul_(10)
     assert relative_rate(model, RELATIVE_RATE) == pytest.approx(10 * first, rel=1e-6)
+    wider = PairedModel(tiny_model(family), spec, replace(config.lora, rank=64))
+    assert relative_rate(wider, RELATIVE_RATE) == pytest.approx(first / 2, rel=0.05)
     made = Engine(model, MaskSet(spec, config.gates), None, Schedule.of(config, 0), World())
     assert made.peak == relative_rate(model, RELATIVE_RATE)
     made.step(9)
