@@ -1,10 +1,10 @@
-"""NutePrune from Python: `prune`, `recover`, `finetune`, `export`, `evaluate`, `load_masked`; all else is private."""
+"""NutePrune from Python: the calls of `__all__`; all else is private."""
 
-__all__ = ["evaluate", "export", "finetune", "load_masked", "prune", "recover"]
+__all__ = ["distill", "evaluate", "export", "finetune", "load_masked", "prune", "recover"]
 
 
 def __getattr__(name: str):
-    """The six calls, imported when they are first used: torch takes seconds."""
+    """Those calls, imported when they are first used: torch takes seconds."""
     if name in __all__:
         from nuteprune import api
 

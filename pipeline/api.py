@@ -12,6 +12,7 @@ from pathlib import Path
 from nuteprune.config import Config, load_config
 from nuteprune.exporting import masked
 from nuteprune.exporting.masked import MaskedModel
+from nuteprune.stages import distill as distill_stage
 from nuteprune.stages import evaluate as evaluate_stage
 from nuteprune.stages import export as export_stage
 from nuteprune.stages import finetune as finetune_stage
@@ -62,6 +63,14 @@ def finetune(settings: Settings, overrides: Sequence[str] = ()) -> Path:
     Arguments and errors as of `prune`; returns the directory of the fine-tuned student.
     """
     return finetune_stage.run(load_config(settings, overrides))
+
+
+def distill(settings: Settings, overrides: Sequence[str] = ()) -> Path:
+    """Train all weights of a finished run's exported model, taught by the intact one; `evaluate` takes it by itself.
+
+    Arguments and errors as of `prune`; returns the directory of the model.
+    """
+    return distill_stage.run(load_config(settings, overrides))
 
 
 def export(settings: Settings, overrides: Sequence[str] = ()) -> Path:

@@ -65,11 +65,12 @@ def run(config: Config) -> str:
     settings = yaml.safe_dump(beyond_recipe(config), sort_keys=False)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / SETTINGS, (head + settings).encode())
-    stages = ["prepare", "prune", *(["finetune"] if config.finetune.data else []), "export", "evaluate"]
+    tune, distill = ["finetune"] * bool(config.finetune.data), ["distill"] * bool(config.distill.steps)
+    stages = ["prepare", "prune", *tune, "export", *distill, "evaluate"]
     told = ""
     for number, stage in enumerate(stages, 1):
         log.info("stage %d of %d: %s", number, len(stages), stage)
-        if machine.ranks > 1 and stage in ("prune", "finetune"):
+        if machine.ranks > 1 and stage in ("prune", "finetune", "distill"):
             _on_all_cards(stage, directory / SETTINGS, machine.ranks)
         else:
             result = getattr(api, stage)(config)

@@ -12,6 +12,7 @@ STAGES = {
     "recover": "train snapshots of a run on, their gates fixed, so that each rung of a ladder is worth its size",
     "finetune": "train the pruned student's LoRA on instruction records, its gates fixed",
     "export": "write the student (or a snapshot of the run, or a ladder of them) as a small Hugging Face model",
+    "distill": "train all weights of the exported model, taught by the intact one",
     "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
 }
 RUN = "all stages one after the other on this machine, with settings chosen for it; goes on where it stopped"
@@ -43,7 +44,7 @@ SUBMIT_FLAGS = {
 }
 """Flags of `submit` that take a value; slurm/submit.sh reads them."""
 STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"
-DISTRIBUTED = ("prune", "recover", "finetune")
+DISTRIBUTED = ("prune", "recover", "finetune", "distill")
 """Stages that several ranks run together."""
 OVERRIDES = "directory of a run (for --config RUN/config.yaml), and settings that win over the file"
 PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"

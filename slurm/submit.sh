@@ -58,10 +58,10 @@ plan() {
     overrides=()
 }
 
-# resources STAGE: sbatch's flags for it, in $flags. Training stages have all ranks; recover has what prune has.
+# resources STAGE: sbatch's flags for it, in $flags. Training stages have all ranks; recover and distill have what prune has.
 resources() {
     local stage=$1 gpus tasks=1 time mem extra own
-    [[ $stage == recover ]] && stage=prune
+    [[ $stage =~ ^(recover|distill)$ ]] && stage=prune
     extra="${stage^^}_FLAGS[@]"
     gpus=$(setting "$stage" GPUS 0)
     time=$(setting "$stage" TIME "")

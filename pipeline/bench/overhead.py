@@ -182,7 +182,7 @@ def trainer(layers: int, phase: str, batch: int = 1, dtype: str = "bfloat16") ->
     engine = Engine(model, masks, None, schedule, world)
     stream = BatchStream(torch.randint(0, spec.vocab, (64, 16), dtype=torch.int32), batch, 0)
     teacher = TEACHERS[config.teacher.mode](spec, config.teacher, model.scaling, world.device, model.dtype)
-    made = Pruning(config, world, model, engine, stream, schedule, masks, teacher, refit=None)
+    made = Pruning(config, world, model, engine, stream, schedule, masks=masks, teacher=teacher, refit=None)
     masks.restart({kind: torch.randn_like(la) for kind, la in masks.log_alpha.items()})
     for sparsity in (0.05, 0.1):
         masks.project(sparsity)

@@ -260,6 +260,21 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Training all weights of the exported model."""
+
+    steps: int = opt(
+        0,
+        "Optimizer steps; 0: as many as the run's, and the stage is none of those that `run` and `submit` start.",
+        ge=0,
+    )
+    lr: float = opt(
+        0.0, "Peak learning rate; 0: a thousandth of the root mean square of the weights of the decoder's projections.",
+        ge=0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """The small model that is written."""
 
@@ -343,6 +358,7 @@ class Config:
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
@@ -355,6 +371,7 @@ STAGE_SECTIONS = {
     "recover": ["recover", "model", "train", "export", "checkpoint", "tracking"],
     "finetune": ["finetune", "model", "train", "loss", "export", "checkpoint", "tracking"],
     "export": ["export", "model"],
+    "distill": ["distill", "model", "train", "loss", "export", "checkpoint", "tracking"],
     "evaluate": ["evaluate", "model", "data", "export", "tracking"],
 }
 """The sections each stage reads, in the order in which a user meets them; `--help` of a stage lists these."""

@@ -24,6 +24,7 @@ from nuteprune.exporting.card import RECORD, add_results
 from nuteprune.exporting.publish import push
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.checkpoint import CheckpointError
+from nuteprune.runs.directories import DISTILLED, distill_directory
 from nuteprune.runs.words import one_line
 from nuteprune.training.tracking import Tracker, check_reporters
 
@@ -168,7 +169,8 @@ def _model_paths(config: Config) -> list[str]:
     export = Path(config.export.output or Path(config.run_dir) / "export")
     if not (export / "config.json").is_file():
         raise UserError(f"no exported model at {export}: run the export stage first, or set evaluate.models")
-    return [config.model.path, str(export)]
+    distilled = distill_directory(Path(config.run_dir)) / DISTILLED
+    return [config.model.path, str(export), *([str(distilled)] if (distilled / RECORD).is_file() else [])]
 
 
 def report_directory(config: Config) -> Path:

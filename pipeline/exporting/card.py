@@ -16,6 +16,7 @@ from nuteprune.runs.words import code, markdown_words, one_line
 
 RECORD = "nuteprune.json"
 """What was kept, beside the weights: the sign of an export of ours."""
+CARD = "README.md"
 RESULTS = "\n## Results\n"
 PAPER = "NutePrune (Li et al. 2024, [arXiv 2402.09773](https://arxiv.org/abs/2402.09773))"
 
@@ -87,10 +88,16 @@ def model_card(run: Run, student: Student, fold: Fold, shape: str, dtype: str, r
 
 def add_results(directory: Path, results: str) -> None:
     """Put an evaluation (Markdown) into an export's README.md, in place of an earlier one."""
-    card = directory / "README.md"
+    card = directory / CARD
     made = inside(directory, card.name).read_text(encoding="utf-8").split(RESULTS)[0].rstrip()
     write_atomic(card, f"{made}\n{RESULTS}\n{results}\n".encode())
     update_manifest(directory, card.name)
+
+
+def distilled_card(card: str, steps: int, tokens: int) -> str:
+    """The card of an export whose weights were all trained since; what was measured of it before is left out."""
+    row = f"| Distilled | all weights, {steps:,} steps, {tokens:,} tokens |"
+    return re.sub(r"(?m)^\| Teacher \|", f"{row}\n| Teacher |", card.split(RESULTS)[0].rstrip() + "\n", count=1)
 
 
 def base_licence(base: str) -> str | None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 TUNED = "tuned"
 """Name of the student below the directory in which it was trained on."""
+DISTILLED = "model"
+"""Name of the model below the directory in which it was distilled."""
 
 
 def finetune_directory(run_dir: Path, target: float, sparsity: float) -> Path:
@@ -16,3 +18,8 @@ def finetune_directory(run_dir: Path, target: float, sparsity: float) -> Path:
 def recover_directory(run_dir: Path, target: float, sparsity: float) -> Path:
     """Where a rung is recovered: its checkpoints, logs and result. 0: that at the run's target."""
     return run_dir / f"recover-{sparsity or target:g}"
+
+
+def distill_directory(run_dir: Path) -> Path:
+    """Where all weights of the exported model are trained: its checkpoints, logs and result."""
+    return run_dir / "distill"

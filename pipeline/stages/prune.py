@@ -34,7 +34,7 @@ from nuteprune.training.preparation import Preparation
 from nuteprune.training.refit import Refit
 from nuteprune.training.signals import Preempted
 from nuteprune.training.teachers import TEACHERS, constant_mode
-from nuteprune.training.trainer import Trainer
+from nuteprune.training.trainer import Masked
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +53,15 @@ def summary(config: Config, result: Path) -> str:
     return f"pruned student: {result}\nnext: nuteprune export --config {config.run_dir}/config.yaml"
 
 
-class Pruning(Trainer):
+class Pruning(Masked):
     """Gates, multipliers and LoRA in training, and the bank of teachers."""
 
     stage = "prune"
     output = "pruned"
     free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
 
-    def __init__(self, *parts, refit: Refit | None):
-        super().__init__(*parts)
+    def __init__(self, *parts, refit: Refit | None, **state):
+        super().__init__(*parts, **state)
         self.refit = refit
 
     @classmethod
@@ -91,7 +91,8 @@ class Pruning(Trainer):
         refit = Refit(model, ranks, schedule, world, stream, shown) if ranks else None
         log.info("%s, %d prunable parameters, %d blocks of text, %d steps, LoRA's rate %g", spec.family, spec.prunable,
                  len(blocks), schedule.total, engine.peak)  # fmt: skip
-        return cls(config, world, model, engine, stream, schedule, masks, teacher, multipliers, refit=refit)
+        return cls(config, world, model, engine, stream, schedule, masks=masks, teacher=teacher,
+                   multipliers=multipliers, refit=refit)  # fmt: skip
 
     def start(self) -> None:
         """Rank the units in a new run, if not all start alike, and look at the FFN units until gates settle."""

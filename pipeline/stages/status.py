@@ -11,9 +11,9 @@ from pathlib import Path
 from nuteprune.config import Config
 from nuteprune.errors import UserError
 from nuteprune.runs import jobs
-from nuteprune.runs.directories import TUNED, finetune_directory, recover_directory
+from nuteprune.runs.directories import DISTILLED, TUNED, distill_directory, finetune_directory, recover_directory
 
-TRAINING = ("prune", "recover", "finetune")
+TRAINING = ("prune", "recover", "finetune", "distill")
 """Stages that take steps."""
 RECENT = 20
 """Steps over which the speed is taken."""
@@ -50,10 +50,10 @@ def outputs(config: Config) -> dict[str, Path]:
         found["finetune"] = finetune_directory(run_dir, target, tune.sparsity) / TUNED
     if config.export.ladder:  # evaluated as it is exported
         return found | {"export": Path(config.export.output or run_dir / "ladder")}
-    return found | {
-        "export": Path(config.export.output or run_dir / "export"),
-        "evaluate": Path(config.evaluate.output or run_dir / "evaluate"),
-    }
+    found["export"] = Path(config.export.output or run_dir / "export")
+    if config.distill.steps:
+        found["distill"] = distill_directory(run_dir) / DISTILLED
+    return found | {"evaluate": Path(config.evaluate.output or run_dir / "evaluate")}
 
 
 def _stage(run_dir: Path, stage: str, output: Path, number: str | None) -> dict:

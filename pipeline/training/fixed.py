@@ -28,7 +28,7 @@ from nuteprune.runs.students import Student, export_gates
 from nuteprune.runs.tuned import save_tuned
 from nuteprune.training.engine import RELATIVE_RATE, Engine
 from nuteprune.training.teachers import TEACHERS
-from nuteprune.training.trainer import Trainer
+from nuteprune.training.trainer import Masked
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def settings(config: Config, trained: Run, directory: Path, **own) -> Config:
                    **own)  # fmt: skip
 
 
-class FixedGates(Trainer):
+class FixedGates(Masked):
     """A stage that trains the LoRA of a student of the finished run above its directory.
 
     A stage says which student (`choose`), on which batches (`batches`) and what its result records (`facts`); the loss
@@ -56,8 +56,8 @@ class FixedGates(Trainer):
     relative_rate: ClassVar[float] = RELATIVE_RATE
     """See `Engine`."""
 
-    def __init__(self, *parts, trained: Run, student: Student):
-        super().__init__(*parts)
+    def __init__(self, *parts, trained: Run, student: Student, **state):
+        super().__init__(*parts, **state)
         self.trained, self.student = trained, student
 
     @staticmethod
@@ -97,7 +97,8 @@ class FixedGates(Trainer):
         teacher = TEACHERS[config.teacher.mode](spec, config.teacher, model.scaling, world.device, model.dtype)
         log.info("%s at sparsity %.4f: %d sequences, %d steps, LoRA's rate %g", cls.stage,
                  sparsity_of(spec, student.gates), len(stream.blocks), schedule.total, engine.peak)  # fmt: skip
-        return cls(config, world, model, engine, stream, schedule, masks, teacher, trained=trained, student=student)
+        return cls(config, world, model, engine, stream, schedule, masks=masks, teacher=teacher, trained=trained,
+                   student=student)  # fmt: skip
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:

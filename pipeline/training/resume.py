@@ -47,7 +47,7 @@ def save_state(
     if update.frozen:
         save_file(pair_tensors(update.frozen, "frozen"), directory / FROZEN)
     save_snapshots(directory, teacher.snapshots, lender, teacher.rungs)
-    tensors = _optimizer_tensors(optimizers)
+    tensors = optimizer_tensors(optimizers)
     if multipliers is not None:
         tensors["multipliers"] = multipliers.values.detach().cpu()
     save_file(tensors, directory / "optimizer.safetensors")
@@ -68,9 +68,7 @@ def load_state(
         tensors = load_file(directory / "optimizer.safetensors")
         if multipliers is not None:
             multipliers.values.copy_(tensors.pop("multipliers"))
-    for name, optimizer in optimizers.items():
-        own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-        _restore_optimizer(optimizer, own)
+    restore_optimizers(tensors, optimizers)
     teacher.restore(load_snapshots(directory, rungs=False))
     if gates.as_dict():
         masks.fix(gates)
@@ -119,7 +117,7 @@ def check_fits(checkpoint: Path, config: Config, free: tuple[str, ...], inputs: 
             )
 
 
-def _optimizer_tensors(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Optimizer states as tensors named "optimizer.parameter.entry"."""
     tensors = {}
     for name, optimizer in optimizers.items():
@@ -130,7 +128,14 @@ def _optimizer_tensors(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[
     return tensors
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizers(tensors: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+    """Restore in place what `optimizer_tensors` gave."""
+    for name, optimizer in optimizers.items():
+        own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        restore_optimizer(optimizer, own)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".")

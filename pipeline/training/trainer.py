@@ -27,7 +27,7 @@ from nuteprune.model.pairing import Losses, PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.runs.checkpoint import Checkpoints, sha256
 from nuteprune.runs.fingerprint import fingerprint
-from nuteprune.training.engine import Engine, Multipliers
+from nuteprune.training.engine import Multipliers, Optimizers
 from nuteprune.training.memory import TooLarge, is_out_of_memory, remember
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Stop
@@ -54,25 +54,23 @@ class Trainer(ABC):
         engine: its optimizers.
         stream: batches by step.
         schedule: the run's steps.
-        masks: gates, in training or fixed.
-        teacher: who teaches.
-        multipliers: the Lagrangian's, where there are any.
     """
 
     stage: ClassVar[str]
     """Prefix of the scalars' names."""
     output: ClassVar[str]
     """Name of the finished result below the run directory."""
+    rate: ClassVar[str] = "train.lora_lr"
+    """The setting of its learning rate."""
     free: ClassVar[tuple[str, ...]]
     """Sections of the configuration that may change between two starts of one run."""
 
     def __init__(
-        self, config: Config, world: World, model: PairedModel, engine: Engine, stream: BatchStream,
-        schedule: Schedule, masks: MaskSet, teacher: Teacher, multipliers: Multipliers | None = None,
+        self, config: Config, world: World, model: PairedModel, engine: Optimizers, stream: BatchStream,
+        schedule: Schedule,
     ):  # fmt: skip
         self.config, self.world, self.model, self.engine = config, world, model, engine
         self.stream, self.schedule, self.total = stream, schedule, schedule.total
-        self.masks, self.teacher, self.multipliers = masks, teacher, multipliers
         self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep)
         self.step = self.bad_in_a_row = self.bad_total = 0
         self.micro_batch = config.train.micro_batch or stream.local_size
@@ -96,16 +94,13 @@ class Trainer(ABC):
     def finish(self) -> Path:
         """Write the result after the last step, on rank 0; returns its directory."""
 
+    @abstractmethod
     def save(self, directory: Path, counters: dict) -> None:
         """Write all that `load` needs, on rank 0."""
-        save_state(directory, self.config, *self._state(), counters, self.checkpoints.newest())
 
+    @abstractmethod
     def load(self, directory: Path) -> dict[str, float]:
         """Restore in place what `save` wrote; returns the counters."""
-        return load_state(directory, *self._state())
-
-    def _state(self) -> tuple[MaskSet, Multipliers | None, Update, dict[str, torch.optim.Optimizer], Teacher]:
-        return self.masks, self.multipliers, self.model.update, self.engine.optimizers, self.teacher
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:
@@ -208,6 +203,34 @@ class Trainer(ABC):
             raise TrainingFailed(
                 f"{self.bad_in_a_row} steps in a row had a NaN or infinite loss or gradient (last: step {self.step}); "
                 f"the last good state is {path or 'the start of the run (no checkpoint yet)'}; start anew in another "
-                "run_dir with a lower train.lora_lr, or with model.dtype=float32"
+                f"run_dir with a lower {self.rate}, or with model.dtype=float32"
             )
         return {"grad_norm": norm, "skipped_steps": float(self.bad_total)}
+
+
+class Masked(Trainer):
+    """A stage on a masked student, whose LoRA learns and perhaps its gates.
+
+    Args:
+        parts: of `Trainer`, with an `Engine`.
+        masks: gates, in training or fixed.
+        teacher: who teaches.
+        multipliers: the Lagrangian's, where there are any.
+    """
+
+    def __init__(
+        self, *parts, masks: MaskSet, teacher: Teacher, multipliers: Multipliers | None = None
+    ):  # fmt: skip
+        super().__init__(*parts)
+        self.masks, self.teacher, self.multipliers = masks, teacher, multipliers
+
+    def save(self, directory: Path, counters: dict) -> None:
+        """Write all that `load` needs, on rank 0."""
+        save_state(directory, self.config, *self._state(), counters, self.checkpoints.newest())
+
+    def load(self, directory: Path) -> dict[str, float]:
+        """Restore in place what `save` wrote; returns the counters."""
+        return load_state(directory, *self._state())
+
+    def _state(self) -> tuple[MaskSet, Multipliers | None, Update, dict[str, torch.optim.Optimizer], Teacher]:
+        return self.masks, self.multipliers, self.model.update, self.engine.optimizers, self.teacher

@@ -70,6 +70,12 @@ def test_rungs_side_by_side(files, tmp_path):
     check("submit_recover", submit(*files, "--dry-run", "recover.ladder=[0.1,0.2]"), tmp_path)
 
 
+def test_distillation_stands_behind_export_with_what_pruning_has(files):
+    jobs = [line.split() for line in submit(*files, "--dry-run", "distill.steps=100").stdout.splitlines()]
+    assert [job[3] for job in jobs][-3:] == [f"--job-name=mine-{name}" for name in ("export", "distill", "evaluate")]
+    assert {"--dependency=afterok:EXPORT_JOB", "--nodes=2-4", "--time=02:00:00"} <= set(jobs[-2])
+
+
 def test_from_a_stage_with_a_variable_set_once(files, tmp_path):
     check("submit_from_prune", submit(*files, "--dry-run", "--from", "prune", PRUNE_NODES="1"), tmp_path)
 

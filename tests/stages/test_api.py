@@ -44,9 +44,9 @@ def test_settings_in_every_form_give_the_same(tmp_path, settings):
         nuteprune.prune({"trian": {}})
 
 
-def test_importing_the_package_is_light_and_offers_five_calls():
+def test_importing_the_package_is_light_and_offers_its_calls():
     code = "import sys, nuteprune; print(sorted(nuteprune.__all__), 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out == "['evaluate', 'export', 'finetune', 'load_masked', 'prune', 'recover'] False\n"
+    assert out == "['distill', 'evaluate', 'export', 'finetune', 'load_masked', 'prune', 'recover'] False\n"
     with pytest.raises(AttributeError, match="no attribute 'merge'"):
         nuteprune.merge  # noqa: B018  the access itself raises

@@ -1,6 +1,7 @@
 """`nuteprune run`: all stages in one command, settings for the machine, held-out text, and going on."""
 
 import json
+from pathlib import Path
 
 import yaml
 from tiny import SENTENCES, tiny_config
@@ -17,14 +18,15 @@ def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys):
     documents = [f"{SENTENCES[n]} {SENTENCES[-n]}" for n in range(120)]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     command = ["run", str(model_dir), "--data", str(text), "--out", str(out), "--sparsity", "0.3", "data.seq_len=32",
-               "train.steps=8", "gates.importance_tokens=64", "gates.ffn_multiple=1", "tracking.progress=false",
-               "evaluate.window=32", "evaluate.batch_sizes=[]", "model.dtype=float32"]  # fmt: skip
+               "train.steps=8", "distill.steps=2", "gates.importance_tokens=64", "gates.ffn_multiple=1",
+               "tracking.progress=false", "evaluate.window=32", "evaluate.batch_sizes=[]",
+               "model.dtype=float32"]  # fmt: skip
     assert main(command) == 0
     told = capsys.readouterr().out
     assert "heldout.jsonl" in told
     report = json.loads((out / "evaluate" / "report.json").read_text())
     assert report["held_out"]
-    assert (out / "export" / "config.json").is_file()
+    assert [Path(m["path"]) for m in report["models"]] == [model_dir, out / "export", out / "distill" / "model"]
     held_out = [json.loads(line)["text"] for line in (out / "heldout.jsonl").read_text().splitlines()]
     assert held_out == documents[-6:]
     # The file says all that is not a default; the trained run had the same.

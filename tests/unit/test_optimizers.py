@@ -18,7 +18,7 @@ from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.training.engine import RELATIVE_RATE, Engine, LossScale, relative_rate
 from nuteprune.training.importance import unit_costs
-from nuteprune.training.resume import _restore_optimizer
+from nuteprune.training.resume import restore_optimizer
 
 
 def engine(dtype=torch.float32, *settings) -> Engine:
@@ -133,7 +133,7 @@ def test_restored_steps_of_a_sharded_fused_adamw_are_on_the_card(two_ranks):
         optimizer = ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=1e-3, fused=True)
         saved = {f"{i}.{key}": torch.zeros(8, 4) for i in range(3) for key in ("exp_avg", "exp_avg_sq")}
         saved |= {f"{i}.step": torch.tensor(7.0) for i in range(3)}
-        _restore_optimizer(optimizer, saved)
+        restore_optimizer(optimizer, saved)
         own = optimizer.optim.state
         assert own
         assert {t.device.type for entries in own.values() for t in entries.values()} == {"cuda"}
@@ -142,7 +142,7 @@ def test_restored_steps_of_a_sharded_fused_adamw_are_on_the_card(two_ranks):
 def test_restored_steps_of_a_plain_adamw_stay_on_the_host():
     parameter = torch.nn.Parameter(torch.zeros(4, device="meta"))
     optimizer = torch.optim.AdamW([parameter])
-    _restore_optimizer(optimizer, {"0.step": torch.tensor(7.0), "0.exp_avg": torch.zeros(4, device="meta"),
+    restore_optimizer(optimizer, {"0.step": torch.tensor(7.0), "0.exp_avg": torch.zeros(4, device="meta"),
                                    "0.exp_avg_sq": torch.zeros(4, device="meta")})  # fmt: skip
     assert optimizer.state[parameter]["step"].device.type == "cpu"
     assert optimizer.state[parameter]["exp_avg"].is_meta

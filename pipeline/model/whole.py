@@ -1,0 +1,89 @@
+"""A pruned model with weights of its own, all of which learn from the intact model.
+
+Unlike in the paired forward nothing is shared: the student is the small model of an export, the teacher the intact one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nuteprune.config import LossConfig
+from nuteprune.model.layers import build_view
+from nuteprune.model.losses import IGNORE, LayerTerm, OutputTerm, weights
+from nuteprune.model.losses.head import head_loss
+from nuteprune.model.pairing import Losses, PairedModel
+
+
+class Distillation:
+    """The losses of a small model beside the intact one; the same terms as those of the paired forward.
+
+    Args:
+        student: the small model, float32; computes in the teacher's type.
+        teacher: the intact model, whole or partitioned.
+        layers: which of the teacher's layers each of the student's is.
+        hidden: which of the teacher's hidden dimensions the student has.
+        loss: weights and forms of the terms.
+    """
+
+    def __init__(
+        self, student: PreTrainedModel, teacher: PairedModel, layers: Sequence[int], hidden: Sequence[int],
+        loss: LossConfig,
+    ):  # fmt: skip
+        spec = teacher.spec
+        self.student, self.teacher, self.layers, self.loss = student, teacher, layers, loss
+        self.view = build_view(spec, None, {}, teacher.scaling, teacher.dtype)
+        device = next(student.parameters()).device
+        self.hidden = None if len(hidden) == spec.hidden else torch.tensor(hidden, device=device)
+
+    def __call__(self, ids: Tensor) -> Losses:
+        """Losses of token ids [B, T]."""
+        terms = weights(self.loss, taught=True)
+        dtype, scale = self.teacher.dtype, self.teacher.spec.logits_scaling
+        with torch.no_grad(), recorded(self.teacher.layers) as taught:
+            target = self.teacher.hidden(ids, self.view)
+        with (
+            torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32),
+            recorded(self.student.model.layers) as streams,
+        ):
+            final = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
+        labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE).flatten()
+        output = {term: weight for term, weight in terms.items() if isinstance(term, OutputTerm)}
+        rows, others = (each.flatten(0, 1).to(dtype) / scale for each in (final, target))
+        own = self.student.lm_head.weight.to(dtype)
+        total, found = self.teacher.head.lend(
+            lambda weight: head_loss(rows, own, output, self.loss, others, labels, weight)
+        )
+        for term, weight in terms.items():
+            if isinstance(term, LayerTerm):
+                pairs = [
+                    (stream, self._kept(taught[index])) for stream, index in zip(streams, self.layers, strict=True)
+                ]
+                values = torch.stack([term.of_layer(*pair, None, None, self.loss) for pair in pairs])
+                found[term.name] = term.over_layers(values if values.dim() == 1 else values.mean(1), self.loss)
+                total = weight * found[term.name] + total
+        return Losses(total, found)
+
+    def _kept(self, stream: Tensor) -> Tensor:
+        return stream if self.hidden is None else stream[..., self.hidden]
+
+
+@contextmanager
+def recorded(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """What comes out of each layer, in order, of one forward pass in the block."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,200 @@
+"""The distill stage: all weights of an exported model learn from the intact model, on the run's text."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from nuteprune.config import Config
+from nuteprune.data.prepared import TrainingText
+from nuteprune.data.text import BatchStream
+from nuteprune.errors import MachineError, UserError, first_line
+from nuteprune.exporting.card import CARD, RECORD, distilled_card
+from nuteprune.exporting.targets.stock import SHARD
+from nuteprune.masks.schedule import Schedule
+from nuteprune.model.loading import Base, in_float32, read_base
+from nuteprune.model.pairing import Losses
+from nuteprune.model.whole import Distillation
+from nuteprune.parallel.distributed import World
+from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, read_json, verify
+from nuteprune.runs.directories import DISTILLED, distill_directory
+from nuteprune.runs.fingerprint import fingerprint
+from nuteprune.runs.rundir import Run, save_config
+from nuteprune.runs.students import open_run
+from nuteprune.training.engine import Optimizers, sharded_adamw
+from nuteprune.training.inputs import shared_blocks
+from nuteprune.training.loop import train
+from nuteprune.training.resume import optimizer_tensors, restore_optimizers
+from nuteprune.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+RELATIVE_RATE = 1e-3
+"""Peak learning rate over the root mean square of the decoder's matrices, where `distill.lr` is 0."""
+_BETAS = 0.9, 0.95
+_STALE = ("model*.safetensors*", "*.gguf", MANIFEST)
+"""Files of an export that hold its weights, or vouch for them."""
+
+
+def run(config: Config) -> Path:
+    """Distil the exported model of the finished run in `config.run_dir`; returns the directory of the result.
+
+    Raises:
+        UserError: no finished run, no export of it, or another base model. As `train` otherwise.
+    """
+    trained = open_run(config.run_dir, config.model)
+    export = Path(config.export.output or trained.directory / "export")
+    check_export(export, trained)
+    base = read_base(trained.config.model)
+    return train(settings(config, trained), Distilling, trained, base, export)
+
+
+def summary(config: Config, result: Path) -> str:
+    """What the command line prints at the end."""
+    return f"distilled model: {result}\nnext: nuteprune evaluate {config.run_dir}"
+
+
+def check_export(export: Path, trained: Run) -> None:
+    """Raise `UserError` unless a whole export is there."""
+    if not (export / RECORD).is_file():
+        raise UserError(f"no exported model at {export}: run `nuteprune export {trained.directory}` first")
+    try:
+        verify(export)
+    except CheckpointError as error:
+        raise MachineError(f"{error}: run `nuteprune export {trained.directory}` again") from None
+
+
+def settings(config: Config, trained: Run) -> Config:
+    """The run's configuration with what this start says of the stage."""
+    old, wanted = trained.config, config.distill
+    steps = wanted.steps or int(trained.facts["steps"])
+    return replace(
+        old, run_dir=str(distill_directory(trained.directory)), deepspeed=config.deepspeed, distill=wanted,
+        export=config.export, checkpoint=config.checkpoint, tracking=config.tracking,
+        train=replace(config.train, steps=steps, lora_lr=wanted.lr, lora_optimizer="scaled"),
+    )  # fmt: skip
+
+
+class Distilling(Trainer):
+    """All weights of a small model, taught by the intact one with the run's own loss."""
+
+    stage = "distill"
+    output = DISTILLED
+    rate = "distill.lr"
+    free = ("recover", "finetune", "checkpoint", "tracking", "evaluate")
+
+    def __init__(self, *parts, losses: Distillation, export: Path):
+        super().__init__(*parts)
+        self.losses, self.student, self.export = losses, losses.student, export
+
+    @classmethod
+    def build(cls, config: Config, world: World, trained: Run, base: Base, export: Path) -> Distilling:
+        """Load both models and the batches, at step 0."""
+        with world.together():
+            zero = zero_settings(config, base.spec, world)
+            student = load_small(export, config).to(world.device)
+        text = TrainingText(str(trained.directory), config.data, base)
+        blocks = shared_blocks(text, world, config.train.batch_size)
+        with world.together():
+            # In another order than that of pruning, whose last batches the student has just seen.
+            stream = BatchStream(blocks, config.train.batch_size, config.seed + 1, world.rank, world.size)
+        schedule = Schedule.of(config, stream.steps_per_epoch)
+        teacher = load_paired(base, replace(config.lora, targets=[], refit=0), world, zero)
+        peak = config.distill.lr or relative_rate(student)
+        parameters = list(student.parameters())
+        make = sharded_adamw if config.deepspeed and world.size > 1 else torch.optim.AdamW
+        groups = [{"params": parameters, "rate": 1.0}]
+        adamw = make(groups, lr=peak, betas=_BETAS, weight_decay=0.0, fused=True)
+        engine = Optimizers({"weights": adamw}, parameters, schedule, world, teacher.dtype, peak)
+        kept = read_json(export / RECORD)["kept"]
+        losses = Distillation(student, teacher, kept["layers"], kept["hidden"], config.loss)
+        log.info("distilling %s parameters: %d sequences, %d steps, rate %g", f"{student.num_parameters():,}",
+                 len(blocks), schedule.total, peak)  # fmt: skip
+        return cls(config, world, teacher, engine, stream, schedule, losses=losses, export=export)
+
+    @cached_property
+    def inputs(self) -> dict[str, str | None]:
+        """The exported model too."""
+        return super().inputs | {"the exported model": fingerprint(str(self.export))}
+
+    def start(self) -> None:
+        """Nothing to do: the student is there."""
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step."""
+        metrics = self.accumulate(self.forward)
+        return metrics | self.update(metrics["loss"])
+
+    def forward(self, ids: Tensor) -> Losses:
+        """Losses of token ids [b, T]."""
+        return self.losses(ids)
+
+    def save(self, directory: Path, counters: dict) -> None:
+        """Write weights, optimizer and counters."""
+        save_config(directory / "config.yaml", self.config)
+        # Copies: a sharded optimizer has them in buckets of its own.
+        weights = {name: weight.detach().to("cpu", copy=True) for name, weight in self.student.named_parameters()}
+        save_file(weights, directory / "model.safetensors")
+        save_file(optimizer_tensors(self.engine.optimizers), directory / "optimizer.safetensors")
+        (directory / "state.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
+
+    def load(self, directory: Path) -> dict[str, float]:
+        """Restore in place what `save` wrote; returns the counters."""
+        weights = load_file(directory / "model.safetensors")
+        with torch.no_grad():
+            for name, weight in self.student.named_parameters():
+                weight.copy_(weights[name])
+        restore_optimizers(load_file(directory / "optimizer.safetensors"), self.engine.optimizers)
+        return json.loads((directory / "state.json").read_text(encoding="utf-8"))
+
+    def finish(self) -> Path:
+        """Write the model: the export's files, with these weights."""
+        config, target = self.config, Path(self.config.run_dir) / self.output
+        record = read_json(self.export / RECORD) | {"distilled": self.total}
+        tokens = self.total * config.train.batch_size * config.data.seq_len
+        card = (self.export / CARD).read_text(encoding="utf-8")
+        dtype = getattr(torch, str(read_json(self.export / "config.json")["dtype"]))
+        if any(self.export.glob("*.gguf")):
+            log.warning("no model.gguf is written for the distilled model")
+        with atomic_directory(target) as temporary:
+            shutil.copytree(self.export, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_STALE))
+            with tempfile.TemporaryDirectory(dir=temporary) as saved:
+                self.student.to(dtype).save_pretrained(saved, max_shard_size=SHARD)
+                for file in Path(saved).glob("model*.safetensors*"):
+                    file.rename(temporary / file.name)
+            (temporary / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+            (temporary / CARD).write_text(distilled_card(card, self.total, tokens), encoding="utf-8")
+        return target
+
+
+def load_small(export: Path, config: Config) -> PreTrainedModel:
+    """The exported model, float32, its weights in training."""
+    try:
+        student = AutoModelForCausalLM.from_pretrained(
+            export, dtype=torch.float32, attn_implementation=in_float32(config.model).attention, trust_remote_code=False
+        )
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load the exported model {export}: {first_line(error)}") from None
+    if config.train.activation_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return student.train()
+
+
+def relative_rate(student: PreTrainedModel) -> float:
+    """`RELATIVE_RATE` times the root mean square of the decoder's matrices, to two digits."""
+    weights = [weight for weight in student.model.layers.parameters() if weight.dim() > 1]
+    squares = sum(float(weight.detach().double().square().sum()) for weight in weights)
+    return float(f"{RELATIVE_RATE * math.sqrt(squares / sum(weight.numel() for weight in weights)):.1e}")

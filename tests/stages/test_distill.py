@@ -1,0 +1,130 @@
+"""Distillation: an exported model's own weights learn from the intact model, and what comes out is a model to serve."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from nuteprune.__main__ import main
+from nuteprune.config import load_config
+from nuteprune.errors import UserError
+from nuteprune.stages import distill, export
+from nuteprune.training.signals import Preempted
+
+
+@pytest.fixture
+def config(run_dir):
+    """The configuration of a short distillation of a finished run's export."""
+    config = load_config(run_dir, ["distill.steps=20", "tracking.progress=false", "checkpoint.every=5"])
+    export.run(config)
+    return config
+
+
+def metrics(run_dir, key="distill/loss") -> list[float]:
+    lines = (run_dir / "distill" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)[key] for line in lines]
+
+
+def test_all_weights_learn_and_the_model_loads_as_the_export_does(config, run_dir):
+    result = distill.run(load_config(config, ["distill.lr=3e-3", "distill.steps=40"]))
+    assert result == run_dir / "distill" / "model"
+    before, after = (load_file(d / "model.safetensors") for d in (run_dir / "export", result))
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[key], after[key]) for key in before)
+    losses = metrics(run_dir)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    same = {p.name for p in (run_dir / "export").iterdir()}
+    assert {p.name for p in result.iterdir()} == same
+    assert (result / "config.json").read_bytes() == (run_dir / "export/config.json").read_bytes()
+    assert json.loads((result / "nuteprune.json").read_text())["distilled"] == 40
+    assert "| Distilled | all weights, 40 steps, 5,120 tokens |" in (result / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(result)
+    assert model.dtype == torch.float32
+
+
+def test_the_loss_is_that_of_both_models_as_transformers_computes_them(config, run_dir, model_dir, monkeypatch):
+    config = load_config(config, ["distill.steps=1"])
+    forward, seen = distill.Distilling.forward, []
+
+    def keep(self, ids):
+        losses = forward(self, ids)
+        seen.append((ids, {name: float(value.detach()) for name, value in losses.terms.items()}))
+        return losses
+
+    monkeypatch.setattr(distill.Distilling, "forward", keep)
+    distill.run(config)
+    ids, terms = seen[0]
+    (student, streams), (teacher, taught) = (streams_of(path, ids) for path in (run_dir / "export", model_dir))
+    q, p = (logits.log_softmax(-1) for logits in (student, teacher))
+    assert terms["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    entropy = F.cross_entropy(q[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert terms["label"] == pytest.approx(float(entropy), rel=1e-4)
+    distances = [(s - t).square().sum(-1) / torch.maximum(s.square().sum(-1), t.square().sum(-1))
+                 for s, t in zip(streams, taught, strict=True)]  # fmt: skip
+    assert terms["layer"] == pytest.approx(float(torch.stack(distances).mean()), rel=1e-4)
+
+
+def streams_of(path, ids):
+    """Logits, and what comes out of each layer."""
+    model, found = AutoModelForCausalLM.from_pretrained(path), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _m, _i, out: found.append(out))
+    with torch.no_grad():
+        return model(ids).logits, found
+
+
+def test_a_signal_loses_nothing_and_the_same_command_again_does_nothing(config, run_dir, monkeypatch):
+    whole = distill.run(config)
+    wanted = (whole / "model.safetensors").read_bytes()
+    stamp = (whole / "manifest.json").stat().st_mtime_ns
+    assert distill.run(config) == whole
+    assert (whole / "manifest.json").stat().st_mtime_ns == stamp
+    shutil.rmtree(whole.parent)
+    step = distill.Distilling.train_step
+
+    def told_to_leave(trainer):
+        if trainer.step == 7:
+            trainer.stop.received = "SIGTERM"
+        return step(trainer)
+
+    monkeypatch.setattr(distill.Distilling, "train_step", told_to_leave)
+    with pytest.raises(Preempted):
+        distill.run(config)
+    monkeypatch.undo()
+    assert (distill.run(config) / "model.safetensors").read_bytes() == wanted
+    assert len(metrics(run_dir)) == 20
+
+
+def test_evaluate_takes_the_distilled_model_too(config, run_dir, text_file):
+    distill.run(config)
+    settings = [f"evaluate.text=[{text_file}]", "evaluate.window=64", "evaluate.blocks=2", "evaluate.batch_sizes=[]",
+                "evaluate.prompts=0"]  # fmt: skip
+    assert main(["evaluate", str(run_dir), *settings]) == 0
+    models = json.loads((run_dir / "evaluate/report.json").read_text())["models"]
+    assert [m["path"] for m in models[1:]] == [str(run_dir / "export"), str(run_dir / "distill/model")]
+
+
+def test_without_an_export_it_says_what_to_run(run_dir, capsys):
+    assert main(["distill", str(run_dir)]) == 2
+    assert f"run `nuteprune export {run_dir}` first" in capsys.readouterr().err
+    assert not (run_dir / "distill").exists()
+
+
+def test_another_export_is_not_taken_for_the_one_that_was_begun(config, run_dir, monkeypatch):
+    step = distill.Distilling.train_step
+
+    def told_to_leave(trainer):
+        trainer.stop.received = "SIGTERM"
+        return step(trainer)
+
+    monkeypatch.setattr(distill.Distilling, "train_step", told_to_leave)
+    with pytest.raises(Preempted):
+        distill.run(config)
+    monkeypatch.undo()
+    export.run(load_config(config, ["export.sparsity=0.2"]))
+    with pytest.raises(UserError, match="the exported model is not what"):
+        distill.run(config)
