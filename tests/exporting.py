@@ -124,7 +124,7 @@ def random_lora(model, rank: int = 3, skip: tuple[str, ...] = ("k_proj",)) -> di
 def run_config(tmp_path, **overrides):
     """A resolved configuration of a run over the files that `on_disk` writes."""
     keys = {"model.path": tmp_path / "base", "run_dir": tmp_path / "run", "data.source": tmp_path / "text.txt",
-            "data.seq_len": 16, "lora.rank": 3, "lora.alpha": 6, "export.check_tokens": 40,
+            "data.seq_len": 16, "lora.rank": 3, "lora.alpha": 6,
             "gates.ffn_multiple": 1, "gates.hidden_multiple": 1, "gates.shape": "uniform",
             **overrides}  # fmt: skip
     return load_config(None, [f"{k}={v}" for k, v in keys.items()])

@@ -268,10 +268,6 @@ class DistillConfig:
         "Optimizer steps; 0: as many as the run's, and the stage is none of those that `run` and `submit` start.",
         ge=0,
     )
-    lr: float = opt(
-        0.0, "Peak learning rate; 0: a thousandth of the root mean square of the weights of the decoder's projections.",
-        ge=0,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -292,7 +288,6 @@ class ExportConfig:
         "none", "A model.gguf for llama.cpp is written too, its matrices in this type; those with a k need "
         "`pip install llama-cpp-py-sync`."
     )  # fmt: skip
-    check_tokens: int = opt(512, "Tokens of real text on which logits are compared before the export ends.", ge=8)
     push_to_hub: str = opt(
         "", "Repository of the Hugging Face hub (user/name) that the model is uploaded to, private where it is new; "
         "empty: none."

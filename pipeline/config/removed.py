@@ -45,6 +45,7 @@ REMOVED: dict[str, tuple[str, Any]] = {
     "export.tensor_parallel": ("gates.tensor_parallel of the run holds", 0),
     "export.hub_private": ("a new repository is private; its page on the hub makes it public", None),
     "export.shard_size": ("files hold at most 5 GB", None),
+    "export.check_tokens": ("logits are compared on 512 tokens", None),
     "evaluate.text_field": ("data.text_field names the column of every text", None),
     "evaluate.stride": ("windows stand side by side", None),
     "evaluate.speed": ("evaluate.batch_sizes=[] measures no speed", None),

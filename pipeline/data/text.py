@@ -133,17 +133,20 @@ class BatchStream:
         seed: seed of the order.
         rank: this process; it takes the rank-th contiguous slice of the global batch.
         world: number of processes.
+        read: steps that were read before; step 0 is the one behind them.
 
     Raises:
         UserError: `world` does not divide `batch_size`.
     """
 
-    def __init__(self, blocks: torch.LongTensor, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, blocks: torch.LongTensor, batch_size: int, seed: int, rank: int = 0, world: int = 1, read: int = 0
+    ) -> None:
         check_split(batch_size, world)
         assert 0 <= rank < world
         self.blocks = blocks
         self.batch_size = batch_size
-        self.seed = seed
+        self.seed, self.read = seed, read
         self.local_size = batch_size // world
         self.offset = rank * self.local_size
         self._epoch = -1
@@ -156,7 +159,7 @@ class BatchStream:
 
     def batch(self, step: int) -> torch.LongTensor:
         """This rank's sequences `[B // world, T]` of the global batch of a step, counted from 0."""
-        start = step * self.batch_size + self.offset
+        start = (self.read + step) * self.batch_size + self.offset
         rows = [self._block_at(position) for position in range(start, start + self.local_size)]
         return self.blocks[torch.tensor(rows)].long()
 

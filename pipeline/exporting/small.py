@@ -33,6 +33,8 @@ from nuteprune.runs.students import export_gates, newest_student, open_run
 
 log = logging.getLogger(__name__)
 
+CHECK_TOKENS = 512
+"""Tokens of real text on which logits are compared before an export ends."""
 LOGIT_TOLERANCE = 1e-3
 """Largest difference of two float32 logits, relative to the largest logit."""
 COUNT_TOLERANCE = 1e-3
@@ -63,7 +65,7 @@ def export_model(config: Config) -> Path:
     plan = ExportPlan(trained, student, fold, small, shape, dtype, base.tokenizer, model.generation_config,
                       config.export)  # fmt: skip
     first, *others = [target for target in TARGETS.values() if target.check(plan)]
-    tokens = real_text(TrainingText(trained.config.run_dir, trained.config.data, base), config.export.check_tokens)
+    tokens = real_text(TrainingText(trained.config.run_dir, trained.config.data, base), CHECK_TOKENS)
     with atomic_directory(output) as directory:
         result, exported = write_model(first, directory, model, plan, tokens)
         for target in others:

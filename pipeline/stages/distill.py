@@ -43,7 +43,7 @@ from nuteprune.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 RELATIVE_RATE = 1e-3
-"""Peak learning rate over the root mean square of the decoder's matrices, where `distill.lr` is 0."""
+"""Peak learning rate over the root mean square of the decoder's matrices."""
 _BETAS = 0.9, 0.95
 _STALE = ("model*.safetensors*", "*.gguf", MANIFEST)
 """Files of an export that hold its weights, or vouch for them."""
@@ -84,7 +84,7 @@ def settings(config: Config, trained: Run) -> Config:
     return replace(
         old, run_dir=str(distill_directory(trained.directory)), deepspeed=config.deepspeed, distill=wanted,
         export=config.export, checkpoint=config.checkpoint, tracking=config.tracking,
-        train=replace(config.train, steps=steps, lora_lr=wanted.lr, lora_optimizer="scaled"),
+        train=replace(config.train, steps=steps, lora_optimizer="scaled"),
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ class Distilling(Trainer):
 
     stage = "distill"
     output = DISTILLED
-    rate = "distill.lr"
+    remedy = "with model.dtype=float32"
     free = ("recover", "finetune", "checkpoint", "tracking", "evaluate")
 
     def __init__(self, *parts, losses: Distillation, export: Path):
@@ -109,11 +109,12 @@ class Distilling(Trainer):
         text = TrainingText(str(trained.directory), config.data, base)
         blocks = shared_blocks(text, world, config.train.batch_size)
         with world.together():
-            # In another order than that of pruning, whose last batches the student has just seen.
-            stream = BatchStream(blocks, config.train.batch_size, config.seed + 1, world.rank, world.size)
+            # Goes on behind what pruning has read.
+            stream = BatchStream(blocks, config.train.batch_size, config.seed, world.rank, world.size,
+                                 int(trained.facts["steps"]))  # fmt: skip
         schedule = Schedule.of(config, stream.steps_per_epoch)
         teacher = load_paired(base, replace(config.lora, targets=[], refit=0), world, zero)
-        peak = config.distill.lr or relative_rate(student)
+        peak = relative_rate(student)
         parameters = list(student.parameters())
         make = sharded_adamw if config.deepspeed and world.size > 1 else torch.optim.AdamW
         groups = [{"params": parameters, "rate": 1.0}]

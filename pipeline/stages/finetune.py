@@ -68,7 +68,7 @@ class Finetuning(fixed.FixedGates):
     """A student on instruction records, taught by answers and perhaps by the intact model."""
 
     stage = "finetune"
-    rate = "finetune.lr"
+    remedy = "with a lower finetune.lr, or with model.dtype=float32"
     plan = staticmethod(with_micro_batch)
     relative_rate = RELATIVE_RATE / 2  # about the authors' 1e-4 on a 7B model; the whole rate forgets more
     free = ("recover", "checkpoint", "tracking", "export", "evaluate")

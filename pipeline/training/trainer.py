@@ -60,8 +60,8 @@ class Trainer(ABC):
     """Prefix of the scalars' names."""
     output: ClassVar[str]
     """Name of the finished result below the run directory."""
-    rate: ClassVar[str] = "train.lora_lr"
-    """The setting of its learning rate."""
+    remedy: ClassVar[str] = "with a lower train.lora_lr, or with model.dtype=float32"
+    """Of losses that are not finite: how to start anew."""
     free: ClassVar[tuple[str, ...]]
     """Sections of the configuration that may change between two starts of one run."""
 
@@ -203,7 +203,7 @@ class Trainer(ABC):
             raise TrainingFailed(
                 f"{self.bad_in_a_row} steps in a row had a NaN or infinite loss or gradient (last: step {self.step}); "
                 f"the last good state is {path or 'the start of the run (no checkpoint yet)'}; start anew in another "
-                f"run_dir with a lower {self.rate}, or with model.dtype=float32"
+                f"run_dir {self.remedy}"
             )
         return {"grad_norm": norm, "skipped_steps": float(self.bad_total)}
 

@@ -92,9 +92,9 @@ class Course:
             "finetune", run, f"finetune.data={live}/records.json", "finetune.seq_len=64", "finetune.batch_size=4",
             "finetune.steps=9", "finetune.lr=1e-3", "finetune.distill=0.5", *shared,
         )  # fmt: skip
-        export = ("export", run, "export.check_tokens=64", "export.source=pruned")
+        export = ("export", run, "export.source=pruned")
         ladder = (
-            "export", run, "export.check_tokens=64", "--ladder=0.1,0.2", f"evaluate.text=[{live}/heldout.txt]",
+            "export", run, "--ladder=0.1,0.2", f"evaluate.text=[{live}/heldout.txt]",
             "evaluate.window=32", "evaluate.blocks=4", "evaluate.batch_sizes=[]", "evaluate.prompts=0",
             "tracking.progress=false", "tracking.report_to=[]",
         )  # fmt: skip

@@ -53,7 +53,7 @@ def test_every_family_goes_all_the_way(family, text_file, records, tmp_path):
 
     config = load_config(run, [
         "recover.ladder=[0.2]", "recover.steps=1", f"finetune.data={records}", "finetune.steps=1",
-        "finetune.seq_len=32", "finetune.batch_size=1", "export.check_tokens=128", f"evaluate.text=[{text_file}]",
+        "finetune.seq_len=32", "finetune.batch_size=1", f"evaluate.text=[{text_file}]",
         "evaluate.window=32", "evaluate.blocks=2", "evaluate.batch_sizes=[]", "deepspeed=",
     ])  # fmt: skip
     recover.run(config)
