@@ -6,7 +6,7 @@ Unlike in the paired forward nothing is shared: the student is the small model o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,7 @@ class Distillation:
         spec = teacher.spec
         self.student, self.teacher, self.layers, self.loss = student, teacher, layers, loss
         self.view = build_view(spec, None, {}, teacher.scaling, teacher.dtype)
-        device = next(student.parameters()).device
-        self.hidden = None if len(hidden) == spec.hidden else torch.tensor(hidden, device=device)
+        self.hidden = None if len(hidden) == spec.hidden else torch.tensor(hidden)
 
     def __call__(self, ids: Tensor) -> Losses:
         """Losses of token ids [B, T]."""
@@ -47,10 +46,7 @@ class Distillation:
         dtype, scale = self.teacher.dtype, self.teacher.spec.logits_scaling
         with torch.no_grad(), recorded(self.teacher.layers) as taught:
             target = self.teacher.hidden(ids, self.view)
-        with (
-            torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32),
-            recorded(self.student.model.layers) as streams,
-        ):
+        with self.computing(), recorded(self.student.model.layers) as streams:
             final = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
         labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE).flatten()
         output = {term: weight for term, weight in terms.items() if isinstance(term, OutputTerm)}
@@ -61,16 +57,20 @@ class Distillation:
         )
         for term, weight in terms.items():
             if isinstance(term, LayerTerm):
-                pairs = [
-                    (stream, self._kept(taught[index])) for stream, index in zip(streams, self.layers, strict=True)
-                ]
+                pairs = [(stream, self.kept(taught[index])) for stream, index in zip(streams, self.layers, strict=True)]
                 values = torch.stack([term.of_layer(*pair, None, None, self.loss) for pair in pairs])
                 found[term.name] = term.over_layers(values if values.dim() == 1 else values.mean(1), self.loss)
                 total = weight * found[term.name] + total
         return Losses(total, found)
 
-    def _kept(self, stream: Tensor) -> Tensor:
-        return stream if self.hidden is None else stream[..., self.hidden]
+    def computing(self) -> AbstractContextManager:
+        """A block in which the student computes in the teacher's type."""
+        dtype = self.teacher.dtype
+        return torch.autocast(self.student.device.type, dtype, enabled=dtype != torch.float32)
+
+    def kept(self, stream: Tensor) -> Tensor:
+        """Of the teacher's stream [..., D] the dimensions that the student has."""
+        return stream if self.hidden is None else stream[..., self.hidden.to(stream.device)]
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from nuteprune.runs.directories import DISTILLED, distill_directory
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.rundir import Run, save_config
 from nuteprune.runs.students import open_run
+from nuteprune.training import blocks
 from nuteprune.training.engine import Optimizers, sharded_adamw
 from nuteprune.training.inputs import shared_blocks
 from nuteprune.training.loop import train
@@ -107,10 +108,10 @@ class Distilling(Trainer):
             zero = zero_settings(config, base.spec, world)
             student = load_small(export, config).to(world.device)
         text = TrainingText(str(trained.directory), config.data, base)
-        blocks = shared_blocks(text, world, config.train.batch_size)
+        text_blocks = shared_blocks(text, world, config.train.batch_size)
         with world.together():
             # Goes on behind what pruning has read.
-            stream = BatchStream(blocks, config.train.batch_size, config.seed, world.rank, world.size,
+            stream = BatchStream(text_blocks, config.train.batch_size, config.seed, world.rank, world.size,
                                  int(trained.facts["steps"]))  # fmt: skip
         schedule = Schedule.of(config, stream.steps_per_epoch)
         teacher = load_paired(base, replace(config.lora, targets=[], refit=0), world, zero)
@@ -123,7 +124,7 @@ class Distilling(Trainer):
         kept = read_json(export / RECORD)["kept"]
         losses = Distillation(student, teacher, kept["layers"], kept["hidden"], config.loss)
         log.info("distilling %s parameters: %d sequences, %d steps, rate %g", f"{student.num_parameters():,}",
-                 len(blocks), schedule.total, peak)  # fmt: skip
+                 len(text_blocks), schedule.total, peak)  # fmt: skip
         return cls(config, world, teacher, engine, stream, schedule, losses=losses, export=export)
 
     @cached_property
@@ -132,7 +133,18 @@ class Distilling(Trainer):
         return super().inputs | {"the exported model": fingerprint(str(self.export))}
 
     def start(self) -> None:
-        """Nothing to do: the student is there."""
+        """Fit the FFNs that have lost units, each by itself, in a new run."""
+        if self.step:
+            return
+        length, spec = self.config.data.seq_len, self.model.spec
+        count = min(math.ceil(blocks.TOKENS / length), len(self.stream.blocks))
+        alone = BatchStream(self.stream.blocks, 1, self.config.seed, read=self.stream.read * self.stream.batch_size)
+        ids = torch.cat([alone.batch(number) for number in range(count)])
+        kept = read_json(self.export / RECORD)["kept"]["ffn"]
+        narrowed = [len(kept[index]) < spec.ffn_units for index in self.losses.layers]
+        log.info("fitting %d FFNs on %d tokens", sum(narrowed), ids.numel())
+        blocks.fit_blocks(self.losses, ids, narrowed, self.world, self.config.tracking.progress and self.world.is_main,
+                          self.halt)  # fmt: skip
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step."""

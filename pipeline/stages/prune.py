@@ -132,11 +132,6 @@ class Pruning(Masked):
         importance = taylor_importance(self.model, self.masks.kinds, batches(), self.micro_batch)
         return {kind: self.world.sum(value) for kind, value in importance.items()}
 
-    def halt(self) -> None:
-        """End here, where nothing has been done that is not saved, if a signal came to any rank."""
-        if self.world.any(bool(self.stop.received)):
-            raise Preempted(self.stop.nothing)
-
     def train_step(self) -> dict[str, float]:
         """One optimizer step: constraint, teacher, paired forward and backward, update, snapshot."""
         config = self.config

@@ -30,7 +30,7 @@ from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.training.engine import Multipliers, Optimizers
 from nuteprune.training.memory import TooLarge, is_out_of_memory, remember
 from nuteprune.training.resume import load_state, save_state
-from nuteprune.training.signals import Stop
+from nuteprune.training.signals import Preempted, Stop
 from nuteprune.training.teachers import Teacher
 from nuteprune.training.tracking import progress_bar
 
@@ -109,6 +109,11 @@ class Trainer(ABC):
         data = hashlib.sha256(self.stream.blocks.contiguous().numpy()).hexdigest()
         sizes = sha256(Path(cached_file(base, "config.json")))
         return {"model.path": fingerprint(base), "config.json of model.path": sizes, "data.source": data}
+
+    def halt(self) -> None:
+        """End here, where nothing has been done that is not saved, if a signal came to any rank."""
+        if self.world.any(bool(self.stop.received)):
+            raise Preempted(self.stop.nothing)
 
     def progress(self, metrics: dict[str, float]) -> dict[str, str]:
         """What stands behind the progress bar."""

@@ -13,6 +13,7 @@ from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.errors import UserError
 from nuteprune.stages import distill, export
+from nuteprune.training import blocks
 from nuteprune.training.signals import Preempted
 
 
@@ -57,6 +58,7 @@ def test_the_loss_is_that_of_both_models_as_transformers_computes_them(config, r
         return losses
 
     monkeypatch.setattr(distill.Distilling, "forward", keep)
+    monkeypatch.setattr(blocks, "fit_blocks", lambda *_: None)
     distill.run(config)
     ids, terms = seen[0]
     (student, streams), (teacher, taught) = (streams_of(path, ids) for path in (run_dir / "export", model_dir))
@@ -67,6 +69,16 @@ def test_the_loss_is_that_of_both_models_as_transformers_computes_them(config, r
     distances = [(s - t).square().sum(-1) / torch.maximum(s.square().sum(-1), t.square().sum(-1))
                  for s, t in zip(streams, taught, strict=True)]  # fmt: skip
     assert terms["layer"] == pytest.approx(float(torch.stack(distances).mean()), rel=1e-4)
+
+
+def test_fitted_blocks_lead_the_stream_nearer_to_the_models(config, run_dir, monkeypatch):
+    config, before = load_config(config, ["distill.steps=1"]), []
+    for fit in (lambda *_: None, blocks.fit_blocks):
+        monkeypatch.setattr(blocks, "fit_blocks", fit)
+        distill.run(config)
+        before.append(metrics(run_dir, "distill/layer_loss")[0])
+        shutil.rmtree(run_dir / "distill")
+    assert before[1] < 0.8 * before[0]
 
 
 def streams_of(path, ids):
