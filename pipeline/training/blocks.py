@@ -31,7 +31,6 @@ RELATIVE_RATE = 0.02
 _CACHES = "past_key_values", "cache"
 _BETAS, _WARMUP, _EPS = (0.9, 0.95), 0.1, 1e-8
 
-
 Computing = Callable[[], AbstractContextManager]
 
 
@@ -64,7 +63,7 @@ def fit_blocks(
     streams, passed = Streams(teacher, ids_NT, world), -1
     rows = max(1, TOKENS_AT_ONCE // ids_NT.shape[1])
     parts, arguments = _inputs(student, ids_NT, rows, distillation.computing)
-    few = max(1, STEP_TOKENS // ids_NT.shape[1])
+    few = min(len(ids_NT), max(1, STEP_TOKENS // ids_NT.shape[1]))
     _, few_arguments = _inputs(student, ids_NT[:few], few, distillation.computing)
     with tqdm(total=sum(narrowed), desc="FFN blocks", unit="layer", leave=False, disable=not shown) as bar:
         for index, layer in enumerate(student.model.layers):

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.errors import UserError
-from nuteprune.stages import distill, export
+from nuteprune.stages import distill, export, prune
 from nuteprune.training import blocks
 from nuteprune.training.signals import Preempted
 
@@ -79,6 +80,27 @@ def test_fitted_blocks_lead_the_stream_nearer_to_the_models(config, run_dir, mon
         before.append(metrics(run_dir, "distill/layer_loss")[0])
         shutil.rmtree(run_dir / "distill")
     assert before[1] < 0.8 * before[0]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "olmo2", "granite", "phi3", "smollm3", "qwen3_moe"])
+def test_every_kind_of_layer_learns(family, tokenizer, text_file, tmp_path, monkeypatch):
+    tiny_model(family).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = [f"run_dir={tmp_path / 'run'}", f"model.path={tmp_path / 'model'}", f"data.source={text_file}",
+                "data.seq_len=32", "train.steps=8", "train.batch_size=4", "gates.importance_tokens=256",
+                "tracking.progress=false", "gates.ffn_multiple=1", "sparsity.target=0.4"] + (
+        ["lora.targets=[q_proj,v_proj]", "gates.shape=per_layer", "sparsity.target=0.375"] if "moe" in family else []
+    )  # fmt: skip
+    config = load_config(None, settings)
+    prune.run(config)
+    export.run(config)
+    losses = []
+    for fit in (lambda *_: None, blocks.fit_blocks):
+        monkeypatch.setattr(blocks, "fit_blocks", fit)
+        distill.run(load_config(tmp_path / "run", ["distill.steps=1", "tracking.progress=false"]))
+        losses.append(metrics(tmp_path / "run", "distill/layer_loss")[0])
+        shutil.rmtree(tmp_path / "run" / "distill")
+    assert losses[1] < 0.9 * losses[0]
 
 
 def streams_of(path, ids):
