@@ -71,7 +71,7 @@ class Finetuning(fixed.FixedGates):
     remedy = "with a lower finetune.lr, or with model.dtype=float32"
     plan = staticmethod(with_micro_batch)
     relative_rate = RELATIVE_RATE / 2  # about the authors' 1e-4 on a 7B model; the whole rate forgets more
-    free = ("recover", "checkpoint", "tracking", "export", "evaluate")
+    free = ("recover", "checkpoint", "tracking", "export", "distill", "evaluate")
 
     def __init__(self, *parts, **state):
         super().__init__(*parts, **state)

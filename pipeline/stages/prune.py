@@ -58,7 +58,7 @@ class Pruning(Masked):
 
     stage = "prune"
     output = "pruned"
-    free = ("recover", "finetune", "checkpoint", "tracking", "export", "evaluate")
+    free = ("recover", "finetune", "checkpoint", "tracking", "export", "distill", "evaluate")
 
     def __init__(self, *parts, refit: Refit | None, **state):
         super().__init__(*parts, **state)

@@ -69,7 +69,7 @@ class Recovering(fixed.FixedGates):
 
     stage = "recover"
     plan = staticmethod(with_micro_batch)
-    free = ("checkpoint", "tracking", "export", "evaluate", "finetune")
+    free = ("checkpoint", "tracking", "export", "distill", "evaluate", "finetune")
 
     @staticmethod
     def choose(config, trained, spec):

@@ -134,6 +134,14 @@ def test_a_signal_loses_nothing_and_the_same_command_again_does_nothing(config, 
     assert len(metrics(run_dir)) == 20
 
 
+def test_a_finished_run_stays_the_same_whatever_is_said_of_distillation(run_dir):
+    stamp = (run_dir / "pruned/manifest.json").stat().st_mtime_ns
+    settings = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(settings.replace("distill:\n  steps: 0\n", ""))  # of an earlier version
+    prune.run(load_config(run_dir, ["distill.steps=7"]))
+    assert (run_dir / "pruned/manifest.json").stat().st_mtime_ns == stamp
+
+
 def test_evaluate_takes_the_distilled_model_too(config, run_dir, text_file):
     distill.run(config)
     settings = [f"evaluate.text=[{text_file}]", "evaluate.window=64", "evaluate.blocks=2", "evaluate.batch_sizes=[]",
