@@ -36,7 +36,10 @@ FAULTS = (
 )  # fmt: skip
 """Rows of the table."""
 VERDICTS = ("identical", "clear line", "FAILED")
-STAGES = ("prune-1", "prune-2", "prune-4", "finetune-1", "finetune-2", "finetune-4", "export", "ladder")
+STAGES = (
+    "prune-1", "prune-2", "prune-4", "finetune-1", "finetune-2", "finetune-4", "export", "distill-1", "distill-2",
+    "ladder",
+)  # fmt: skip
 MISSED = "too late"
 """Verdict where no fault struck; not counted."""
 DRAWS = 6

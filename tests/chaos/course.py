@@ -1,4 +1,4 @@
-"""What is disturbed: prune, fine-tuning, export and ladder of a tiny model, each with its undisturbed result.
+"""What is disturbed: prune, fine-tuning, export, distillation and ladder of a tiny model, each with its undisturbed result.
 
 Everything runs in one directory, `live`, so that paths in results are alike; a state is a copy of it.
 """
@@ -100,7 +100,10 @@ class Course:
         )  # fmt: skip
         found = [Stage("prune", n, prune, "pruned", "metrics.jsonl") for n in (1, 2, 4)]
         found += [Stage("finetune", n, tune, "finetune/tuned", "finetune/metrics.jsonl") for n in (1, 2, 4)]
-        return [*found, Stage("export", 1, export, "export"), Stage("ladder", 1, ladder, "ladder")]
+        distill = ("distill", run, "distill.steps=9", *shared)
+        found += [Stage("export", 1, export, "export")]
+        found += [Stage("distill", n, distill, "distill/model", "distill/metrics.jsonl") for n in (1, 2)]
+        return [*found, Stage("ladder", 1, ladder, "ladder")]
 
     def prepare(self) -> bool:
         """Make the inputs, the undisturbed results and the states that faults start from; returns whether any were.
@@ -114,8 +117,10 @@ class Course:
             self._inputs(self.work / "inputs.new", seed=0)
             self._inputs(self.work / "others", seed=1)
             (self.work / "inputs.new").rename(self.work / "inputs")
-        first = next(stage for stage in self._stages() if stage.key == "prune-1")
-        for stage in [first, *self.stages.values()]:
+        stages = {stage.key: stage for stage in self._stages()}
+        first = stages["prune-1"]
+        before = [stages["export"]] if any(stage.name == "distill" for stage in self.stages.values()) else []
+        for stage in [first, *before, *self.stages.values()]:
             if stage.key not in self.counts:
                 if stage == first:
                     self._other_run(stage)
@@ -163,8 +168,9 @@ class Course:
         shutil.copytree(self.live, target)
 
     def start_of(self, stage: Stage) -> Path:
-        """The state before a stage: the inputs, and the pruned student where the stage wants one."""
-        return self.work / ("inputs" if stage.name == "prune" else "reference/prune-1")
+        """The state before a stage: the inputs, and the pruned student or its export where the stage wants one."""
+        before = {"prune": "inputs", "distill": "reference/export"}
+        return self.work / before.get(stage.name, "reference/prune-1")
 
     def half(self, stage: Stage, number: int) -> Path:
         """A state in the middle of a stage."""
