@@ -1,4 +1,4 @@
-"""What is disturbed: prune, fine-tuning, export, distillation and ladder of a tiny model, each with its undisturbed result.
+"""What is disturbed: the stages from pruning to the ladder on a tiny model, each with its undisturbed result.
 
 Everything runs in one directory, `live`, so that paths in results are alike; a state is a copy of it.
 """
