@@ -57,7 +57,8 @@ class Distillation:
         )
         for term, weight in terms.items():
             if isinstance(term, LayerTerm):
-                pairs = [(stream, self.kept(taught[index])) for stream, index in zip(streams, self.layers, strict=True)]
+                pairs = [(stream.to(dtype), self.kept(taught[index]))
+                         for stream, index in zip(streams, self.layers, strict=True)]  # fmt: skip
                 values = torch.stack([term.of_layer(*pair, None, None, self.loss) for pair in pairs])
                 found[term.name] = term.over_layers(values if values.dim() == 1 else values.mean(1), self.loss)
                 total = weight * found[term.name] + total

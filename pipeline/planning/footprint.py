@@ -162,6 +162,20 @@ def lora_memory(job: Job, layout: Layout) -> dict[str, float]:
     }
 
 
+def distillation_memory(job: Job, layout: Layout) -> dict[str, float]:
+    """Bytes of a rank while the export is distilled (stages/distill.py), without activations.
+
+    Each rank holds the small model, its gradient and AdamW's two moments in float32, the moments under ZeRO shared out;
+    and the intact model as in pruning.
+    """
+    small = total_parameters(job.spec) - job.config.sparsity.target * job.spec.prunable
+    return {
+        "small model and its gradient, float32": 2 * FP32 * small,
+        "its moments": 2 * FP32 * small / (job.cluster.ranks if layout.stage else 1),
+        **frozen_weights(job, layout),
+    }
+
+
 def saved_per_token(job: Job) -> float:
     """Bytes per token that autograd keeps for one student layer without checkpointing.
 

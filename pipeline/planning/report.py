@@ -8,7 +8,7 @@ from dataclasses import asdict
 from nuteprune.parallel.sizes import read_parameters, total_parameters
 from nuteprune.planning.bill import checkpoint_bytes
 from nuteprune.planning.costs import ASSUMPTIONS, passes, traffic
-from nuteprune.planning.footprint import USABLE
+from nuteprune.planning.footprint import USABLE, distillation_memory
 from nuteprune.planning.job import Job, Layout
 from nuteprune.planning.planner import (
     HOST_LIMIT,
@@ -79,6 +79,9 @@ def memory_text(job: Job, chosen: Estimate) -> str:
     lines.append(f"  host memory: {host / GB:.2f} GB a rank, {(host * count + need.rungs) / GB:.2f} GB the first node")
     lines += [f"    {size / GB:9.3f}  {name}" for name, size in need.host.items()]
     lines += [f"    {need.rungs / GB:9.3f}  snapshots that are rungs (rank 0 alone)"] if need.rungs else []
+    distilling = distillation_memory(job, chosen.layout)
+    lines.append(f"  distilling the export, without activations: {sum(distilling.values()) / GB:.2f} GB")
+    lines += [f"    {size / GB:9.3f}  {name}" for name, size in distilling.items()]
     written = checkpoint_bytes(job)
     lines.append(f"  written to the disk over the run: {sum(written.values()) / GB:.2f} GB")
     lines += [f"    {size / GB:9.3f}  {name}" for name, size in written.items()]
@@ -193,7 +196,8 @@ def as_dict(plan: Plan) -> dict:
         return {
             "layout": asdict(option.layout),
             "fits": option.fits,
-            "memory": asdict(option.memory) | {"peak": option.memory.peak},
+            "memory": asdict(option.memory)
+            | {"peak": option.memory.peak, "distillation": distillation_memory(plan.job, option.layout)},
             "traffic": asdict(option.traffic) | {"ratio": option.traffic.ratio},
             "time": asdict(option.timing) | {"step": option.timing.step, "best": option.timing.best},
             "bill": asdict(option.bill) | {"total": option.bill.total, "best": option.bill.best},

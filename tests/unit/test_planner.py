@@ -31,6 +31,7 @@ from nuteprune.planning.costs import (
 )
 from nuteprune.planning.footprint import (
     activations,
+    distillation_memory,
     host_memory,
     logits_chunk,
     memory,
@@ -178,6 +179,15 @@ def test_pinned_blocks_are_powers_of_two():
     assert pinned([1, 2, 3, 1024, 1025]) == 1 + 2 + 4 + 1024 + 2048
     exact = sum(job().teacher_tensors)
     assert 1.0 < pinned(job().teacher_tensors) / exact < 2.0
+
+
+def test_distillation_by_hand():
+    job = Job(named_spec("llama-3.1-8b"), load_config(None, ["sparsity.target=0.5", "model.dtype=bfloat16"]),
+              Cluster(1, 8, CARDS["h100"]))  # fmt: skip
+    small = 8_030_261_248 - 6_979_321_856 / 2
+    whole, shared = (distillation_memory(job, Layout(stage, 1)) for stage in (0, 2))
+    assert sum(whole.values()) == pytest.approx(16 * small + 2 * 8_030_261_248)
+    assert sum(shared.values()) == pytest.approx(9 * small + 2 * 8_030_261_248)
 
 
 def test_zero2_keeps_weights_whole_and_offload_and_hpz_move_them():
