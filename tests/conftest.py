@@ -18,6 +18,7 @@ from tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 from nuteprune.config import load_config
 from nuteprune.stages import prune
+from nuteprune.training.signals import Preempted
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +78,23 @@ def _short_run(run, model_dir, text_file):
         "train.steps=60", "train.batch_size=4", "gates.importance_tokens=256", "tracking.progress=false",
         "gates.ffn_multiple=1", "gates.hidden_multiple=1", "gates.shape=uniform",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def leave_at(monkeypatch):
+    """A call that runs a stage, and tells it to leave at a step: `leave_at(Recovering, 7, recover.run, config)`."""
+
+    def leave(stage, number, run, config):
+        step = stage.train_step
+
+        def told(trainer):
+            if trainer.step == number:
+                trainer.stop.received = "SIGTERM"
+            return step(trainer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "train_step", told)
+            with pytest.raises(Preempted):
+                run(config)
+
+    return leave

@@ -20,7 +20,7 @@ from nuteprune.evaluation.models import USABLE, load_any, weight_bytes
 from nuteprune.evaluation.protocol import ScoredText, scored_texts, short_names
 from nuteprune.evaluation.speed import SPEEDS, ceiling, speed, speed_ratio
 from nuteprune.evaluation.tasks import lm_eval_tasks, load_tasks, mean_accuracy
-from nuteprune.exporting.card import RECORD, add_results
+from nuteprune.exporting.card import RECORD, add_results, check_distilled
 from nuteprune.exporting.publish import push
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.checkpoint import CheckpointError
@@ -170,7 +170,8 @@ def _model_paths(config: Config) -> list[str]:
     if not (export / "config.json").is_file():
         raise UserError(f"no exported model at {export}: run the export stage first, or set evaluate.models")
     distilled = distill_directory(Path(config.run_dir)) / DISTILLED
-    return [config.model.path, str(export), *([str(distilled)] if (distilled / RECORD).is_file() else [])]
+    newer = [str(distilled)] if config.run_dir and check_distilled(distilled, export) else []
+    return [config.model.path, str(export), *newer]
 
 
 def report_directory(config: Config) -> Path:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
+from nuteprune.errors import UserError
 from nuteprune.exporting.folding import Fold
-from nuteprune.runs.checkpoint import inside, update_manifest, write_atomic
+from nuteprune.runs.checkpoint import inside, read_json, update_manifest, write_atomic
+from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import Student
 from nuteprune.runs.words import code, markdown_words, one_line
@@ -92,6 +94,22 @@ def add_results(directory: Path, results: str) -> None:
     made = inside(directory, card.name).read_text(encoding="utf-8").split(RESULTS)[0].rstrip()
     write_atomic(card, f"{made}\n{RESULTS}\n{results}\n".encode())
     update_manifest(directory, card.name)
+
+
+def check_distilled(directory: Path, export: Path) -> bool:
+    """Whether a distilled model is in a directory.
+
+    Raises:
+        UserError: one that comes from another export than the one that is there now.
+    """
+    if not (directory / RECORD).is_file():
+        return False
+    if read_json(directory / RECORD).get("distilled_from") != fingerprint(str(export)):
+        raise UserError(
+            f"{directory} was distilled from another export than {export}: remove {directory.parent} and run "
+            "`nuteprune distill` again"
+        )
+    return True
 
 
 def distilled_card(card: str, steps: int, tokens: int) -> str:

@@ -21,7 +21,7 @@ from nuteprune.config import Config
 from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
 from nuteprune.errors import MachineError, UserError, first_line
-from nuteprune.exporting.card import CARD, RECORD, distilled_card
+from nuteprune.exporting.card import CARD, RECORD, check_distilled, distilled_card
 from nuteprune.exporting.targets.stock import SHARD
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.loading import Base, in_float32, read_base
@@ -54,11 +54,13 @@ def run(config: Config) -> Path:
     """Distil the exported model of the finished run in `config.run_dir`; returns the directory of the result.
 
     Raises:
-        UserError: no finished run, no export of it, or another base model. As `train` otherwise.
+        UserError: no finished run, no export of it, another base model, or a result of another export.
+            As `train` otherwise.
     """
     trained = open_run(config.run_dir, config.model)
     export = Path(config.export.output or trained.directory / "export")
     check_export(export, trained)
+    check_distilled(distill_directory(trained.directory) / DISTILLED, export)
     base = read_base(trained.config.model)
     return train(settings(config, trained), Distilling, trained, base, export)
 
@@ -176,7 +178,10 @@ class Distilling(Trainer):
     def finish(self) -> Path:
         """Write the model: the export's files, with these weights."""
         config, target = self.config, Path(self.config.run_dir) / self.output
-        record = read_json(self.export / RECORD) | {"distilled": self.total}
+        record = read_json(self.export / RECORD) | {
+            "distilled": self.total,
+            "distilled_from": fingerprint(str(self.export)),
+        }
         tokens = self.total * config.train.batch_size * config.data.seq_len
         card = (self.export / CARD).read_text(encoding="utf-8")
         dtype = getattr(torch, str(read_json(self.export / "config.json")["dtype"]))

@@ -16,7 +16,6 @@ import torch
 from torch import LongTensor, Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from nuteprune.model.whole import Distillation
 from nuteprune.parallel.distributed import World
@@ -59,12 +58,9 @@ def fit_blocks(
         shown: show a progress bar.
         halt: called before each part of the text goes through a layer of the teacher, to end it by an exception.
     """
-    student, teacher, device = distillation.student, distillation.teacher, world.device
-    streams, passed = Streams(teacher, ids_NT, world), -1
-    rows = max(1, TOKENS_AT_ONCE // ids_NT.shape[1])
-    parts, arguments = _inputs(student, ids_NT, rows, distillation.computing)
-    few = min(len(ids_NT), max(1, STEP_TOKENS // ids_NT.shape[1]))
-    _, few_arguments = _inputs(student, ids_NT[:few], few, distillation.computing)
+    student, device, computing = distillation.student, world.device, distillation.computing
+    streams, passed = Streams(distillation.teacher, ids_NT, world), -1
+    parts, arguments = [part.float() for part in _embedded(distillation, ids_NT)], _arguments(distillation, ids_NT)
     with tqdm(total=sum(narrowed), desc="FFN blocks", unit="layer", leave=False, disable=not shown) as bar:
         for index, layer in enumerate(student.model.layers):
             while passed < distillation.layers[index]:
@@ -73,63 +69,86 @@ def fit_blocks(
                     pass
             if narrowed[index] and any(p.numel() for p in layer.mlp.parameters()):
                 target = distillation.kept(torch.cat(streams.parts))
-                attended = torch.cat(_through(layer, parts, arguments[index], device, distillation.computing))
-                _fit(layer, torch.cat(parts), attended, target, few_arguments[index][few], few, index, device,
-                     distillation.computing)  # fmt: skip
+                attended = _attended(layer, parts, arguments[index], device, computing)
+                _fit(
+                    layer, torch.cat(parts), attended, target, arguments[index], _few(ids_NT), index, device, computing
+                )
                 _from_main(layer.mlp, world)
                 bar.update()
-            _through(layer, parts, arguments[index], device, distillation.computing, keep=True)
+            _advance(layer, parts, arguments[index], device, computing)
+
+
+def _few(ids_NT: LongTensor) -> int:
+    """Sequences of a step of a layer."""
+    return min(len(ids_NT), max(1, STEP_TOKENS // ids_NT.shape[1]))
 
 
 @torch.no_grad()
-def _inputs(
-    student: PreTrainedModel, ids_NT: LongTensor, rows: int, computing: Computing
-) -> tuple[list[Tensor], list[dict[int, dict]]]:
-    """The first layer's input of each part of the text, and what each layer is called with beside it, by its rows."""
-    device, parts = next(student.parameters()).device, []
-    found: list[dict[int, dict]] = [{} for _ in student.model.layers]
+def _embedded(distillation: Distillation, ids_NT: LongTensor) -> list[Tensor]:
+    """The first layer's input of each part of the text, in host memory."""
+    embedding, multiplier = distillation.student.get_input_embeddings(), distillation.teacher.spec.embedding_multiplier
+    rows, device = max(1, TOKENS_AT_ONCE // ids_NT.shape[1]), distillation.student.device
+    return [(embedding(ids.to(device)) * multiplier).cpu() for ids in ids_NT.split(rows)]
 
-    def keep(index: int):
-        def hook(_module: nn.Module, inputs: tuple, kwargs: dict) -> None:
-            if not index:
-                parts.append(inputs[0].float().cpu())
-            found[index][len(inputs[0])] = {k: v for k, v in kwargs.items() if k not in _CACHES}
 
-        return hook
+@torch.no_grad()
+def _arguments(distillation: Distillation, ids_NT: LongTensor) -> list[dict[int, dict]]:
+    """What each layer is called with beside the stream, by the number of sequences that go through at once."""
+    layers, device = distillation.student.model.layers, distillation.student.device
+    found: list[dict[int, dict]] = [{} for _ in layers]
+    rows = max(1, TOKENS_AT_ONCE // ids_NT.shape[1])
+    sizes = {min(rows, len(ids_NT)), len(ids_NT) % rows or rows, _few(ids_NT)}
 
-    layers = student.model.layers
-    hooks = [layer.register_forward_pre_hook(keep(index), with_kwargs=True) for index, layer in enumerate(layers)]
+    def hook(index: int) -> Callable[[nn.Module, tuple, dict], None]:
+        def keep(_module: nn.Module, inputs: tuple, kwargs: dict) -> None:
+            found[index][len(inputs[0])] = {key: value for key, value in kwargs.items() if key not in _CACHES}
+
+        return keep
+
+    hooks = [layer.register_forward_pre_hook(hook(index), with_kwargs=True) for index, layer in enumerate(layers)]
     try:
-        for ids in ids_NT.split(rows):
-            with computing():
-                student.model(input_ids=ids.to(device), use_cache=False)
+        for size in sizes:
+            with distillation.computing():
+                distillation.student.model(input_ids=ids_NT[:size].to(device), use_cache=False)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return parts, found
+        for handle in hooks:
+            handle.remove()
+    return found
 
 
 @torch.no_grad()
-def _through(
-    layer: nn.Module, parts: list[Tensor], arguments: dict[int, dict], device: torch.device, computing: Computing,
-    keep: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    """What attention gives for each part of the stream; with `keep` the parts become what comes out of the layer."""
-    attended: list[Tensor] = []
-    hook = layer.self_attn.register_forward_hook(lambda _m, _i, output: attended.append(output[0].cpu()))
+def _attended(
+    layer: nn.Module, parts: list[Tensor], arguments: dict[int, dict], device: torch.device, computing: Computing
+) -> Tensor:
+    """What a layer's attention gives for the stream [N, T, D], in host memory."""
+    found: list[Tensor] = []
+    hook = layer.self_attn.register_forward_hook(lambda _module, _inputs, output: found.append(output[0].cpu()))
     try:
         for part in parts:
             with computing():
-                output = layer(part.to(device), **arguments[len(part)])
-            if keep:
-                part.copy_(output[0] if isinstance(output, tuple) else output)
+                layer(part.to(device), **arguments[len(part)])
     finally:
         hook.remove()
-    return attended
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def _advance(
+    layer: nn.Module, parts: list[Tensor], arguments: dict[int, dict], device: torch.device, computing: Computing
+) -> None:
+    """Let the parts of the stream become what comes out of a layer."""
+    for part in parts:
+        with computing():
+            part.copy_(_stream(layer(part.to(device), **arguments[len(part)])))
+
+
+def _stream(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Of what a decoder layer returns."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _fit(
-    layer: nn.Module, stream: Tensor, attended: Tensor, target: Tensor, arguments: dict, few: int, seed: int,
+    layer: nn.Module, stream: Tensor, attended: Tensor, target: Tensor, arguments: dict[int, dict], few: int, seed: int,
     device: torch.device, computing: Computing,
 ) -> None:  # fmt: skip
     """Train a layer's FFN, on `few` sequences a step: each token's squared error over its mean square in the target."""
@@ -146,8 +165,7 @@ def _fit(
             wanted = target[rows].to(device).float()
             layer.self_attn = _Known(attended[rows].to(device))
             with computing():
-                output = layer(stream[rows].to(device), **arguments)
-            output = (output[0] if isinstance(output, tuple) else output).float()
+                output = _stream(layer(stream[rows].to(device), **arguments[few])).float()
             error = (output - wanted).square().mean(-1) / (wanted.square().mean(-1) + _EPS)
             for weight, gradient in zip(weights, torch.autograd.grad(error.mean(), weights), strict=True):
                 weight.grad = gradient

@@ -223,9 +223,7 @@ class Masked(Trainer):
         multipliers: the Lagrangian's, where there are any.
     """
 
-    def __init__(
-        self, *parts, masks: MaskSet, teacher: Teacher, multipliers: Multipliers | None = None
-    ):  # fmt: skip
+    def __init__(self, *parts, masks: MaskSet, teacher: Teacher, multipliers: Multipliers | None = None):
         super().__init__(*parts)
         self.masks, self.teacher, self.multipliers = masks, teacher, multipliers
 

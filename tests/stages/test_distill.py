@@ -15,7 +15,6 @@ from nuteprune.config import load_config
 from nuteprune.errors import UserError
 from nuteprune.stages import distill, export, prune
 from nuteprune.training import blocks
-from nuteprune.training.signals import Preempted
 
 
 @pytest.fixture
@@ -112,24 +111,14 @@ def streams_of(path, ids):
         return model(ids).logits, found
 
 
-def test_a_signal_loses_nothing_and_the_same_command_again_does_nothing(config, run_dir, monkeypatch):
+def test_a_signal_loses_nothing_and_the_same_command_again_does_nothing(config, run_dir, leave_at):
     whole = distill.run(config)
     wanted = (whole / "model.safetensors").read_bytes()
     stamp = (whole / "manifest.json").stat().st_mtime_ns
     assert distill.run(config) == whole
     assert (whole / "manifest.json").stat().st_mtime_ns == stamp
     shutil.rmtree(whole.parent)
-    step = distill.Distilling.train_step
-
-    def told_to_leave(trainer):
-        if trainer.step == 7:
-            trainer.stop.received = "SIGTERM"
-        return step(trainer)
-
-    monkeypatch.setattr(distill.Distilling, "train_step", told_to_leave)
-    with pytest.raises(Preempted):
-        distill.run(config)
-    monkeypatch.undo()
+    leave_at(distill.Distilling, 7, distill.run, config)
     assert (distill.run(config) / "model.safetensors").read_bytes() == wanted
     assert len(metrics(run_dir)) == 20
 
@@ -151,23 +140,22 @@ def test_evaluate_takes_the_distilled_model_too(config, run_dir, text_file):
     assert [m["path"] for m in models[1:]] == [str(run_dir / "export"), str(run_dir / "distill/model")]
 
 
+def test_a_model_distilled_from_another_export_is_told_of(config, run_dir, text_file, capsys):
+    distill.run(config)
+    export.run(load_config(config, ["export.sparsity=0.2"]))
+    for command in (["distill", str(run_dir)], ["evaluate", str(run_dir), f"evaluate.text=[{text_file}]"]):
+        assert main(command) == 2
+        assert f"{run_dir}/distill/model was distilled from another export" in capsys.readouterr().err
+
+
 def test_without_an_export_it_says_what_to_run(run_dir, capsys):
     assert main(["distill", str(run_dir)]) == 2
     assert f"run `nuteprune export {run_dir}` first" in capsys.readouterr().err
     assert not (run_dir / "distill").exists()
 
 
-def test_another_export_is_not_taken_for_the_one_that_was_begun(config, run_dir, monkeypatch):
-    step = distill.Distilling.train_step
-
-    def told_to_leave(trainer):
-        trainer.stop.received = "SIGTERM"
-        return step(trainer)
-
-    monkeypatch.setattr(distill.Distilling, "train_step", told_to_leave)
-    with pytest.raises(Preempted):
-        distill.run(config)
-    monkeypatch.undo()
+def test_another_export_is_not_taken_for_the_one_that_was_begun(config, run_dir, leave_at):
+    leave_at(distill.Distilling, 0, distill.run, config)
     export.run(load_config(config, ["export.sparsity=0.2"]))
     with pytest.raises(UserError, match="the exported model is not what"):
         distill.run(config)

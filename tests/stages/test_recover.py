@@ -16,7 +16,6 @@ from nuteprune.errors import UserError
 from nuteprune.model.loading import read_base
 from nuteprune.runs.students import open_run, pruned_student, snapshot_student
 from nuteprune.stages import export, finetune, recover
-from nuteprune.training.signals import Preempted
 
 
 @pytest.fixture
@@ -90,7 +89,7 @@ def cross_entropy(config, rung, text_file) -> float:
     return float(F.cross_entropy(masked.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
 
 
-def test_the_same_command_again_does_nothing_and_a_signal_loses_nothing(config, run_dir, monkeypatch):
+def test_the_same_command_again_does_nothing_and_a_signal_loses_nothing(config, run_dir, leave_at):
     whole = recover.run(replace(config, recover=replace(config.recover, ladder=[0.2])))[0]
     wanted = {p.name: p.read_bytes() for p in (whole / "adapter").iterdir()}
     stamp = (whole / "manifest.json").stat().st_mtime_ns
@@ -99,17 +98,7 @@ def test_the_same_command_again_does_nothing_and_a_signal_loses_nothing(config, 
 
     shutil.rmtree(whole.parent)
     again = load_config(config, ["recover.ladder=[0.2]"])
-    step = recover.Recovering.train_step
-
-    def told_to_leave(trainer):
-        if trainer.step == 7:
-            trainer.stop.received = "SIGTERM"
-        return step(trainer)
-
-    monkeypatch.setattr(recover.Recovering, "train_step", told_to_leave)
-    with pytest.raises(Preempted):
-        recover.run(again)
-    monkeypatch.undo()
+    leave_at(recover.Recovering, 7, recover.run, again)
     resumed = recover.run(again)[0]
     assert {p.name: p.read_bytes() for p in (resumed / "adapter").iterdir()} == wanted
 
