@@ -32,7 +32,8 @@ OUT_OF_MEMORY = {
     "recover": "share the weights out with deepspeed=zero3",
     "finetune": "lower finetune.seq_len, set train.activation_checkpointing=true, or share the weights out with "
     "deepspeed=zero3",
-    "distill": "set train.micro_batch=1 or lower model.dtype; every rank holds the small model four times in float32",
+    "distill": "set model.dtype=bfloat16 or train.activation_checkpointing=true, or share both models out over more "
+    "ranks with deepspeed=zero3",
     "export": "it folds on the CPU in float32: export on a machine with more memory",
     "evaluate": "lower evaluate.window or evaluate.batch_sizes, or set model.dtype=bfloat16; what was measured is in "
     "report.json",

@@ -5,7 +5,7 @@ Unlike in the paired forward nothing is shared: the student is the small model o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -20,11 +20,23 @@ from nuteprune.model.losses.head import head_loss
 from nuteprune.model.pairing import Losses, PairedModel
 
 
+class Root(nn.Module):
+    """Holds a model that is used in parts: whoever gathers its weights does so around what is done in `forward`."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Losses]) -> Losses:
+        """What `work` returns."""
+        return work()
+
+
 class Distillation:
     """The losses of a small model beside the intact one; the same terms as those of the paired forward.
 
     Args:
-        student: the small model, float32; computes in the teacher's type.
+        root: holds the student: the small model, float32, which computes in the teacher's type.
         teacher: the intact model, whole or partitioned.
         layers: which of the teacher's layers each of the student's is.
         hidden: which of the teacher's hidden dimensions the student has.
@@ -32,16 +44,18 @@ class Distillation:
     """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PairedModel, layers: Sequence[int], hidden: Sequence[int],
-        loss: LossConfig,
-    ):  # fmt: skip
+        self, root: Root, teacher: PairedModel, layers: Sequence[int], hidden: Sequence[int], loss: LossConfig
+    ):
         spec = teacher.spec
-        self.student, self.teacher, self.layers, self.loss = student, teacher, layers, loss
+        self.root, self.student, self.teacher, self.layers, self.loss = root, root.model, teacher, layers, loss
         self.view = build_view(spec, None, {}, teacher.scaling, teacher.dtype)
         self.hidden = None if len(hidden) == spec.hidden else torch.tensor(hidden)
 
     def __call__(self, ids: Tensor) -> Losses:
         """Losses of token ids [B, T]."""
+        return self.root(lambda: self._losses(ids))
+
+    def _losses(self, ids: Tensor) -> Losses:
         terms = weights(self.loss, taught=True)
         dtype, scale = self.teacher.dtype, self.teacher.spec.logits_scaling
         with torch.no_grad(), recorded(self.teacher.layers) as taught:

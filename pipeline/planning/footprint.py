@@ -165,15 +165,22 @@ def lora_memory(job: Job, layout: Layout) -> dict[str, float]:
 def distillation_memory(job: Job, layout: Layout) -> dict[str, float]:
     """Bytes of a rank while the export is distilled (stages/distill.py), without activations.
 
-    Each rank holds the small model, its gradient and AdamW's two moments in float32, the moments under ZeRO shared out;
-    and the intact model as in pruning.
+    Float32 weights of the small model, and of its decoder the gradient and AdamW's two moments, are shared out over the
+    ranks; several ranks gather it in the compute type, two of its layers at a time under stage 3. The intact model is
+    held as in pruning.
     """
-    small = total_parameters(job.spec) - job.config.sparsity.target * job.spec.prunable
-    return {
-        "small model and its gradient, float32": 2 * FP32 * small,
-        "its moments": 2 * FP32 * small / (job.cluster.ranks if layout.stage else 1),
-        **frozen_weights(job, layout),
+    spec, ranks = job.spec, job.cluster.ranks
+    ends = spec.vocab * spec.hidden * (1 if spec.tied else 2)
+    decoder = total_parameters(spec) - ends - job.config.sparsity.target * spec.prunable
+    parts = {
+        f"small model, float32 (1/{ranks})": FP32 * (ends + decoder) / ranks,
+        f"its decoder's gradient and moments (1/{ranks})": 3 * FP32 * decoder / ranks,
     }
+    if ranks > 1 and layout.stage == 3:
+        parts["two gathered layers and the ends"] = job.itemsize * (ends + decoder * min(2 / spec.layers, 1))
+    elif ranks > 1:
+        parts["gathered small model"] = job.itemsize * (ends + decoder)
+    return parts | frozen_weights(job, layout)
 
 
 def saved_per_token(job: Job) -> float:

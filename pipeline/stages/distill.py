@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nuteprune.config import Config
 from nuteprune.data.prepared import TrainingText
@@ -26,8 +26,9 @@ from nuteprune.exporting.targets.stock import SHARD
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.loading import Base, in_float32, read_base
 from nuteprune.model.pairing import Losses
-from nuteprune.model.whole import Distillation
+from nuteprune.model.whole import Distillation, Root
 from nuteprune.parallel.distributed import World
+from nuteprune.parallel.sharding import fill, gathered_weights, read_shares, share_out, write_shares
 from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, read_json, verify
 from nuteprune.runs.directories import DISTILLED, distill_directory
@@ -35,19 +36,19 @@ from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.rundir import Run, save_config
 from nuteprune.runs.students import open_run
 from nuteprune.training import blocks
-from nuteprune.training.engine import Optimizers, sharded_adamw
 from nuteprune.training.inputs import shared_blocks
 from nuteprune.training.loop import train
-from nuteprune.training.resume import optimizer_tensors, restore_optimizers
 from nuteprune.training.trainer import Trainer
+from nuteprune.training.weights import WeightsEngine
 
 log = logging.getLogger(__name__)
 
 RELATIVE_RATE = 1e-3
 """Peak learning rate over the root mean square of the decoder's matrices."""
-_BETAS = 0.9, 0.95
 _STALE = ("model*.safetensors*", "*.gguf", MANIFEST)
 """Files of an export that hold its weights, or vouch for them."""
+_SHARES = "shares"
+"""Of a checkpoint: what `write_shares` wrote."""
 
 
 def run(config: Config) -> Path:
@@ -92,23 +93,36 @@ def settings(config: Config, trained: Run) -> Config:
 
 
 class Distilling(Trainer):
-    """All weights of a small model, taught by the intact one with the run's own loss."""
+    """All weights of a small model, taught by the intact one with the run's own loss.
+
+    Args:
+        parts: of `Trainer`.
+        losses: of both models.
+        export: the exported model.
+        whole: on rank 0 that model, until its FFNs are fitted; with one rank it is the one in training.
+    """
+
+    engine: WeightsEngine
 
     stage = "distill"
     output = DISTILLED
     remedy = "with model.dtype=float32"
     free = ("recover", "finetune", "checkpoint", "tracking", "evaluate")
 
-    def __init__(self, *parts, losses: Distillation, export: Path):
+    def __init__(self, *parts, losses: Distillation, export: Path, whole: PreTrainedModel | None):
         super().__init__(*parts)
-        self.losses, self.student, self.export = losses, losses.student, export
+        self.losses, self.student, self.export, self.whole = losses, losses.student, export, whole
+        self.partitioned |= self.world.size > 1
+        self.weights: dict[str, Tensor] = {}
+        """On rank 0, for `finish`."""
 
     @classmethod
     def build(cls, config: Config, world: World, trained: Run, base: Base, export: Path) -> Distilling:
         """Load both models and the batches, at step 0."""
         with world.together():
             zero = zero_settings(config, base.spec, world)
-            student = load_small(export, config).to(world.device)
+            whole = load_small(export, config) if world.is_main else None
+            student = empty_small(export, config) if whole is None or world.size > 1 else whole.to(world.device)
         text = TrainingText(str(trained.directory), config.data, base)
         text_blocks = shared_blocks(text, world, config.train.batch_size)
         with world.together():
@@ -117,17 +131,19 @@ class Distilling(Trainer):
                                  int(trained.facts["steps"]))  # fmt: skip
         schedule = Schedule.of(config, stream.steps_per_epoch)
         teacher = load_paired(base, replace(config.lora, targets=[], refit=0), world, zero)
-        peak = relative_rate(student)
-        parameters = list(student.parameters())
-        make = sharded_adamw if config.deepspeed and world.size > 1 else torch.optim.AdamW
-        groups = [{"params": parameters, "rate": 1.0}]
-        adamw = make(groups, lr=peak, betas=_BETAS, weight_decay=0.0, fused=True)
-        engine = Optimizers({"weights": adamw}, parameters, schedule, world, teacher.dtype, peak)
+        peak = world.from_main(None if whole is None else relative_rate(whole))
+        root = Root(student)
+        if world.size > 1:
+            again = zero is not None and zero["zero_optimization"]["stage"] == 3
+            share_out(root, student.model.layers, world, teacher.dtype, again)
+            student.tie_weights()
+            fill(student, whole, world)
+        engine = WeightsEngine(student, schedule, teacher.dtype, peak)
         kept = read_json(export / RECORD)["kept"]
-        losses = Distillation(student, teacher, kept["layers"], kept["hidden"], config.loss)
+        losses = Distillation(root, teacher, kept["layers"], kept["hidden"], config.loss)
         log.info("distilling %s parameters: %d sequences, %d steps, rate %g", f"{student.num_parameters():,}",
                  len(text_blocks), schedule.total, peak)  # fmt: skip
-        return cls(config, world, teacher, engine, stream, schedule, losses=losses, export=export)
+        return cls(config, world, teacher, engine, stream, schedule, losses=losses, export=export, whole=whole)
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:
@@ -136,17 +152,23 @@ class Distilling(Trainer):
 
     def start(self) -> None:
         """Fit the FFNs that have lost units, each by itself, in a new run."""
-        if self.step:
-            return
+        if not self.step:
+            self._fit()
+            if self.world.size > 1:
+                fill(self.student, self.whole, self.world)
+        self.whole = None
+
+    def _fit(self) -> None:
         length, spec = self.config.data.seq_len, self.model.spec
         count = min(math.ceil(blocks.TOKENS / length), len(self.stream.blocks))
-        alone = BatchStream(self.stream.blocks, 1, self.config.seed, read=self.stream.read * self.stream.batch_size)
+        # What pruning has read: behind it lies what is learned next, none of which is to be known before.
+        alone = BatchStream(self.stream.blocks, 1, self.config.seed)
         ids = torch.cat([alone.batch(number) for number in range(count)])
         kept = read_json(self.export / RECORD)["kept"]["ffn"]
         narrowed = [len(kept[index]) < spec.ffn_units for index in self.losses.layers]
         log.info("fitting %d FFNs on %d tokens", sum(narrowed), ids.numel())
-        blocks.fit_blocks(self.losses, ids, narrowed, self.world, self.config.tracking.progress and self.world.is_main,
-                          self.halt)  # fmt: skip
+        shown = self.config.tracking.progress and self.world.is_main
+        blocks.fit_blocks(self.losses, self.whole, ids, narrowed, self.world, shown, self.halt)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step."""
@@ -157,23 +179,32 @@ class Distilling(Trainer):
         """Losses of token ids [b, T]."""
         return self.losses(ids)
 
+    def before_save(self) -> None:
+        """Write weights and moments, each rank its share, beside the checkpoints."""
+        if self.world.is_main:
+            shutil.rmtree(self._written, ignore_errors=True)
+        write_shares(self.engine.state(), self._written)
+
+    @property
+    def _written(self) -> Path:
+        """Where shares lie until their checkpoint is whole; `Checkpoints.prune` deletes what a killed one left."""
+        return self.checkpoints.directory / ".step-shares"
+
     def save(self, directory: Path, counters: dict) -> None:
-        """Write weights, optimizer and counters."""
+        """Write the counters; the shares are moved there."""
         save_config(directory / "config.yaml", self.config)
-        # Copies: a sharded optimizer has them in buckets of its own.
-        weights = {name: weight.detach().to("cpu", copy=True) for name, weight in self.student.named_parameters()}
-        save_file(weights, directory / "model.safetensors")
-        save_file(optimizer_tensors(self.engine.optimizers), directory / "optimizer.safetensors")
+        self._written.rename(directory / _SHARES)
         (directory / "state.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
 
     def load(self, directory: Path) -> dict[str, float]:
-        """Restore in place what `save` wrote; returns the counters."""
-        weights = load_file(directory / "model.safetensors")
-        with torch.no_grad():
-            for name, weight in self.student.named_parameters():
-                weight.copy_(weights[name])
-        restore_optimizers(load_file(directory / "optimizer.safetensors"), self.engine.optimizers)
+        """Restore in place what `save` wrote, on each rank by itself; returns the counters."""
+        read_shares(self.engine.state(), directory / _SHARES)
         return json.loads((directory / "state.json").read_text(encoding="utf-8"))
+
+    def before_finish(self) -> None:
+        """Gather the weights."""
+        dtype = getattr(torch, str(read_json(self.export / "config.json")["dtype"]))
+        self.weights = gathered_weights(self.student, dtype, self.world)
 
     def finish(self) -> Path:
         """Write the model: the export's files, with these weights."""
@@ -184,13 +215,12 @@ class Distilling(Trainer):
         }
         tokens = self.total * config.train.batch_size * config.data.seq_len
         card = (self.export / CARD).read_text(encoding="utf-8")
-        dtype = getattr(torch, str(read_json(self.export / "config.json")["dtype"]))
         if any(self.export.glob("*.gguf")):
             log.warning("no model.gguf is written for the distilled model")
         with atomic_directory(target) as temporary:
             shutil.copytree(self.export, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_STALE))
             with tempfile.TemporaryDirectory(dir=temporary) as saved:
-                self.student.to(dtype).save_pretrained(saved, max_shard_size=SHARD)
+                self.student.save_pretrained(saved, state_dict=self.weights, max_shard_size=SHARD)
                 for file in Path(saved).glob("model*.safetensors*"):
                     file.rename(temporary / file.name)
             (temporary / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -206,6 +236,23 @@ def load_small(export: Path, config: Config) -> PreTrainedModel:
         )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load the exported model {export}: {first_line(error)}") from None
+    return in_training(student, config)
+
+
+def empty_small(export: Path, config: Config) -> PreTrainedModel:
+    """The same without weights, to be shared out."""
+    with init_empty_weights(include_buffers=False):
+        student = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(export, trust_remote_code=False), dtype=torch.float32,
+            attn_implementation=in_float32(config.model).attention, trust_remote_code=False,
+        )  # fmt: skip
+    return in_training(student, config)
+
+
+def in_training(student: PreTrainedModel, config: Config) -> PreTrainedModel:
+    """The model, its decoder in training; token embeddings and output head stay as they are (docs/experiments.md)."""
+    student.get_input_embeddings().requires_grad_(False)
+    student.get_output_embeddings().requires_grad_(False)
     if config.train.activation_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     return student.train()

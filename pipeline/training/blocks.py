@@ -13,17 +13,19 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from accelerate.utils import send_to_device
 from torch import LongTensor, Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from nuteprune.model.whole import Distillation
 from nuteprune.parallel.distributed import World
 from nuteprune.training.gram import TOKENS_AT_ONCE, Streams
 
-TOKENS = 65_536
+TOKENS = 118_784
 """Of the text, that the FFNs are fitted on."""
-STEPS, STEP_TOKENS = 200, 1024
+STEPS, STEP_TOKENS = 300, 1024
 """Steps of a layer, and tokens of each."""
 RELATIVE_RATE = 0.02
 """Peak learning rate of a matrix over its root mean square."""
@@ -45,37 +47,42 @@ class _Known(nn.Module):
 
 
 def fit_blocks(
-    distillation: Distillation, ids_NT: LongTensor, narrowed: Sequence[bool], world: World, shown: bool,
-    halt: Callable[[], None],
+    distillation: Distillation, whole: PreTrainedModel | None, ids_NT: LongTensor, narrowed: Sequence[bool],
+    world: World, shown: bool, halt: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Fit the FFNs of the student. Collective; every rank ends with the weights of rank 0.
+    """Fit the FFNs of a student on rank 0, for which the others gather the teacher's weights. Collective.
 
     Args:
-        distillation: both models.
+        distillation: the losses of both models.
+        whole: the student on rank 0, where it may be in host memory: a layer at a time goes to the device.
         ids_NT: token ids, the same on all ranks.
         narrowed: of each layer of the student whether its FFN has lost units; the others are left alone.
         world: the ranks of the run.
         shown: show a progress bar.
         halt: called before each part of the text goes through a layer of the teacher, to end it by an exception.
     """
-    student, device, computing = distillation.student, world.device, distillation.computing
+    device, computing = world.device, distillation.computing
     streams, passed = Streams(distillation.teacher, ids_NT, world), -1
-    parts, arguments = [part.float() for part in _embedded(distillation, ids_NT)], _arguments(distillation, ids_NT)
+    if whole is not None:
+        parts, arguments = _first(whole, ids_NT, device)
     with tqdm(total=sum(narrowed), desc="FFN blocks", unit="layer", leave=False, disable=not shown) as bar:
-        for index, layer in enumerate(student.model.layers):
-            while passed < distillation.layers[index]:
+        for index, known in enumerate(distillation.layers):
+            while passed < known:
                 passed += 1
                 for _ in streams.through(passed, halt):
                     pass
+            if whole is None:
+                continue
+            layer = whole.model.layers[index].to(device)
             if narrowed[index] and any(p.numel() for p in layer.mlp.parameters()):
                 target = distillation.kept(torch.cat(streams.parts))
                 attended = _attended(layer, parts, arguments[index], device, computing)
                 _fit(
                     layer, torch.cat(parts), attended, target, arguments[index], _few(ids_NT), index, device, computing
                 )
-                _from_main(layer.mlp, world)
                 bar.update()
             _advance(layer, parts, arguments[index], device, computing)
+            layer.to(whole.device)
 
 
 def _few(ids_NT: LongTensor) -> int:
@@ -84,36 +91,39 @@ def _few(ids_NT: LongTensor) -> int:
 
 
 @torch.no_grad()
-def _embedded(distillation: Distillation, ids_NT: LongTensor) -> list[Tensor]:
-    """The first layer's input of each part of the text, in host memory."""
-    embedding, multiplier = distillation.student.get_input_embeddings(), distillation.teacher.spec.embedding_multiplier
-    rows, device = max(1, TOKENS_AT_ONCE // ids_NT.shape[1]), distillation.student.device
-    return [(embedding(ids.to(device)) * multiplier).cpu() for ids in ids_NT.split(rows)]
+def _first(
+    whole: PreTrainedModel, ids_NT: LongTensor, device: torch.device
+) -> tuple[list[Tensor], list[dict[int, dict]]]:
+    """The first layer's input of each part of the text, in host memory, and what layers are called with beside it.
 
+    That is of each layer by the number of sequences that go through at once.
+    """
+    layers, inputs = whole.model.layers, []
+    arguments: list[dict[int, dict]] = [{} for _ in layers]
 
-@torch.no_grad()
-def _arguments(distillation: Distillation, ids_NT: LongTensor) -> list[dict[int, dict]]:
-    """What each layer is called with beside the stream, by the number of sequences that go through at once."""
-    layers, device = distillation.student.model.layers, distillation.student.device
-    found: list[dict[int, dict]] = [{} for _ in layers]
-    rows = max(1, TOKENS_AT_ONCE // ids_NT.shape[1])
-    sizes = {min(rows, len(ids_NT)), len(ids_NT) % rows or rows, _few(ids_NT)}
-
-    def hook(index: int) -> Callable[[nn.Module, tuple, dict], None]:
-        def keep(_module: nn.Module, inputs: tuple, kwargs: dict) -> None:
-            found[index][len(inputs[0])] = {key: value for key, value in kwargs.items() if key not in _CACHES}
+    def instead(index: int) -> Callable[..., Tensor]:
+        def keep(stream: Tensor, **kwargs) -> Tensor:
+            inputs.append(stream)
+            found = {key: value for key, value in kwargs.items() if key not in _CACHES}
+            arguments[index][len(stream)] = send_to_device(found, device)
+            return stream
 
         return keep
 
-    hooks = [layer.register_forward_pre_hook(hook(index), with_kwargs=True) for index, layer in enumerate(layers)]
+    def through(ids: LongTensor) -> Tensor:
+        inputs.clear()
+        whole.model(input_ids=ids.to(whole.device), use_cache=False)
+        return inputs[0].float().cpu()
+
+    for index, layer in enumerate(layers):
+        layer.forward = instead(index)
     try:
-        for size in sizes:
-            with distillation.computing():
-                distillation.student.model(input_ids=ids_NT[:size].to(device), use_cache=False)
+        through(ids_NT[: _few(ids_NT)])
+        parts = [through(ids) for ids in ids_NT.split(max(1, TOKENS_AT_ONCE // ids_NT.shape[1]))]
     finally:
-        for handle in hooks:
-            handle.remove()
-    return found
+        for layer in layers:
+            del layer.forward
+    return parts, arguments
 
 
 @torch.no_grad()
@@ -158,7 +168,6 @@ def _fit(
     adam = torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0)
     cycle = OneCycleLR(adam, rates, total_steps=STEPS, pct_start=_WARMUP)
     generator, attention = torch.Generator().manual_seed(seed), layer.self_attn
-    buffers = [weight.grad for weight in weights]  # of the optimizer that comes after
     try:
         for _ in range(STEPS):
             rows = torch.randint(len(stream), (few,), generator=generator)
@@ -173,12 +182,4 @@ def _fit(
             cycle.step()
     finally:
         layer.self_attn = attention
-        for weight, buffer in zip(weights, buffers, strict=True):
-            weight.grad = buffer
-
-
-@torch.no_grad()
-def _from_main(module: nn.Module, world: World) -> None:
-    """Give every rank rank 0's weights: what a card computes may differ from another's by rounding."""
-    for weight in module.parameters():
-        weight.copy_(world.sum(weight if world.is_main else torch.zeros_like(weight)))
+        adam.zero_grad()

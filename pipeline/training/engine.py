@@ -78,76 +78,8 @@ class LossScale:
             self.value *= 2
 
 
-class Optimizers:
-    """Optimizers of what is whole on every rank, and alike there.
-
-    Args:
-        optimizers: by name.
-        clipped: the parameters of the first, whose gradient is clipped.
-        schedule: the run's steps, with learning rates.
-        world: the ranks whose gradients are averaged.
-        dtype: compute type of the forward pass.
-        peak: learning rate of the first optimizer, times its groups' `rate`.
-    """
-
-    def __init__(
-        self, optimizers: dict[str, torch.optim.Optimizer], clipped: list[nn.Parameter], schedule: Schedule,
-        world: World, dtype: torch.dtype, peak: float,
-    ):  # fmt: skip
-        self.optimizers, self.clipped, self.schedule, self.world, self.peak = optimizers, clipped, schedule, world, peak
-        self.scale = LossScale(dtype)
-        self.gradients = _flat_gradients([p for o in optimizers.values() for p in _parameters(o)])
-        self.clipped_gradients = self.gradients[: sum(p.numel() for p in clipped)]  # the first optimizer's are first
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch's share of the loss."""
-        (loss * self.scale.value).backward()
-
-    def step(self, step: int) -> StepResult:
-        """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
-        self.world.mean(self.gradients).div_(self.scale.value)
-        for group in next(iter(self.optimizers.values())).param_groups if self.clipped else ():
-            group["lr"] = group["rate"] * self.peak * self.schedule.lora_share(step)
-        norm = self._clip(LARGEST_NORM)
-        # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
-        odd = (self.gradients * 0).sum()
-        norm, odd = torch.stack([norm.to(odd), odd]).double().tolist()  # the norm of no LoRA at all is on the host
-        finite = math.isfinite(norm) and odd == 0
-        self.scale.update(finite)
-        if finite:
-            self.apply()
-        self.discard()
-        return StepResult(norm, not finite)
-
-    def apply(self) -> None:
-        """Let the optimizers take their step."""
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-
-    @torch.no_grad()
-    def _clip(self, limit: float) -> Tensor:
-        """Norm of the gradients that are scaled to `limit` at most: `clip_grad_norm_`, without a look at each."""
-        if not self.clipped:
-            return torch.tensor(0.0)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in self.clipped])))
-        self.clipped_gradients.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
-    def collect(self) -> None:
-        """Bring the shards of optimizers' states to rank 0, for a checkpoint; collective."""
-        for optimizer in self.optimizers.values():
-            if hasattr(optimizer, "consolidate_state_dict"):
-                optimizer.consolidate_state_dict(to=0)
-                if self.world.device.type == "cuda":  # it copies to the CPU without waiting for the copies
-                    torch.cuda.synchronize(self.world.device)
-
-    def discard(self) -> None:
-        """Forget accumulated gradients."""
-        self.gradients.zero_()
-
-
-class Engine(Optimizers):
-    """Optimizers of LoRA, gates and multipliers.
+class Engine:
+    """Optimizers of LoRA, gates and multipliers, alike on every rank.
 
     Args:
         model: holds the LoRA parameters.
@@ -166,9 +98,9 @@ class Engine(Optimizers):
         self, model: PairedModel, masks: MaskSet, multipliers: Multipliers | None, schedule: Schedule, world: World,
         sharded: bool = False, relative: float = RELATIVE_RATE,
     ):  # fmt: skip
-        self.masks = masks
+        self.schedule, self.masks, self.world = schedule, masks, world
         train, gates = schedule.train, schedule.gates
-        peak = train.lora_lr or relative_rate(model, relative)
+        self.peak = train.lora_lr or relative_rate(model, relative)
         self.lora = [p for pair in model.lora().values() for p in pair]  # A, B, A, B, …
         self.alphas = list(masks.log_alpha.values())
         costs = unit_costs(masks.spec)
@@ -176,38 +108,65 @@ class Engine(Optimizers):
         # As multiples of the least, so that no square of a gradient underflows.
         self.costs = {kind: costs[kind] / least for kind in masks.log_alpha}
         scaled = train.lora_optimizer == "scaled"
-        adamw = {"lr": peak, "weight_decay": 0.0, "fused": True}
-        optimizers: dict[str, torch.optim.Optimizer] = {}
+        adamw = {"lr": self.peak, "weight_decay": 0.0, "fused": True}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if self.lora:
             rates = (1.0, B_RATE if scaled else 1.0)
             factors = [{"params": self.lora[i::2], "rate": rate} for i, rate in enumerate(rates)]
-            make = sharded_adamw if sharded and world.size > 1 else torch.optim.AdamW
-            optimizers["lora"] = make(factors, **adamw)
+            make = _sharded_adamw if sharded and world.size > 1 else torch.optim.AdamW
+            self.optimizers["lora"] = make(factors, **adamw)
         if gates.optimizer == "adam":
-            optimizers["gates"] = torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
+            self.optimizers["gates"] = torch.optim.AdamW(self.alphas, lr=gates.lr, weight_decay=0.0)
         else:
             reach = gates.lr / schedule.settle
-            optimizers["gates"] = torch.optim.SGD(self.alphas, lr=reach, momentum=_GATE_MOMENTUM)
+            self.optimizers["gates"] = torch.optim.SGD(self.alphas, lr=reach, momentum=_GATE_MOMENTUM)
         if multipliers is not None:
-            optimizers["multipliers"] = torch.optim.AdamW(
+            self.optimizers["multipliers"] = torch.optim.AdamW(
                 multipliers.parameters(), lr=MULTIPLIER_RATE, weight_decay=0.0, maximize=True
             )
-        super().__init__(optimizers, self.lora, schedule, world, model.dtype, peak)
+        self.scale = LossScale(model.dtype)
+        self.gradients = _flat_gradients([p for o in self.optimizers.values() for p in _parameters(o)])
+        self.lora_gradients = self.gradients[: sum(p.numel() for p in self.lora)]  # its optimizer is the first
         self.update = model.update
         self.precondition = Preconditioner(self.update.lora.values()) if scaled else None
 
-    def apply(self) -> None:
-        """Let the optimizers take their step, gates those that are not settled."""
-        if self.precondition:
-            self.precondition()
-        moving = self.masks.fixed is None  # settled gates no longer move, not even by momentum
-        if moving and self.schedule.gates.optimizer == "sgd":
-            self._normalize()
-        for name, optimizer in self.optimizers.items():
-            if moving or name != "gates":
-                optimizer.step()
-        self.update.refresh()
-        self.masks.clamp()
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's share of the loss."""
+        (loss * self.scale.value).backward()
+
+    def step(self, step: int) -> StepResult:
+        """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
+        self.world.mean(self.gradients).div_(self.scale.value)
+        for group in self.optimizers["lora"].param_groups if self.lora else ():
+            group["lr"] = group["rate"] * self.peak * self.schedule.lora_share(step)
+        norm = self._clip(LARGEST_NORM)
+        # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
+        odd = (self.gradients * 0).sum()
+        norm, odd = torch.stack([norm.to(odd), odd]).double().tolist()  # the norm of no LoRA at all is on the host
+        finite = math.isfinite(norm) and odd == 0
+        self.scale.update(finite)
+        if finite:
+            if self.precondition:
+                self.precondition()
+            moving = self.masks.fixed is None  # settled gates no longer move, not even by momentum
+            if moving and self.schedule.gates.optimizer == "sgd":
+                self._normalize()
+            for name, optimizer in self.optimizers.items():
+                if moving or name != "gates":
+                    optimizer.step()
+            self.update.refresh()
+            self.masks.clamp()
+        self.discard()
+        return StepResult(norm, not finite)
+
+    @torch.no_grad()
+    def _clip(self, limit: float) -> Tensor:
+        """Norm of LoRA's gradients, which are scaled to `limit` at most: `clip_grad_norm_`, without a look at each."""
+        if not self.lora:
+            return torch.tensor(0.0)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in self.lora])))
+        self.lora_gradients.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     @torch.no_grad()
     def _normalize(self) -> None:
@@ -221,6 +180,17 @@ class Engine(Optimizers):
         count = torch.stack([gradient.count_nonzero() for gradient in gradients]).sum()
         scale = (squares / count.clamp(min=1)).sqrt()
         torch._foreach_div_(gradients, scale + (scale == 0))
+
+    def collect(self) -> None:
+        """Bring the shards of the LoRA optimizer's state to rank 0, for a checkpoint; collective."""
+        if hasattr(self.optimizers.get("lora"), "consolidate_state_dict"):
+            self.optimizers["lora"].consolidate_state_dict(to=0)
+            if self.world.device.type == "cuda":  # it copies to the CPU without waiting for the copies
+                torch.cuda.synchronize(self.world.device)
+
+    def discard(self) -> None:
+        """Forget accumulated gradients."""
+        self.gradients.zero_()
 
 
 @torch.no_grad()
@@ -246,7 +216,7 @@ def relative_rate(model: PairedModel, share: float) -> float:
     return float(f"{share * size * math.sqrt(16 / rank):.1e}")
 
 
-def sharded_adamw(parameters: list[dict], **options) -> torch.optim.Optimizer:
+def _sharded_adamw(parameters: list[dict], **options) -> torch.optim.Optimizer:
     """AdamW whose state is spread over the ranks: each updates its share and sends it to the others."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

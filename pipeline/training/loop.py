@@ -84,6 +84,7 @@ def _train(config: Config, stage: type[Trainer], known: tuple, world: World, sto
     with tracker:
         trainer.start()
         run_steps(trainer, tracker)
+    trainer.before_finish()
     with world.together():
         if world.is_main:
             trainer.finish()
@@ -221,7 +222,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     counters: dict[str, Any] = {"step": trainer.step, "bad_total": trainer.bad_total, "loss_scale": scale.value,
                                 "good_steps": scale.good_steps, "micro_batch": trainer.micro_batch,
                                 "ranks": trainer.world.size}  # fmt: skip
-    trainer.engine.collect()
+    trainer.before_save()
     with trainer.world.together():
         if trainer.world.is_main:
             counters |= {"inputs": trainer.inputs}

@@ -27,12 +27,13 @@ from nuteprune.model.pairing import Losses, PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.runs.checkpoint import Checkpoints, sha256
 from nuteprune.runs.fingerprint import fingerprint
-from nuteprune.training.engine import Multipliers, Optimizers
+from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.memory import TooLarge, is_out_of_memory, remember
 from nuteprune.training.resume import load_state, save_state
 from nuteprune.training.signals import Preempted, Stop
 from nuteprune.training.teachers import Teacher
 from nuteprune.training.tracking import progress_bar
+from nuteprune.training.weights import WeightsEngine
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +67,12 @@ class Trainer(ABC):
     """Sections of the configuration that may change between two starts of one run."""
 
     def __init__(
-        self, config: Config, world: World, model: PairedModel, engine: Optimizers, stream: BatchStream,
+        self, config: Config, world: World, model: PairedModel, engine: Engine | WeightsEngine, stream: BatchStream,
         schedule: Schedule,
     ):  # fmt: skip
         self.config, self.world, self.model, self.engine = config, world, model, engine
+        self.partitioned = bool(model.partitioning)
+        """Whether ranks gather weights in a step, so that none can go through it again by itself."""
         self.stream, self.schedule, self.total = stream, schedule, schedule.total
         self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep)
         self.step = self.bad_in_a_row = self.bad_total = 0
@@ -91,8 +94,16 @@ class Trainer(ABC):
         """Step `self.step`: forward, backward, update; returns the scalars to log."""
 
     @abstractmethod
+    def before_finish(self) -> None:
+        """What all ranks do for `finish`. Collective."""
+
+    @abstractmethod
     def finish(self) -> Path:
         """Write the result after the last step, on rank 0; returns its directory."""
+
+    @abstractmethod
+    def before_save(self) -> None:
+        """What all ranks do for `save`. Collective."""
 
     @abstractmethod
     def save(self, directory: Path, counters: dict) -> None:
@@ -100,7 +111,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def load(self, directory: Path) -> dict[str, float]:
-        """Restore in place what `save` wrote; returns the counters."""
+        """Restore in place what `save` wrote, on each rank by itself; returns the counters."""
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:
@@ -181,7 +192,7 @@ class Trainer(ABC):
         self.engine.discard()
         torch.cuda.empty_cache()
         self.micro_batch = -(-min(self.micro_batch, len(batch)) // 2)
-        if self.model.partitioning:
+        if self.partitioned:
             remember(self.checkpoints.directory, self.micro_batch)
             raise TooLarge(
                 f"rank {self.world.rank}: out of memory at step {self.step}: start the same command again, it goes on "
@@ -223,9 +234,18 @@ class Masked(Trainer):
         multipliers: the Lagrangian's, where there are any.
     """
 
+    engine: Engine
+
     def __init__(self, *parts, masks: MaskSet, teacher: Teacher, multipliers: Multipliers | None = None):
         super().__init__(*parts)
         self.masks, self.teacher, self.multipliers = masks, teacher, multipliers
+
+    def before_save(self) -> None:
+        """Bring the shards of the optimizer's state to rank 0. Collective."""
+        self.engine.collect()
+
+    def before_finish(self) -> None:
+        """Nothing: rank 0 has all of it."""
 
     def save(self, directory: Path, counters: dict) -> None:
         """Write all that `load` needs, on rank 0."""

@@ -1,18 +1,24 @@
-"""Distillation on several ranks is that of one process, whoever holds the optimizer's state and the teacher."""
+"""Distillation on several ranks, which share out its weights, is that of one process."""
 
 import json
 import shutil
 
 import pytest
 import ranks
+import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
+from nuteprune.parallel.sharding import read_shares
+from nuteprune.runs.checkpoint import Checkpoints
 from nuteprune.stages import export
+from nuteprune.training import loop
+from nuteprune.training.signals import Preempted
 
 pytestmark = pytest.mark.xdist_group("ranks")
-SETTINGS = ["distill.steps=6"]
+SETTINGS = ["distill.steps=6", "checkpoint.every=2"]
 
 
 @pytest.fixture
@@ -24,27 +30,81 @@ def one(run_dir):
     return before, run_dir
 
 
+def weights(run):
+    return load_file(run / "distill/model/model.safetensors")
+
+
+def check_alike(first, second):
+    assert all(second[key].sub(tensor).abs().max() < 1e-3 for key, tensor in first.items())
+
+
 @pytest.mark.parametrize(("count", "deepspeed"), [(2, ""), (4, "zero2"), (2, "zero3")])
 def test_ranks_learn_what_one_process_learns(count, deepspeed, one, tmp_path):
     before, alone = one
     several = shutil.copytree(before, tmp_path / "several")
-    ranks.run(["distill", str(several), *SETTINGS, f"deepspeed={deepspeed}"], count, tmp_path / "logs")
+    command = ["distill", str(several), *SETTINGS, f"deepspeed={deepspeed}"]
+    ranks.run(command, count, tmp_path / "logs")
     losses = [[json.loads(line)["distill/loss"] for line in (run / "distill/metrics.jsonl").read_text().splitlines()]
               for run in (alone, several)]  # fmt: skip
     assert len(losses[0]) == 6
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    first, second = (load_file(run / "distill/model/model.safetensors") for run in (alone, several))
-    assert all(second[key].sub(tensor).abs().max() < 1e-3 for key, tensor in first.items())
+    check_alike(weights(alone), weights(several))
+    # From the checkpoint behind step 4 on the same number of ranks: the same bits.
+    whole = (several / "distill/model/model.safetensors").read_bytes()
+    shutil.rmtree(several / "distill/model")
+    ended = ranks.run(command, count, tmp_path / "again")
+    assert "resumed at step 4" in ended[0].text
+    assert (several / "distill/model/model.safetensors").read_bytes() == whole
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_in_one(one, tmp_path):
+def save_at_once(_rank):
+    """Make a stage write what it has resumed, and leave."""
+
+    def run_steps(trainer, _tracker):
+        trainer.checkpoints = Checkpoints(trainer.checkpoints.directory.with_name("again"), 1)
+        loop.save_checkpoint(trainer)
+        raise Preempted("saved")
+
+    loop.run_steps = run_steps
+
+
+def test_a_checkpoint_goes_on_exactly_on_any_number_of_ranks(one, tmp_path):
     before, alone = one
     several = shutil.copytree(before, tmp_path / "several")
-    begun = [*SETTINGS, "checkpoint.every=2"]
-    ranks.run(["distill", str(several), *begun, "deepspeed=zero2"], 2, tmp_path / "logs")
+    ranks.run(["distill", str(several), *SETTINGS, "deepspeed=zero3"], 2, tmp_path / "logs")
     shutil.rmtree(several / "distill/model")
-    checkpoints = sorted((several / "distill/checkpoints").glob("step-*"))
-    assert [path.name for path in checkpoints][-1] == "step-00000004"
-    assert main(["distill", str(several), *begun]) == 0
-    first, second = (load_file(run / "distill/model/model.safetensors") for run in (alone, several))
-    assert all(second[key].sub(tensor).abs().max() < 1e-3 for key, tensor in first.items())
+    written = several / "distill/checkpoints/step-00000004/shares"
+    sizes = {file.stat().st_size for file in written.iterdir()}
+    assert len(list(written.iterdir())) == 2
+    assert max(sizes) < 1.1 * min(sizes)
+    command = ["distill", str(several), *SETTINGS]
+    ended = ranks.Group([*command, "deepspeed=zero3"], 4, tmp_path / "four", save_at_once).wait()
+    assert {e.code for e in ended} == {75}
+    four = several / "distill/again/step-00000004/shares"
+    assert len(list(four.iterdir())) == 4
+    first, second = (tensors(directory) for directory in (written, four))
+    assert {name.rpartition(":")[2] for name in first} == {"weight", "exp_avg", "exp_avg_sq", "step"}
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    assert main(command) == 0
+    check_alike(weights(alone), weights(several))
+
+
+def tensors(directory):
+    """What was written by however many ranks."""
+    sizes = HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata
+    found = {name: torch.full(facts.size, torch.nan) for name, facts in sizes.items()}
+    read_shares(found, directory)
+    assert not any(tensor.isnan().any() for tensor in found.values())
+    return found
+
+
+def test_a_share_that_is_damaged_is_told_of(one, caplog):
+    _, alone = one
+    checkpoint = alone / "distill/checkpoints/step-00000004"
+    (file,) = (checkpoint / "shares").iterdir()
+    file.write_bytes(file.read_bytes()[:-5])
+    shutil.rmtree(alone / "distill/model")
+    with caplog.at_level("INFO"):
+        assert main(["distill", str(alone), *SETTINGS]) == 0
+    assert f"checkpoint skipped: {file} has" in caplog.text
+    assert "resumed at step 2" in caplog.text

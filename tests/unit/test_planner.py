@@ -184,10 +184,15 @@ def test_pinned_blocks_are_powers_of_two():
 def test_distillation_by_hand():
     job = Job(named_spec("llama-3.1-8b"), load_config(None, ["sparsity.target=0.5", "model.dtype=bfloat16"]),
               Cluster(1, 8, CARDS["h100"]))  # fmt: skip
-    small = 8_030_261_248 - 6_979_321_856 / 2
-    whole, shared = (distillation_memory(job, Layout(stage, 1)) for stage in (0, 2))
-    assert sum(whole.values()) == pytest.approx(16 * small + 2 * 8_030_261_248)
-    assert sum(shared.values()) == pytest.approx(9 * small + 2 * 8_030_261_248)
+    ends = 2 * 128_256 * 4096
+    decoder = 8_030_261_248 - ends - 6_979_321_856 / 2
+    shares = (4 * ends + 16 * decoder) / 8
+    kept, again = (distillation_memory(job, Layout(stage, 1)) for stage in (2, 3))
+    assert sum(kept.values()) == pytest.approx(shares + 2 * (ends + decoder) + 2 * 8_030_261_248)
+    gathered = again["two gathered layers and the ends"]
+    assert gathered == pytest.approx(2 * (ends + 2 / 32 * decoder))
+    one = Job(job.spec, job.config, Cluster(1, 1, CARDS["h100"]))
+    assert sum(distillation_memory(one, Layout(0, 1)).values()) == pytest.approx(8 * shares + 2 * 8_030_261_248)
 
 
 def test_zero2_keeps_weights_whole_and_offload_and_hpz_move_them():

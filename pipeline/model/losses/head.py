@@ -1,4 +1,4 @@
-"""The output terms in chunks of tokens, through the output head."""
+"""The output terms in chunks of tokens, through the frozen output head."""
 
 from collections.abc import Mapping
 
@@ -16,14 +16,13 @@ CHUNK = 256
 class _ChunkedHeadLoss(torch.autograd.Function):
     """Terms on full-vocabulary logits of which only `CHUNK` tokens' worth exists at a time.
 
-    The gradient of the hidden states, and of the head where that is in training, is computed chunk by chunk in the
-    forward pass and scaled in the backward pass; no logits are kept and none are computed twice.
+    The head is frozen, so the gradient of the hidden states is computed chunk by chunk in the forward pass and scaled
+    in the backward pass; no logits are kept and none are computed twice.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, teacher, teacher_weight, labels, terms, config):
         gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        of_head = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         sums = list(torch.zeros(len(terms), dtype=torch.float32, device=hidden.device))
         tokens, last = hidden.shape[0], list(terms)[-1]
         last_taught = next((term for term in reversed(terms) if term.needs_teacher), None)
@@ -44,21 +43,15 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             if gradient is not None:
                 assert slope is not None  # there is a term
                 gradient[rows] = slope.to(weight.dtype).mm(weight)
-            if of_head is not None:
-                assert slope is not None
-                of_head += slope.to(weight.dtype).T.mm(hidden[rows])
-        ctx.save_for_backward(gradient, of_head)
-        ctx.type = weight.dtype
+        ctx.save_for_backward(gradient)
         ctx.tokens = tokens
         ctx.mark_non_differentiable(*sums)
         return sum(factor * total for total, factor in zip(sums, terms.values(), strict=True)), *sums
 
     @staticmethod
     def backward(ctx, grad_output, *_):
-        gradient, of_head = ctx.saved_tensors
-        factor = grad_output / ctx.tokens
-        own = None if of_head is None else (of_head * factor).to(ctx.type)
-        return gradient * factor.to(gradient.dtype), own, *[None] * 5
+        (gradient,) = ctx.saved_tensors
+        return gradient * (grad_output / ctx.tokens).to(gradient.dtype), *[None] * 6
 
 
 def head_loss(
@@ -69,13 +62,13 @@ def head_loss(
 
     Args:
         student: final hidden states [N, D]; the gradient goes to them.
-        weight: output head [V, D] in their type, and to it where it is in training.
+        weight: output head [V, D], frozen, in their type.
         terms: at least one, with their weights.
         config: `chunk`, and what the terms read.
         teacher: final hidden states [N, D], where a term needs them.
         labels: token ids [N], where a term needs them; `IGNORE` where there is nothing to learn.
         teacher_weight: the teacher's output head, where it is another.
     """
-    other = weight.detach() if teacher_weight is None else teacher_weight
+    other = weight if teacher_weight is None else teacher_weight
     total, *values = _ChunkedHeadLoss.apply(student, weight, teacher, other, labels, dict(terms), config)
     return total, dict(zip((term.name for term in terms), values, strict=True))
