@@ -49,7 +49,7 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
     for item in overrides:
         key, sep, value = item.partition("=")
         if not sep or not key:
-            raise UserError(f"override '{item}': write it as key.sub=value")
+            raise UserError(f"'{item}' is no run directory, nor a setting: write it as key.sub=value")
         try:
             value = yaml.safe_load(value)
         except yaml.YAMLError:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nuteprune.errors import MachineError, first_line
 from nuteprune.parallel.distributed import World
-from nuteprune.runs.checkpoint import CheckpointError
+from nuteprune.runs.checkpoint import CheckpointError, Facts, facts
 
 
 def share_out(root: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype, again: bool) -> None:
@@ -71,8 +71,11 @@ def gathered_weights(model: nn.Module, dtype: torch.dtype, world: World) -> dict
     return found
 
 
-def write_shares(tensors: Mapping[str, Tensor], directory: Path) -> None:
+def write_shares(tensors: Mapping[str, Tensor], directory: Path, world: World) -> Facts:
     """Write tensors, each rank its share, into safetensors files of a new directory; collective.
+
+    Returns:
+        of each file what its own rank has read.
 
     Raises:
         MachineError: the disk is full, or the place cannot be written to.
@@ -83,6 +86,9 @@ def write_shares(tensors: Mapping[str, Tensor], directory: Path) -> None:
             dcp.save(dict(tensors), storage_writer=writer)
     except CheckpointException as error:
         raise MachineError(f"cannot write {directory}: {_reason(error)}: free space, or use another run_dir") from None
+    mine = list(directory.glob(f"shard-{world.rank + 1:05d}-*"))
+    read = world.unhurried(lambda: {path.name: facts(path) for path in mine})
+    return {name: each for found in world.gather(read) for name, each in found.items()}
 
 
 def read_shares(tensors: Mapping[str, Tensor], directory: Path) -> None:

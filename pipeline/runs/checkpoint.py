@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from nuteprune.errors import MachineError
 
 MANIFEST = "manifest.json"
+Facts = Mapping[str, dict[str, Any]]
+"""Of files by name: `bytes` and `sha256`."""
 JSON_LIMIT = 1 << 26
 """Bytes of a JSON file that is read: an export of 70B lists up to 80 x 28,672 kept FFN units, about 16 MB."""
 
@@ -25,13 +27,14 @@ class CheckpointError(Exception):
 
 
 @contextmanager
-def atomic_directory(target: Path, lender: Path | None = None) -> Iterator[Path]:
+def atomic_directory(target: Path, lender: Path | None = None, known: Facts | None = None) -> Iterator[Path]:
     """Yield a temporary sibling directory; on success write its manifest, flush it to disk and rename it to `target`.
 
     An existing `target` is replaced only after the new one is complete; on an error nothing is left behind.
 
     Args:
         lender: a directory with a manifest, of which files may be hard links: those are not read again.
+        known: what the manifest is to say of files that were read elsewhere, by name.
 
     Raises:
         MachineError: the disk is full or the place cannot be written to.
@@ -44,7 +47,7 @@ def atomic_directory(target: Path, lender: Path | None = None) -> Iterator[Path]
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         yield temporary
-        write_manifest(temporary, lender=lender)
+        write_manifest(temporary, lender=lender, read=known)
         for path in [*temporary.rglob("*"), temporary]:
             _fsync(path)
         if target.exists():
@@ -68,27 +71,32 @@ def _is_of_the_disk(error: Exception) -> bool:
     return isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)
 
 
-def write_manifest(directory: Path, names: Iterable[str] | None = None, lender: Path | None = None) -> None:
+def write_manifest(
+    directory: Path, names: Iterable[str] | None = None, lender: Path | None = None, read: Facts | None = None
+) -> None:
     """Write manifest.json: size and sha256 of the named files, or of every file below the directory.
 
-    Of a hard link to a file of the same name in `lender` they are what that one's manifest says.
+    Of a hard link to a file of the same name in `lender` they are what that one's manifest says, of a file in `read`
+    what that says.
     """
     paths = sorted(p for p in directory.rglob("*") if p.is_file()) if names is None else [directory / n for n in names]
     known, files = {} if lender is None else recorded(lender), {}
+    read = read or {}
     for path in paths:
         name = str(path.relative_to(directory))
         if lender is not None and name in known and path.samefile(lender / name):
             files[name] = known[name]
+        elif name in read:
+            files[name] = read[name]
         elif path.name != MANIFEST:
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            files[name] = facts(path)
     write_atomic(directory / MANIFEST, (json.dumps({"files": files}, indent=1) + "\n").encode())
 
 
 def update_manifest(directory: Path, name: str) -> None:
     """Record anew the size and sha256 of one file that was replaced; the other files are not read."""
     files = recorded(directory)
-    path = directory / name
-    files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    files[name] = facts(directory / name)
     write_atomic(directory / MANIFEST, (json.dumps({"files": files}, indent=1) + "\n").encode())
 
 
@@ -118,11 +126,11 @@ def verify(directory: Path) -> None:
             raise CheckpointError(f"{path} does not match its sha256")
 
 
-def recorded(directory: Path) -> dict[str, dict]:
+def recorded(directory: Path) -> dict[str, dict[str, Any]]:
     """The files of a manifest by name, each with `bytes` and `sha256`; raises `CheckpointError` where there is none."""
     try:
         files = read_json(directory / MANIFEST)["files"]
-        if all({"bytes", "sha256"} <= facts.keys() for facts in files.values()):
+        if all({"bytes", "sha256"} <= known.keys() for known in files.values()):
             return files
     except (CheckpointError, LookupError, TypeError, AttributeError):
         pass
@@ -147,6 +155,11 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is not readable: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is not valid JSON") from None
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def sha256(path: Path) -> str:

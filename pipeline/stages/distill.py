@@ -30,7 +30,7 @@ from nuteprune.model.whole import Distillation, Root
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.sharding import fill, gathered_weights, read_shares, share_out, write_shares
 from nuteprune.parallel.zero import load_paired, zero_settings
-from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, read_json, verify
+from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, Facts, atomic_directory, read_json, verify
 from nuteprune.runs.directories import DISTILLED, distill_directory
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.rundir import Run, save_config
@@ -179,11 +179,12 @@ class Distilling(Trainer):
         """Losses of token ids [b, T]."""
         return self.losses(ids)
 
-    def before_save(self) -> None:
-        """Write weights and moments, each rank its share, beside the checkpoints."""
+    def before_save(self) -> Facts:
+        """Write weights and moments, each rank its share, beside the checkpoints; returns the facts of the shares."""
         if self.world.is_main:
             shutil.rmtree(self._written, ignore_errors=True)
-        write_shares(self.engine.state(), self._written)
+        written = write_shares(self.engine.state(), self._written, self.world)
+        return {f"{_SHARES}/{name}": each for name, each in written.items()}
 
     @property
     def _written(self) -> Path:

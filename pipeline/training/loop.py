@@ -179,10 +179,7 @@ def resume(trainer: Trainer, planned: bool) -> None:
         planned: whether its micro-batch is not the user's: then it is at most the checkpoint's, for the same bits.
     """
     world = trainer.world
-    path = None
-    with world.together():
-        if world.is_main:
-            path = choose_checkpoint(trainer.checkpoints)
+    path = world.unhurried(lambda: choose_checkpoint(trainer.checkpoints) if world.is_main else None)
     path = world.from_main(path)
     if path is None:
         return
@@ -222,12 +219,12 @@ def save_checkpoint(trainer: Trainer) -> None:
     counters: dict[str, Any] = {"step": trainer.step, "bad_total": trainer.bad_total, "loss_scale": scale.value,
                                 "good_steps": scale.good_steps, "micro_batch": trainer.micro_batch,
                                 "ranks": trainer.world.size}  # fmt: skip
-    trainer.before_save()
+    written = trainer.before_save()
     with trainer.world.together():
         if trainer.world.is_main:
             counters |= {"inputs": trainer.inputs}
             lender = trainer.checkpoints.newest()
-            with atomic_directory(trainer.checkpoints.path(trainer.step), lender) as temporary:
+            with atomic_directory(trainer.checkpoints.path(trainer.step), lender, written) as temporary:
                 trainer.save(temporary, counters)
             trainer.checkpoints.prune()
 

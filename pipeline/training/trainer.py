@@ -25,7 +25,7 @@ from nuteprune.masks.schedule import Schedule
 from nuteprune.model.lora import Update
 from nuteprune.model.pairing import Losses, PairedModel
 from nuteprune.parallel.distributed import World
-from nuteprune.runs.checkpoint import Checkpoints, sha256
+from nuteprune.runs.checkpoint import Checkpoints, Facts, sha256
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.memory import TooLarge, is_out_of_memory, remember
@@ -102,8 +102,11 @@ class Trainer(ABC):
         """Write the result after the last step, on rank 0; returns its directory."""
 
     @abstractmethod
-    def before_save(self) -> None:
-        """What all ranks do for `save`. Collective."""
+    def before_save(self) -> Facts:
+        """What all ranks do for `save`; returns the facts of files that they have written, where `save` puts them.
+
+        Collective.
+        """
 
     @abstractmethod
     def save(self, directory: Path, counters: dict) -> None:
@@ -240,9 +243,10 @@ class Masked(Trainer):
         super().__init__(*parts)
         self.masks, self.teacher, self.multipliers = masks, teacher, multipliers
 
-    def before_save(self) -> None:
+    def before_save(self) -> Facts:
         """Bring the shards of the optimizer's state to rank 0. Collective."""
         self.engine.collect()
+        return {}
 
     def before_finish(self) -> None:
         """Nothing: rank 0 has all of it."""
