@@ -113,8 +113,8 @@ def check_distilled(directory: Path, export: Path) -> bool:
 
 
 def distilled_card(card: str, steps: int, tokens: int) -> str:
-    """The card of an export whose weights were all trained since; what was measured of it before is left out."""
-    row = f"| Distilled | all weights, {steps:,} steps, {tokens:,} tokens |"
+    """The card of an export whose decoder was trained since; what was measured of it before is left out."""
+    row = f"| Distilled | all weights of the decoder, {steps:,} steps, {tokens:,} tokens |"
     return re.sub(r"(?m)^\| Teacher \|", f"{row}\n| Teacher |", card.split(RESULTS)[0].rstrip() + "\n", count=1)
 
 

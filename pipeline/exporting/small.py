@@ -197,5 +197,5 @@ def write_record(directory: Path, plan: ExportPlan, result: Result) -> None:
     """Write README.md and nuteprune.json."""
     card = model_card(plan.run, plan.student, plan.fold, plan.shape, plan.dtype_name, result)
     (directory / "README.md").write_text(card, encoding="utf-8")
-    record = json.dumps(kept_record(plan.run, plan.student, plan.fold, result))
-    (directory / RECORD).write_text(record + "\n", encoding="utf-8")
+    record = kept_record(plan.run, plan.student, plan.fold, result) | {"shape": plan.shape, "gguf": plan.export.gguf}
+    (directory / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")

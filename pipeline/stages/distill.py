@@ -22,6 +22,7 @@ from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
 from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.exporting.card import CARD, RECORD, check_distilled, distilled_card
+from nuteprune.exporting.targets.gguf import write_anew
 from nuteprune.exporting.targets.stock import SHARD
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.loading import Base, in_float32, read_base
@@ -100,6 +101,7 @@ class Distilling(Trainer):
         losses: of both models.
         export: the exported model.
         whole: on rank 0 that model, until its FFNs are fitted; with one rank it is the one in training.
+        base: the intact one.
     """
 
     engine: WeightsEngine
@@ -109,9 +111,9 @@ class Distilling(Trainer):
     remedy = "with model.dtype=float32"
     free = ("recover", "finetune", "checkpoint", "tracking", "evaluate")
 
-    def __init__(self, *parts, losses: Distillation, export: Path, whole: PreTrainedModel | None):
+    def __init__(self, *parts, losses: Distillation, export: Path, whole: PreTrainedModel | None, base: Base):
         super().__init__(*parts)
-        self.losses, self.student, self.export, self.whole = losses, losses.student, export, whole
+        self.losses, self.student, self.export, self.whole, self.base = losses, losses.student, export, whole, base
         self.partitioned |= self.world.size > 1
         self.weights: dict[str, Tensor] = {}
         """On rank 0, for `finish`."""
@@ -141,9 +143,10 @@ class Distilling(Trainer):
         engine = WeightsEngine(student, schedule, teacher.dtype, peak)
         kept = read_json(export / RECORD)["kept"]
         losses = Distillation(root, teacher, kept["layers"], kept["hidden"], config.loss)
-        log.info("distilling %s parameters: %d sequences, %d steps, rate %g", f"{student.num_parameters():,}",
-                 len(text_blocks), schedule.total, peak)  # fmt: skip
-        return cls(config, world, teacher, engine, stream, schedule, losses=losses, export=export, whole=whole)
+        log.info("distilling %s parameters: %d sequences, %d steps, rate %g",
+                 f"{sum(weight.numel() for weight in engine.weights.values()):,}", len(text_blocks), schedule.total, peak)
+        return cls(config, world, teacher, engine, stream, schedule, losses=losses, export=export, whole=whole,
+                   base=base)  # fmt: skip
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:
@@ -216,14 +219,14 @@ class Distilling(Trainer):
         }
         tokens = self.total * config.train.batch_size * config.data.seq_len
         card = (self.export / CARD).read_text(encoding="utf-8")
-        if any(self.export.glob("*.gguf")):
-            log.warning("no model.gguf is written for the distilled model")
         with atomic_directory(target) as temporary:
             shutil.copytree(self.export, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_STALE))
             with tempfile.TemporaryDirectory(dir=temporary) as saved:
                 self.student.save_pretrained(saved, state_dict=self.weights, max_shard_size=SHARD)
                 for file in Path(saved).glob("model*.safetensors*"):
                     file.rename(temporary / file.name)
+            if (kind := record.get("gguf", "none")) != "none":
+                write_anew(temporary, record["shape"], kind, self.base)
             (temporary / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
             (temporary / CARD).write_text(distilled_card(card, self.total, tokens), encoding="utf-8")
         return target

@@ -85,9 +85,7 @@ def _train(config: Config, stage: type[Trainer], known: tuple, world: World, sto
         trainer.start()
         run_steps(trainer, tracker)
     trainer.before_finish()
-    with world.together():
-        if world.is_main:
-            trainer.finish()
+    world.unhurried(lambda: trainer.finish() if world.is_main else None)
     return output
 
 

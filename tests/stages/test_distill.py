@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import gguf
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def test_all_weights_learn_and_the_model_loads_as_the_export_does(config, run_di
     assert {p.name for p in result.iterdir()} == {p.name for p in (run_dir / "export").iterdir()}
     assert (result / "config.json").read_bytes() == (run_dir / "export/config.json").read_bytes()
     assert json.loads((result / "nuteprune.json").read_text())["distilled"] == 40
-    assert "| Distilled | all weights, 40 steps, 5,120 tokens |" in (result / "README.md").read_text()
+    assert "| Distilled | all weights of the decoder, 40 steps, 5,120 tokens |" in (result / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(result)
     assert model.dtype == torch.float32
 
@@ -146,6 +147,15 @@ def test_a_model_distilled_from_another_export_is_told_of(config, run_dir, text_
     for command in (["distill", str(run_dir)], ["evaluate", str(run_dir), f"evaluate.text=[{text_file}]"]):
         assert main(command) == 2
         assert f"{run_dir}/distill/model was distilled from another export" in capsys.readouterr().err
+
+
+def test_a_gguf_of_the_export_is_made_anew(config, run_dir):
+    export.run(load_config(config, ["export.gguf=f32"]))
+    result = distill.run(config)
+    weights = load_file(result / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    (stored,) = (t for t in gguf.GGUFReader(result / "model.gguf").tensors if t.name == "blk.0.ffn_down.weight")
+    assert torch.equal(torch.tensor(stored.data)[:, : weights.shape[1]], weights)  # padded there
+    assert (result / "Modelfile").is_file()
 
 
 def test_without_an_export_it_says_what_to_run(run_dir, capsys):
