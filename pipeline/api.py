@@ -66,7 +66,7 @@ def finetune(settings: Settings, overrides: Sequence[str] = ()) -> Path:
 
 
 def distill(settings: Settings, overrides: Sequence[str] = ()) -> Path:
-    """Train all weights of a finished run's exported model, taught by the intact one; `evaluate` takes it by itself.
+    """Train the weights of a finished run's exported model, taught by the intact one; `evaluate` takes it by itself.
 
     Arguments and errors as of `prune`; returns the directory of the model.
     """

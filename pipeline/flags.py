@@ -12,7 +12,7 @@ STAGES = {
     "recover": "train snapshots of a run on, their gates fixed, so that each rung of a ladder is worth its size",
     "finetune": "train the pruned student's LoRA on instruction records, its gates fixed",
     "export": "write the student (or a snapshot of the run, or a ladder of them) as a small Hugging Face model",
-    "distill": "train all weights of the exported model, taught by the intact one",
+    "distill": "train the weights of the exported model, taught by the intact one",
     "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
 }
 RUN = "all stages one after the other on this machine, with settings chosen for it; goes on where it stopped"

@@ -261,7 +261,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Training all weights of the exported model."""
+    """Training the weights of the exported model's decoder."""
 
     steps: int = opt(
         0,

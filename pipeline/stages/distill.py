@@ -143,8 +143,9 @@ class Distilling(Trainer):
         engine = WeightsEngine(student, schedule, teacher.dtype, peak)
         kept = read_json(export / RECORD)["kept"]
         losses = Distillation(root, teacher, kept["layers"], kept["hidden"], config.loss)
-        log.info("distilling %s parameters: %d sequences, %d steps, rate %g",
-                 f"{sum(weight.numel() for weight in engine.weights.values()):,}", len(text_blocks), schedule.total, peak)
+        count = sum(weight.numel() for weight in engine.weights.values())
+        log.info("distilling %s parameters: %d sequences, %d steps, rate %g", f"{count:,}", len(text_blocks),
+                 schedule.total, peak)  # fmt: skip
         return cls(config, world, teacher, engine, stream, schedule, losses=losses, export=export, whole=whole,
                    base=base)  # fmt: skip
 
@@ -186,7 +187,11 @@ class Distilling(Trainer):
         """Write weights and moments, each rank its share, beside the checkpoints; returns the facts of the shares."""
         if self.world.is_main:
             shutil.rmtree(self._written, ignore_errors=True)
-        written = write_shares(self.engine.state(), self._written, self.world)
+        try:
+            written = write_shares(self.engine.state(), self._written, self.world)
+        except MachineError:
+            shutil.rmtree(self._written, ignore_errors=True)
+            raise
         return {f"{_SHARES}/{name}": each for name, each in written.items()}
 
     @property
