@@ -7,6 +7,7 @@ Each exported model is scored on every text: perplexity; ΔNLL, the nats per tok
 which compares models of different tokenizers; and the KL divergence per token of its predictions from the intact
 model's.
 
+The row `distilled` is pruned in 120 of its steps, or in half of them, and its export distilled in the others.
 The row `control` is the intact model with the same LoRA trained by cross entropy on the same text: what the text's
 domain alone is worth. Documents held out of the training file are a text of its own kind.
 
@@ -44,13 +45,16 @@ from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.log import quiet_libraries
-from nuteprune.stages import finetune, prune, recover
+from nuteprune.stages import distill, finetune, prune, recover
 
 WINDOW = 1024
 NOTHING = 1e-6
 """A target sparsity at which no unit leaves: LoRA is all that changes."""
+FIRST = 120
+"""Steps of pruning before an export is distilled, at most."""
 VARIANTS = {
     "ours": [],
+    "distilled": [],
     "intact-teacher": ["teacher.mode=intact"],
     "no-teacher": ["teacher.mode=none"],
     "no-refit": ["lora.refit=0"],
@@ -186,7 +190,8 @@ def measure(args, scorer: Scorer, model: str, variant: str, sparsity: float, ste
     rungs = [rung for rung in args.ladder if rung < sparsity] if variant == "ours" else []
     for rung in (0.0, *rungs):
         name = f"{variant}, rung" if rung else variant
-        forms = ["", *(["recovered"] if rung and args.recover else []), *(["tuned"] if args.finetune else [])]
+        tuned = args.finetune and variant != "distilled"
+        forms = ["", *(["recovered"] if rung and args.recover else []), *(["tuned"] if tuned else [])]
         for form in forms:
             if form == "recovered":
                 recover.run(load_config(config, [f"recover.ladder=[{rung}]"]))
@@ -194,6 +199,8 @@ def measure(args, scorer: Scorer, model: str, variant: str, sparsity: float, ste
                 finetune.run(load_config(config, [f"finetune.sparsity={rung}"]))
             source = "newest" if form else "pruned"
             exported = export_model(load_config(config, [f"export.sparsity={rung}", f"export.source={source}"]))
+            if variant == "distilled":
+                exported = distill.run(config)
             record = json.loads((exported / RECORD).read_text(encoding="utf-8"))
             yield {
                 "variant": f"{name}, {form}" if form else name, "sparsity": rung or config.sparsity.target,
@@ -207,10 +214,11 @@ def run_config(
     args: argparse.Namespace, model: str, variant: str, sparsity: float, steps: int, seed: int
 ) -> Config:  # fmt: skip
     """The configuration of one run."""
+    first = min(FIRST, steps // 2) if variant == "distilled" else steps
     return load_config(None, [
         f"run_dir={args.out}/{Path(model).name}/{variant}-{sparsity:g}-{steps}-{seed}", f"model.path={model}",
         f"data.source={args.train}", "data.documents=0", "data.seq_len=256", "train.batch_size=4",
-        f"train.steps={steps}", f"sparsity.target={sparsity}", f"seed={seed}",
+        f"train.steps={first}", f"distill.steps={steps - first}", f"sparsity.target={sparsity}", f"seed={seed}",
         f"finetune.data={args.finetune or ''}", *args.set, *VARIANTS[variant],
     ])  # fmt: skip
 

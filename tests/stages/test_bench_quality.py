@@ -61,6 +61,19 @@ def test_two_commands_fill_one_table(model_dir, text_file, tmp_path, monkeypatch
     assert quality.lost(runs, runs[4:], "train") == quality.lost(runs, runs[2:3], "train")
 
 
+def test_a_distilled_row_spends_its_steps_on_both(model_dir, text_file, tmp_path):
+    settings = ("gates.importance_tokens=256", "tracking.progress=false", "data.seq_len=32")
+    command = ["--model", model_dir, "--train", text_file, "--test", text_file, "--sparsities", "0.4", "--steps", "7",
+               "--blocks", "1", "--out", tmp_path, "--variants", "ours", "distilled",
+               *(f"--set={setting}" for setting in settings)]  # fmt: skip
+    assert quality.main(list(map(str, command))) == 0
+    (run,) = tmp_path.glob("*/distilled-*")
+    for file, steps in ((run / "metrics.jsonl", 3), (run / "distill/metrics.jsonl", 4)):
+        assert len(file.read_text().splitlines()) == steps
+    ours, distilled = json.loads((tmp_path / "quality.json").read_text())["runs"][1:]
+    assert ours["kl"]["train"] != distilled["kl"]["train"]
+
+
 def test_documents_held_out_are_not_trained_on(tmp_path):
     file = tmp_path / "c4.jsonl"
     # A line separator inside a record ends no record.
