@@ -4,7 +4,7 @@ torch's FSDP2 does it, as ZeRO-3 does (Rajbhandari et al. 2020, section 5): each
 forward and its backward pass, and each rank keeps its share of float32 weights, of their averaged gradient and of
 whatever an optimizer makes of them. Under ZeRO-2 the gathered weights stay from the forward to the backward pass.
 
-A model of one process goes through the same functions whole.
+What reads and writes checkpoints also takes a model that one process holds whole.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 import tempfile
+import warnings
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -262,9 +263,14 @@ def in_training(student: PreTrainedModel, config: Config) -> PreTrainedModel:
     """The model, its decoder in training; token embeddings and output head stay as they are (docs/experiments.md)."""
     student.get_input_embeddings().requires_grad_(False)
     student.get_output_embeddings().requires_grad_(False)
+    student.eval()  # without dropout, as pruning has it
     if config.train.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    return student.train()
+        with warnings.catch_warnings():  # newer versions of transformers call it activation_checkpointing_enable
+            warnings.simplefilter("ignore", FutureWarning)
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in student.model.layers:
+            layer.training = True  # asked before it is recomputed
+    return student
 
 
 def relative_rate(student: PreTrainedModel) -> float:

@@ -112,6 +112,19 @@ def streams_of(path, ids):
         return model(ids).logits, found
 
 
+def test_nothing_is_dropped_out_and_layers_are_recomputed(config, run_dir):
+    file = run_dir / "export/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_dropout": 0.5}))
+    student = distill.load_small(run_dir / "export", load_config(config, ["train.activation_checkpointing=true"]))
+    ids, passed = torch.arange(8)[None], []
+    student.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passed.append(1))
+    first, second = (student(ids).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert len(passed) == 2
+    first.sum().backward()
+    assert len(passed) == 3
+
+
 def test_a_signal_loses_nothing_and_the_same_command_again_does_nothing(config, run_dir, leave_at):
     whole = distill.run(config)
     wanted = (whole / "model.safetensors").read_bytes()
