@@ -17,7 +17,7 @@ import pytest
 from tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 from nuteprune.config import load_config
-from nuteprune.stages import prune
+from nuteprune.stages import export, prune
 from nuteprune.training.signals import Preempted
 
 
@@ -78,6 +78,25 @@ def _short_run(run, model_dir, text_file):
         "train.steps=60", "train.batch_size=4", "gates.importance_tokens=256", "tracking.progress=false",
         "gates.ffn_multiple=1", "gates.hidden_multiple=1", "gates.shape=uniform",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def exported(tokenizer, text_file, tmp_path):
+    """Prunes and exports a tiny model of a family: `exported("gemma3", 0.4)`; returns the run's directory."""
+
+    def make(family, sparsity):
+        tiny_model(family).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        settings = [f"run_dir={tmp_path / 'run'}", f"model.path={tmp_path / 'model'}", f"data.source={text_file}",
+                    "data.seq_len=32", "train.steps=8", "train.batch_size=4", "gates.importance_tokens=256",
+                    "tracking.progress=false", "gates.ffn_multiple=1", f"sparsity.target={sparsity}"]  # fmt: skip
+        if "moe" in family:
+            settings += ["lora.targets=[q_proj,v_proj]", "gates.shape=per_layer"]
+        prune.run(load_config(None, settings))
+        export.run(load_config(None, settings))
+        return tmp_path / "run"
+
+    return make
 
 
 @pytest.fixture

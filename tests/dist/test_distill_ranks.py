@@ -7,14 +7,13 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_model
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.parallel.sharding import read_shares
 from nuteprune.runs.checkpoint import Checkpoints
-from nuteprune.stages import export, prune
+from nuteprune.stages import export
 from nuteprune.training import loop
 from nuteprune.training.signals import Preempted
 
@@ -58,24 +57,15 @@ def test_ranks_learn_what_one_process_learns(count, deepspeed, one, tmp_path):
     assert (several / "distill/model/model.safetensors").read_bytes() == whole
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_moe"])
-def test_models_of_other_shapes_are_shared_out_too(family, tokenizer, text_file, tmp_path):
+@pytest.mark.parametrize(("family", "sparsity"), [("gemma3", 0.55), ("qwen3_moe", 0.375)])
+def test_models_of_other_shapes_are_shared_out_too(family, sparsity, exported, tmp_path):
     """A tied head, a layer that is wholly removed; experts in one tensor; recomputed activations."""
-    tiny_model(family).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    settings = [f"run_dir={tmp_path / 'run'}", f"model.path={tmp_path / 'model'}", f"data.source={text_file}",
-                "data.seq_len=32", "train.steps=8", "train.batch_size=4", "gates.importance_tokens=256",
-                "tracking.progress=false", "gates.ffn_multiple=1", "sparsity.target=0.55"] + (
-        ["lora.targets=[q_proj,v_proj]", "gates.shape=per_layer", "sparsity.target=0.375"] if "moe" in family else []
-    )  # fmt: skip
-    config = load_config(None, settings)
-    prune.run(config)
-    export.run(config)
-    several = shutil.copytree(tmp_path / "run", tmp_path / "several")
+    alone = exported(family, sparsity)
+    several = shutil.copytree(alone, tmp_path / "several")
     command = [*SETTINGS, "train.activation_checkpointing=true"]
-    assert main(["distill", str(tmp_path / "run"), *command]) == 0
+    assert main(["distill", str(alone), *command]) == 0
     ranks.run(["distill", str(several), *command, "deepspeed=zero3"], 2, tmp_path / "logs")
-    first, second = weights(tmp_path / "run"), weights(several)
+    first, second = weights(alone), weights(several)
     assert first.keys() == second.keys()
     check_alike(first, second)
 

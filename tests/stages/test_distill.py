@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from nuteprune.__main__ import main
@@ -83,23 +82,13 @@ def test_fitted_blocks_lead_the_stream_nearer_to_the_models(config, run_dir, mon
 
 
 @pytest.mark.parametrize("family", ["gemma3", "olmo2", "granite", "phi3", "smollm3", "qwen3_moe"])
-def test_every_kind_of_layer_learns(family, tokenizer, text_file, tmp_path, monkeypatch):
-    tiny_model(family).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    settings = [f"run_dir={tmp_path / 'run'}", f"model.path={tmp_path / 'model'}", f"data.source={text_file}",
-                "data.seq_len=32", "train.steps=8", "train.batch_size=4", "gates.importance_tokens=256",
-                "tracking.progress=false", "gates.ffn_multiple=1", "sparsity.target=0.4"] + (
-        ["lora.targets=[q_proj,v_proj]", "gates.shape=per_layer", "sparsity.target=0.375"] if "moe" in family else []
-    )  # fmt: skip
-    config = load_config(None, settings)
-    prune.run(config)
-    export.run(config)
-    losses = []
+def test_every_kind_of_layer_learns(family, exported, monkeypatch):
+    run, losses = exported(family, 0.375 if "moe" in family else 0.4), []
     for fit in (lambda *_: None, blocks.fit_blocks):
         monkeypatch.setattr(blocks, "fit_blocks", fit)
-        distill.run(load_config(tmp_path / "run", ["distill.steps=1", "tracking.progress=false"]))
-        losses.append(metrics(tmp_path / "run", "distill/layer_loss")[0])
-        shutil.rmtree(tmp_path / "run" / "distill")
+        distill.run(load_config(run, ["distill.steps=1", "tracking.progress=false"]))
+        losses.append(metrics(run, "distill/layer_loss")[0])
+        shutil.rmtree(run / "distill")
     assert losses[1] < 0.9 * losses[0]
 
 
