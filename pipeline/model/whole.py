@@ -1,4 +1,4 @@
-"""A pruned model with weights of its own, all of which learn from the intact model.
+"""A pruned model with weights of its own, which learn from the intact model.
 
 Unlike in the paired forward nothing is shared: the student is the small model of an export, the teacher the intact one.
 """

@@ -27,14 +27,14 @@ class CheckpointError(Exception):
 
 
 @contextmanager
-def atomic_directory(target: Path, lender: Path | None = None, known: Facts | None = None) -> Iterator[Path]:
+def atomic_directory(target: Path, lender: Path | None = None, read: Facts | None = None) -> Iterator[Path]:
     """Yield a temporary sibling directory; on success write its manifest, flush it to disk and rename it to `target`.
 
     An existing `target` is replaced only after the new one is complete; on an error nothing is left behind.
 
     Args:
         lender: a directory with a manifest, of which files may be hard links: those are not read again.
-        known: what the manifest is to say of files that were read elsewhere, by name.
+        read: what the manifest is to say of files that were read elsewhere, by name.
 
     Raises:
         MachineError: the disk is full or the place cannot be written to.
@@ -47,7 +47,7 @@ def atomic_directory(target: Path, lender: Path | None = None, known: Facts | No
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         yield temporary
-        write_manifest(temporary, lender=lender, read=known)
+        write_manifest(temporary, lender=lender, read=read)
         for path in [*temporary.rglob("*"), temporary]:
             _fsync(path)
         if target.exists():

@@ -1,4 +1,4 @@
-"""The distill stage: all weights of an exported model learn from the intact model, on the run's text."""
+"""The distill stage: the weights of an exported model's decoder learn from the intact model, on the run's text."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def settings(config: Config, trained: Run) -> Config:
 
 
 class Distilling(Trainer):
-    """All weights of a small model, taught by the intact one with the run's own loss.
+    """The decoder of a small model, taught by the intact one with the run's own loss.
 
     Args:
         parts: of `Trainer`.

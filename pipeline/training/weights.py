@@ -1,4 +1,4 @@
-"""The optimizer of a model all of whose weights learn, whole in one process or shared out over the ranks."""
+"""The optimizer of a model whose own weights learn, whole in one process or shared out over the ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOMENTS = "exp_avg", "exp_avg_sq"
 
 
 class WeightsEngine:
-    """AdamW of all weights that are in training, each rank of its own share.
+    """AdamW of the weights that are in training, each rank of its own share.
 
     Args:
         model: in training; gradients of its shared out weights come averaged over the ranks.
