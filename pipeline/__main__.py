@@ -91,6 +91,11 @@ def run(args: argparse.Namespace) -> int:
             text, fits = plan.run(config, args, typed)
             sys.stdout.write(text + "\n")
             return 0 if fits else 1
+        if args.stage == "trim":
+            from nuteprune.stages import trim
+
+            sys.stdout.write(plain(trim.run(config, args.out, args.tokens)) + "\n")
+            return 0
         text = run_chain(config) if args.stage == "run" else run_stage(args.stage, config)
         if is_main:
             sys.stdout.write(plain(text) + "\n")
@@ -146,7 +151,7 @@ def show_status(args: argparse.Namespace) -> int:
 
 def read_settings(args: argparse.Namespace) -> Config:
     """The configuration of a parsed command line."""
-    if args.stage == "run":
+    if args.stage in ("run", "trim"):
         args.overrides = [word if "=" in word else f"model.path={word}" for word in args.overrides]
     runs = [word for word in args.overrides if "=" not in word and os.path.isdir(word)]
     if len(runs) + (args.config is not None) > 1:

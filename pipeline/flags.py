@@ -16,7 +16,14 @@ STAGES = {
     "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
 }
 RUN = "all stages one after the other on this machine, with settings chosen for it; goes on where it stopped"
+TRIM = "copy a model with only the tokens of a text in its vocabulary: a small model to prune that is smaller still"
+TRIM_FLAGS: dict[str, tuple[str | int, str]] = {
+    "--out": ("", "directory of the result"),
+    "--tokens": (0, "at most so many tokens, the most frequent ones; 0: all that the text has"),
+}
+"""Flags of `trim`: default and meaning."""
 SHORTCUTS = {
+    "trim": {"--data": "data.source"},
     "run": {
         "--sparsity": "sparsity.target",
         "--data": "data.source",
@@ -46,6 +53,7 @@ SUBMIT_FLAGS = {
 STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"
 DISTRIBUTED = ("prune", "recover", "finetune", "distill")
 """Stages that several ranks run together."""
+MODEL_WORDS = "directory or hub id of the model (for model.path=MODEL), and settings"
 OVERRIDES = "directory of a run (for --config RUN/config.yaml), and settings that win over the file"
 PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"
 PLAN_FLAGS: dict[str, tuple[str | float, str]] = {
@@ -78,10 +86,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
     run = commands.add_parser("run", help=RUN, description=_sentence(RUN))
-    _settings(run, "MODEL | key.sub=value", "directory or hub id of the model (for model.path=MODEL), and settings",
+    _settings(run, "MODEL | key.sub=value", MODEL_WORDS,
               "YAML file with the run's settings, such as the run.yaml of an earlier start")  # fmt: skip
     _shortcuts(run, "run")
     _plan(commands.add_parser("plan", help=PLAN, description=_sentence(PLAN)))
+    trim = commands.add_parser("trim", help=TRIM, description=_sentence(TRIM))
+    for flag, (default, meaning) in TRIM_FLAGS.items():
+        _with_default(trim, flag, default, meaning)
+    _settings(trim, "MODEL | key.sub=value", MODEL_WORDS)
+    _shortcuts(trim, "trim")
     for name, meaning in STAGES.items():
         stage = commands.add_parser(
             name, help=meaning, description=_sentence(meaning), epilog=describe(STAGE_SECTIONS[name]),

@@ -7,7 +7,8 @@ Each exported model is scored on every text: perplexity; ΔNLL, the nats per tok
 which compares models of different tokenizers; and the KL divergence per token of its predictions from the intact
 model's.
 
-The row `distilled` is pruned in 120 of its steps, or in half of them, and its export distilled in the others.
+The row `distilled` is pruned in as many of its steps as `nuteprune run` takes for that; in the others its export is
+distilled.
 The row `control` is the intact model with the same LoRA trained by cross entropy on the same text: what the text's
 domain alone is worth. Documents held out of the training file are a text of its own kind.
 
@@ -44,14 +45,13 @@ from nuteprune.evaluation.models import load_any
 from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
 from nuteprune.parallel.distributed import discover
+from nuteprune.planning.machine import pruning_steps
 from nuteprune.runs.log import quiet_libraries
 from nuteprune.stages import distill, finetune, prune, recover
 
 WINDOW = 1024
 NOTHING = 1e-6
 """A target sparsity at which no unit leaves: LoRA is all that changes."""
-FIRST = 120
-"""Steps of pruning before an export is distilled, at most."""
 VARIANTS = {
     "ours": [],
     "distilled": [],
@@ -214,7 +214,7 @@ def run_config(
     args: argparse.Namespace, model: str, variant: str, sparsity: float, steps: int, seed: int
 ) -> Config:  # fmt: skip
     """The configuration of one run."""
-    first = min(FIRST, steps // 2) if variant == "distilled" else steps
+    first = pruning_steps(steps) if variant == "distilled" else steps
     return load_config(None, [
         f"run_dir={args.out}/{Path(model).name}/{variant}-{sparsity:g}-{steps}-{seed}", f"model.path={model}",
         f"data.source={args.train}", "data.documents=0", "data.seq_len=256", "train.batch_size=4",

@@ -16,7 +16,7 @@ from nuteprune.config import Config, flatten, load_config, to_dict
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.host import free_memory, processor
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
-from nuteprune.planning.footprint import PROCESS_BYTES, host_memory
+from nuteprune.planning.footprint import PROCESS_BYTES, distillation_memory, host_memory
 from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.planning.planner import Plan, largest_micro_batch, make_plan
 
@@ -31,6 +31,11 @@ print(json.dumps({"names": [c.name for c in cards], "memory": [c.total_memory fo
 """In a process of its own: whoever asks a card keeps a part of its memory."""
 CPU_STEPS, CPU_BATCH, CPU_SEQUENCE = 120, 4, 256
 GPU_STEPS = 2000
+PRUNING = 120
+"""Steps in which a run learns what to remove before its export is distilled, if they are not more than half of all;
+a tenth of all where that is more."""
+WITHOUT_ACTIVATIONS = 0.7
+"""Share of a device's memory that distillation may take beside what its activations take."""
 
 
 @dataclass(frozen=True)
@@ -102,19 +107,33 @@ def choose(config: Config, machine: Machine, spec: ArchSpec) -> tuple[list[Choic
         if key not in given and value != default[key]:
             choices.append(Choice(key, value, why))
 
+    def chosen() -> Config:
+        return load_config(config, [f"{choice.key}={choice.value}" for choice in choices])
+
     if machine.bf16:
         take("model.dtype", "bfloat16", f"{machine.name} multiplies it, in half the memory")
+    free_steps = not {"train.steps", "train.epochs"} & given
+
+    def take_steps(steps: int, budget: str, fits: bool) -> None:
+        if not free_steps:
+            return
+        first = pruning_steps(steps)
+        if fits and not {"distill.steps", "finetune.data"} & given:
+            take("train.steps", first, f"{budget}, in which it learns what to remove")
+            take("distill.steps", steps - first, "the rest of it: the small model's own weights learn")
+        else:
+            take("train.steps", steps, budget)
+
     if machine.card is None:
         for key, value in (("data.seq_len", CPU_SEQUENCE), ("train.batch_size", CPU_BATCH)):
             take(key, value, "a step of seconds on a CPU")
-        if "train.epochs" not in given:
-            take("train.steps", CPU_STEPS, "a run of minutes to hours on a CPU")
+        wanted = sum(distillation_memory(Job(spec, chosen(), Cluster(1, 1, UNNAMED)), Layout(0, 1, False)).values())
+        take_steps(CPU_STEPS, "a run of minutes to hours on a CPU", wanted < WITHOUT_ACTIVATIONS * free_memory())
         return choices, None
-    if "train.epochs" not in given:
-        take("train.steps", GPU_STEPS, "the README's budget of a 7B model")
     batch = config.train.batch_size
     take("train.batch_size", -(-batch // machine.ranks) * machine.ranks, "a multiple of the ranks")
-    planned = load_config(config, [f"{choice.key}={choice.value}" for choice in choices])
+    # All steps, as if a step of distillation took as long as one of pruning.
+    planned = load_config(chosen(), [f"train.steps={GPU_STEPS}"] * free_steps)
     plan = make_plan(Job(spec, planned, Cluster(1, machine.ranks, machine.card)))
     layout, why = (
         plan.chosen.layout,
@@ -127,7 +146,14 @@ def choose(config: Config, machine: Machine, spec: ArchSpec) -> tuple[list[Choic
         take(
             "deepspeed", name, f"{why}; {'the weights are shared out' if layout.stage == 3 else 'each card holds them'}"
         )
+    wanted = sum(distillation_memory(plan.job, layout).values())
+    take_steps(GPU_STEPS, "the README's budget of a 7B model", wanted < WITHOUT_ACTIVATIONS * machine.card.memory)
     return choices, plan
+
+
+def pruning_steps(steps: int) -> int:
+    """How many of a run's steps learn what to remove, where its export is distilled in the others."""
+    return max(min(PRUNING, steps // 2), steps // 10)
 
 
 def with_micro_batch(config: Config, spec: ArchSpec, world: World, zero: dict | None, steps: int) -> Config:

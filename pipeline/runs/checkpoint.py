@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +117,24 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def verify(directory: Path) -> None:
-    """Raise `CheckpointError` unless every file of the manifest is there with its size and sha256."""
-    for name, expected in recorded(directory).items():
-        path = inside(directory, name)
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        if sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{path} does not match its sha256")
+    """Raise `CheckpointError` unless every file of the manifest is there with its size and sha256.
+
+    Files are read beside each other: a sharded checkpoint of 35B parameters has 420 GB of them.
+    """
+    files = recorded(directory)
+    with ThreadPoolExecutor() as pool:  # sha256 lets other threads work
+        for _ in pool.map(partial(_verify_file, directory), files, files.values()):
+            pass
+
+
+def _verify_file(directory: Path, name: str, expected: Mapping[str, Any]) -> None:
+    path = inside(directory, name)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if path.stat().st_size != expected["bytes"]:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+    if sha256(path) != expected["sha256"]:
+        raise CheckpointError(f"{path} does not match its sha256")
 
 
 def recorded(directory: Path) -> dict[str, dict[str, Any]]:

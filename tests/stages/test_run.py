@@ -10,7 +10,7 @@ from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.model.loading import read_base
 from nuteprune.planning.cards import CARDS, UNNAMED
-from nuteprune.planning.machine import Machine, card_of, choose
+from nuteprune.planning.machine import Machine, card_of, choose, pruning_steps
 
 
 def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys):
@@ -73,6 +73,29 @@ def test_settings_follow_the_machine_and_give_way_to_the_users(tmp_path):
     assert three["train.batch_size"] == 18
     cpu = chosen(Machine("a processor"), "train.batch_size=2", "train.steps=7")
     assert cpu == {"data.seq_len": 256}
+
+
+def test_a_run_learns_what_to_remove_and_distils_in_the_rest_of_its_steps(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
+             "head_dim": 128, "vocab_size": 32000}  # fmt: skip
+    tiny_config("llama", **sizes, num_hidden_layers=32).save_pretrained(tmp_path)
+    config = load_config(None, [f"model.path={tmp_path}", "sparsity.target=0.5"])
+    spec = read_base(config.model).spec
+
+    def steps(machine, *settings):
+        found = {choice.key: choice.value for choice in choose(load_config(config, settings), machine, spec)[0]}
+        return found.get("train.steps"), found.get("distill.steps")
+
+    eight, one = (Machine("H100", count, CARDS["h100"], bf16=True) for count in (8, 1))
+    assert steps(eight) == (200, 1800)
+    assert steps(one) == (2000, None)  # 16 bytes of each of 3.5B parameters, beside the intact model
+    for given in ("distill.steps=5", "finetune.data=records.json"):
+        assert steps(eight, given) == (2000, None)
+    assert steps(eight, "train.steps=50") == steps(eight, "train.epochs=2") == (None, None)
+    for free, wanted in ((1 << 37, (60, 60)), (1 << 36, (120, None))):
+        monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda free=free: free)
+        assert steps(Machine("a processor")) == wanted
+    assert [pruning_steps(count) for count in (40, 600, 1200, 3000)] == [20, 120, 120, 300]
 
 
 def test_cards_are_known_by_their_drivers_names():
