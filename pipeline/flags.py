@@ -16,7 +16,7 @@ STAGES = {
     "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
 }
 RUN = "all stages one after the other on this machine, with settings chosen for it; goes on where it stopped"
-TRIM = "copy a model with only the tokens of a text in its vocabulary: a small model to prune that is smaller still"
+TRIM = "copy a model with only those tokens in its vocabulary that a text uses: smaller before anything is pruned"
 TRIM_FLAGS: dict[str, tuple[str | int, str]] = {
     "--out": ("", "directory of the result"),
     "--tokens": (0, "at most so many tokens, the most frequent ones; 0: all that the text has"),
