@@ -118,7 +118,7 @@ def choose(config: Config, machine: Machine, spec: ArchSpec) -> tuple[list[Choic
         if not free_steps:
             return
         first = pruning_steps(steps)
-        if fits and not {"distill.steps", "finetune.data"} & given:
+        if fits and not {"distill.steps", "finetune.data", "sparsity.constraint"} & given:
             take("train.steps", first, f"{budget}, in which it learns what to remove")
             take("distill.steps", steps - first, "the rest of it: the small model's own weights learn")
         else:

@@ -89,7 +89,7 @@ def test_a_run_learns_what_to_remove_and_distils_in_the_rest_of_its_steps(tmp_pa
     eight, one = (Machine("H100", count, CARDS["h100"], bf16=True) for count in (8, 1))
     assert steps(eight) == (200, 1800)
     assert steps(one) == (2000, None)  # 16 bytes of each of 3.5B parameters, beside the intact model
-    for given in ("distill.steps=5", "finetune.data=records.json"):
+    for given in ("distill.steps=5", "finetune.data=records.json", "sparsity.constraint=lagrangian"):
         assert steps(eight, given) == (2000, None)
     assert steps(eight, "train.steps=50") == steps(eight, "train.epochs=2") == (None, None)
     for free, wanted in ((1 << 37, (60, 60)), (1 << 36, (120, None))):
