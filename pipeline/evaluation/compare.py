@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,10 @@ def _quality(
     for text in texts:
         label = f"{text.name} by {name}" if shown else None
         how = (text.window, text.blocks, label, text.first)
-        scores[text.name] = perplexity(model, text.tokens, *how)
+        score = perplexity(model, text.tokens, *how)
+        read = tokenizer.decode(text.tokens[: score["blocks"] * (text.window - len(text.first))])
+        bits = score["nll"] * score["tokens"] / math.log(2)
+        scores[text.name] = score | {"bits_per_byte": bits / len(read.encode())}
         yield {"perplexity": scores}
     if tasks:
         limit, shots = (0, 0) if settings.protocol == "published" else (settings.task_limit, settings.fewshot)

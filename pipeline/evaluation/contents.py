@@ -41,11 +41,14 @@ def headline(report: dict) -> str:
     if not ratio:
         return f"{first['parameters']:,} parameters, perplexity {perplexity} on {code(text)}."
     after = last["perplexity"][text]
-    parts = [
-        f"{ratio['parameters']:.1%} of the parameters are left",
-        f"perplexity of {code(text)} goes from {perplexity} to {number(after['perplexity'])} "
-        f"(ΔNLL {nats(after['delta_nll'])})",
-    ]
+    if report["same_tokens"]:
+        change = (
+            f"perplexity of {code(text)} goes from {perplexity} to {number(after['perplexity'])} "
+            f"(ΔNLL {nats(after['delta_nll'])})"
+        )
+    else:
+        change = f"{code(text)} takes {after['bits_per_byte']:.4f} bits a byte instead of {score['bits_per_byte']:.4f}"
+    parts = [f"{ratio['parameters']:.1%} of the parameters are left", change]
     if "speed" in ratio:
         batch, faster = next(iter(ratio["speed"].items()))
         parts.append(f"decoding runs at {faster['decode_tokens_per_s']:.2f} times the speed (batch {batch})")
@@ -73,6 +76,8 @@ def rows(report: dict) -> list[list[str]]:
         add(f"perplexity of {one_line(text)}", values, ratio.get("perplexity", {}).get(text))
         if ratio:
             add("  its ΔNLL, nats a token", ["", *(nats(score["delta_nll"]) for score in scores[1:])], of_ratio="")
+        if not report["same_tokens"]:
+            add("  bits a byte", [f"{score['bits_per_byte']:.4f}" for score in scores], of_ratio="")
     for label, key in GENERATION_ROWS.items():
         shares = [model.get("generation", {}).get(key) for model in models]
         if any(share is not None for share in shares):
@@ -148,7 +153,7 @@ def _perplexity(report: dict) -> list[str]:
     if not report["held_out"]:
         lines.append("This is the text the model was pruned on, not a held-out one.")
     if not report["same_tokens"]:
-        lines.append("The models' tokenizers differ, so their perplexities per token cannot be compared.")
+        lines.append("The models' tokenizers differ: their bits a byte compare, their perplexities a token do not.")
     return lines
 
 
