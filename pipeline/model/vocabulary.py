@@ -16,13 +16,16 @@ from nuteprune.errors import UserError
 
 MULTIPLE = 64
 """Sizes of a vocabulary are multiples of this, which GPUs like."""
+WHITE = frozenset(" \n\r\t▁ĠĊčĉ")
+"""White space as tokenizers write it."""
 
 
 def needed_tokens(content: Mapping, counts: np.ndarray, most: int) -> list[int]:
     """The ids that stay, ascending.
 
-    These are all special and added tokens, the characters or bytes that everything is made of, and, the most frequent
-    first, the tokens of the text with those that merges make on the way to them.
+    These are all special and added tokens, the characters or bytes that everything is made of, white space, of which
+    other text may have other runs, and, the most frequent first, the tokens of the text with those that merges make on
+    the way to them.
 
     Args:
         content: tokenizer.json.
@@ -38,10 +41,12 @@ def needed_tokens(content: Mapping, counts: np.ndarray, most: int) -> list[int]:
     vocab: dict[str, int] = model["vocab"]
     pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     rank = {pair: number for number, pair in reversed([*enumerate(pairs)])}
-    kept = {token["id"] for token in content["added_tokens"]} | set(_alphabet(model))
+    kept = {token["id"] for token in content["added_tokens"]} | set(_always(model))
     limit = most - most % MULTIPLE if most else len(vocab)
     if len(kept) > limit:
-        raise UserError(f"--tokens {most} is too few: its special tokens and its alphabet alone are {len(kept)}")
+        raise UserError(
+            f"--tokens {most} is too few: its special tokens, alphabet and white space alone are {len(kept)}"
+        )
     seen = [(token, number) for token, number in vocab.items() if counts[number]]
     for token, number in sorted(seen, key=lambda pair: (-counts[pair[1]], pair[1])):
         on_the_way = {vocab[part] for part in _formed(token, rank) if part in vocab} | {number}
@@ -67,11 +72,12 @@ def trimmed(content: Mapping, kept: list[int]) -> dict:
     return result
 
 
-def _alphabet(model: Mapping) -> Iterator[int]:
-    """Ids of what no text can do without: the bytes, or all characters where there are none to fall back on."""
+def _always(model: Mapping) -> Iterator[int]:
+    """Ids of the bytes, or of all characters where there are no bytes to fall back on, and of white space."""
     for token, number in model["vocab"].items():
         byte = len(token) == 6 and token.startswith("<0x")
-        if (byte if model.get("byte_fallback") else len(token) == 1) or token == model.get("unk_token"):
+        alphabet = byte if model.get("byte_fallback") else len(token) == 1
+        if alphabet or token == model.get("unk_token") or set(token) <= WHITE:
             yield number
 
 

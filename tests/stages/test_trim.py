@@ -107,7 +107,7 @@ def test_the_most_frequent_tokens_stay(text_file, tmp_path, capsys):
     assert sizes[0][1] <= sizes[1][1]
     capsys.readouterr()
     for words, told in (
-        (["--out", str(tmp_path / "x"), "--tokens", "64"], "--tokens 64 is too few: its special tokens and its"),
+        (["--out", str(tmp_path / "x"), "--tokens", "64"], "--tokens 64 is too few: its special tokens, alphabet"),
         ([], "--out is missing"),
         (["--out", str(tmp_path / "model")], "holds files that are no earlier result"),
         (["--out", str(tmp_path / "x"), "model.path=" + str(tmp_path / "none")], "neither a directory here"),
