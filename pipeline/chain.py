@@ -16,14 +16,18 @@ from nuteprune.config import Config, beyond_recipe, load_config
 from nuteprune.data.text import load_text
 from nuteprune.errors import UserError
 from nuteprune.model.loading import read_config
+from nuteprune.parallel.sizes import total_parameters
 from nuteprune.planning.machine import Choice, Machine, choose, this_machine
 from nuteprune.runs.checkpoint import write_atomic
+from nuteprune.stages.trim import RECORD
 from nuteprune.training.memory import LIMIT
 
 log = logging.getLogger(__name__)
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 20, 50
 """One document of so many is held out of the training text, and never more than that."""
+LARGE_VOCABULARY = 0.25
+"""Share of a model's parameters from which on `nuteprune trim` is mentioned."""
 SETTINGS, HELD_OUT = "run.yaml", "heldout.jsonl"
 
 
@@ -59,6 +63,10 @@ def run(config: Config) -> str:
     directory = Path(config.run_dir)
     config, held_out = hold_out(config)
     log.info("%s", table(machine, choices + held_out))
+    words = spec.vocab * spec.hidden * (1 if spec.tied else 2) / total_parameters(spec)
+    if words > LARGE_VOCABULARY and not (Path(config.model.path) / RECORD).is_file():
+        log.info("%.0f%% of the parameters are the vocabulary's, which is not pruned: `nuteprune trim` leaves out what a "
+                 "text never uses", 100 * words)  # fmt: skip
     if plan is not None:
         log.info("planned: %.1f hours", plan.hours)
     head = f"# nuteprune run --config {directory / SETTINGS}\n"

@@ -13,7 +13,8 @@ from nuteprune.planning.cards import CARDS, UNNAMED
 from nuteprune.planning.machine import Machine, card_of, choose, pruning_steps
 
 
-def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys):
+def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "nuteprune")
     text, out = tmp_path / "text.jsonl", tmp_path / "out"
     documents = [f"{SENTENCES[n]} {SENTENCES[-n]}" for n in range(120)]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
@@ -24,6 +25,7 @@ def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys):
     assert main(command) == 0
     told = capsys.readouterr().out
     assert "heldout.jsonl" in told
+    assert "% of the parameters are the vocabulary's" in caplog.text
     report = json.loads((out / "evaluate" / "report.json").read_text())
     assert report["held_out"]
     assert [Path(m["path"]) for m in report["models"]] == [model_dir, out / "export", out / "distill" / "model"]
