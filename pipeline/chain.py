@@ -65,8 +65,10 @@ def run(config: Config) -> str:
     log.info("%s", table(machine, choices + held_out))
     words = spec.vocab * spec.hidden * (1 if spec.tied else 2) / total_parameters(spec)
     if words > LARGE_VOCABULARY and not (Path(config.model.path) / RECORD).is_file():
-        log.info("%.0f%% of the parameters are the vocabulary's, which is not pruned: `nuteprune trim` leaves out what a "
-                 "text never uses", 100 * words)  # fmt: skip
+        log.info(
+            "%.0f%% of the parameters are the vocabulary's, which is not pruned: `nuteprune trim` leaves out what a "
+            "text never uses", 100 * words,
+        )  # fmt: skip
     if plan is not None:
         log.info("planned: %.1f hours", plan.hours)
     head = f"# nuteprune run --config {directory / SETTINGS}\n"
