@@ -47,7 +47,8 @@ def headline(report: dict) -> str:
             f"(ΔNLL {nats(after['delta_nll'])})"
         )
     else:
-        change = f"{code(text)} takes {after['bits_per_byte']:.4f} bits a byte instead of {score['bits_per_byte']:.4f}"
+        own, intact = (bits(each["bits_per_byte"]) for each in (after, score))
+        change = f"{code(text)} takes {own} bits a byte instead of {intact}"
     parts = [f"{ratio['parameters']:.1%} of the parameters are left", change]
     if "speed" in ratio:
         batch, faster = next(iter(ratio["speed"].items()))
@@ -77,7 +78,7 @@ def rows(report: dict) -> list[list[str]]:
         if ratio:
             add("  its ΔNLL, nats a token", ["", *(nats(score["delta_nll"]) for score in scores[1:])], of_ratio="")
         if not report["same_tokens"]:
-            add("  bits a byte", [f"{score['bits_per_byte']:.4f}" for score in scores], of_ratio="")
+            add("  bits a byte", [bits(score["bits_per_byte"]) for score in scores], of_ratio="")
     for label, key in GENERATION_ROWS.items():
         shares = [model.get("generation", {}).get(key) for model in models]
         if any(share is not None for share in shares):
@@ -101,6 +102,11 @@ def number(value: float | None) -> str:
 def nats(value: float | None) -> str:
     """A difference of losses; None stands for one that is not finite."""
     return "infinite" if value is None else f"{value:+.3f}"
+
+
+def bits(value: float | None) -> str:
+    """Bits a byte; None stands for a number that is not finite."""
+    return "infinite" if value is None else f"{value:.4f}"
 
 
 def task_rows(report: dict) -> list[list[str]]:

@@ -363,6 +363,10 @@ def test_models_of_different_tokenizers_compare_by_bits_a_byte(settings, base, t
     assert "takes " in contents.headline(result)
     row = next(line for line in report.table(result).splitlines() if "bits a byte" in line)
     assert row.split() == ["bits", "a", "byte", *(f"{score['bits_per_byte']:.4f}" for score in (first, second))]
+    second["bits_per_byte"] = math.nan
+    written = report.write(result, tmp_path / "out", None)
+    assert "takes infinite bits a byte instead of" in contents.headline(written)
+    assert "infinite" in report.table(written)
 
 
 def test_one_model_without_speed_tasks_or_prompts(settings, base, tmp_path):
