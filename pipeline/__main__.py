@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from nuteprune.config import Config, load_config
+from nuteprune.config import Config, given_keys, load_config
 from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.flags import DISTRIBUTED, SHORTCUTS, parser
 from nuteprune.runs.log import quiet_libraries
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
             sys.stdout.write(plain(trim.run(config, args.out, args.tokens)) + "\n")
             return 0
-        text = run_chain(config) if args.stage == "run" else run_stage(args.stage, config)
+        text = run_chain(config, args) if args.stage == "run" else run_stage(args.stage, config)
         if is_main:
             sys.stdout.write(plain(text) + "\n")
     except UserError as error:
@@ -151,6 +151,11 @@ def show_status(args: argparse.Namespace) -> int:
 
 def read_settings(args: argparse.Namespace) -> Config:
     """The configuration of a parsed command line."""
+    return load_config(*settings_of(args))
+
+
+def settings_of(args: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """A configuration's file or directory and its overrides, as a parsed command line has them."""
     if args.stage in ("run", "trim"):
         args.overrides = [word if "=" in word else f"model.path={word}" for word in args.overrides]
     runs = [word for word in args.overrides if "=" not in word and os.path.isdir(word)]
@@ -161,14 +166,14 @@ def read_settings(args: argparse.Namespace) -> Config:
         value = getattr(args, flag.strip("-").replace("-", "_"))
         if value is not None:
             overrides.append(f"{key}=[{value}]" if key.endswith("ladder") else f"{key}={value}")
-    return load_config(runs[0] if runs else args.config, overrides)
+    return runs[0] if runs else args.config, overrides
 
 
-def run_chain(config: Config) -> str:
+def run_chain(config: Config, args: argparse.Namespace) -> str:
     """Run all stages; returns what the command line prints at the end."""
     from nuteprune import chain
 
-    return chain.run(config)
+    return chain.run(config, given_keys(*settings_of(args)))
 
 
 def run_stage(name: str, config: Config) -> str:

@@ -7,25 +7,34 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 import yaml
 
 from nuteprune import api
-from nuteprune.config import Config, beyond_recipe, load_config
+from nuteprune.config import Config, beyond_recipe, flatten, load_config, to_dict
 from nuteprune.data.text import load_text
 from nuteprune.errors import UserError
-from nuteprune.model.loading import read_config
+from nuteprune.exporting.gguf_model import gguf_architecture
+from nuteprune.model.loading import read_base, read_config
 from nuteprune.parallel.sizes import total_parameters
 from nuteprune.planning.machine import Choice, Machine, choose, this_machine
 from nuteprune.runs.checkpoint import write_atomic
+from nuteprune.stages import prune
 from nuteprune.stages.trim import RECORD
+from nuteprune.training.loop import check_directory
 from nuteprune.training.memory import LIMIT
+from nuteprune.training.signals import Preempted, stop_signals
 
 log = logging.getLogger(__name__)
 
-HELD_OUT_SHARE, HELD_OUT_MOST = 20, 50
-"""One document of so many is held out of the training text, and never more than that."""
+HELD_OUT_SHARE, HELD_OUT_MOST, SHORTEST = 20, 50, 64
+"""One document of so many is held out of the training text, no more than that many once they fill a window; the fewest
+tokens of a window that is chosen where they do not."""
 LARGE_VOCABULARY = 0.25
 """Share of a model's parameters from which on `nuteprune trim` is mentioned."""
 SETTINGS, HELD_OUT = "run.yaml", "heldout.jsonl"
@@ -41,28 +50,44 @@ class StageFailed(RuntimeError):
         self.exit_code = exit_code
 
 
-def run(config: Config) -> str:
-    """Prepare, prune, fine-tune where there are records, export and evaluate; returns what to print at the end.
+def run(config: Config, given: Collection[str]) -> str:
+    """Prepare, prune, fine-tune where there are records, export, distil and evaluate; returns what to print at the end.
 
-    Each stage that is finished already returns at once, so the same command goes on where it stopped. The settings that
-    were chosen for this machine are shown first, and written to `run.yaml` in the run's directory.
+    A stage of training that is finished already returns at once, so the same command goes on where it stopped. The
+    settings that were chosen for this machine are shown first, and written to `run.yaml` in the run's directory.
+
+    Args:
+        config: the settings.
+        given: keys of those that the user set (`given_keys`); the others are chosen.
 
     Raises:
         UserError: no model; as the stages otherwise.
         StageFailed: a stage of several ranks failed.
+        Preempted: a signal came.
     """
     if not config.model.path:
         raise UserError("run: name a model, e.g. `nuteprune run HuggingFaceTB/SmolLM2-135M --sparsity 0.3`")
+    if config.export.ladder:
+        raise UserError("run exports one model: give export.ladder to `nuteprune export` behind it")
     if not config.run_dir:
         name = f"{Path(config.model.path).name}-{config.sparsity.target:.0%}".rstrip("%")
         config = load_config(config, [f"run_dir=runs/{name}"])
-    _, spec = read_config(config.model.path)  # a model that is not there costs nothing else; its type is not chosen yet
-    machine = this_machine()
-    choices, plan = choose(config, machine, spec)
-    config = load_config(config, [f"{choice.key}={choice.value}" for choice in choices])
     directory = Path(config.run_dir)
-    config, held_out = hold_out(config)
-    log.info("%s", table(machine, choices + held_out))
+    # A model that is not there costs nothing else; its type is not chosen yet.
+    architecture, spec = read_config(config.model.path)
+    if config.export.gguf != "none":
+        shape = config.gates.shape if config.export.shape == "as_trained" else config.export.shape
+        gguf_architecture(spec, shape, architecture)
+    machine, plan = this_machine(), None
+    if (directory / "config.yaml").is_file():
+        choices = [Choice(key, value, "as this run began") for key, value in chosen_before(directory, config, given)]
+    else:
+        choices, plan = choose(config, given, machine, spec)
+    config = with_choices(config, choices)
+    held_out, lines = hold_out(config, given)
+    choices += held_out
+    config = with_choices(config, held_out)
+    log.info("%s", table(machine, choices))
     words = spec.vocab * spec.hidden * (1 if spec.tied else 2) / total_parameters(spec)
     if words > LARGE_VOCABULARY and not (Path(config.model.path) / RECORD).is_file():
         log.info(
@@ -72,48 +97,94 @@ def run(config: Config) -> str:
     if plan is not None:
         log.info("planned: %.1f hours", plan.hours)
     head = f"# nuteprune run --config {directory / SETTINGS}\n"
-    settings = yaml.safe_dump(beyond_recipe(config), sort_keys=False)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory / SETTINGS, (head + settings).encode())
+    settings = beyond_recipe(config, {*given, *(choice.key for choice in choices)})
+    check_directory(config, prune.Pruning.free)
+    if lines:
+        write_atomic(directory / HELD_OUT, lines.encode())
+    write_atomic(directory / SETTINGS, (head + yaml.safe_dump(settings, sort_keys=False)).encode())
     tune, distill = ["finetune"] * bool(config.finetune.data), ["distill"] * bool(config.distill.steps)
     stages = ["prepare", "prune", *tune, "export", *distill, "evaluate"]
     told = ""
-    for number, stage in enumerate(stages, 1):
-        log.info("stage %d of %d: %s", number, len(stages), stage)
-        if machine.ranks > 1 and stage in ("prune", "finetune", "distill"):
-            _on_all_cards(stage, directory / SETTINGS, machine.ranks)
-        else:
-            result = getattr(api, stage)(config)
-            told = importlib.import_module(f"nuteprune.stages.{stage}").summary(config, result)
+    with stop_signals() as stop:
+        for number, stage in enumerate(stages, 1):
+            if stop.received:  # in the last step of the one before
+                raise Preempted(stop.nothing)
+            log.info("stage %d of %d: %s", number, len(stages), stage)
+            if machine.ranks > 1 and stage in ("prune", "finetune", "distill"):
+                _on_all_cards(stage, directory / SETTINGS, machine.ranks)
+            else:
+                result = getattr(api, stage)(config)
+                told = importlib.import_module(f"nuteprune.stages.{stage}").summary(config, result)
     return told
+
+
+def with_choices(config: Config, choices: list[Choice]) -> Config:
+    """The settings with what was chosen."""
+    return load_config(config, [f"{choice.key}={json.dumps(choice.value)}" for choice in choices])
+
+
+def chosen_before(directory: Path, config: Config, given: Collection[str]) -> list[tuple[str, Any]]:
+    """What a run that has begun has where its user leaves it open, by key, as far as it differs from `config`."""
+    began, now = (flatten(to_dict(each)) for each in (load_config(directory), config))
+    own = {*given, "recipe", "run_dir", "data.documents", "evaluate.text"}  # the last two follow from the text again
+    return [(key, value) for key, value in began.items() if key not in own and now[key] != value]
 
 
 def _on_all_cards(stage: str, settings: Path, ranks: int) -> None:
     """Run a stage, and again where one of the ranks learned that it takes too many sequences at a time."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*launch, "-m", "nuteprune", stage, "--config", str(settings)]
     limits = None
     while limits != (limits := set(settings.parent.rglob(f"{LIMIT}*"))):
-        done = subprocess.run([*launch, "-m", "nuteprune", stage, "--config", str(settings)], check=False)
-        if not done.returncode:
+        # In a session of its own, so that a Ctrl-C comes here alone.
+        with subprocess.Popen(command, start_new_session=True) as launched:
+            try:
+                code = launched.wait()
+            except Preempted:
+                _tell(launched.pid)
+                raise Preempted(f"{stage} was told to stop: what it saved stands above, start again") from None
+        if not code:
             return
-    raise StageFailed(stage, done.returncode)
+    raise StageFailed(stage, code)
 
 
-def hold_out(config: Config) -> tuple[Config, list[Choice]]:
-    """The run with its last documents kept for evaluation, where no text is named for that and there are enough."""
-    data, file = config.data, Path(config.run_dir) / HELD_OUT
-    if config.evaluate.text:
-        return config, []
+def _tell(launcher: int) -> None:
+    """Let the ranks end as their own signal would. Told itself, the launcher would kill them 30 seconds later."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(launcher)
+        for one in process.children() or [process]:
+            with suppress(psutil.NoSuchProcess):
+                one.terminate()
+
+
+def hold_out(config: Config, given: Collection[str]) -> tuple[list[Choice], str]:
+    """The last documents of the training text for the report, as lines of JSON, and the settings that say so.
+
+    None of them where the user names a text or another protocol, or where so few documents hold no window to score.
+    """
+    data, evaluate = config.data, config.evaluate
+    if evaluate.text or evaluate.protocol == "published":
+        return [], ""
     texts = load_text(data.source, data.documents, data.text_field)["text"]
-    count = min(len(texts) // HELD_OUT_SHARE, HELD_OUT_MOST)
-    if not count:
-        return config, []
-    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[-count:])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, lines.encode())
+    tokenizer = read_base(config.model).tokenizer
+    held_out: list[str] = []
+    tokens = 0
+    for text in reversed(texts[-(len(texts) // HELD_OUT_SHARE) :] if len(texts) >= HELD_OUT_SHARE else []):
+        if len(held_out) >= HELD_OUT_MOST and tokens >= evaluate.window:
+            break
+        held_out.insert(0, text)
+        tokens += len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    short = tokens < evaluate.window
+    if short and (tokens < SHORTEST or "evaluate.window" in given):
+        return [], ""
+    count = len(held_out)
     why = f"the last {count} of {len(texts)} documents are not trained on"
-    chosen = [Choice("data.documents", len(texts) - count, why), Choice("evaluate.text", [str(file)], why)]
-    return load_config(config, [f"{choice.key}={json.dumps(choice.value)}" for choice in chosen]), chosen
+    choices = [
+        Choice("data.documents", len(texts) - count, why),
+        Choice("evaluate.text", [str(Path(config.run_dir) / HELD_OUT)], why),
+        *[Choice("evaluate.window", tokens, f"they are {tokens} tokens")] * short,
+    ]
+    return choices, "".join(json.dumps({data.text_field: text}, ensure_ascii=False) + "\n" for text in held_out)
 
 
 def table(machine: Machine, choices: list[Choice]) -> str:

@@ -36,6 +36,7 @@ from nuteprune.config.loading import (
     describe,
     file_settings,
     flatten,
+    given_keys,
     load_config,
     read_yaml,
     recipe_path,

@@ -8,7 +8,7 @@ import operator
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,30 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
     Raises:
         UserError: unreadable file, unknown key, wrong type or value out of range.
     """
-    layers = []
+    layers = _layers(settings, overrides)
+    name = str(next((tree["recipe"] for _, tree in reversed(layers) if tree.get("recipe")), "default"))
+    tree: dict = {}
+    for source, layer in [*_recipe_layers(name), *layers]:
+        refuse_removed(flatten(layer), source)
+        _check_keys(Config, layer, source, "")
+        tree = _merge(tree, layer)
+    tree["recipe"] = name
+    return _consistent(build(Config, tree, ""))
+
+
+def given_keys(settings: Config | Mapping | str | Path | None, overrides: Sequence[str] = ()) -> set[str]:
+    """Keys `section.field` that are set by the user, to whatever value, or by another recipe than the default.
+
+    Arguments and errors as of `load_config`.
+    """
+    default, config = (flatten(to_dict(each)) for each in (load_config(None), load_config(settings, overrides)))
+    said = {key for _, layer in _layers(settings, overrides) for key in flatten(layer)}
+    return said | {key for key, value in config.items() if value != default[key]}
+
+
+def _layers(settings: Config | Mapping | str | Path | None, overrides: Sequence[str]) -> list[tuple[str, dict]]:
+    """What the user sets, as nested dicts by where it stands; later ones win."""
+    layers: list[tuple[str, dict]] = []
     if isinstance(settings, Config):
         layers.append(("settings", to_dict(settings)))
     elif isinstance(settings, Mapping):
@@ -58,33 +81,25 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
         for part in reversed(key.split(".")):
             nested = {part: nested}
         layers.append((f"override '{item}'", nested))
-    name = str(next((tree["recipe"] for _, tree in reversed(layers) if tree.get("recipe")), "default"))
-    tree: dict = {}
-    for source, layer in [*_recipe_layers(name), *layers]:
-        refuse_removed(flatten(layer), source)
-        _check_keys(Config, layer, source, "")
-        tree = _merge(tree, layer)
-    tree["recipe"] = name
-    return _consistent(build(Config, tree, ""))
+    return layers
 
 
-def beyond_recipe(config: Config) -> dict:
-    """The settings that differ from those of the recipe, as a nested dict that a YAML file can hold."""
-    return {"recipe": config.recipe} | _difference(
-        to_dict(config), to_dict(load_config(None, [f"recipe={config.recipe}"]))
-    )
+def beyond_recipe(config: Config, given: Collection[str] = ()) -> dict:
+    """The settings that differ from those of the recipe, as a nested dict that a YAML file can hold.
 
-
-def _difference(tree: dict, base: dict) -> dict:
-    changed = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            inner = _difference(value, base[key])
-            if inner:
-                changed[key] = inner
-        elif value != base[key]:
-            changed[key] = value
-    return changed
+    Args:
+        config: all settings.
+        given: keys `section.field` that are in it whatever their values.
+    """
+    base = flatten(to_dict(load_config(None, [f"recipe={config.recipe}"])))
+    tree: dict[str, Any] = {"recipe": config.recipe}
+    asked = {f"{section}.{field}" for section, field in ASKED_EACH_TIME}
+    for key, value in flatten(to_dict(config)).items():
+        if (key in given or value != base[key]) and key not in asked:
+            *section, name = key.split(".")
+            inner = tree.setdefault(section[0], {}) if section else tree
+            inner[name] = value
+    return tree
 
 
 def _consistent(config: Config) -> Config:
@@ -251,7 +266,10 @@ def _elsewhere(key: str) -> list[str]:
 def _merge(base: dict, layer: dict) -> dict:
     merged = dict(base)
     for key, value in layer.items():
-        merged[key] = _merge(base.get(key) or {}, value) if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            merged[key] = _merge(base.get(key) or {}, value)
+        elif value is not None or not isinstance(base.get(key), dict):  # a section without lines says nothing
+            merged[key] = value
     return merged
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,11 +89,14 @@ def card_of(name: str) -> Card:
     return max(known, key=lambda card: len(card.name), default=UNNAMED)
 
 
-def choose(config: Config, machine: Machine, spec: ArchSpec) -> tuple[list[Choice], Plan | None]:
-    """Settings for a run on a machine that `config` leaves as they are by default, and the plan that they follow.
+def choose(
+    config: Config, given: Collection[str], machine: Machine, spec: ArchSpec
+) -> tuple[list[Choice], Plan | None]:
+    """Settings for a run on a machine that its user leaves open, and the plan that they follow.
 
     Args:
         config: the settings so far.
+        given: keys of those that the user set (`given_keys`).
         machine: where the run goes.
         spec: its model.
 
@@ -100,7 +104,6 @@ def choose(config: Config, machine: Machine, spec: ArchSpec) -> tuple[list[Choic
         UserError: as `make_plan`.
     """
     default = flatten(to_dict(load_config(None)))
-    given = {key for key, value in flatten(to_dict(config)).items() if value != default[key]}
     choices: list[Choice] = []
 
     def take(key: str, value: Any, why: str) -> None:
@@ -112,13 +115,13 @@ def choose(config: Config, machine: Machine, spec: ArchSpec) -> tuple[list[Choic
 
     if machine.bf16:
         take("model.dtype", "bfloat16", f"{machine.name} multiplies it, in half the memory")
-    free_steps = not {"train.steps", "train.epochs"} & given
+    free_steps = not {"train.steps", "train.epochs"}.intersection(given)
 
     def take_steps(steps: int, budget: str, fits: bool) -> None:
         if not free_steps:
             return
         first = pruning_steps(steps)
-        if fits and not {"distill.steps", "finetune.data", "sparsity.constraint"} & given:
+        if fits and not {"distill.steps", "finetune.data", "sparsity.constraint"}.intersection(given):
             take("train.steps", first, f"{budget}, in which it learns what to remove")
             take("distill.steps", steps - first, "the rest of it: the small model's own weights learn")
         else:

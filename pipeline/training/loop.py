@@ -86,6 +86,7 @@ def _train(config: Config, stage: type[Trainer], known: tuple, world: World, sto
         run_steps(trainer, tracker)
     trainer.before_finish()
     world.unhurried(lambda: trainer.finish() if world.is_main else None)
+    stop.polled = False
     return output
 
 

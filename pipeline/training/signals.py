@@ -30,7 +30,7 @@ class Stop:
 
     Attributes:
         received: name of the first signal that came, empty while none did.
-        polled: whether a loop looks at `received` after each step; until one does, a signal raises `Preempted`.
+        polled: whether a loop looks at `received` after each step; while none does, a signal raises `Preempted`.
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class Stop:
 
     @property
     def nothing(self) -> str:
-        """The message of a run that ends before its first step."""
-        return f"{self.name} before the first step: nothing to save yet, start again"
+        """The message of a run that ends where no step is taken."""
+        return f"{self.name} outside of training: what was finished is kept, start again"
 
     @property
     def name(self) -> str:

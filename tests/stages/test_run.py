@@ -1,52 +1,105 @@
 """`nuteprune run`: all stages in one command, settings for the machine, held-out text, and going on."""
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import yaml
 from tiny import SENTENCES, tiny_config
 
 from nuteprune.__main__ import main
-from nuteprune.config import load_config
+from nuteprune.chain import hold_out
+from nuteprune.config import given_keys, load_config
 from nuteprune.model.loading import read_base
 from nuteprune.planning.cards import CARDS, UNNAMED
 from nuteprune.planning.machine import Machine, card_of, choose, pruning_steps
 
 
-def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys, caplog):
+def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys, caplog, monkeypatch):
     caplog.set_level("INFO", "nuteprune")
     text, out = tmp_path / "text.jsonl", tmp_path / "out"
     documents = [f"{SENTENCES[n]} {SENTENCES[-n]}" for n in range(120)]
-    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    text.write_text("".join(json.dumps({"content": document}) + "\n" for document in documents))
     command = ["run", str(model_dir), "--data", str(text), "--out", str(out), "--sparsity", "0.3", "data.seq_len=32",
-               "train.steps=8", "distill.steps=2", "gates.importance_tokens=64", "gates.ffn_multiple=1",
-               "tracking.progress=false", "evaluate.window=32", "evaluate.batch_sizes=[]",
-               "model.dtype=float32"]  # fmt: skip
+               "gates.importance_tokens=64", "gates.ffn_multiple=1", "tracking.progress=false",
+               "evaluate.window=32", "evaluate.batch_sizes=[]", "evaluate.trust_remote_code=true",
+               "model.dtype=float32", "data.text_field=content"]  # fmt: skip
+    monkeypatch.setattr("nuteprune.planning.machine.CPU_STEPS", 8)
+
+    def told_to_leave(*_args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nuteprune.api.export", told_to_leave)
+        assert main(command) == 75
+    assert "SIGTERM outside of training: what was finished is kept" in capsys.readouterr().err
+    pruned = (out / "pruned" / "manifest.json").stat().st_mtime_ns
+    # It goes on, with the steps that were chosen when there was memory for them.
+    monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 0)
     assert main(command) == 0
+    assert (out / "pruned" / "manifest.json").stat().st_mtime_ns == pruned
     told = capsys.readouterr().out
     assert "heldout.jsonl" in told
     assert "% of the parameters are the vocabulary's" in caplog.text
     report = json.loads((out / "evaluate" / "report.json").read_text())
     assert report["held_out"]
     assert [Path(m["path"]) for m in report["models"]] == [model_dir, out / "export", out / "distill" / "model"]
-    held_out = [json.loads(line)["text"] for line in (out / "heldout.jsonl").read_text().splitlines()]
+    held_out = [json.loads(line)["content"] for line in (out / "heldout.jsonl").read_text().splitlines()]
     assert held_out == documents[-6:]
-    # The file says all that is not a default; the trained run had the same.
+    # The file says all that is not a default, or was said; the trained run had the same.
     settings = yaml.safe_load((out / "run.yaml").read_text())
     assert settings["data"]["documents"] == 114
+    assert settings["model"]["dtype"] == "float32"
+    assert (settings["train"]["steps"], settings["distill"]["steps"]) == (4, 4)
     assert load_config(out / "run.yaml") == load_config(out / "config.yaml", [f"run_dir={out}"])
-    # A second start finds everything done.
-    before = (out / "pruned" / "manifest.json").stat().st_mtime_ns
+    # The file is the same run.
     assert main(["run", "--config", str(out / "run.yaml")]) == 0
-    assert (out / "pruned" / "manifest.json").stat().st_mtime_ns == before
+    assert (out / "pruned" / "manifest.json").stat().st_mtime_ns == pruned
+    # Another run is refused before its settings are written.
+    before = (out / "run.yaml").read_bytes()
+    assert main([*command, "train.steps=5"]) == 2
+    assert "belongs to a run with train.steps=4, not 5" in capsys.readouterr().err
+    assert (out / "run.yaml").read_bytes() == before
+
+
+def test_what_is_held_out_fills_a_window_or_the_window_gives_way(model_dir, tmp_path):
+    text, words = tmp_path / "text.jsonl", [f"model.path={model_dir}", f"run_dir={tmp_path}"]
+
+    def held_out(count, *settings):
+        text.write_text("".join(json.dumps({"text": SENTENCES[n % 100]}) + "\n" for n in range(count)))
+        settings = [*words, f"data.source={text}", *settings]
+        choices, lines = hold_out(load_config(None, settings), given_keys(None, settings))
+        return lines.count("\n"), {choice.key: choice.value for choice in choices}
+
+    fifty, _ = held_out(2000, "evaluate.window=256")
+    assert fifty == 50
+    more, chosen = held_out(4000, "evaluate.window=2048")
+    assert 50 < more < 200
+    assert chosen == {"data.documents": 4000 - more, "evaluate.text": [str(tmp_path / "heldout.jsonl")]}
+    all_of_them, chosen = held_out(200)
+    assert all_of_them == 10
+    assert 64 <= chosen["evaluate.window"] < 2048
+    nothing = (0, {})
+    assert held_out(200, "evaluate.window=2048") == held_out(40) == held_out(19) == nothing
+    assert held_out(200, "evaluate.protocol=published") == held_out(200, "evaluate.text=[a.txt]") == nothing
 
 
 def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
+    bare, file = tmp_path / "bare", tmp_path / "file"
+    shutil.copytree(model_dir, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    file.touch()
+    text = tmp_path / "text.jsonl"
+    text.write_text((json.dumps({"text": SENTENCES[0]}) + "\n") * 200)
     for words, told in (
         ([], "name a model"), ([str(tmp_path / "none")], "none"),
         ([str(model_dir), "--data", str(tmp_path / "no.jsonl")], "no.jsonl' does not exist"),
+        ([str(bare), "--data", str(text)], "tokenizer"),
+        ([str(model_dir), "--data", str(text), "export.ladder=[0.1]"], "run exports one model"),
+        ([str(model_dir), "--data", str(text), "--out", str(file / "x")], "cannot be written to: Not a directory"),
     ):  # fmt: skip
-        assert main(["run", *words, "--sparsity", "0.3", "--out", str(tmp_path / "out")]) == 2
+        assert main(["run", "--sparsity", "0.3", "--out", str(tmp_path / "out"), *words]) == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith("nuteprune: ")
         assert told in line
@@ -61,8 +114,8 @@ def test_settings_follow_the_machine_and_give_way_to_the_users(tmp_path):
     config = load_config(None, [f"model.path={tmp_path}", "sparsity.target=0.3"])
 
     def chosen(machine, *settings):
-        asked = load_config(config, settings)
-        return {choice.key: choice.value for choice in choose(asked, machine, read_base(asked.model).spec)[0]}
+        asked, given = load_config(config, settings), given_keys(None, settings)
+        return {choice.key: choice.value for choice in choose(asked, given, machine, read_base(asked.model).spec)[0]}
 
     one = chosen(Machine("H100", 1, CARDS["h100"], bf16=True))
     assert one["model.dtype"] == "bfloat16"
@@ -75,6 +128,9 @@ def test_settings_follow_the_machine_and_give_way_to_the_users(tmp_path):
     assert three["train.batch_size"] == 18
     cpu = chosen(Machine("a processor"), "train.batch_size=2", "train.steps=7")
     assert cpu == {"data.seq_len": 256}
+    # What is said stays as it is, if it is the default too.
+    assert not chosen(Machine("a processor", bf16=True), "model.dtype=float32", "data.seq_len=512",
+                      "train.batch_size=16", "train.steps=2000")  # fmt: skip
 
 
 def test_a_run_learns_what_to_remove_and_distils_in_the_rest_of_its_steps(tmp_path, monkeypatch):
@@ -85,13 +141,14 @@ def test_a_run_learns_what_to_remove_and_distils_in_the_rest_of_its_steps(tmp_pa
     spec = read_base(config.model).spec
 
     def steps(machine, *settings):
-        found = {choice.key: choice.value for choice in choose(load_config(config, settings), machine, spec)[0]}
+        asked, given = load_config(config, settings), given_keys(None, settings)
+        found = {choice.key: choice.value for choice in choose(asked, given, machine, spec)[0]}
         return found.get("train.steps"), found.get("distill.steps")
 
     eight, one = (Machine("H100", count, CARDS["h100"], bf16=True) for count in (8, 1))
     assert steps(eight) == (200, 1800)
     assert steps(one) == (2000, None)  # 16 bytes of each of 3.5B parameters, beside the intact model
-    for given in ("distill.steps=5", "finetune.data=records.json", "sparsity.constraint=lagrangian"):
+    for given in ("distill.steps=5", "distill.steps=0", "finetune.data=records.json", "sparsity.constraint=lagrangian"):
         assert steps(eight, given) == (2000, None)
     assert steps(eight, "train.steps=50") == steps(eight, "train.epochs=2") == (None, None)
     for free, wanted in ((1 << 37, (60, 60)), (1 << 36, (120, None))):

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nuteprune.training.signals import stop_signals
@@ -19,6 +20,12 @@ SLOW = (
     "prune.Pruning.train_step = lambda trainer: (time.sleep(60 * (trainer.step > 2)), step(trainer))[1]; cli()"
 )
 """The command line with a third step of a minute."""
+
+TWO = (
+    "from nuteprune import chain; from nuteprune.planning.machine import Machine; from nuteprune.__main__ import cli; "
+    "chain.this_machine = lambda: Machine('two processes', 2); cli()"
+)
+"""The command line on a machine of two ranks, whatever it has."""
 
 
 @pytest.fixture
@@ -66,7 +73,7 @@ def test_a_signal_while_it_loads_ends_with_a_line(start, settings, tmp_path, num
     _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 75, errors
     assert errors.splitlines()[-1] == (
-        f"nuteprune: {number.name} before the first step: nothing to save yet, start again"
+        f"nuteprune: {number.name} outside of training: what was finished is kept, start again"
     )
     assert "Traceback" not in errors
     assert not (tmp_path / "run/checkpoints").exists()
@@ -95,6 +102,25 @@ def test_ctrl_c_saves_after_the_step_and_a_second_one_ends_at_once(start, settin
     assert errors.splitlines()[-1].startswith(f"nuteprune: SIGINT at step {len(steps)} of 60: saved; start again")
     assert (run_dir / f"checkpoints/step-{len(steps):08d}/manifest.json").exists()
     assert steps == list(range(len(steps)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_run_of_several_ranks_saves_and_leaves_none_behind(start, settings, tmp_path, number):
+    run_dir = tmp_path / "run"
+    process = start("-c", TWO, "run", *settings, "train.steps=3000", "distill.steps=0", "data.documents=19")
+    metrics = run_dir / "metrics.jsonl"
+    until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, process)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) > 2  # the launcher too
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=HANG)
+    assert process.returncode == 75, errors
+    assert "nuteprune: SIGTERM at step" in errors
+    assert errors.splitlines()[-1] == "nuteprune: prune was told to stop: what it saved stands above, start again"
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+    steps = len(metrics.read_text().splitlines())
+    assert (run_dir / f"checkpoints/step-{steps:08d}/manifest.json").exists()
 
 
 def test_a_signal_that_a_finalizer_swallows_is_kept_and_not_shown(monkeypatch):

@@ -188,7 +188,7 @@ def test_what_was_measured_before_a_signal_is_not_measured_again(settings, tmp_p
         prune.Pruning.halt(trainer)
 
     trainer.halt = halt
-    with pytest.raises(Preempted, match="SIGTERM before the first step"):
+    with pytest.raises(Preempted, match="SIGTERM outside of training"):
         trainer.start()
     stored = sorted(path.name.split(".")[0] for path in Path(parted.run_dir, "preparation").iterdir())
     assert stored == ["importance", "units-0", "units-1"]
