@@ -5,18 +5,21 @@ Shape letters: N windows, T tokens of a window.
 
 from __future__ import annotations
 
+import json
 import logging
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import FinetuneConfig
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import read_rows
-from nuteprune.errors import UserError
+from nuteprune.errors import UserError, first_line
 from nuteprune.model.losses import IGNORE
 
 log = logging.getLogger(__name__)
@@ -70,7 +73,7 @@ def worded(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Iterat
         raise UserError("finetune.template=chat: the tokenizer has no chat template; use finetune.template=alpaca")
     chat = bool(tokenizer.chat_template) and config.template != "alpaca"
     words = None
-    for number, row in enumerate(read_rows(file, {}), 1):
+    for number, row in enumerate(_records(file), 1):
         words = words or _wording(file, row, chat, tokenizer)
         try:
             yield words(row)
@@ -78,6 +81,15 @@ def worded(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Iterat
             raise UserError(f"{file}: record {number} {error}") from None
     if words is None:
         raise UserError(f"{file} holds no records")
+
+
+def _records(file: Path) -> Iterable[dict]:
+    """The records of a file; those of one JSON array as they stand, where `datasets` makes text of mixed types."""
+    if file.suffix == ".json":
+        with suppress(ValueError):  # lines of JSON, or nothing readable
+            if isinstance(rows := json.loads(file.read_bytes()), list) and all(isinstance(row, dict) for row in rows):
+                return rows
+    return read_rows(file, {})
 
 
 def encode(parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -195,8 +207,11 @@ def _chat_parts(messages: list[dict], tokenizer) -> list[Part]:
         return [("", True)]
     parts, done = [], ""
     for number in answers:
-        prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        try:
+            prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+            whole = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        except (TemplateError, ValueError) as error:
+            raise UserError(f"is refused by the chat template: {first_line(error)}") from None
         if not prompt.startswith(done) or not whole.startswith(prompt):
             raise UserError("is worded differently by the chat template once it goes on: give one answer per record")
         parts += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]

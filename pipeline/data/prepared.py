@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ class TrainingText:
 
     def save(self, blocks: torch.LongTensor) -> Path:
         """Write blocks and what they were made with; returns the directory."""
-        facts = self._settings | {"sequence": sequence_form(self.base.tokenizer).as_dict()}
+        facts = self._settings | {"sequence": sequence_form(self.base.tokenizer).as_dict(), "vocabulary": self._tokens}
         with atomic_directory(self.directory) as temporary:
             save_file({"blocks": blocks.to(torch.int32)}, temporary / "blocks.safetensors")
             (temporary / "prepared.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -76,7 +77,7 @@ class TrainingText:
         eos = self.base.tokenizer.eos_token_id
         before = SequenceForm(end=() if eos is None else (eos,)).as_dict()
         packed = facts.pop("sequence", before)
-        if facts != self._settings:
+        if facts.pop("vocabulary", self._tokens) != self._tokens or facts != self._settings:
             return None
         if packed != sequence_form(self.base.tokenizer).as_dict():
             raise UserError(
@@ -84,6 +85,11 @@ class TrainingText:
                 "separator: remove it and run `nuteprune prepare` again with the same settings"
             )
         return blocks
+
+    @property
+    def _tokens(self) -> str:
+        """Of the tokenizer's tokens and their ids, which may have changed at the same path."""
+        return sha256(json.dumps(sorted(self.base.tokenizer.get_vocab().items())).encode()).hexdigest()
 
     @property
     def _settings(self) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,13 @@ from transformers.utils import cached_file
 
 from nuteprune.errors import UserError
 from nuteprune.exporting.folding import Fold
-from nuteprune.runs.checkpoint import inside, read_json, update_manifest, write_atomic
+from nuteprune.runs.checkpoint import CheckpointError, inside, read_json, update_manifest, write_atomic
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import Student
 from nuteprune.runs.words import code, markdown_words, one_line
+
+log = logging.getLogger(__name__)
 
 RECORD = "nuteprune.json"
 """What was kept, beside the weights: the sign of an export of ours."""
@@ -97,14 +100,19 @@ def add_results(directory: Path, results: str) -> None:
 
 
 def check_distilled(directory: Path, export: Path) -> bool:
-    """Whether a distilled model is in a directory.
+    """Whether a distilled model is in a directory; one without a readable record is none.
 
     Raises:
         UserError: one that comes from another export than the one that is there now.
     """
     if not (directory / RECORD).is_file():
         return False
-    if read_json(directory / RECORD).get("distilled_from") != fingerprint(str(export)):
+    try:
+        record = read_json(directory / RECORD)
+    except CheckpointError as error:
+        log.warning("%s: `nuteprune distill` makes the distilled model again", error)
+        return False
+    if record.get("distilled_from") != fingerprint(str(export)):
         raise UserError(
             f"{directory} was distilled from another export than {export}: remove {directory.parent} and run "
             "`nuteprune distill` again"

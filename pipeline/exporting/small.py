@@ -65,7 +65,7 @@ def export_model(config: Config) -> Path:
     plan = ExportPlan(trained, student, fold, small, shape, dtype, base.tokenizer, model.generation_config,
                       config.export)  # fmt: skip
     first, *others = [target for target in TARGETS.values() if target.check(plan)]
-    tokens = real_text(TrainingText(trained.config.run_dir, trained.config.data, base), CHECK_TOKENS)
+    tokens = real_text(TrainingText(str(trained.directory), trained.config.data, base), CHECK_TOKENS)
     with atomic_directory(output) as directory:
         result, exported = write_model(first, directory, model, plan, tokens)
         for target in others:

@@ -89,7 +89,7 @@ def settings(config: Config, trained: Run) -> Config:
     steps = wanted.steps or int(trained.facts["steps"])
     return replace(
         old, run_dir=str(distill_directory(trained.directory)), deepspeed=config.deepspeed, distill=wanted,
-        export=config.export, checkpoint=config.checkpoint, tracking=config.tracking,
+        export=config.export, checkpoint=config.checkpoint, tracking=config.tracking, loss=config.loss,
         train=replace(config.train, steps=steps, lora_optimizer="scaled"),
     )  # fmt: skip
 
@@ -130,8 +130,8 @@ class Distilling(Trainer):
         text_blocks = shared_blocks(text, world, config.train.batch_size)
         with world.together():
             # Goes on behind what pruning has read.
-            stream = BatchStream(text_blocks, config.train.batch_size, config.seed, world.rank, world.size,
-                                 int(trained.facts["steps"]))  # fmt: skip
+            read = math.ceil(trained.facts["steps"] * trained.config.train.batch_size / config.train.batch_size)
+            stream = BatchStream(text_blocks, config.train.batch_size, config.seed, world.rank, world.size, read)
         schedule = Schedule.of(config, stream.steps_per_epoch)
         teacher = load_paired(base, replace(config.lora, targets=[], refit=0), world, zero)
         peak = world.from_main(None if whole is None else relative_rate(whole))
@@ -166,7 +166,7 @@ class Distilling(Trainer):
     def _fit(self) -> None:
         length, spec = self.config.data.seq_len, self.model.spec
         count = min(math.ceil(blocks.TOKENS / length), len(self.stream.blocks))
-        # What pruning has read: behind it lies what is learned next, none of which is to be known before.
+        # What pruning has read comes first: little of what is learned next is to be known before.
         alone = BatchStream(self.stream.blocks, 1, self.config.seed)
         ids = torch.cat([alone.batch(number) for number in range(count)])
         kept = read_json(self.export / RECORD)["kept"]["ffn"]

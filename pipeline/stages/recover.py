@@ -59,7 +59,7 @@ def settings(config: Config, trained: Run, rung: float) -> Config:
     return fixed.settings(
         config, trained, recover_directory(trained.directory, old.sparsity.target, rung),
         recover=replace(wanted, ladder=[rung]),
-        train=replace(old.train, steps=steps, micro_batch=config.train.micro_batch),
+        train=replace(config.train, steps=steps),
         teacher=replace(old.teacher, mode=constant_mode(TEACHERS[old.teacher.mode].taught)),
     )  # fmt: skip
 

@@ -12,7 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
+from nuteprune.data.prepared import TrainingText
+from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
+from nuteprune.model.loading import read_base
+from nuteprune.runs.students import open_run
 from nuteprune.stages import distill, export, prune
 from nuteprune.training import blocks
 
@@ -149,6 +153,26 @@ def test_a_model_distilled_from_another_export_is_told_of(config, run_dir, text_
     for command in (["distill", str(run_dir)], ["evaluate", str(run_dir), f"evaluate.text=[{text_file}]"]):
         assert main(command) == 2
         assert f"{run_dir}/distill/model was distilled from another export" in capsys.readouterr().err
+
+
+def test_a_result_whose_record_is_cut_is_made_again(config, run_dir, text_file, caplog):
+    whole = (distill.run(config) / "nuteprune.json").read_bytes()
+    (run_dir / "distill/model/nuteprune.json").write_bytes(whole[:9])
+    settings = [f"evaluate.text=[{text_file}]", "evaluate.window=64", "evaluate.batch_sizes=[]", "evaluate.prompts=0"]
+    assert main(["evaluate", str(run_dir), *settings]) == 0
+    assert "`nuteprune distill` makes the distilled model again" in caplog.text
+    assert (distill.run(config) / "nuteprune.json").read_bytes() == whole
+
+
+def test_what_is_said_of_training_and_loss_is_done_on_unread_text(config, run_dir, monkeypatch):
+    seen = []
+    forward = distill.Distilling.forward
+    monkeypatch.setattr(distill.Distilling, "forward", lambda self, ids: seen.append(ids) or forward(self, ids))
+    distill.run(load_config(config, ["train.batch_size=2", "distill.steps=4", "loss.kl_weight=0"]))
+    assert "distill/kl_loss" not in json.loads((run_dir / "distill/metrics.jsonl").read_text().splitlines()[0])
+    stream = BatchStream(TrainingText(str(run_dir), config.data, read_base(config.model)).blocks(), 4, config.seed)
+    behind = open_run(str(run_dir), config.model).facts["steps"]
+    assert torch.equal(torch.cat(seen), torch.cat([stream.batch(behind + step) for step in range(2)]))
 
 
 def test_a_gguf_of_the_export_is_made_anew(config, run_dir):

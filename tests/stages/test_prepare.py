@@ -12,7 +12,7 @@ from nuteprune.data.prepared import TrainingText
 from nuteprune.errors import UserError
 from nuteprune.model.loading import read_base
 from nuteprune.runs.checkpoint import write_manifest
-from nuteprune.stages import prepare
+from nuteprune.stages import export, prepare, prune
 
 
 def text_of(config) -> TrainingText:
@@ -32,10 +32,38 @@ def test_prepared_text_is_what_would_be_packed(settings, text_file, monkeypatch)
     assert (directory / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_a_moved_run_exports_without_its_text(settings, text_file, tmp_path):
+    copy = tmp_path / "text.txt"
+    shutil.copy(text_file, copy)
+    config = load_config(None, [*settings, f"data.source={copy}", "train.steps=4"])
+    prepare.run(config)
+    prune.run(config)
+    copy.unlink()
+    moved = shutil.move(config.run_dir, tmp_path / "moved")
+    assert (export.run(load_config(moved)) / "model.safetensors").is_file()
+
+
 def test_other_settings_are_not_served_the_old_text(settings):
     config = load_config(None, settings)
     prepare.run(config)
     assert text_of(load_config(None, [*settings, "data.seq_len=16"])).load() is None
+
+
+def test_text_of_another_tokenizer_at_the_same_path_is_packed_anew(settings, model_dir, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    config = load_config(None, [*settings, f"model.path={model}"])
+    prepare.run(config)
+    file = model / "tokenizer.json"
+    changed = json.loads(file.read_text())
+    ids = changed["model"]["vocab"]
+    one, other = sorted(ids, key=ids.get)[-2:]
+    ids[one], ids[other] = ids[other], ids[one]
+    file.write_text(json.dumps(changed))
+    text = text_of(config)
+    assert text.load() is None
+    prepare.run(config)
+    assert torch.equal(text.load(), text.pack())
 
 
 def test_text_packed_before_sequences_had_a_form_of_their_own(settings):

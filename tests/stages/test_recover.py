@@ -54,6 +54,13 @@ def test_a_rung_learns_and_keeps_its_units(config, run_dir):
         assert sum(history[-5:]) < sum(history[:5])
 
 
+def test_what_is_said_of_training_is_done(config, run_dir):
+    settings = ["recover.ladder=[0.2]", "recover.steps=2", "train.batch_size=2", "train.activation_checkpointing=true"]
+    recover.run(load_config(config, settings))
+    train = load_config(run_dir / "recover-0.2").train
+    assert (train.batch_size, train.activation_checkpointing, train.steps) == (2, True, 2)
+
+
 @pytest.mark.parametrize("rung", [0.1, 0.2, 0.3])
 def test_a_rung_has_what_the_run_learned_to_its_end(rung, config, run_dir, text_file, monkeypatch):
     trained = open_run(config.run_dir, config.model)

@@ -30,6 +30,12 @@ def test_overrides_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
     assert load_config(None).train.batch_size == 16
 
 
+def test_a_section_without_lines_leaves_the_recipes(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("recipe: paper\ntrain:\n  # lora_lr: 1e-3\n")
+    assert load_config(file) == load_config(None, ["recipe=paper"])
+
+
 @pytest.mark.parametrize("recipe", [p.stem for p in sorted((ROOT / "pipeline/recipes").glob("*.yaml"))])
 def test_every_recipe_is_valid_and_the_saved_config_reads_back(recipe, tmp_path):
     config = load_config(None, [f"recipe={recipe}", "run_dir=x"])

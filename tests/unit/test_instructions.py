@@ -159,6 +159,16 @@ def test_mistakes_in_conversations(tmp_path, chat):
     ):
         with pytest.raises(UserError, match=message):
             parts(tmp_path, chat, {"messages": messages})
+    array = tmp_path / "records.json"
+    pictured = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+    array.write_text(json.dumps([{"messages": [first, assistant]} for first in (user, pictured)]))
+    records = worded(FinetuneConfig(data=str(array)), chat)
+    assert next(records) == parts(tmp_path, chat, {"messages": [user, assistant]})
+    with pytest.raises(UserError, match="record 2 has a message without text"):
+        next(records)
+    chat.chat_template = "{% if messages|length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    with pytest.raises(UserError, match="record 1 is refused by the chat template: roles must alternate"):
+        parts(tmp_path, chat, {"messages": [user, user, assistant]})
     chat.chat_template = "{{ messages|length }}: {{ messages[-1].content }}"
     with pytest.raises(UserError, match="record 1 is worded differently by the chat template"):
         parts(tmp_path, chat, {"messages": [user, assistant, user, assistant]})
