@@ -16,6 +16,7 @@ import psutil
 import yaml
 
 from nuteprune import api
+from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, beyond_recipe, flatten, load_config, to_dict
 from nuteprune.data.text import load_text
 from nuteprune.errors import UserError
@@ -65,42 +66,14 @@ def run(config: Config, given: Collection[str]) -> str:
         StageFailed: a stage of several ranks failed.
         Preempted: a signal came.
     """
-    if not config.model.path:
-        raise UserError("run: name a model, e.g. `nuteprune run HuggingFaceTB/SmolLM2-135M --sparsity 0.3`")
-    if config.export.ladder:
-        raise UserError("run exports one model: give export.ladder to `nuteprune export` behind it")
-    if not config.run_dir:
-        name = f"{Path(config.model.path).name}-{config.sparsity.target:.0%}".rstrip("%")
-        config = load_config(config, [f"run_dir=runs/{name}"])
-    directory = Path(config.run_dir)
-    # A model that is not there costs nothing else; its type is not chosen yet.
-    architecture, spec = read_config(config.model.path)
-    if config.export.gguf != "none":
-        shape = config.gates.shape if config.export.shape == "as_trained" else config.export.shape
-        gguf_architecture(spec, shape, architecture)
-    machine, plan = this_machine(), None
-    if (directory / "config.yaml").is_file():
-        choices = [Choice(key, value, "as this run began") for key, value in chosen_before(directory, config, given)]
-    else:
-        choices, plan = choose(config, given, machine, spec)
-    config = with_choices(config, choices)
-    held_out, lines = hold_out(config, given)
-    choices += held_out
-    config = with_choices(config, held_out)
-    log.info("%s", table(machine, choices))
-    words = spec.vocab * spec.hidden * (1 if spec.tied else 2) / total_parameters(spec)
-    if words > LARGE_VOCABULARY and not (Path(config.model.path) / RECORD).is_file():
-        log.info(
-            "%.0f%% of the parameters are the vocabulary's, which is not pruned: `nuteprune trim` leaves out what a "
-            "text never uses", 100 * words,
-        )  # fmt: skip
-    if plan is not None:
-        log.info("planned: %.1f hours", plan.hours)
+    config, spec = checked(config)
+    machine, directory = this_machine(), Path(config.run_dir)
+    config, choices, held_out = settle(config, given, machine, spec)
     head = f"# nuteprune run --config {directory / SETTINGS}\n"
     settings = beyond_recipe(config, {*given, *(choice.key for choice in choices)})
     check_directory(config, prune.Pruning.free)
-    if lines:
-        write_atomic(directory / HELD_OUT, lines.encode())
+    if held_out:
+        write_atomic(directory / HELD_OUT, held_out.encode())
     write_atomic(directory / SETTINGS, (head + yaml.safe_dump(settings, sort_keys=False)).encode())
     tune, distill = ["finetune"] * bool(config.finetune.data), ["distill"] * bool(config.distill.steps)
     stages = ["prepare", "prune", *tune, "export", *distill, "evaluate"]
@@ -116,6 +89,45 @@ def run(config: Config, given: Collection[str]) -> str:
                 result = getattr(api, stage)(config)
                 told = importlib.import_module(f"nuteprune.stages.{stage}").summary(config, result)
     return told
+
+
+def checked(config: Config) -> tuple[Config, ArchSpec]:
+    """The settings with the run's directory, and the model's architecture; what cannot be is refused here."""
+    if not config.model.path:
+        raise UserError("run: name a model, e.g. `nuteprune run HuggingFaceTB/SmolLM2-135M --sparsity 0.3`")
+    if config.export.ladder:
+        raise UserError("run exports one model: give export.ladder to `nuteprune export` behind it")
+    if not config.run_dir:
+        name = f"{Path(config.model.path).name}-{config.sparsity.target:.0%}".rstrip("%")
+        config = load_config(config, [f"run_dir=runs/{name}"])
+    architecture, spec = read_config(config.model.path)  # its type is not chosen yet
+    if config.export.gguf != "none":
+        shape = config.gates.shape if config.export.shape == "as_trained" else config.export.shape
+        gguf_architecture(spec, shape, architecture)
+    return config, spec
+
+
+def settle(
+    config: Config, given: Collection[str], machine: Machine, spec: ArchSpec
+) -> tuple[Config, list[Choice], str]:
+    """The settings with what is chosen here, or was when the run began, the choices, and the text that is held out."""
+    directory, plan = Path(config.run_dir), None
+    if (directory / "config.yaml").is_file():
+        choices = [Choice(key, value, "as this run began") for key, value in chosen_before(directory, config, given)]
+    else:
+        choices, plan = choose(config, given, machine, spec)
+    kept, lines = hold_out(with_choices(config, choices), given)
+    choices += kept
+    log.info("%s", table(machine, choices))
+    words = spec.vocab * spec.hidden * (1 if spec.tied else 2) / total_parameters(spec)
+    if words > LARGE_VOCABULARY and not (Path(config.model.path) / RECORD).is_file():
+        log.info(
+            "%.0f%% of the parameters are the vocabulary's, which is not pruned: `nuteprune trim` leaves out what a "
+            "text never uses", 100 * words,
+        )  # fmt: skip
+    if plan is not None:
+        log.info("planned: %.1f hours", plan.hours)
+    return with_choices(config, choices), choices, lines
 
 
 def with_choices(config: Config, choices: list[Choice]) -> Config:
