@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from nuteprune.masks.selection import BATCHES, MEASURED, is_measured
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.planning.costs import Timing, gather_seconds, launch_seconds, over_links, passes, traffic
+from nuteprune.planning.footprint import small_parameters
 from nuteprune.planning.job import (
     FP32,
     Job,
@@ -37,17 +38,24 @@ class Bill:
         preparation: by part, what is done so that the steps can be taken.
         steps: all steps.
         checkpoints: those between the steps and the result, on rank 0, for which the others wait.
+        distillation: of the export, all of it; 0 where `distill.steps` is.
         hidden: by how much the steps are shorter where every gather of weights hides behind compute.
     """
 
     preparation: dict[str, float]
     steps: float
     checkpoints: float
+    distillation: float
     hidden: float
 
     @property
-    def total(self) -> float:
+    def pruning(self) -> float:
+        """Of them those of the prune stage."""
         return sum(self.preparation.values()) + self.steps + self.checkpoints
+
+    @property
+    def total(self) -> float:
+        return self.pruning + self.distillation
 
     @property
     def best(self) -> float:
@@ -75,7 +83,8 @@ def bill(job: Job, layout: Layout, timing: Timing) -> Bill:
         {name: seconds for name, seconds in parts.items() if seconds},
         job.steps * timing.step,
         2 * saved / job.cluster.disk,  # written, and read again for its hash
-        job.steps * (timing.step - timing.best),
+        distillation_seconds(job, layout, timing),
+        (job.steps + job.config.distill.steps) * (timing.step - timing.best),
     )
 
 
@@ -86,6 +95,13 @@ def loading_seconds(job: Job, layout: Layout) -> float:
     if layout.stage == 3:
         intra, inter = over_links(size, job.cluster)
     return size / job.cluster.disk + size / job.cluster.card.host + gather_seconds(intra, inter, job.cluster)
+
+
+def distillation_seconds(job: Job, layout: Layout, timing: Timing) -> float:
+    """Loading, steps and what is written, read again for its hash: an estimate, which takes a step to be as long as one
+    of pruning and leaves the fit of the FFNs out."""
+    steps, saved = job.config.distill.steps, sum(distillation_bytes(job).values())
+    return loading_seconds(job, layout) + steps * timing.step + 2 * saved / job.cluster.disk if steps else 0.0
 
 
 def importance_seconds(job: Job, layout: Layout) -> float:
@@ -178,3 +194,20 @@ def checkpoint_bytes(job: Job) -> dict[str, float]:
         "result": FP32 * (job.lora_parameters + frozen) + 2 * gates,
     }
     return {name: float(size) for name, size in parts.items() if size}
+
+
+def distillation_bytes(job: Job) -> dict[str, float]:
+    """Bytes that distillation of the export writes, by part; none where `distill.steps` is 0.
+
+    A state: the decoder's weights and two moments in float32. The result: the small model in the model's type.
+    """
+    steps, every = job.config.distill.steps, job.config.checkpoint.every
+    if not steps:
+        return {}
+    ends, decoder = small_parameters(job)
+    states = (steps - 1) // every if every else 0
+    parts = {
+        f"states of distillation ({states})": states * 3 * FP32 * decoder,
+        "distilled model": job.itemsize * (ends + decoder),
+    }
+    return {name: size for name, size in parts.items() if size}

@@ -19,6 +19,7 @@ from nuteprune.planning.job import (
     Job,
     Layout,
 )
+from nuteprune.training import blocks
 from nuteprune.training.refit import TIMES
 
 PROCESS_BYTES = 3e9
@@ -111,11 +112,16 @@ def host_memory(job: Job, layout: Layout) -> dict[str, float]:
         host["refit: G of removed units"] = FP32 * spec.ffn**2 * own
         host["refit: down_proj of those layers"] = s * spec.ffn * spec.hidden * own if layout.stage == 3 else 0
         host["refit: hidden states of the text"] = s * spec.hidden * job.refit_tokens / job.cluster.ranks
-    if layout.offload:
-        threshold = persistence_threshold(spec)
-        shards = [-(-size // job.cluster.ranks) for size in model_tensors(spec) if size > threshold]
-        host["offloaded weights (pinned)"] = pinned([s * size for size in shards])
+    host["offloaded weights (pinned)"] = offloaded_weights(job, layout)
     return {name: float(size) for name, size in host.items() if size}
+
+
+def offloaded_weights(job: Job, layout: Layout) -> int:
+    """Bytes of a rank's shard of the frozen weights in host memory; 0 where it is on the card."""
+    spec = job.spec
+    threshold = persistence_threshold(spec)
+    shards = [-(-size // job.cluster.ranks) for size in model_tensors(spec) if size > threshold]
+    return pinned([job.itemsize * size for size in shards]) if layout.offload else 0
 
 
 def rung_memory(job: Job) -> float:
@@ -163,15 +169,14 @@ def lora_memory(job: Job, layout: Layout) -> dict[str, float]:
 
 
 def distillation_memory(job: Job, layout: Layout) -> dict[str, float]:
-    """Bytes of a rank while the export is distilled (stages/distill.py), without activations.
+    """Bytes of a rank's card while the export is distilled (stages/distill.py), without activations.
 
     Float32 weights of the small model, and of its decoder the gradient and AdamW's two moments, are shared out over the
     ranks; several ranks gather it in the compute type, two of its layers at a time under stage 3. The intact model is
     held as in pruning.
     """
     spec, ranks = job.spec, job.cluster.ranks
-    ends = spec.vocab * spec.hidden * (1 if spec.tied else 2)
-    decoder = total_parameters(spec) - ends - job.config.sparsity.target * spec.prunable
+    ends, decoder = small_parameters(job)
     parts = {
         f"small model, float32 (1/{ranks})": FP32 * (ends + decoder) / ranks,
         f"its decoder's gradient and moments (1/{ranks})": 3 * FP32 * decoder / ranks,
@@ -181,6 +186,35 @@ def distillation_memory(job: Job, layout: Layout) -> dict[str, float]:
     elif ranks > 1:
         parts["gathered small model"] = job.itemsize * (ends + decoder)
     return parts | frozen_weights(job, layout)
+
+
+def distillation_host(job: Job, layout: Layout) -> dict[str, float]:
+    """Bytes of host memory of the first node while the export is distilled: of its two phases the one that takes more.
+
+    While FFNs are fitted, rank 0 holds the small model and twice its stream in float32, and in the model's type what
+    attention gives and the target; each rank holds the intact model's stream. A checkpoint takes of each rank its share
+    of the decoder's weights and moments twice: copied from the card, and as the bytes of its file.
+    """
+    spec, s, count = job.spec, job.itemsize, job.cluster.gpus_per_node
+    ends, decoder = small_parameters(job)
+    stream = spec.hidden * min(blocks.TOKENS, job.text)
+    fitting = {
+        "small model, float32 (rank 0)": FP32 * (ends + decoder),
+        "hidden states of the text": (2 * FP32 + 2 * s + count * s) * stream,
+    }
+    saving = {"a checkpoint's shares, copied and as a file": 2 * 3 * FP32 * decoder / job.cluster.ranks * count}
+    host = {
+        "processes: Python, libraries, CUDA": PROCESS_BYTES * count,
+        "offloaded weights (pinned)": offloaded_weights(job, layout) * count,
+    } | max(fitting, saving, key=lambda parts: sum(parts.values()))
+    return {name: float(size) for name, size in host.items() if size}
+
+
+def small_parameters(job: Job) -> tuple[float, float]:
+    """Parameters of the small model: of its embedding and head, and of its decoder."""
+    spec = job.spec
+    ends = spec.vocab * spec.hidden * (1 if spec.tied else 2)
+    return ends, total_parameters(spec) - ends - job.config.sparsity.target * spec.prunable
 
 
 def saved_per_token(job: Job) -> float:

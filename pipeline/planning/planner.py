@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,14 @@ from nuteprune.config import Config, beyond_recipe
 from nuteprune.masks import check_target
 from nuteprune.planning.bill import Bill, bill
 from nuteprune.planning.costs import Timing, Traffic, mean_kept, timing, traffic
-from nuteprune.planning.footprint import USABLE, Memory, memory
+from nuteprune.planning.footprint import (
+    USABLE,
+    Memory,
+    activations,
+    distillation_host,
+    distillation_memory,
+    memory,
+)
 from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.planning.models import named_spec
 
@@ -24,13 +32,23 @@ TARGETS = (0.2, 0.5)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A layout with its figures."""
+    """A layout with its figures.
+
+    Attributes:
+        distilling, distilling_host: bytes by part while the export is distilled, of one rank's card and of the first
+            node's host memory.
+        peak: bytes on a card at the fullest moment of pruning and, where the run has it, of distillation.
+        fits: that is usable memory.
+    """
 
     layout: Layout
     memory: Memory
+    distilling: dict[str, float]
+    distilling_host: dict[str, float]
     traffic: Traffic
     timing: Timing
     bill: Bill
+    peak: float
     fits: bool
 
 
@@ -61,9 +79,20 @@ class Plan:
 
     @property
     def node_memory(self) -> float:
-        """Bytes of host memory of the first node."""
+        """Bytes of host memory of the first node, in that of pruning and distillation which takes more."""
         need = self.chosen.memory
-        return sum(need.host.values()) * self.job.cluster.gpus_per_node + need.rungs
+        pruning = sum(need.host.values()) * self.job.cluster.gpus_per_node + need.rungs
+        distilling = sum(self.chosen.distilling_host.values()) if self.job.config.distill.steps else 0.0
+        return max(pruning, distilling)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What a job of pruning or distillation asks for: `hours`, and `gigabytes` of a node's host memory."""
+        longest = max(self.chosen.bill.pruning, self.chosen.bill.distillation)
+        return {
+            "hours": math.ceil(LIMIT * longest / 3600),
+            "gigabytes": math.ceil(HOST_LIMIT * self.node_memory / 1e9),
+        }
 
 
 def make_plan(job: Job, zero: str = "auto") -> Plan:
@@ -89,7 +118,7 @@ def lay_out(job: Job, zero: str = "auto") -> Plan:
     fitting = [option for option in options if option.fits]
     fitting = [option for option in fitting if not option.layout.offload] or fitting
     fast = [option for option in fitting if option.bill.total <= ALIKE * fitting[0].bill.total]
-    chosen = min(fast, key=lambda o: (o.layout.stage, o.memory.peak), default=min(options, key=lambda o: o.memory.peak))
+    chosen = min(fast, key=lambda o: (o.layout.stage, o.peak), default=min(options, key=lambda o: o.peak))
     return Plan(job, kept, options, chosen)
 
 
@@ -116,8 +145,14 @@ def candidates(job: Job, zero: str) -> Iterator[Layout]:
 def estimate(job: Job, layout: Layout, kept: tuple[float, float]) -> Estimate:
     """All figures of one layout."""
     need, step = memory(job, layout), timing(job, layout, kept)
-    fits = need.peak <= USABLE * job.cluster.card.memory
-    return Estimate(layout, need, traffic(job, layout), step, bill(job, layout, step), fits)
+    saved = activations(job, layout.checkpointing) * layout.micro_batch * job.config.data.seq_len
+    distilling = distillation_memory(job, layout) | {"activations of the student, as in pruning": saved}
+    peak = max(need.peak, sum(distilling.values()) if job.config.distill.steps else 0.0)
+    fits = peak <= USABLE * job.cluster.card.memory
+    return Estimate(
+        layout, need, distilling, distillation_host(job, layout), traffic(job, layout), step,
+        bill(job, layout, step), peak, fits,
+    )  # fmt: skip
 
 
 def largest_micro_batch(job: Job, layout: Layout, room: float) -> int:

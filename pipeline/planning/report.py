@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 
 from nuteprune.parallel.sizes import read_parameters, total_parameters
-from nuteprune.planning.bill import checkpoint_bytes
+from nuteprune.planning.bill import checkpoint_bytes, distillation_bytes
 from nuteprune.planning.costs import ASSUMPTIONS, passes, traffic
-from nuteprune.planning.footprint import USABLE, distillation_memory
+from nuteprune.planning.footprint import USABLE
 from nuteprune.planning.job import Job, Layout
 from nuteprune.planning.planner import (
-    HOST_LIMIT,
-    LIMIT,
     TARGETS,
     Estimate,
     Plan,
@@ -79,10 +76,12 @@ def memory_text(job: Job, chosen: Estimate) -> str:
     lines.append(f"  host memory: {host / GB:.2f} GB a rank, {(host * count + need.rungs) / GB:.2f} GB the first node")
     lines += [f"    {size / GB:9.3f}  {name}" for name, size in need.host.items()]
     lines += [f"    {need.rungs / GB:9.3f}  snapshots that are rungs (rank 0 alone)"] if need.rungs else []
-    distilling = distillation_memory(job, chosen.layout)
-    lines.append(f"  distilling the export, without activations: {sum(distilling.values()) / GB:.2f} GB")
-    lines += [f"    {size / GB:9.3f}  {name}" for name, size in distilling.items()]
-    written = checkpoint_bytes(job)
+    asked = "" if job.config.distill.steps else " (distill.steps=0: not part of this run)"
+    lines.append(f"  distilling the export: {sum(chosen.distilling.values()) / GB:.2f} GB{asked}")
+    lines += [f"    {size / GB:9.3f}  {name}" for name, size in chosen.distilling.items()]
+    lines.append(f"  host memory then: {sum(chosen.distilling_host.values()) / GB:.2f} GB the first node")
+    lines += [f"    {size / GB:9.3f}  {name}" for name, size in chosen.distilling_host.items()]
+    written = checkpoint_bytes(job) | distillation_bytes(job)
     lines.append(f"  written to the disk over the run: {sum(written.values()) / GB:.2f} GB")
     lines += [f"    {size / GB:9.3f}  {name}" for name, size in written.items()]
     return "\n".join(lines)
@@ -125,6 +124,9 @@ def bill_text(plan: Plan) -> str:
         f"  {bill.steps:9,.0f} s  {plan.job.steps:,} steps ({source})",
         f"  {bill.checkpoints:9,.0f} s  checkpoints",
     ]
+    if steps := config.distill.steps:
+        lines.append(f"  {bill.distillation:9,.0f} s  distillation: {steps:,} steps, taken to be as long as pruning's, "
+                     "loading and checkpoints")  # fmt: skip
     return "\n".join([*lines, *(f"  {seconds:9,.0f} s  {name}" for name, seconds in bill.preparation.items())])
 
 
@@ -150,7 +152,7 @@ def choice_text(plan: Plan) -> str:
     for option in [*faster, chosen, *slower]:
         verdict = "chosen" if option is chosen else "fits" if option.fits else "does not fit"
         lines.append(
-            f"  {layout_text(plan.job, option.layout)}: {option.memory.peak / GB:.1f} GB, "
+            f"  {layout_text(plan.job, option.layout)}: {option.peak / GB:.1f} GB, "
             f"{option.bill.total / 3600:.2f} hours: {verdict}"
         )
     if not chosen.fits:
@@ -184,7 +186,7 @@ def _cells(plan: Plan) -> list[str]:
     return [
         job.config.model.path, str(job.cluster.ranks),
         layout_text(job, chosen.layout) + ("" if chosen.fits else " **does not fit**"), hours,
-        f"{chosen.memory.peak / GB:.0f}", f"{plan.node_memory / GB:.0f}", share,
+        f"{chosen.peak / GB:.0f}", f"{plan.node_memory / GB:.0f}", share,
         f"{sum(checkpoint_bytes(job).values()) / GB:.1f}",
     ]  # fmt: skip
 
@@ -197,7 +199,11 @@ def as_dict(plan: Plan) -> dict:
             "layout": asdict(option.layout),
             "fits": option.fits,
             "memory": asdict(option.memory)
-            | {"peak": option.memory.peak, "distillation": distillation_memory(plan.job, option.layout)},
+            | {
+                "peak": option.memory.peak,
+                "distillation": option.distilling,
+                "distillation_host": option.distilling_host,
+            },
             "traffic": asdict(option.traffic) | {"ratio": option.traffic.ratio},
             "time": asdict(option.timing) | {"step": option.timing.step, "best": option.timing.best},
             "bill": asdict(option.bill) | {"total": option.bill.total, "best": option.bill.best},
@@ -213,8 +219,8 @@ def as_dict(plan: Plan) -> dict:
         "gpu_hours": plan.gpu_hours,
         "preparation": plan.chosen.bill.shares,
         "node_memory": plan.node_memory,
-        "written": checkpoint_bytes(plan.job),
-        "limits": {"hours": math.ceil(LIMIT * plan.hours), "gigabytes": math.ceil(HOST_LIMIT * plan.node_memory / GB)},
+        "written": checkpoint_bytes(plan.job) | distillation_bytes(plan.job),
+        "limits": plan.limits,
         "chosen": figures(plan.chosen),
         "tried": [figures(option) for option in plan.tried],
         "settings": run_settings(plan),

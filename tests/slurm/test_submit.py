@@ -76,6 +76,16 @@ def test_distillation_stands_behind_export_with_what_pruning_has(files):
     assert {"--dependency=afterok:EXPORT_JOB", "--nodes=2-4", "--time=02:00:00"} <= set(jobs[-2])
 
 
+def test_distillation_gets_its_own_needs_of_the_planner(tmp_path):
+    """70B on two nodes: a checkpoint takes more host memory than pruning, 1,080 steps more time than 120."""
+    arguments = ["--cluster", "slurm/clusters/example.env", "--dry-run", "recipe=llama3.1-70b", "train.steps=120"]
+    done = submit(*arguments, "distill.steps=1080", f"run_dir={tmp_path}/run")
+    (line,) = (line for line in done.stdout.splitlines() if "run-distill" in line)
+    given = dict(word.split("=", 1) for word in line.split() if "=" in word)
+    assert int(given["--mem"].removesuffix("G")) > 657  # two copies of a node's half of weights and moments
+    assert int(given["--time"].partition(":")[0]) > 1
+
+
 def test_from_a_stage_with_a_variable_set_once(files, tmp_path):
     check("submit_from_prune", submit(*files, "--dry-run", "--from", "prune", PRUNE_NODES="1"), tmp_path)
 

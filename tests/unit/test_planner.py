@@ -31,6 +31,7 @@ from nuteprune.planning.costs import (
 )
 from nuteprune.planning.footprint import (
     activations,
+    distillation_host,
     distillation_memory,
     host_memory,
     logits_chunk,
@@ -193,6 +194,20 @@ def test_distillation_by_hand():
     assert gathered == pytest.approx(2 * (ends + 2 / 32 * decoder))
     one = Job(job.spec, job.config, Cluster(1, 1, CARDS["h100"]))
     assert sum(distillation_memory(one, Layout(0, 1)).values()) == pytest.approx(8 * shares + 2 * 8_030_261_248)
+
+
+def test_host_memory_of_distillation_by_hand():
+    """A checkpoint takes most where a node has many of the ranks, the fit where it has few."""
+    run = job("llama-3.1-70b", 2)
+    ends = 2 * 128_256 * 8192
+    decoder = TOTALS["llama-3.1-70b"] - ends - 0.2 * run.spec.prunable
+    saving = {"a checkpoint's shares, copied and as a file": 2 * 12 * decoder / 2}
+    assert distillation_host(run, Layout(3, 1)) == {"processes: Python, libraries, CUDA": 8 * 3e9} | saving
+    offloaded = distillation_host(run, Layout(3, 1, offload=True))["offloaded weights (pinned)"]
+    assert offloaded == 8 * host_memory(run, Layout(3, 1, offload=True))["offloaded weights (pinned)"]
+    fitting = distillation_host(job("llama-3.1-70b", 16, 1), Layout(3, 1))
+    assert fitting["small model, float32 (rank 0)"] == 4 * (ends + decoder)
+    assert fitting["hidden states of the text"] == 14 * 8192 * 118_784  # twice in float32, thrice in bfloat16
 
 
 def test_zero2_keeps_weights_whole_and_offload_and_hpz_move_them():
@@ -485,6 +500,23 @@ def test_a_layout_is_read_from_complete_deepspeed_settings():
     assert read("zero3_hpz") == Layout(3, 1, True, hpz=True)
 
 
+def test_a_run_that_distils_fits_where_both_stages_do():
+    """70B on two nodes of 8: with 120 steps of pruning alone weights stay on the cards, and an hour is enough."""
+    steps = ["train.steps=120", "distill.steps=1080"]
+    alone, both = lay_out(job("llama-3.1-70b", 2, 8, steps[0])), lay_out(job("llama-3.1-70b", 2, 8, *steps))
+    assert sum(alone.chosen.distilling.values()) > 0.9 * 80e9 >= sum(both.chosen.distilling.values())
+    assert alone.chosen.peak == alone.chosen.memory.peak
+    assert both.chosen.fits
+    assert both.node_memory == sum(both.chosen.distilling_host.values()) > alone.node_memory
+    found = both.chosen.bill
+    states = 5 * 12 * (TOTALS["llama-3.1-70b"] - 2 * 128_256 * 8192 - 0.2 * both.job.spec.prunable)  # one of 200 steps
+    assert found.distillation > 1080 * both.chosen.timing.step + 2 * states / 1e9
+    assert found.total == found.pruning + found.distillation
+    assert alone.limits["hours"] == 1
+    assert both.limits["hours"] >= 1.5 * found.distillation / 3600
+    assert not lay_out(job("llama-3.1-70b", 1, 8, *steps)).chosen.fits
+
+
 @pytest.mark.parametrize("batch", [8, 256])
 @pytest.mark.parametrize("gpu_memory", [16e9, 24e9, 40e9, 80e9])
 def test_about_the_fastest_that_fits_is_chosen(gpu_memory, batch):
@@ -564,6 +596,24 @@ def test_one_card_needs_no_deepspeed(tmp_path, capsys):
     assert main([*flags, "--out", str(out)]) == 0
     assert [file.name for file in out.iterdir()] == ["plan.yaml"]
     assert load_config(out / "plan.yaml").deepspeed == ""
+
+
+def test_command_says_what_distillation_takes(capsys):
+    flags = ["plan", "--model", "llama-3.1-70b", "--nodes", "1", "train.steps=120", "distill.steps=1080"]
+    assert main(flags) == 1
+    told = capsys.readouterr().out
+    assert "DOES NOT FIT" in told
+    for part in (
+        "s  distillation: 1,080 steps, taken to be as long as pruning's",
+        "host memory then",
+        "distilled model",
+    ):
+        assert part in told
+    assert main([*flags, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["node_memory"] == sum(found["chosen"]["memory"]["distillation_host"].values())
+    assert main(flags[:-1]) == 0
+    assert "(distill.steps=0: not part of this run)" in capsys.readouterr().out
 
 
 def test_limits_of_a_job(capsys):
