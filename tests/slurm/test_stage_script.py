@@ -29,14 +29,36 @@ Root Cause (first observed failure):
 """
 
 
+def in_the_script(*lines: str) -> subprocess.CompletedProcess:
+    """Runs lines after the script's functions."""
+    functions = re.findall(r"^\w+\(\) \{.*?(?:\n\}|\})$", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
+    command = ["bash", "-euo", "pipefail", "-c", "\n".join([*functions, *lines])]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def worth_a_restart(tmp_path, srun: str, *torchrun: str, signalled: str = "") -> bool:
     """What the script says of srun's messages and of torchrun's on each node."""
     (tmp_path / "srun.log").write_text(srun)
     for node, text in enumerate(torchrun):
         (tmp_path / f"rank-{node}.log").write_text(text)
-    functions = re.findall(r"^\w+\(\) \{.*?(?:\n\}|\})$", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
-    command = "\n".join([*functions, f"logs={tmp_path} signalled={signalled}", "worth_a_restart"])
-    return subprocess.run(["bash", "-euo", "pipefail", "-c", command]).returncode == 0
+    return in_the_script(f"logs={tmp_path} signalled={signalled}", "worth_a_restart").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks"),
+    [
+        ("prepare", False), ("prune", True), ("recover-0.1", True), ("finetune", True), ("export", False),
+        ("distill", True), ("evaluate", False),
+    ],
+)  # fmt: skip
+def test_torchrun_starts_what_several_ranks_run(tmp_path, stage, ranks):
+    """A job of two nodes of 8 GPUs, as each of a sweep is, in which all stages run."""
+    job = "SLURM_JOB_NUM_NODES=2 SLURM_GPUS_ON_NODE=8 SLURM_NTASKS=2 SLURM_JOB_ID=1 MASTER_ADDR=a MASTER_PORT=1"
+    job += f" LAUNCHER=torchrun PYTHON=python logs={tmp_path} restart=0"
+    done = in_the_script(f"{job}; srun() {{ echo $*; }}; launch {stage} run_dir=x")
+    assert f"nuteprune {stage.partition('-')[0]} run_dir=x" in done.stdout
+    assert ("torch.distributed.run --nnodes=2 --nproc-per-node=8" in done.stdout) == ranks
+    assert f"--ntasks={2 if ranks else 1} " in done.stdout
 
 
 @pytest.mark.parametrize(
