@@ -135,6 +135,8 @@ for stage in "${stages[@]}"; do
         [[ $dry ]] || echo "$stage: complete"
         continue
     elif [[ ! $reached ]]; then
+        [[ $from || $stage == prepare ]] ||
+            echo "$stage: not submitted, $first behind it is complete or under way (add --from $stage)" >&2
         continue
     else
         resources "$kind"

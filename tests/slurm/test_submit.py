@@ -76,6 +76,20 @@ def test_distillation_stands_behind_export_with_what_pruning_has(files):
     assert {"--dependency=afterok:EXPORT_JOB", "--nodes=2-4", "--time=02:00:00"} <= set(jobs[-2])
 
 
+def test_a_stage_asked_for_after_the_chain_was_complete_is_named(files, tmp_path):
+    for stage in ("pruned", "export", "evaluate"):  # not prepared: pruning needed none
+        (tmp_path / "run" / stage).mkdir(parents=True)
+        (tmp_path / "run" / stage / "manifest.json").write_text("{}")
+    done = submit(*files, f"run_dir={tmp_path}/run", "distill.steps=100")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == ["prune: complete", "export: complete", "evaluate: complete"]
+    told = "distill: not submitted, evaluate behind it is complete or under way (add --from distill)\n"
+    assert done.stderr == told
+    done = submit(*files, f"run_dir={tmp_path}/run", "distill.steps=100", "--dry-run", "--from", "distill")
+    assert [line.split()[3][11:] for line in done.stdout.splitlines()] == ["run-distill", "run-evaluate"]
+    assert not done.stderr
+
+
 def test_distillation_gets_its_own_needs_of_the_planner(tmp_path):
     """70B on two nodes: a checkpoint takes more host memory than pruning, 1,080 steps more time than 120."""
     arguments = ["--cluster", "slurm/clusters/example.env", "--dry-run", "recipe=llama3.1-70b", "train.steps=120"]
