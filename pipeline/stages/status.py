@@ -15,6 +15,7 @@ from nuteprune.runs.directories import DISTILLED, TUNED, distill_directory, fine
 
 TRAINING = ("prune", "recover", "finetune", "distill")
 """Stages that take steps."""
+ORDER = ("prepare", "prune", "recover", "finetune", "export", "distill", "evaluate")
 RECENT = 20
 """Steps over which the speed is taken."""
 
@@ -24,7 +25,8 @@ def run(config: Config) -> dict:
 
     Returns:
         `run_dir`, and `stages`: by name a dict with `state` (complete, pending, running, incomplete, or SLURM's word
-        for a job that failed, in small letters), `job`, and where there are any `progress` and `error`.
+        for a job that failed, in small letters), `job`, and where there are any `progress` and `error`. A stage that
+        was started by hand, which the run's settings do not ask for, has `asked` (False).
 
     Raises:
         UserError: no run directory is named.
@@ -32,12 +34,14 @@ def run(config: Config) -> dict:
     if not config.run_dir:
         raise UserError("which run? Give its directory, or --config with the file that names it")
     run_dir = Path(config.run_dir)
-    numbers = jobs.submitted(run_dir)
-    return {
-        "run_dir": str(run_dir),
-        "stages": {stage: _stage(run_dir, stage, output, numbers.get(stage))
-                   for stage, output in outputs(config).items()},
-    }  # fmt: skip
+    numbers, asked = jobs.submitted(run_dir), outputs(config)
+    others = {stage: output for stage, output in by_hand(run_dir).items() if output not in asked.values()}
+    found = {}
+    for stage, output in sorted((others | asked).items(), key=lambda place: ORDER.index(_kind(place[0]))):
+        found[stage] = _stage(run_dir, stage, output, numbers.get(stage))
+        if stage not in asked:
+            found[stage]["asked"] = False
+    return {"run_dir": str(run_dir), "stages": found}
 
 
 def outputs(config: Config) -> dict[str, Path]:
@@ -56,12 +60,25 @@ def outputs(config: Config) -> dict[str, Path]:
     return found | {"evaluate": Path(config.evaluate.output or run_dir / "evaluate")}
 
 
+def by_hand(run_dir: Path) -> dict[str, Path]:
+    """Stages that train a student on and have a directory in the run's, and the directory of each one's result."""
+    tuned = [run_dir / "finetune", *sorted(run_dir.glob("recover-*")), *sorted(run_dir.glob("finetune-*"))]
+    found = {path.name: path / TUNED for path in tuned}
+    found["distill"] = distill_directory(run_dir) / DISTILLED
+    return {stage: output for stage, output in found.items() if output.parent.is_dir()}
+
+
+def _kind(stage: str) -> str:
+    """Of `recover-0.1` recover."""
+    return stage.partition("-")[0]
+
+
 def _stage(run_dir: Path, stage: str, output: Path, number: str | None) -> dict:
     job = jobs.find(number) if number else jobs.SlurmJob("")
     complete = (output / "manifest.json").is_file()
     state = job.standing or ("complete" if complete else job.state.lower() if job.failed else "incomplete")
     found = {"state": state, "job": vars(job) if number else None}
-    kind = stage.partition("-")[0]
+    kind = _kind(stage)
     if kind in TRAINING and state != "complete":
         found["progress"] = progress(output.parent, kind)
     if job.failed and not complete:
@@ -132,8 +149,8 @@ def _progress_text(found: dict) -> list[str]:
 
 
 def table(status: dict) -> str:
-    """The status for `slurm/submit.sh`: the run directory, then stage, state and job, between tabs."""
+    """The status for `slurm/submit.sh`: the run directory, then asked for stages, state and job, between tabs."""
     rows: list[tuple[str, ...]] = [("run_dir", status["run_dir"])]
     rows += [(stage, found["state"], (found["job"] or {}).get("number", ""))
-             for stage, found in status["stages"].items()]  # fmt: skip
+             for stage, found in status["stages"].items() if found.get("asked", True)]  # fmt: skip
     return "\n".join("\t".join(row) for row in rows)

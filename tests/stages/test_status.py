@@ -56,6 +56,31 @@ def test_table_for_the_shell(tmp_path, capsys):
                     ["export", "incomplete", ""], ["evaluate", "incomplete", ""]]  # fmt: skip
 
 
+def test_stages_that_were_started_by_hand(tmp_path, capsys):
+    """Their settings are not in config.yaml, which only pruning writes; `submit` asks for the chain alone."""
+    run_dir = tmp_path / "run"
+    step = json.dumps({"step": 3, "total": 10, "distill/loss": 1.0, "distill/step_s": 2.0, "distill/tokens_per_s": 5.0})
+    written(run_dir / "distill" / "metrics.jsonl", step)
+    written(run_dir / "finetune-0.1" / "tuned" / "manifest.json", "{}")
+    written(run_dir / "recover-0.1" / "metrics.jsonl", "")
+    written(run_dir / "finetune_data" / "records.json", "[]")
+    assert main(["status", str(run_dir), "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert {stage: found["state"] for stage, found in stages.items()} == {
+        "prepare": "incomplete", "prune": "incomplete", "recover-0.1": "incomplete", "finetune-0.1": "complete",
+        "export": "incomplete", "distill": "incomplete", "evaluate": "incomplete",
+    }  # fmt: skip
+    assert list(stages) == ["prepare", "prune", "recover-0.1", "finetune-0.1", "export", "distill", "evaluate"]
+    assert (stages["distill"]["progress"]["step"], stages["distill"]["asked"]) == (4, False)
+    assert main(["status", str(run_dir)]) == 0
+    assert "step 4 of 10, 5 tokens/s" in capsys.readouterr().out
+    assert main(["status", str(run_dir), "--tsv"]) == 0
+    rows = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert rows == ["run_dir", "prepare", "prune", "export", "evaluate"]
+    assert main(["status", str(run_dir), "--json", f"run_dir={run_dir}", "distill.steps=10"]) == 0
+    assert "asked" not in json.loads(capsys.readouterr().out)["stages"]["distill"]
+
+
 def test_no_run_is_named(capsys):
     assert main(["status"]) == 2
     assert "which run?" in capsys.readouterr().err
