@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -89,6 +90,7 @@ def measure(args: argparse.Namespace, rate: float) -> dict:
     if rate:
         student, reached = torch_pruning(config, rate)
     else:
+        shutil.rmtree(config.run_dir, ignore_errors=True)  # a finished run takes no time
         prune.run(config)
         exported = export_model(config)
         student, reached = str(exported), json.loads((exported / RECORD).read_text())["sparsity"]

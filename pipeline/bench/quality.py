@@ -46,6 +46,7 @@ from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
 from nuteprune.parallel.distributed import discover
 from nuteprune.planning.machine import pruning_steps
+from nuteprune.runs.checkpoint import write_atomic
 from nuteprune.runs.log import quiet_libraries
 from nuteprune.stages import distill, finetune, prune, recover
 
@@ -113,19 +114,21 @@ def bench(args: argparse.Namespace) -> int:
 
 def fill(args: argparse.Namespace, model: str) -> None:
     """The rows of one model that the table has not yet."""
-    scorer = None
+    scorer, intact = None, {}
     for steps, sparsity, variant, seed in product(args.steps, args.sparsities, args.variants, range(args.seeds)):
         if variant == "control" and sparsity != args.sparsities[0]:
             continue  # removes nothing: one row for all of them
         row = {"model": Path(model).name, "run": f"{variant}-{sparsity:g}-{steps}", "seed": seed}
         if any(row.items() <= run.items() for run in known(args)):
             continue
-        scorer = scorer or Scorer(model, args.test, args.blocks)
+        if scorer is None:
+            scorer = Scorer(model, args.test, args.blocks)
+            intact = {**row, "run": "intact", "variant": "intact", "sparsity": 0.0, "steps": 0, "seed": 0,
+                      **scorer.score(model)}  # fmt: skip
         found = [row | run for run in measure(args, scorer, model, variant, sparsity, steps, seed)]
         runs = known(args)  # others may have filled in theirs meanwhile
         if not any(run["variant"] == "intact" and run["model"] == row["model"] for run in runs):
-            runs.append({**row, "run": "intact", "variant": "intact", "sparsity": 0.0, "steps": 0, "seed": 0,
-                         **scorer.score(model)})  # fmt: skip
+            runs.append(intact)
         save(args, runs + found)
         sys.stderr.write(table(runs + found) + "\n")
 
@@ -233,7 +236,7 @@ def conditions(args: argparse.Namespace) -> dict:
 def save(args: argparse.Namespace, runs: list[dict]) -> None:
     """Write the runs so far and what they were measured on."""
     result = {**conditions(args), "environment": environment(discover().device), "runs": runs}
-    (args.out / "quality.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_atomic(args.out / "quality.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def known(args: argparse.Namespace) -> list[dict]:

@@ -1,5 +1,6 @@
 """The peer's row: torch-pruning's own code takes the share of the decoder that was asked for, and LoRA learns."""
 
+import argparse
 import subprocess
 import sys
 
@@ -39,3 +40,17 @@ def test_the_peers_student(peer, model_dir, text_file):
     assert losses[1] < losses[0]
     with pytest.raises(UserError, match="FFN units alone cannot remove 99%"):
         peers.torch_pruning(load_config(config, ["sparsity.target=0.99"]), 1e-3)
+
+
+def test_our_row_is_measured_anew(model_dir, text_file, tmp_path):
+    """A run that is finished already would take no time."""
+    args = argparse.Namespace(
+        model=str(model_dir), train=text_file, test=[text_file], sparsity=0.3, steps=2, seed=0, blocks=1, out=tmp_path,
+        set=["data.seq_len=32", "gates.importance_tokens=64", "tracking.progress=false"], finetune=None,
+    )  # fmt: skip
+    written = set()
+    for _ in range(2):
+        peers.measure(args, 0.0)
+        (result,) = tmp_path.rglob("pruned/manifest.json")
+        written.add(result.stat().st_mtime_ns)
+    assert len(written) == 2

@@ -37,19 +37,22 @@ def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, records, 
     assert "another blocks" in capsys.readouterr().err
 
 
-def test_two_commands_fill_one_table(model_dir, text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("meanwhile", ["a row is measured", "the intact model is scored"])
+def test_two_commands_fill_one_table(meanwhile, model_dir, text_file, tmp_path, monkeypatch):
     command = ["--model", model_dir, "--train", text_file, "--test", text_file, "--sparsities", "0.4", "--steps", "2",
                "--blocks", "1", "--out", tmp_path / "out", "--set", "gates.importance_tokens=1",
                "--set", "tracking.progress=false", "--set", "data.seq_len=32"]  # fmt: skip
     command = list(map(str, command))
-    measure = quality.measure
+    place, name = (quality, "measure") if meanwhile == "a row is measured" else (quality.Scorer, "score")
+    own = getattr(place, name)
 
     def beside(*arguments):
-        monkeypatch.undo()
-        assert quality.main([*command, "--variants", "no-teacher"]) == 0
-        return measure(*arguments)
+        if place is quality or arguments[1] == str(model_dir):
+            monkeypatch.undo()
+            assert quality.main([*command, "--variants", "no-teacher"]) == 0
+        return own(*arguments)
 
-    monkeypatch.setattr(quality, "measure", beside)
+    monkeypatch.setattr(place, name, beside)
     assert quality.main([*command, "--variants", "ours"]) == 0
     runs = json.loads((tmp_path / "out" / "quality.json").read_text())["runs"]
     assert [run["variant"] for run in runs] == ["intact", "no-teacher", "ours"]
