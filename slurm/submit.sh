@@ -15,6 +15,7 @@ while (($#)); do
             printf -v "${1#--}" %s "$2"
             shift 2
             ;;
+        --config=* | --cluster=* | --from=* | --sweep=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
         --dry-run) dry=1 && shift ;;
         *=*) overrides+=("$1") && shift ;;
         *) die "unknown argument '$1' (\`nuteprune submit --help\` shows them)" ;;

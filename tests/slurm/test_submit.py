@@ -108,6 +108,15 @@ def test_sweep(files, tmp_path):
     check("submit_sweep", submit(*files, "--dry-run", "--sweep", tmp_path / "sweep.yaml"), tmp_path)
 
 
+def test_flags_with_an_equals_sign(files, tmp_path):
+    config, cluster = (f"{flag}={value}" for flag, value in (files[:2], files[2:]))
+    done = submit(config, cluster, "--dry-run", f"--sweep={tmp_path}/sweep.yaml")
+    check("submit_sweep", done, tmp_path)
+    assert "run.yaml" in done.stdout
+    done = submit(config, cluster, "--dry-run", "--from=evaluate", "run_dir=runs/a=b")
+    assert [line.split()[3] for line in done.stdout.splitlines()] == ["--job-name=a=b-evaluate"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
