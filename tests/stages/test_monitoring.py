@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 from nuteprune.config import load_config
-from nuteprune.stages import evaluate, finetune, prune, recover
+from nuteprune.runs.directories import distill_directory
+from nuteprune.stages import distill, evaluate, export, finetune, prune, recover
 
 PAGE = Path(__file__).parents[2] / "docs/monitoring.md"
 TABLE = re.compile(r"^(?P<stages>[^|\n][^\n]*)\n\n(?P<rows>(?:\|.*\n)+)", re.MULTILINE)
@@ -18,7 +19,7 @@ def defined() -> dict[str, set[str]]:
     for table in TABLE.finditer(section):
         first = [row.split("|")[1] for row in table["rows"].splitlines()[2:]]
         found = {name for cell in first for name in re.findall(r"`([^`]+)`", cell)}
-        for stage in re.findall(r"`(prune|recover|finetune|evaluate)`", table["stages"]):
+        for stage in re.findall(r"`(prune|recover|finetune|distill|evaluate)`", table["stages"]):
             names[stage] = names.get(stage, set()) | found
     return names
 
@@ -35,12 +36,14 @@ def test_what_is_logged_is_defined_and_what_is_defined_is_logged(
     prune.run(load_config(None, ["recipe=paper", *settings, f"run_dir={tmp_path / 'paper'}", "train.steps=1"]))
     config = load_config(run_dir, [
         "recover.ladder=[0.2]", "recover.steps=1", f"finetune.data={records}", "finetune.steps=1",
-        "finetune.distill=1",
+        "finetune.distill=1", "distill.steps=1",
         "finetune.seq_len=32", "finetune.batch_size=1", f"evaluate.models=[{model_dir},{model_dir}]",
         f"evaluate.text=[{text_file}]", "evaluate.window=32", "evaluate.blocks=2", "evaluate.tasks=[local_mc]",
         "evaluate.task_limit=1", "evaluate.prompts=1", "evaluate.prompt_tokens=8", "evaluate.new_tokens=2",
     ])  # fmt: skip
     (recovered,) = recover.run(config)
+    export.run(config)
+    distill.run(config)
     tuned = finetune.run(config)
     (model,) = {entry["name"] for entry in evaluate.run(config)["models"]}
     results = {re.sub(r"batch_\d+", "batch_N", name) for name in logged(run_dir, f"eval/{model}/")}
@@ -49,5 +52,6 @@ def test_what_is_logged_is_defined_and_what_is_defined_is_logged(
         "prune": logged(run_dir, "prune/") | logged(tmp_path / "paper", "prune/"),
         "recover": logged(recovered.parent, "recover/"),
         "finetune": logged(tuned.parent, "finetune/"),
+        "distill": logged(distill_directory(run_dir), "distill/"),
         "evaluate": {re.sub(r"tasks/local_mc/.*", "tasks/TASK/METRIC", name) for name in results},
     }
