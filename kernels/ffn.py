@@ -13,7 +13,6 @@ from nuteprune.kernels.masked_lora import LEAVES, Sums, apply_products, gradient
 from nuteprune.kernels.product import Product
 
 _BLOCK = 1024
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _OPTIONS = {gelu: {"GELU": gelu, "BLOCK": _BLOCK} for gelu in (False, True)}
 
 
