@@ -17,7 +17,7 @@ from nuteprune.config import Config, flatten, load_config, to_dict
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.host import free_memory, processor
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
-from nuteprune.planning.footprint import PROCESS_BYTES, distillation_memory, host_memory
+from nuteprune.planning.footprint import PROCESS_BYTES, distillation_host, distillation_memory, host_memory
 from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.planning.planner import Plan, largest_micro_batch, make_plan
 
@@ -149,8 +149,9 @@ def choose(
         take(
             "deepspeed", name, f"{why}; {'the weights are shared out' if layout.stage == 3 else 'each card holds them'}"
         )
-    wanted = sum(distillation_memory(plan.job, layout).values())
-    take_steps(GPU_STEPS, "the README's budget of a 7B model", wanted < WITHOUT_ACTIVATIONS * machine.card.memory)
+    card, host = (sum(each(plan.job, layout).values()) for each in (distillation_memory, distillation_host))
+    fits = card < WITHOUT_ACTIVATIONS * machine.card.memory and host < free_memory()
+    take_steps(GPU_STEPS, "the README's budget of a 7B model", fits)
     return choices, plan
 
 

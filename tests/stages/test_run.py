@@ -146,7 +146,11 @@ def test_a_run_learns_what_to_remove_and_distils_in_the_rest_of_its_steps(tmp_pa
         return found.get("train.steps"), found.get("distill.steps")
 
     eight, one = (Machine("H100", count, CARDS["h100"], bf16=True) for count in (8, 1))
+    monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 1.1e11)
     assert steps(eight) == (200, 1800)
+    monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 1e11)
+    assert steps(eight) == (2000, None)  # a checkpoint's 24 bytes of each, and eight processes
+    monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 1.1e11)
     assert steps(one) == (2000, None)  # 16 bytes of each of 3.5B parameters, beside the intact model
     for given in ("distill.steps=5", "distill.steps=0", "finetune.data=records.json", "sparsity.constraint=lagrangian"):
         assert steps(eight, given) == (2000, None)
