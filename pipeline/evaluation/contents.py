@@ -213,6 +213,11 @@ def _speed(report: dict) -> list[str]:
     return lines
 
 
+def samples(report: dict) -> list[tuple[dict, ...]]:
+    """What each model wrote, prompt by prompt, as far as all of them wrote something."""
+    return list(zip(*(model.get("samples", []) for model in report["models"]), strict=False))
+
+
 def model_lines(report: dict) -> list[str]:
     """Where each model lies."""
     return [f"{code(title)}: {code(model['path'])}" for title, model in

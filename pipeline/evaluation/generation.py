@@ -18,6 +18,8 @@ from nuteprune.data.sequences import first_tokens
 from nuteprune.evaluation.measure import generate
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
+PROMPT_ROOM = 256
+"""Characters of text in which a prompt has room, whatever the tokenizer."""
 SHOWN = 3
 """Continuations that people read."""
 CYCLES, LOOP_TOKENS = 3, 12
@@ -46,7 +48,7 @@ def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, to
         tokens: the text as token ids `[n]`.
         count: how many; fewer where the text is short.
     """
-    prompts = _prompts(tokenizer, tokens, count)
+    prompts = _prompts(tokenizer, tokenizer.decode(tokens), count)
     grown = generate(model, prompts, NEW_TOKENS)[:, prompts.shape[1] :].tolist()
     end = model.generation_config.eos_token_id
     ends = {end} if isinstance(end, int) else set(end or ())
@@ -119,15 +121,14 @@ def agreement(model: PreTrainedModel, intact: Continued) -> float | None:
     return same / int((wanted >= 0).sum())
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, tokens: torch.LongTensor, count: int) -> torch.LongTensor:
-    """Prompts [N, P] spread evenly over a text, each where a paragraph, a line or a word begins nearby."""
-    count = min(count, max(1, len(tokens) // (2 * PROMPT_TOKENS)))
-    part, first, found = len(tokens) // count, list(first_tokens(tokenizer)), []
+def _prompts(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> torch.LongTensor:
+    """Prompts [N, P] spread evenly over a text's characters, each where a paragraph, a line or a word begins nearby."""
+    count = min(count, max(1, len(text) // PROMPT_ROOM))
+    part, first, found = len(text) // count, list(first_tokens(tokenizer)), []
+    near = min(part, 4 * PROMPT_ROOM)
     for begin in range(0, count * part, part):
-        # A start is looked for in the first of a part's tokens; the prompt itself may go on behind them.
-        near = begin + min(part, 8 * PROMPT_TOKENS)
-        heads, rest = (tokenizer.decode(ids) for ids in (tokens[begin:near], tokens[near : near + 2 * PROMPT_TOKENS]))
-        found.append(first + _head(tokenizer, heads + rest, len(heads)))
+        # A start is looked for in the first of a part's characters; the prompt itself may go on behind them.
+        found.append(first + _head(tokenizer, text[begin : begin + near + PROMPT_ROOM], near))
     shortest = min(map(len, found))
     return torch.tensor([ids[:shortest] for ids in found])
 

@@ -105,17 +105,22 @@ def _pictures(pictures: dict[str, str]) -> list[str]:
 
 
 def _samples(report: dict) -> list[str]:
-    """The same prompts, and beside each other what the models wrote behind them."""
+    """The prompts, and beside each other what the models wrote behind them."""
     parts = []
-    for index, sample in enumerate(report["models"][0].get("samples", [])):
-        parts.append(f'<div class="sample"><p>{escape(plain(sample["prompt"].strip()))} …</p><div class="cards">')
-        for title, model in zip(contents.titles(report), report["models"], strict=True):
-            own = model["samples"][index]
+    for written in contents.samples(report):
+        prompt = written[0]["prompt"]
+        parts.append(f'<div class="sample"><p>{_text(prompt)} …</p><div class="cards">')
+        for title, own in zip(contents.titles(report), written, strict=True):
             mark = ' <span class="loop">a loop</span>' * own["loops"]
-            text = escape(plain(own["continuation"].strip()))
-            parts.append(f'<div><h3>{escape(title)}{mark}</h3><p class="text">{text}</p></div>')
+            behind = "" if own["prompt"] == prompt else f'<p class="small">{_text(own["prompt"])} …</p>'
+            text = _text(own["continuation"])
+            parts.append(f'<div><h3>{escape(title)}{mark}</h3>{behind}<p class="text">{text}</p></div>')
         parts.append("</div></div>")
     return ["<h2>Samples</h2>", *parts] if parts else []
+
+
+def _text(words: str) -> str:
+    return escape(plain(words.strip()))
 
 
 def _list(lines: list[str]) -> str:

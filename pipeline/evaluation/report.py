@@ -107,15 +107,16 @@ def for_card(report: dict) -> str:
 
 
 def samples(report: dict) -> list[str]:
-    """What the models wrote behind the same prompts, as paragraphs of Markdown."""
+    """What the models wrote behind the same places of a text, as paragraphs of Markdown."""
     parts = ["## Samples"]
-    for index, sample in enumerate(report["models"][0].get("samples", [])):
-        parts += [f"Behind {code(sample['prompt'])}"]
-        for title, model in zip(contents.titles(report), report["models"], strict=True):
-            own = model["samples"][index]
+    for written in contents.samples(report):
+        prompt = written[0]["prompt"]
+        parts += [f"Behind {code(prompt)}"]
+        for title, own in zip(contents.titles(report), written, strict=True):
+            behind = "" if own["prompt"] == prompt else f", behind {code(own['prompt'])}"
             # Indented blocks: a model may write anything, fences of its own included.
             lines = [f"    {plain(line)}" for line in own["continuation"].splitlines() or [""]]
-            parts.append("\n".join([f"**{markdown_words(title)}**{', a loop' * own['loops']}\n", *lines]))
+            parts.append("\n".join([f"**{markdown_words(title)}**{behind}{', a loop' * own['loops']}\n", *lines]))
     return parts if len(parts) > 1 else []
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from nuteprune.errors import UserError
 from nuteprune.evaluation import compare, contents, head, measure, report, speed
 from nuteprune.evaluation.models import load_any, placement, weight_bytes
 from nuteprune.evaluation.tasks import PAPER, lm_eval_tasks, load_tasks, mean_accuracy
+from nuteprune.runs import words
 from nuteprune.runs.checkpoint import verify, write_manifest
 from nuteprune.stages import evaluate
 
@@ -352,7 +354,7 @@ def test_models_of_different_tokenizers_compare_by_bits_a_byte(settings, base, t
     other["model"]["merges"] = other["model"]["merges"][:5]  # the same tokens, most of which are never made
     copied = shutil.copytree(base, tmp_path / "other")
     (copied / "tokenizer.json").write_text(json.dumps(other))
-    result = evaluate.run(changed(settings, models=[base, str(copied)], batch_sizes=[], tasks=[], prompts=0))
+    result = evaluate.run(changed(settings, models=[base, str(copied)], batch_sizes=[], tasks=[], prompts=3))
     assert not result["same_tokens"]
     first, second = (model["perplexity"]["held_out.txt"] for model in result["models"])
     tokens = first["blocks"] * 64
@@ -367,6 +369,17 @@ def test_models_of_different_tokenizers_compare_by_bits_a_byte(settings, base, t
     written = report.write(result, tmp_path / "out", None)
     assert "takes infinite bits a byte instead of" in contents.headline(written)
     assert "infinite" in report.table(written)
+    # Each continuation stands behind what its model has read; what only one has written is left out.
+    marked, page = ((Path(settings.run_dir) / f"evaluate/report.{kind}").read_text() for kind in ("md", "html"))
+    whole, small = ([sample["prompt"] for sample in model["samples"]] for model in result["models"])
+    for longer, shorter in zip(whole, small, strict=True):
+        assert longer.startswith(shorter)
+        assert f"Behind {words.code(longer)}\n\n**before**" in marked
+        assert f"**after**, behind {words.code(shorter)}" in marked
+        assert f">{escape(shorter.strip())} …<" in page
+    del result["models"][1]["samples"][1:]
+    report.write(result, tmp_path / "out", None)
+    assert (tmp_path / "out/report.md").read_text().count("Behind `") == 1
 
 
 def test_one_model_without_speed_tasks_or_prompts(settings, base, tmp_path):

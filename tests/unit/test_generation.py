@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tiny import SENTENCES, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from nuteprune.evaluation import generation
 from nuteprune.evaluation.generation import Continued, continue_text, distinct_grams, is_loop, samples, score
@@ -22,9 +26,13 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def tokens(tokenizer) -> torch.LongTensor:
-    paragraphs = ["\n".join(SENTENCES[i : i + 4]) for i in range(0, len(SENTENCES), 4)]
-    return torch.tensor(tokenizer("\n\n".join(paragraphs), add_special_tokens=False).input_ids)
+def text() -> str:
+    return "\n\n".join("\n".join(SENTENCES[i : i + 4]) for i in range(0, len(SENTENCES), 4))
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer, text) -> torch.LongTensor:
+    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 LOOPS = {
@@ -53,8 +61,8 @@ def test_distinct_grams_are_counted():
     assert distinct_grams([1, 2]) is None
 
 
-def test_prompts_begin_as_the_tokenizer_does_where_a_paragraph_or_line_begins(tokenizer, tokens):
-    prompts = generation._prompts(tokenizer, tokens, 8)
+def test_prompts_begin_as_the_tokenizer_does_where_a_paragraph_or_line_begins(tokenizer, text):
+    prompts = generation._prompts(tokenizer, text, 8)
     assert prompts.shape == (8, 1 + generation.PROMPT_TOKENS)
     assert prompts[:, 0].tolist() == [0] * 8
     texts = [tokenizer.decode(ids[1:]) for ids in prompts]
@@ -62,8 +70,23 @@ def test_prompts_begin_as_the_tokenizer_does_where_a_paragraph_or_line_begins(to
     assert all(any(sentence.startswith(text.split("\n")[0]) or text.startswith(sentence) for sentence in SENTENCES)
                for text in texts)  # fmt: skip
     # A text that is too short for so many gives fewer, one at least.
-    assert len(generation._prompts(tokenizer, tokens[:200], 8)) == 3
-    assert generation._prompts(tokenizer, tokens[:9], 8).shape == (1, 10)
+    assert len(generation._prompts(tokenizer, text[:800], 8)) == 3
+    assert generation._prompts(tokenizer, text[:9], 8).shape[0] == 1
+
+
+def test_prompts_begin_at_the_same_places_whatever_the_tokenizer(tokenizer, text):
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["merges"] = content["model"]["merges"][:5]
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    # Text that is long in tokens of the one and not of the other stands at the end.
+    text += "\n\n" + " ".join(SENTENCES[:30]).upper()
+    whole, small = (
+        [each.decode(ids[1:]) for ids in continue_text(tiny_model("llama"), each, torch.tensor(
+            each(text, add_special_tokens=False).input_ids), 8).prompts]
+        for each in (tokenizer, other)
+    )  # fmt: skip
+    assert len(whole) == len(small) == 8
+    assert all(one.startswith(two) and len(two) < len(one) for one, two in zip(whole, small, strict=True))
 
 
 def test_numbers_are_those_of_plain_generation(tokenizer, tokens):
