@@ -50,6 +50,9 @@ class Distillation:
         self.root, self.student, self.teacher, self.layers, self.loss = root, root.model, teacher, layers, loss
         self.view = build_view(spec, None, {}, teacher.scaling, teacher.dtype)
         self.hidden = None if len(hidden) == spec.hidden else torch.tensor(hidden)
+        sizes = getattr(root.model.config, "layer_sizes", None)
+        self.emptied = [sizes is not None and sizes(number) == ([], 0) for number in range(len(layers))]
+        """Of each of the student's layers whether both sublayers are gone: no layer term counts it."""
 
     def __call__(self, ids: Tensor) -> Losses:
         """Losses of token ids [B, T]."""
@@ -65,18 +68,26 @@ class Distillation:
         labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE).flatten()
         output = {term: weight for term, weight in terms.items() if isinstance(term, OutputTerm)}
         rows, others = (each.flatten(0, 1).to(dtype) / scale for each in (final, target))
+        normed, last = (final.to(dtype), self.kept(target)), self.teacher.spec.layers - 1
         own = self.student.lm_head.weight.to(dtype)
         total, found = self.teacher.head.lend(
             lambda weight: head_loss(rows, own, output, self.loss, others, labels, weight)
         )
         for term, weight in terms.items():
             if isinstance(term, LayerTerm):
-                pairs = [(stream.to(dtype), self.kept(taught[index]))
-                         for stream, index in zip(streams, self.layers, strict=True)]  # fmt: skip
-                values = torch.stack([term.of_layer(*pair, None, None, self.loss) for pair in pairs])
+                of_layers = zip(streams, self.layers, self.emptied, strict=True)
+                values = torch.stack([
+                    self._of_layer(term, (stream.to(dtype), self.kept(taught[index])), normed if index == last else ())
+                    for stream, index, emptied in of_layers if not emptied
+                ])  # fmt: skip
                 found[term.name] = term.over_layers(values if values.dim() == 1 else values.mean(1), self.loss)
                 total = weight * found[term.name] + total
         return Losses(total, found)
+
+    def _of_layer(self, term: LayerTerm, streams: tuple[Tensor, Tensor], normed: tuple[Tensor, ...]) -> Tensor:
+        """Of the student's and the teacher's stream; `normed` has, behind the last layer, what the final norms made."""
+        norm = dict(zip(streams, normed, strict=True)).__getitem__ if normed else None
+        return term.of_layer(*streams, None, norm, self.loss)
 
     def computing(self) -> AbstractContextManager:
         """A block in which the student computes in the teacher's type."""

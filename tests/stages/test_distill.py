@@ -2,20 +2,26 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import gguf
 import pytest
 import torch
 import torch.nn.functional as F
+from exporting import loaded, some_gates, some_ids, trained
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nuteprune.__main__ import main
+from nuteprune.arch import read_spec
 from nuteprune.config import load_config
 from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
+from nuteprune.model.layers import build_view
 from nuteprune.model.loading import read_base
+from nuteprune.model.pairing import PairedModel
+from nuteprune.model.whole import Distillation, Root
 from nuteprune.runs.students import open_run
 from nuteprune.stages import distill, export, prune
 from nuteprune.training import blocks
@@ -73,6 +79,33 @@ def test_the_loss_is_that_of_both_models_as_transformers_computes_them(config, r
     distances = [(s - t).square().sum(-1) / torch.maximum(s.square().sum(-1), t.square().sum(-1))
                  for s, t in zip(streams, taught, strict=True)]  # fmt: skip
     assert terms["layer"] == pytest.approx(float(torch.stack(distances).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["normalized", "raw"])
+@pytest.mark.parametrize(("family", "shape"), [("llama", "per_layer_ffn"), ("gemma3_text", "per_layer"),
+                                               ("granite", "per_layer"), ("qwen3", "uniform")])  # fmt: skip
+def test_the_terms_are_those_of_the_paired_forward(family, shape, kind, tmp_path):
+    """Without the last layer in per_layer, without another one in per_layer_ffn, with all of them in uniform."""
+
+    def gates_of(spec):
+        gates = some_gates(spec, shape, hidden=40, fractional=False, empty=shape == "per_layer")
+        there = torch.tensor([1.0, 0, 1, 1])
+        return replace(gates, attn_sublayers=there, ffn_sublayers=there.clone()) if shape == "per_layer_ffn" else gates
+
+    config, model, gates, lora = trained(tmp_path, family, gates_of, **{"gates.shape": shape})
+    small = loaded(export.run(config))
+    kept = json.loads((tmp_path / "run/export/nuteprune.json").read_text())["kept"]
+    settings = load_config(config, [f"loss.layer={kind}"])
+    paired = PairedModel(model, read_spec(model.config), config.lora)
+    student, teacher = (
+        build_view(paired.spec, *view, paired.scaling, torch.float32) for view in ((gates, lora), (None, {}))
+    )
+    with torch.no_grad():
+        wanted = paired(some_ids(), student, teacher, settings.loss).terms
+        found = Distillation(Root(small), paired, kept["layers"], kept["hidden"], settings.loss)(some_ids()).terms
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        {name: float(value) for name, value in wanted.items()}, rel=1e-4
+    )
 
 
 def test_fitted_blocks_lead_the_stream_nearer_to_the_models(config, run_dir, monkeypatch):
