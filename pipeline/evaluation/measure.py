@@ -175,17 +175,20 @@ def sizes(model: PreTrainedModel, folder: Path) -> dict:
         folder: of its weight files.
 
     Returns:
-        `parameters` (tied ones once), `parameters_non_embedding`, `parameters_prunable` (decoder projections),
-        `parameters_read` (all that a token's forward pass reads: not the rows of an input embedding that is no output
-        head) and `bytes` of the weight files.
+        `parameters` (tied ones once), `parameters_non_embedding`, `parameters_read` (all that a token's forward pass
+        reads: not the rows of an input embedding that is no output head, nor experts that the router does not choose),
+        `parameters_prunable` (those of them that are decoder projections) and `bytes` of the weight files.
     """
     total = sum(p.numel() for p in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    chosen = getattr(model.config, "num_experts_per_tok", 0)
+    experts = [p for name, p in model.named_parameters() if chosen and ".mlp.experts." in name]
+    unread = sum(p[0].numel() * max(0, len(p) - chosen) for p in experts)  # [experts, …]
     return {
         "parameters": total,
         "parameters_non_embedding": total - sum(p.numel() for p in {embedding, head}),
-        "parameters_prunable": exported_parameters(model),
-        "parameters_read": total - (0 if embedding is head else embedding.numel()),
+        "parameters_prunable": exported_parameters(model) - unread,
+        "parameters_read": total - (0 if embedding is head else embedding.numel()) - unread,
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     }
 

@@ -30,6 +30,7 @@ from nuteprune.errors import UserError
 from nuteprune.evaluation import compare, contents, head, measure, report, speed
 from nuteprune.evaluation.models import load_any, placement, weight_bytes
 from nuteprune.evaluation.tasks import PAPER, lm_eval_tasks, load_tasks, mean_accuracy
+from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs import words
 from nuteprune.runs.checkpoint import verify, write_manifest
 from nuteprune.stages import evaluate
@@ -203,6 +204,21 @@ def test_weights_read_for_a_token_are_all_but_the_rows_of_an_untied_embedding(ti
     spec = read_spec(tiny_config("llama"))
     assert got["parameters_prunable"] == spec.prunable
     assert got["parameters_read"] == got["parameters_non_embedding"] + spec.vocab * spec.hidden
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_of_experts_a_token_reads_those_that_the_router_chooses(name, tmp_path):
+    model, spec = tiny_model(name, tie_word_embeddings=True), read_spec(tiny_config(name, tie_word_embeddings=True))
+    before = measure.sizes(model, tmp_path)
+    assert before["parameters_prunable"] == spec.prunable_read < spec.prunable
+    assert before["parameters_read"] == read_parameters(spec)
+    for layer in model.model.layers:  # as many experts as are read are left, and a token reads as much
+        experts = layer.mlp.experts
+        for key, weight in dict(experts.named_parameters()).items():
+            setattr(experts, key, torch.nn.Parameter(weight[: spec.top_k].detach()))
+    after = measure.sizes(model, tmp_path)
+    assert after["parameters"] < before["parameters"]
+    assert speed.ceiling(before, after)["speedup"] == 1
 
 
 def test_lm_eval_knows_the_papers_tasks_and_an_unknown_one_is_one_line(monkeypatch):
