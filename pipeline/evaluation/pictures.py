@@ -62,6 +62,7 @@ def kept(file: Path, width: float = WIDTH) -> Figure | None:
 
 def _kept(facts: dict, width: float) -> Figure | None:
     original = facts.get("original", {})
+    original |= {"ffn": original.get("ffn", 0) * original.get("experts", 1)}  # its count is that of one expert
     gates = {}
     for unit, key in UNITS.items():
         layers = facts.get("kept", {}).get(unit)

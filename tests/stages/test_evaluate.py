@@ -27,7 +27,7 @@ from transformers import (
 from nuteprune.arch import read_spec
 from nuteprune.config import Config, EvaluateConfig, ModelConfig, TrackingConfig
 from nuteprune.errors import UserError
-from nuteprune.evaluation import compare, contents, head, measure, report, speed
+from nuteprune.evaluation import compare, contents, head, measure, pictures, report, speed
 from nuteprune.evaluation.models import load_any, placement, weight_bytes
 from nuteprune.evaluation.tasks import PAPER, lm_eval_tasks, load_tasks, mean_accuracy
 from nuteprune.parallel.sizes import read_parameters
@@ -219,6 +219,14 @@ def test_of_experts_a_token_reads_those_that_the_router_chooses(name, tmp_path):
     after = measure.sizes(model, tmp_path)
     assert after["parameters"] < before["parameters"]
     assert speed.ceiling(before, after)["speedup"] == 1
+
+
+def test_the_picture_of_what_is_kept_counts_removed_experts(tmp_path):
+    file = tmp_path / "nuteprune.json"
+    record = {"kept": {"ffn": [list(range(16)), list(range(40))]}, "original": {"ffn": 8, "experts": 10}}
+    file.write_text(json.dumps(record))
+    (axis,) = pictures.kept(file).axes
+    assert axis.get_title(loc="left") == "FFN units: 28.0 of 80 kept on average"
 
 
 def test_lm_eval_knows_the_papers_tasks_and_an_unknown_one_is_one_line(monkeypatch):
