@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from nuteprune.arch import ArchSpec
 from nuteprune.config import ModelConfig
 from nuteprune.errors import UserError, first_line
 from nuteprune.exporting.folding import OWN_TYPES
 from nuteprune.model.hub import PICKLED, WEIGHTS, fetch
-from nuteprune.model.loading import check_attention, check_whole
+from nuteprune.model.loading import check_attention, check_dtype, check_whole, read_config
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +71,8 @@ def load_any(
         device: the weights are read shard by shard onto it; a model that does not fit is spread over all devices.
 
     Raises:
-        UserError: no whole model or no tokenizer there, or code of its own that is not trusted.
+        UserError: no whole model or no tokenizer there, code of its own that is not trusted, or a type that its family
+            cannot compute in.
     """
     check_attention(config)
     try:
@@ -82,6 +85,8 @@ def load_any(
             f"model {path}: its {asking} asks to run Python code that came with it (auto_map), which may do anything "
             "you can: read that code, then set evaluate.trust_remote_code=true"
         )
+    if (spec := _spec(folder)) is not None:
+        check_dtype(spec, config.dtype)
     if asking:
         log.warning("%s brings code of its own (auto_map in its %s), which is run", path, asking)
     try:
@@ -95,6 +100,13 @@ def load_any(
         raise UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
     check_whole(path, info["missing_keys"])
     return model.eval(), tokenizer, folder
+
+
+def _spec(folder: Path) -> ArchSpec | None:
+    """The architecture of a model of a supported family."""
+    with contextlib.suppress(UserError):
+        return read_config(str(folder))[1]
+    return None
 
 
 def _asking_for_code(folder: Path) -> str:

@@ -9,6 +9,7 @@ from nuteprune.__main__ import main
 from nuteprune.arch import fuse, projections, read_spec, split_fused, stored
 from nuteprune.config import GateConfig, LoraConfig, LossConfig, ModelConfig
 from nuteprune.errors import UserError
+from nuteprune.evaluation.models import load_any
 from nuteprune.exporting.folding import fold_model, plan_fold, small_config
 from nuteprune.exporting.gguf_model import gguf_architecture
 from nuteprune.exporting.small import exported_dtype
@@ -115,6 +116,8 @@ def test_gemma_in_float16_is_one_line(tmp_path, capsys, dry, text_file, tokenize
                  f"data.source={text_file}", "data.seq_len=32"]  # fmt: skip
     assert main(["prune", *arguments, *dry]) == 2
     assert "model.dtype: gemma3_text cannot have float16" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"model.dtype: gemma3_text cannot have float16"):
+        load_any(str(tmp_path / "base"), ModelConfig(dtype="float16"))
     with pytest.raises(UserError, match=r"export.dtype: gemma3_text cannot have float16"):
         exported_dtype(read_base(ModelConfig(path=str(tmp_path / "base"))), "float16")
 
