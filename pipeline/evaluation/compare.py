@@ -113,9 +113,10 @@ def _quality(
         label = f"{text.name} by {name}" if shown else None
         how = (text.window, text.blocks, label, text.first)
         score = perplexity(model, text.tokens, *how)
-        read = tokenizer.decode(text.tokens[: score["blocks"] * (text.window - len(text.first))])
-        bits = score["nll"] * score["tokens"] / math.log(2)
-        scores[text.name] = score | {"bits_per_byte": bits / len(read.encode())}
+        windows = text.tokens[: score["blocks"] * (text.window - len(text.first))].view(score["blocks"], -1)
+        scored = tokenizer.decode(windows[:, 0 if text.first else 1 :].flatten())
+        bits, size = score["nll"] * score["tokens"] / math.log(2), len(scored.encode())
+        scores[text.name] = score | {"bytes": size, "bits_per_byte": bits / size}
         yield {"perplexity": scores}
     if tasks:
         limit, shots = (0, 0) if settings.protocol == "published" else (settings.task_limit, settings.fewshot)

@@ -148,18 +148,28 @@ def conditions(report: dict) -> list[str]:
 def _perplexity(report: dict) -> list[str]:
     first, lines = report["models"][0], []
     for text, score in first["perplexity"].items():
-        lines.append(
-            f"Perplexity of {code(text)}: {score['blocks']} window{'s' * (score['blocks'] > 1)} of {score['window']} "
-            f"tokens side by side, mean over {score['tokens']:,} predicted tokens, weights in "
-            f"{report['dtype']}."
-        )
+        window = f"of {score['window']} tokens side by side"
+        if report["same_tokens"]:
+            windows = f"{score['blocks']} window{'s' * (score['blocks'] > 1)} {window}"
+            scored = f"{windows}, mean over {score['tokens']:,} predicted tokens"
+        else:
+            own = zip(titles(report), (model["perplexity"][text] for model in report["models"]), strict=True)
+            scored = ", ".join([
+                f"windows {window}",
+                *(f"{code(title)} {each['blocks']} with {each['tokens']:,} predicted tokens of {each['bytes']:,} bytes"
+                  for title, each in own),
+            ])  # fmt: skip
+        lines.append(f"Perplexity of {code(text)}: {scored}, weights in {report['dtype']}.")
     lines.append(_protocol(report["protocol"], " ".join(map(code, first["first_tokens"]))))
     if report["ratio"]:
         lines.append("ΔNLL is ln(after / before).")
     if not report["held_out"]:
         lines.append("This is the text the model was pruned on, not a held-out one.")
     if not report["same_tokens"]:
-        lines.append("The models' tokenizers differ: their bits a byte compare, their perplexities a token do not.")
+        lines.append(
+            "The models' tokenizers differ: their bits a byte compare, as far as the same bytes were scored, their "
+            "perplexities a token do not."
+        )
     return lines
 
 

@@ -381,10 +381,15 @@ def test_models_of_different_tokenizers_compare_by_bits_a_byte(settings, base, t
     result = evaluate.run(changed(settings, models=[base, str(copied)], batch_sizes=[], tasks=[], prompts=3))
     assert not result["same_tokens"]
     first, second = (model["perplexity"]["held_out.txt"] for model in result["models"])
-    tokens = first["blocks"] * 64
-    read = AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"][:tokens]
-    size = len(AutoTokenizer.from_pretrained(base).decode(read).encode())
-    assert first["bits_per_byte"] == pytest.approx(first["nll"] * first["blocks"] * 63 / math.log(2) / size)
+    ids, decode = AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"], AutoTokenizer.from_pretrained(base).decode
+    # The first token of a window has nothing before it: neither it nor its bytes are scored.
+    size = sum(len(decode(ids[begin + 1 : begin + 64])) for begin in range(0, 3 * 64, 64))
+    assert first["bits_per_byte"] == pytest.approx(first["nll"] * 3 * 63 / math.log(2) / size)
+    assert (first["bytes"], first["tokens"]) == (size, 3 * 63)
+    scored = (f"`{title}` 3 with 189 predicted tokens of {score['bytes']:,} bytes"
+              for title, score in (("before", first), ("after", second)))  # fmt: skip
+    assert f"windows of 64 tokens side by side, {', '.join(scored)}, weights in" in contents.conditions(result)[0]
+    assert second["bytes"] < size
     assert second["bits_per_byte"] > first["bits_per_byte"]
     assert "takes " in contents.headline(result)
     row = next(line for line in report.table(result).splitlines() if "bits a byte" in line)
