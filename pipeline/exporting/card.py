@@ -88,7 +88,7 @@ def model_card(run: Run, student: Student, fold: Fold, shape: str, dtype: str, r
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [nuteprune, pruned]"]
     head += [f"license: {licence}"] if licence else []
     head += [f"base_model: {name}"] if name == base else []
-    return "\n".join([*head, "---", "", *_body(run, student, name, shape, dtype, result), "", *_table(fold), ""])
+    return "\n".join([*head, "---", "", *_body(run, student, fold, name, shape, dtype, result), "", *_table(fold), ""])
 
 
 def add_results(directory: Path, results: str) -> None:
@@ -138,11 +138,13 @@ def base_licence(base: str) -> str | None:
     return found[1] if found else None
 
 
-def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result: Result) -> list[str]:
+def _body(run: Run, student: Student, fold: Fold, name: str, shape: str, dtype: str, result: Result) -> list[str]:
     config, facts, tuned = run.config, run.facts, student.facts
     train, lora = config.train, config.lora
     steps = f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs"
     trust = ", trust_remote_code=True" if shape != "uniform" else ""
+    flags = " --model-impl transformers" if trust or fold.vllm_misreads else ""
+    flags += " --trust-remote-code" if trust else ""
     lines = [
         f"# {markdown_words(name)}, pruned by {result.sparsity:.1%}",
         "",
@@ -157,7 +159,7 @@ def _body(run: Run, student: Student, name: str, shape: str, dtype: str, result:
         f"tokenizer = AutoTokenizer.from_pretrained(path{trust})",
         "```",
         "",
-        f"In vLLM: `vllm serve PATH{' --model-impl transformers --trust-remote-code' if trust else ''}`.",
+        f"In vLLM: `vllm serve PATH{flags}`.",
         "",
         "| | |",
         "|---|---|",

@@ -91,6 +91,12 @@ class Fold:
         """Tied embeddings cannot hold a fractional hidden gate: it scales the embedding but not the head."""
         return self.spec.tied and bool((self.hidden_gate[self.kept.hidden] != 1).any())
 
+    @property
+    def vllm_misreads(self) -> bool:
+        """vLLM's Qwen2 has no head size of its own but takes hidden size / heads; of the uniform shape."""
+        width = max(map(len, self.kept.heads)) * self.spec.head_dim
+        return self.spec.family == "qwen2" and width != len(self.kept.hidden)
+
 
 def plan_fold(spec: ArchSpec, gates: Gates, lora: LoraWeights, scaling: float) -> Fold:
     """The fold of given gates and LoRA; raises UserError where no hidden dimension or no layer is left."""
@@ -158,7 +164,7 @@ def small_config(base: PreTrainedConfig, fold: Fold, shape: str) -> PreTrainedCo
             f"a stock {fold.spec.family} model like this one cannot have hidden size {hidden} with {heads} heads: "
             "use export.shape=per_layer, or leave `hidden` out of gates.units"
         )
-    if fold.spec.family == "qwen2" and heads * fold.spec.head_dim != hidden:
+    if fold.vllm_misreads:
         log.warning("vLLM's Qwen2 has no head size of its own but takes hidden size / heads, %d / %d here and not %d: "
                     "serve it with --model-impl transformers", hidden, heads, fold.spec.head_dim)  # fmt: skip
     cls = getattr(transformers, family.small_class(base, hidden, heads)) if family.small_class else type(base)

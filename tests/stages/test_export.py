@@ -216,16 +216,18 @@ def test_the_stock_class_and_the_base_settings_are_carried_over(exports):
 def test_qwen2_that_stock_vllm_would_misread_is_said(tmp_path, caplog):
     """Its Qwen2 has no head size of its own: 4 heads of 8 in a hidden size of 40 would be heads of 10."""
     config, *_ = trained(tmp_path, "qwen2", lambda s: some_gates(s, "uniform", hidden=40))
-    export.run(config)
+    card = (export.run(config) / "README.md").read_text()
     (line,) = [r.getMessage() for r in caplog.records if "vLLM" in r.getMessage()]
     assert "hidden size / heads, 40 / 4 here and not 8" in line
     assert "--model-impl transformers" in line
+    assert "`vllm serve PATH --model-impl transformers`" in card
 
 
 def test_qwen2_that_stock_vllm_reads_is_silent(tmp_path, caplog):
     config, *_ = trained(tmp_path, "qwen2", lambda s: some_gates(s, "uniform", hidden=32))
-    export.run(config)
+    card = (export.run(config) / "README.md").read_text()
     assert "vLLM" not in caplog.text
+    assert "`vllm serve PATH`" in card
 
 
 def test_card_says_how_it_was_made(exports):
