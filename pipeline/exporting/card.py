@@ -83,11 +83,9 @@ def model_card(run: Run, student: Student, fold: Fold, shape: str, dtype: str, r
         result: what the export reached.
     """
     base = run.config.model.path
-    licence = base_licence(base)
     name = one_line(Path(base).name if Path(base).exists() else base)
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [nuteprune, pruned]"]
-    head += [f"license: {licence}"] if licence else []
-    head += [f"base_model: {name}"] if name == base else []
+    head += origin(base)
     return "\n".join([*head, "---", "", *_body(run, student, fold, name, shape, dtype, result), "", *_table(fold), ""])
 
 
@@ -124,6 +122,13 @@ def distilled_card(card: str, steps: int, tokens: int) -> str:
     """The card of an export whose decoder was trained since; what was measured of it before is left out."""
     row = f"| Distilled | all weights of the decoder, {steps:,} steps, {tokens:,} tokens |"
     return re.sub(r"(?m)^\| Teacher \|", f"{row}\n| Teacher |", card.split(RESULTS)[0].rstrip() + "\n", count=1)
+
+
+def origin(base: str) -> list[str]:
+    """The `license:` and `base_model:` entries of a model that is made of a base; a local one has no name elsewhere."""
+    licence = base_licence(base)
+    found = [f"license: {licence}"] if licence else []
+    return found if Path(base).exists() else [*found, f"base_model: {one_line(base)}"]
 
 
 def base_licence(base: str) -> str | None:

@@ -17,6 +17,7 @@ from nuteprune.config import Config, load_config
 from nuteprune.data.prepared import TrainingText
 from nuteprune.data.sequences import first_tokens
 from nuteprune.errors import UserError
+from nuteprune.exporting.card import CARD, origin
 from nuteprune.exporting.small import exported_dtype
 from nuteprune.exporting.targets.stock import SHARD
 from nuteprune.model.loading import Base, load_model, read_base
@@ -65,6 +66,8 @@ def run(config: Config, output: str, tokens: int) -> str:
         renumber(generation, kept).to_json_file(directory / "generation_config.json", use_diff=True)
         record = {"base": base.path, "text": config.data.source, "kept": kept}
         (directory / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        if facts := origin(base.path):
+            (directory / CARD).write_text("\n".join(["---", *facts, "---", ""]), encoding="utf-8")
     split = split_share(counts, kept)
     return (
         f"trimmed model: {target}\n{base.spec.vocab:,} -> {len(kept):,} tokens, {before / 1e6:.1f}M -> "

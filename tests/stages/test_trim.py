@@ -132,6 +132,7 @@ def test_a_tokenizer_of_another_kind_is_refused(text_file, tmp_path, capsys):
 
 def test_the_result_is_pruned_and_exported(text_file, tmp_path):
     saved(tmp_path / "model", "gemma3", True)
+    (tmp_path / "model/README.md").write_text("---\nlicense: gemma\n---\n# Base\n")
     out, run = tmp_path / "small", tmp_path / "run"
     assert main(["trim", str(tmp_path / "model"), "--data", str(text_file), "--out", str(out), "data.seq_len=32"]) == 0
     settings = load_config(None, [f"run_dir={run}", f"model.path={out}", f"data.source={text_file}", "data.seq_len=32",
@@ -141,6 +142,8 @@ def test_the_result_is_pruned_and_exported(text_file, tmp_path):
     exported = export.run(settings)
     text = AutoTokenizer.from_pretrained(exported).decode(AutoTokenizer.from_pretrained(out)(RARE)["input_ids"][1:])
     assert text == RARE
+    assert (out / "README.md").read_text() == "---\nlicense: gemma\n---\n"
+    assert "license: gemma" in (exported / "README.md").read_text().splitlines()
 
 
 def test_the_share_that_is_split_counts_what_was_not_seen_too():
