@@ -28,7 +28,7 @@ def tokens(x: Tensor) -> int:
 def in_rows(x: Tensor) -> Tensor:
     """x as it is where its rows lie at equal distances, else as [M, K], copied if need be."""
     dim = x.dim()
-    if dim == 2 or (dim == 3 and (x.is_contiguous() or x.stride(0) == x.shape[1] * x.stride(1))):
+    if dim == 2 or (dim == 3 and x.stride(0) == x.shape[1] * x.stride(1)):
         return x
     return rows(x)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Collection
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +114,13 @@ def settle(
 ) -> tuple[Config, list[Choice], str]:
     """The settings with what is chosen here, or was when the run began, the choices, and the text that is held out."""
     directory, plan = Path(config.run_dir), None
-    if (directory / "config.yaml").is_file():
+    if begun := (directory / "config.yaml").is_file():
         choices = [Choice(key, value, "as this run began") for key, value in chosen_before(directory, config, given)]
     else:
         choices, plan = choose(config, given, machine, spec)
     kept, lines = hold_out(with_choices(config, choices), given)
+    if begun and not kept and "data.documents" not in given:
+        kept = [Choice("data.documents", load_config(directory).data.documents, "as this run began")]
     choices += kept
     log.info("%s", table(machine, choices))
     words = spec.vocab * spec.hidden * (1 if spec.tied else 2) / total_parameters(spec)
@@ -138,7 +142,8 @@ def with_choices(config: Config, choices: list[Choice]) -> Config:
 def chosen_before(directory: Path, config: Config, given: Collection[str]) -> list[tuple[str, Any]]:
     """What a run that has begun has where its user leaves it open, by key, as far as it differs from `config`."""
     began, now = (flatten(to_dict(each)) for each in (load_config(directory), config))
-    own = {*given, "recipe", "run_dir", "data.documents", "evaluate.text"}  # the last two follow from the text again
+    # The last three follow from the text again.
+    own = {*given, "recipe", "run_dir", "data.documents", "evaluate.text", "evaluate.window"}
     return [(key, value) for key, value in began.items() if key not in own and now[key] != value]
 
 
@@ -153,20 +158,33 @@ def _on_all_cards(stage: str, settings: Path, ranks: int) -> None:
             try:
                 code = launched.wait()
             except Preempted:
-                _tell(launched.pid)
+                signal.signal(signal.SIGINT, partial(_at_once, launched.pid))
+                for one in _ranks(launched.pid):
+                    with suppress(psutil.NoSuchProcess):
+                        one.terminate()
                 raise Preempted(f"{stage} was told to stop: what it saved stands above, start again") from None
         if not code:
             return
     raise StageFailed(stage, code)
 
 
-def _tell(launcher: int) -> None:
-    """Let the ranks end as their own signal would. Told itself, the launcher would kill them 30 seconds later."""
+def _ranks(launcher: int) -> list[psutil.Process]:
+    """What a launcher has started, or itself. Told to stop, it would kill its ranks 30 seconds later."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(launcher)
-        for one in process.children() or [process]:
+        return process.children() or [process]
+    return []
+
+
+def _at_once(launcher: int, *_args) -> None:
+    """The handler of a second Ctrl-C: ends the ranks, their launcher and this process."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(launcher)
+        for one in [*process.children(recursive=True), process]:
             with suppress(psutil.NoSuchProcess):
-                one.terminate()
+                one.kill()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)
 
 
 def hold_out(config: Config, given: Collection[str]) -> tuple[list[Choice], str]:

@@ -123,14 +123,20 @@ def fill(args: argparse.Namespace, model: str) -> None:
             continue
         if scorer is None:
             scorer = Scorer(model, args.test, args.blocks)
-            intact = {**row, "run": "intact", "variant": "intact", "sparsity": 0.0, "steps": 0, "seed": 0,
-                      **scorer.score(model)}  # fmt: skip
+            if not has_intact(known(args), Path(model).name):
+                intact = {**row, "run": "intact", "variant": "intact", "sparsity": 0.0, "steps": 0, "seed": 0,
+                          **scorer.score(model)}  # fmt: skip
         found = [row | run for run in measure(args, scorer, model, variant, sparsity, steps, seed)]
         runs = known(args)  # others may have filled in theirs meanwhile
-        if not any(run["variant"] == "intact" and run["model"] == row["model"] for run in runs):
+        if intact and not has_intact(runs, Path(model).name):
             runs.append(intact)
         save(args, runs + found)
         sys.stderr.write(table(runs + found) + "\n")
+
+
+def has_intact(runs: list[dict], model: str) -> bool:
+    """Whether a table has a model's own row."""
+    return any(run["variant"] == "intact" and run["model"] == model for run in runs)
 
 
 def split(train: Path, held_out: int, out: Path) -> tuple[Path, list[Path]]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from nuteprune.arch import ArchSpec
+from nuteprune.arch import FAMILIES, ArchSpec
 from nuteprune.config import ModelConfig
 from nuteprune.errors import UserError, first_line
 from nuteprune.exporting.folding import OWN_TYPES
 from nuteprune.model.hub import PICKLED, WEIGHTS, fetch
-from nuteprune.model.loading import check_attention, check_dtype, check_whole, read_config
+from nuteprune.model.loading import check_attention, check_dtype, check_whole
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +104,12 @@ def load_any(
 
 
 def _spec(folder: Path) -> ArchSpec | None:
-    """The architecture of a model of a supported family."""
-    with contextlib.suppress(UserError):
-        return read_config(str(folder))[1]
+    """The architecture of a model of a supported family, or of an export of one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, UserError):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for cls in type(config).__mro__:  # an export's class is made of a stock one
+            if (name := getattr(cls, "model_type", None)) in FAMILIES:
+                return replace(FAMILIES[name].read(config), family=name)
     return None
 
 

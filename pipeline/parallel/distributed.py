@@ -44,7 +44,7 @@ class World:
 
     Attributes:
         rank, size: this process's number, and how many there are.
-        local_rank, local_size: the same on its node.
+        local_rank, local_size: the same on its node; of a rank that sees a card of its own alone `local_rank` is 0.
         device: where it computes.
     """
 

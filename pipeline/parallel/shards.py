@@ -101,8 +101,12 @@ def _files(path: str) -> dict[str, Path]:
                 return dict.fromkeys(tensors.keys(), file)
         weights = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         found = {name: Path(cached_file(path, name)) for name in sorted(set(weights.values()))}
+        there: set[str] = set()
+        for file in found.values():
+            with safe_open(file, framework="pt") as tensors:  # reads the header, and whether the file is whole
+                there |= set(tensors.keys())
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"model.path {path}: ZeRO-3 reads safetensors, and they cannot be read ({first_line(error)})"
         ) from None
-    return {weight: found[name] for weight, name in weights.items()}
+    return {weight: found[name] for weight, name in weights.items() if weight in there}

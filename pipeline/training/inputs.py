@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 from nuteprune.data.prepared import TrainingText
@@ -16,7 +18,9 @@ def fetch_once(path: str, world: World) -> None:
 
     Otherwise rank 0 would download it where the others wait in a collective, longer than `train.rank_timeout`.
     """
-    world.unhurried(lambda: fetch(path) if world.local_rank == 0 else None)
+    nodes = world.gather(platform.node())  # local_rank is 0 on all ranks of a node that see a card of their own alone
+    first = nodes.index(nodes[world.rank])
+    world.unhurried(lambda: fetch(path) if world.rank == first else None)
 
 
 def shared_blocks(text: TrainingText, world: World, batch_size: int) -> torch.LongTensor:

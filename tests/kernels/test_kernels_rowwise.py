@@ -163,18 +163,26 @@ def test_measuring_tile_sizes_adds_nothing(monkeypatch):
     from nuteprune.kernels import launch, tuning
     from nuteprune.kernels.masked_lora import triton_linears
 
+    measured = []
+
     def measure(product, x, run):
+        measured.append(product)
         for _ in range(2):
             run(tuning.INTERPRETER)
         return tuning.INTERPRETER
 
     case = build(Case(lead=(2, 5)))
     x = case["x"]
-    parts = [product_of(case["weight"], case["bias"], case["lora_a"], case["lora_b"]) for _ in range(2)]
     upstream = [drawn(2, 5, 17)] * 2
-    want = torch.autograd.grad(triton_linears(x, tuple(parts)), x, upstream)
+
+    def gradient():
+        parts = [product_of(case["weight"], case["bias"], case["lora_a"], case["lora_b"]) for _ in range(2)]
+        return torch.autograd.grad(triton_linears(x, tuple(parts)), x, upstream)
+
+    want = gradient()
     monkeypatch.setattr(launch, "config_of", measure)
-    torch.testing.assert_close(torch.autograd.grad(triton_linears(x, tuple(parts)), x, upstream), want)
+    torch.testing.assert_close(gradient(), want)
+    assert len(measured) == 4
 
 
 @pytest.mark.parametrize(("kind", "recomputed"), [("half", False), ("list", False), ("half", True)])

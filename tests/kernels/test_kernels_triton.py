@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernels_cases import Case, build, check
@@ -41,6 +42,13 @@ def poisoned_memory():
 @pytest.mark.parametrize(("lead", "k", "n"), SHAPES)
 def test_odd_shapes(lead, k, n, dtype):
     check(triton_linear, Case(lead=lead, k=k, n=n, dtype=dtype, in_kind="soft", out_kind="half"))
+
+
+@pytest.mark.parametrize(("size", "stride"), [((5, 1, 8), (8, 40, 1)), ((1, 5, 8), (3, 8, 1))])
+def test_strides_of_dimensions_of_one(size, stride):
+    weight = torch.randn(6, 8)
+    x = torch.randn(64).as_strided(size, stride)
+    torch.testing.assert_close(triton_linear(x, weight), F.linear(x, weight))
 
 
 @pytest.mark.parametrize("out_kind", KINDS)

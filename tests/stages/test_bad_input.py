@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from exporting import some_gates, trained
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from nuteprune import api
 from nuteprune.__main__ import main
@@ -113,6 +114,17 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
     else:
         (broken / "config.json").unlink()
     assert expected in refused(capsys, "prune", *settings, f"model.path={broken}")
+
+
+def test_a_shard_of_the_model_that_is_cut_or_lacks_a_weight(settings, model_dir, tmp_path, capsys):
+    broken = tmp_path / "model"
+    shutil.copytree(model_dir, broken, ignore=shutil.ignore_patterns("model*"))
+    AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(broken, max_shard_size="20KB")
+    shard = sorted(broken.glob("model-*.safetensors"))[1]
+    tensors, whole = load_file(shard), shard.read_bytes()
+    for told, content in (("cannot be read", whole[:-100]), ("are missing", save(dict([*tensors.items()][1:])))):
+        shard.write_bytes(content)
+        assert told in refused(capsys, "prune", *settings, f"model.path={broken}", "deepspeed=zero3")
 
 
 def test_run_directory_of_another_configuration(settings, capsys):

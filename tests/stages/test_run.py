@@ -57,6 +57,11 @@ def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys, cap
     # The file is the same run.
     assert main(["run", "--config", str(out / "run.yaml")]) == 0
     assert (out / "pruned" / "manifest.json").stat().st_mtime_ns == pruned
+    # It is evaluated on another text where that is said.
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(SENTENCES[:40]))
+    assert main([*command, f"evaluate.text=[{other}]"]) == 0
+    assert list(json.loads((out / "evaluate" / "report.json").read_text())["models"][0]["perplexity"]) == ["other.txt"]
     # Another run is refused before its settings are written.
     before = (out / "run.yaml").read_bytes()
     assert main([*command, "train.steps=5"]) == 2

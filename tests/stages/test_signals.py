@@ -123,6 +123,30 @@ def test_a_signal_to_a_run_of_several_ranks_saves_and_leaves_none_behind(start, 
     assert (run_dir / f"checkpoints/step-{steps:08d}/manifest.json").exists()
 
 
+def test_a_second_ctrl_c_ends_ranks_that_do_not_leave(start):
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(999)"
+    )
+    code = (
+        "import subprocess, sys; from pathlib import Path; from nuteprune import chain; "
+        "from nuteprune.training.signals import stop_signals\n"
+        "real = subprocess.Popen\n"
+        f"subprocess.Popen = lambda *_, **how: real([sys.executable, '-c', {deaf!r}], stdout=sys.stderr, **how)\n"
+        "with stop_signals(): chain._on_all_cards('prune', Path('runs/none/run.yaml'), 2)"
+    )
+    process = start("-c", code)
+    assert process.stderr.readline() == "deaf\n"
+    ranks = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(HANG) == -signal.SIGINT
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+    process.stderr.close()
+
+
 def test_a_signal_that_a_finalizer_swallows_is_kept_and_not_shown(monkeypatch):
     class Interrupted:
         def __del__(self):

@@ -122,6 +122,12 @@ def test_gemma_in_float16_is_one_line(tmp_path, capsys, dry, text_file, tokenize
         exported_dtype(read_base(ModelConfig(path=str(tmp_path / "base"))), "float16")
 
 
+def test_an_export_of_gemma_in_float16_is_one_line(exported):
+    run = exported("gemma3", 0.4)
+    with pytest.raises(UserError, match=r"model.dtype: gemma3_text cannot have float16"):
+        load_any(str(run / "export"), ModelConfig(dtype="float16"))
+
+
 def test_gemma_with_softcapped_logits_is_refused():
     with pytest.raises(UserError, match="final_logit_softcapping"):
         read_spec(tiny_config("gemma3", final_logit_softcapping=30.0))
