@@ -99,7 +99,7 @@ def loading_seconds(job: Job, layout: Layout) -> float:
 
 def distillation_seconds(job: Job, layout: Layout, timing: Timing) -> float:
     """Loading, steps and what is written, read again for its hash: an estimate, which takes a step to be as long as one
-    of pruning and leaves the fit of the FFNs out."""
+    of pruning and leaves the fit of the layers out."""
     steps, saved = job.config.distill.steps, sum(distillation_bytes(job).values())
     return loading_seconds(job, layout) + steps * timing.step + 2 * saved / job.cluster.disk if steps else 0.0
 

@@ -191,8 +191,8 @@ def distillation_memory(job: Job, layout: Layout) -> dict[str, float]:
 def distillation_host(job: Job, layout: Layout) -> dict[str, float]:
     """Bytes of host memory of the first node while the export is distilled: of its two phases the one that takes more.
 
-    While FFNs are fitted, rank 0 holds the small model and twice its stream in float32, and in the model's type what
-    attention gives and the target; each rank holds the intact model's stream. A checkpoint takes of each rank its share
+    While layers are fitted, rank 0 holds the small model and twice its stream in float32, and in the model's type the
+    target; each rank holds the intact model's stream. A checkpoint takes of each rank its share
     of the decoder's weights and moments twice: copied from the card, and as the bytes of its file.
     """
     spec, s, count = job.spec, job.itemsize, job.cluster.gpus_per_node
@@ -200,7 +200,7 @@ def distillation_host(job: Job, layout: Layout) -> dict[str, float]:
     stream = spec.hidden * min(blocks.TOKENS, job.text)
     fitting = {
         "small model, float32 (rank 0)": FP32 * (ends + decoder),
-        "hidden states of the text": (2 * FP32 + 2 * s + count * s) * stream,
+        "hidden states of the text": (2 * FP32 + s + count * s) * stream,
     }
     saving = {"a checkpoint's shares, copied and as a file": 2 * 3 * FP32 * decoder / job.cluster.ranks * count}
     host = {

@@ -101,7 +101,7 @@ class Distilling(Trainer):
         parts: of `Trainer`.
         losses: of both models.
         export: the exported model.
-        whole: on rank 0 that model, until its FFNs are fitted; with one rank it is the one in training.
+        whole: on rank 0 that model, until its layers are fitted; with one rank it is the one in training.
         base: the intact one.
     """
 
@@ -156,7 +156,7 @@ class Distilling(Trainer):
         return super().inputs | {"the exported model": fingerprint(str(self.export))}
 
     def start(self) -> None:
-        """Fit the FFNs that have lost units, each by itself, in a new run."""
+        """Fit the layers whose FFN has lost units, each by itself, in a new run."""
         if not self.step:
             self._fit()
             if self.world.size > 1:
@@ -171,7 +171,7 @@ class Distilling(Trainer):
         ids = torch.cat([alone.batch(number) for number in range(count)])
         kept = read_json(self.export / RECORD)["kept"]["ffn"]
         narrowed = [len(kept[index]) < spec.ffn_units for index in self.losses.layers]
-        log.info("fitting %d FFNs on %d tokens", sum(narrowed), ids.numel())
+        log.info("fitting %d layers on %d tokens", sum(narrowed), ids.numel())
         shown = self.config.tracking.progress and self.world.is_main
         blocks.fit_blocks(self.losses, self.whole, ids, narrowed, self.world, shown, self.halt)
 

@@ -1,8 +1,8 @@
-"""The FFNs of a small model, fitted one after the other before all its weights learn.
+"""The layers of a small model, fitted one after the other before all its weights learn.
 
-Each layer's FFN learns by itself, from the student's own stream, to lead it to the stream behind the intact model's
-layer: what the layers before have left of an error is its to mend. Attention stays as it is. Steps of a layer cost what
-as few steps of the whole model cost, without its teacher and its output head.
+Each layer learns by itself, from the student's own stream, to lead it to the stream behind the intact model's layer:
+what the layers before have left of an error is its to mend. Its norms stay as they are. Steps of a layer cost what as
+few steps of the whole model cost, without its teacher and its output head.
 
 Shape letters: N sequences, T tokens of a sequence, D hidden.
 """
@@ -24,33 +24,22 @@ from nuteprune.parallel.distributed import World
 from nuteprune.training.gram import TOKENS_AT_ONCE, Streams
 
 TOKENS = 118_784
-"""Of the text, that the FFNs are fitted on."""
+"""Of the text, that the layers are fitted on."""
 STEPS, STEP_TOKENS = 300, 1024
 """Steps of a layer, and tokens of each."""
-RELATIVE_RATE = 0.02
-"""Peak learning rate of a matrix over its root mean square."""
+RELATIVE_RATE, ATTENTION = 0.02, 0.3
+"""Peak learning rate of an FFN's matrix over its root mean square, and that of attention's over an FFN's."""
 _CACHES = "past_key_values", "cache"
 _BETAS, _WARMUP, _EPS = (0.9, 0.95), 0.1, 1e-8
 
 Computing = Callable[[], AbstractContextManager]
 
 
-class _Known(nn.Module):
-    """In place of a layer's attention, what that has given for these tokens."""
-
-    def __init__(self, output: Tensor):
-        super().__init__()
-        self.output = output
-
-    def forward(self, *_args, **_kwargs) -> tuple[Tensor, None]:
-        return self.output, None
-
-
 def fit_blocks(
     distillation: Distillation, whole: PreTrainedModel | None, ids_NT: LongTensor, narrowed: Sequence[bool],
     world: World, shown: bool, halt: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Fit the FFNs of a student on rank 0, for which the others gather the teacher's weights. Collective.
+    """Fit the layers of a student on rank 0, for which the others gather the teacher's weights. Collective.
 
     Args:
         distillation: the losses of both models.
@@ -65,7 +54,7 @@ def fit_blocks(
     streams, passed = Streams(distillation.teacher, ids_NT, world), -1
     if whole is not None:
         parts, arguments = _first(whole, ids_NT, device)
-    with tqdm(total=sum(narrowed), desc="FFN blocks", unit="layer", leave=False, disable=not shown) as bar:
+    with tqdm(total=sum(narrowed), desc="layers", unit="layer", leave=False, disable=not shown) as bar:
         for index, known in enumerate(distillation.layers):
             while passed < known:
                 passed += 1
@@ -76,10 +65,7 @@ def fit_blocks(
             layer = whole.model.layers[index].to(device)
             if narrowed[index] and any(p.numel() for p in layer.mlp.parameters()):
                 target = distillation.kept(torch.cat(streams.parts))
-                attended = _attended(layer, parts, arguments[index], device, computing)
-                _fit(
-                    layer, torch.cat(parts), attended, target, arguments[index], _few(ids_NT), index, device, computing
-                )
+                _fit(layer, torch.cat(parts), target, arguments[index], _few(ids_NT), index, device, computing)
                 bar.update()
             _advance(layer, parts, arguments[index], device, computing)
             layer.to(whole.device)
@@ -127,22 +113,6 @@ def _first(
 
 
 @torch.no_grad()
-def _attended(
-    layer: nn.Module, parts: list[Tensor], arguments: dict[int, dict], device: torch.device, computing: Computing
-) -> Tensor:
-    """What a layer's attention gives for the stream [N, T, D], in host memory."""
-    found: list[Tensor] = []
-    hook = layer.self_attn.register_forward_hook(lambda _module, _inputs, output: found.append(output[0].cpu()))
-    try:
-        for part in parts:
-            with computing():
-                layer(part.to(device), **arguments[len(part)])
-    finally:
-        hook.remove()
-    return torch.cat(found)
-
-
-@torch.no_grad()
 def _advance(
     layer: nn.Module, parts: list[Tensor], arguments: dict[int, dict], device: torch.device, computing: Computing
 ) -> None:
@@ -158,28 +128,27 @@ def _stream(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def _fit(
-    layer: nn.Module, stream: Tensor, attended: Tensor, target: Tensor, arguments: dict[int, dict], few: int, seed: int,
+    layer: nn.Module, stream: Tensor, target: Tensor, arguments: dict[int, dict], few: int, seed: int,
     device: torch.device, computing: Computing,
 ) -> None:  # fmt: skip
-    """Train a layer's FFN, on `few` sequences a step: each token's squared error over its mean square in the target."""
-    weights = list(layer.mlp.parameters())
-    rates = [RELATIVE_RATE * float(weight.detach().square().mean().sqrt()) for weight in weights]
+    """Train a layer on `few` sequences a step: each token's squared error over its mean square in the target."""
+    parts = (layer.mlp, RELATIVE_RATE), (layer.self_attn, ATTENTION * RELATIVE_RATE)
+    learning = [(weight, rate) for part, rate in parts for weight in part.parameters() if weight.numel()]
+    weights = [weight for weight, _ in learning]
+    rates = [rate * float(weight.detach().square().mean().sqrt()) for weight, rate in learning]
     groups = [{"params": [weight], "lr": rate} for weight, rate in zip(weights, rates, strict=True)]
     adam = torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0)
     cycle = OneCycleLR(adam, rates, total_steps=STEPS, pct_start=_WARMUP)
-    generator, attention = torch.Generator().manual_seed(seed), layer.self_attn
-    try:
-        for _ in range(STEPS):
-            rows = torch.randint(len(stream), (few,), generator=generator)
-            wanted = target[rows].to(device).float()
-            layer.self_attn = _Known(attended[rows].to(device))
-            with computing():
-                output = _stream(layer(stream[rows].to(device), **arguments[few])).float()
-            error = (output - wanted).square().mean(-1) / (wanted.square().mean(-1) + _EPS)
-            for weight, gradient in zip(weights, torch.autograd.grad(error.mean(), weights), strict=True):
-                weight.grad = gradient
-            adam.step()
-            cycle.step()
-    finally:
-        layer.self_attn = attention
-        adam.zero_grad()
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(STEPS):
+        rows = torch.randint(len(stream), (few,), generator=generator)
+        wanted = target[rows].to(device).float()
+        with computing():
+            output = _stream(layer(stream[rows].to(device), **arguments[few])).float()
+        error = (output - wanted).square().mean(-1) / (wanted.square().mean(-1) + _EPS)
+        slopes = torch.autograd.grad(error.mean(), weights, allow_unused=True)
+        for weight, gradient in zip(weights, slopes, strict=True):
+            weight.grad = gradient
+        adam.step()
+        cycle.step()
+    adam.zero_grad()

@@ -108,14 +108,21 @@ def test_the_terms_are_those_of_the_paired_forward(family, shape, kind, tmp_path
     )
 
 
-def test_fitted_blocks_lead_the_stream_nearer_to_the_models(config, run_dir, monkeypatch):
-    config, before = load_config(config, ["distill.steps=1"]), []
-    for fit in (lambda *_: None, blocks.fit_blocks):
+def test_fitted_layers_lead_the_stream_nearer_to_the_models(config, run_dir, monkeypatch):
+    config, before, learned, fit_blocks = load_config(config, ["distill.steps=1"]), [], set(), blocks.fit_blocks
+
+    def watched(losses, whole, *rest):
+        old = {name: weight.detach().clone() for name, weight in whole.named_parameters()}
+        fit_blocks(losses, whole, *rest)
+        learned.update(name for name, weight in whole.named_parameters() if not torch.equal(weight, old[name]))
+
+    for fit in (lambda *_: None, watched):
         monkeypatch.setattr(blocks, "fit_blocks", fit)
         distill.run(config)
         before.append(metrics(run_dir, "distill/layer_loss")[0])
         shutil.rmtree(run_dir / "distill")
     assert before[1] < 0.8 * before[0]
+    assert {name.split(".")[-3] for name in learned} == {"self_attn", "mlp"}  # neither norms nor embeddings
 
 
 @pytest.mark.parametrize("family", ["gemma3", "olmo2", "granite", "phi3", "smollm3", "qwen3_moe"])
