@@ -192,8 +192,8 @@ def distillation_host(job: Job, layout: Layout) -> dict[str, float]:
     """Bytes of host memory of the first node while the export is distilled: of its two phases the one that takes more.
 
     While layers are fitted, rank 0 holds the small model and twice its stream in float32, and in the model's type the
-    target; each rank holds the intact model's stream. A checkpoint takes of each rank its share
-    of the decoder's weights and moments twice: copied from the card, and as the bytes of its file.
+    target; each rank holds the intact model's stream. A checkpoint takes of each rank its share of the decoder's
+    weights and moments twice: copied from the card, and as the bytes of its file.
     """
     spec, s, count = job.spec, job.itemsize, job.cluster.gpus_per_node
     ends, decoder = small_parameters(job)
