@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from nuteprune.config import Config, given_keys, load_config
+from nuteprune.config import Config, check_said, given_keys, load_config
 from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.flags import DISTRIBUTED, SHORTCUTS, parser
 from nuteprune.runs.log import quiet_libraries
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         if world.size > 1 and args.stage not in DISTRIBUTED:
             raise UserError(f"{args.stage} runs in one process, not in {world.size}: start it without a launcher")
         config = read_settings(args)
+        check_said(args.stage, config, settings_of(args)[1])
         if getattr(args, "dry_run", False):
             from nuteprune.stages import plan
 

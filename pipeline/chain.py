@@ -206,6 +206,10 @@ def hold_out(config: Config, given: Collection[str]) -> tuple[list[Choice], str]
         tokens += len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     short = tokens < evaluate.window
     if short and (tokens < SHORTEST or "evaluate.window" in given):
+        log.warning(
+            "of %d documents (a .txt file is one) too few can be held out: the report scores what was trained on; give "
+            "a text of its own with evaluate.text=…", len(texts),
+        )  # fmt: skip
         return [], ""
     count = len(held_out)
     why = f"the last {count} of {len(texts)} documents are not trained on"

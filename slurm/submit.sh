@@ -31,6 +31,7 @@ cluster=$(realpath "$cluster")
 # shellcheck source=slurm/clusters/example.env
 source "$cluster"
 [[ ${PYTHON:-} ]] || die "$cluster sets no PYTHON"
+[[ $dry ]] || command -v sbatch >/dev/null || die "no sbatch here: submit where SLURM is, or look at --dry-run"
 
 # Name, state and job of each stage, and the run's directory: one line each.
 state=$("$PYTHON" -m nuteprune status "${settings[@]}" --tsv "${overrides[@]}")
@@ -97,12 +98,12 @@ submit() {
     fi
 }
 
+[[ ! $sweep ]] || entries=$("$PYTHON" "$here/sweep.py" "$sweep" "${settings[@]}" "${overrides[@]}")
+
 planned=()
 if ((${PRUNE_GPUS:-0})); then plan; fi
 
 if [[ $sweep ]]; then
-    [[ -r $sweep ]] || die "cannot read $sweep"
-    entries=$("$PYTHON" "$here/sweep.py" "$sweep")
     count=$(wc -l <<<"$entries")
     run_dir+=-sweep
     if [[ ! $dry ]]; then

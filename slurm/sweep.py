@@ -1,25 +1,35 @@
 """Entries of a sweep for the shell: from a YAML list of settings, such as `- {sparsity.target: 0.3, seed: 1}`.
 
-`python sweep.py FILE` prints a line for each entry, its settings as `key.sub=value` with tabs between them.
+`python sweep.py FILE [--config RUN.yaml] [key.sub=value …]` prints a line for each entry, its settings as
+`key.sub=value` with tabs between them. What follows FILE are the settings that all entries share, beside which each is
+checked.
 """
 
 import json
 import sys
+from pathlib import Path
 
-import yaml
+from nuteprune.config import load_config, read_entries
+from nuteprune.errors import UserError
 
 
-def main(path: str) -> str:
-    """What to print; raises `SystemExit` with one line where the file is no such list."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            entries = yaml.safe_load(file)
-    except yaml.YAMLError:
-        entries = None
-    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) and e for e in entries):
-        raise SystemExit(f"{path} must be a YAML list of settings, such as `- {{sparsity.target: 0.3}}`")
-    return "\n".join("\t".join(f"{key}={json.dumps(value)}" for key, value in entry.items()) for entry in entries)
+def main(path: str, *shared: str) -> str:
+    """What to print; raises `UserError` where the file is no such list, or an entry is wrong."""
+    config, overrides = (shared[1], shared[2:]) if shared[:1] == ("--config",) else (None, shared)
+    lines = []
+    for number, entry in enumerate(read_entries(Path(path)), 1):
+        words = [f"{key}={json.dumps(value)}" for key, value in entry.items()]
+        try:
+            load_config(config, [*overrides, *words])
+        except UserError as error:
+            raise UserError(f"{path}: entry {number}: {error}") from None
+        lines.append("\t".join(words))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(main(sys.argv[1]) + "\n")
+    try:
+        sys.stdout.write(main(*sys.argv[1:]) + "\n")
+    except UserError as mistake:
+        sys.stderr.write(f"submit.sh: {mistake}\n")
+        sys.exit(2)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from nuteprune.errors import UserError
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION + FFN
@@ -167,13 +169,19 @@ class Family:
 def read_llama_like(config, **facts) -> ArchSpec:
     """The sizes every family here names alike; `facts` are the family's own."""
     heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads or heads
+    if min(heads, kv_heads, config.num_hidden_layers, config.hidden_size) < 1 or heads % kv_heads:
+        raise UserError(
+            f"config.json has {config.num_hidden_layers} layers of size {config.hidden_size}, {heads} heads and "
+            f"{kv_heads} key-value heads: such a model cannot be"
+        )
     facts = {"ffn": config.intermediate_size} | facts
     return ArchSpec(
         family=config.model_type,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=heads,
-        kv_heads=config.num_key_value_heads or heads,
+        kv_heads=kv_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab=config.vocab_size,
         tied=bool(config.tie_word_embeddings),

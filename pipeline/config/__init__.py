@@ -38,7 +38,9 @@ from nuteprune.config.loading import (
     flatten,
     given_keys,
     load_config,
+    read_entries,
     read_yaml,
     recipe_path,
     to_dict,
 )
+from nuteprune.config.said import check_said

@@ -124,7 +124,7 @@ class TrainConfig:
     """Steps, batches and learning rate."""
 
     steps: int = opt(0, "Optimizer steps; 0: `epochs` passes over the text.", ge=0)
-    epochs: float = opt(7.0, "Passes over the text where `steps` is 0.", gt=0)
+    epochs: float = opt(7.0, "Passes over the text where `steps` is 0.", gt=0, le=10_000)
     batch_size: int = opt(16, "Sequences of an optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(
         0, "Sequences of a forward pass on one rank, halved where memory runs out, with the same losses; 0: begin with "
@@ -249,7 +249,7 @@ class FinetuneConfig:
     seq_len: int = opt(1024, "Tokens of a window, which whole records are packed into.", ge=8)
     pack: bool = opt(True, "A window holds several records; false (the authors): one, padded.")
     steps: int = opt(0, "Optimizer steps; 0: `epochs` passes over the windows.", ge=0)
-    epochs: float = opt(2.0, "Passes over the windows where `steps` is 0.", gt=0)
+    epochs: float = opt(2.0, "Passes over the windows where `steps` is 0.", gt=0, le=10_000)
     batch_size: int = opt(16, "Windows of an optimizer step over all ranks.", ge=1)
     micro_batch: int = opt(0, "Windows of a forward pass on one rank, as train.micro_batch.", ge=0)
     lr: float = opt(0.0, "Peak learning rate; 0: half of what train.lora_lr is by default.", ge=0)
@@ -316,7 +316,9 @@ class EvaluateConfig:
     )
     task_limit: int = opt(0, "Examples of a task; 0: all.", ge=0)
     fewshot: int = opt(0, "Few-shot examples of a task.", ge=0)
-    batch_sizes: list[int] = opt([1, 8], "Sequences at once, one speed measurement each; none: no speed is measured.")
+    batch_sizes: list[int] = opt(
+        [1, 8], "Sequences at once, one speed measurement each; none: no speed is measured.", ge=1
+    )  # fmt: skip
     prompt_tokens: int = opt(256, "Tokens of a prompt of the speed measurement.", ge=1)
     new_tokens: int = opt(64, "Tokens that the speed measurement decodes.", ge=1)
     prompts: int = opt(
@@ -335,7 +337,8 @@ class Config:
     run_dir: str = opt("", "Directory of the run: settings, checkpoints, logs, results.")
     recipe: str = opt("default", "Settings to start from: the name of a recipe (paper, taylor, llama2-13b, …) or a "
                                  "YAML file.")  # fmt: skip
-    seed: int = opt(0, "Seed of the data's order, of gate samples and of LoRA's start.", ge=0)
+    seed: int = opt(0, "Seed of the data's order, of gate samples and of LoRA's start.", ge=0,
+                         lt=2**63)  # fmt: skip
     deepspeed: str = opt(
         "", "How ranks share the memory: zero2, zero3, zero3_hpz, zero3_offload, or a DeepSpeed JSON file; empty: "
         "every rank holds everything."

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import operator
+import os
 import textwrap
 import types
 import typing
@@ -28,7 +30,7 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
 
     Args:
         settings: YAML file, directory of a run (its config.yaml), nested dict, `Config`, or None.
-        overrides: strings `key.sub=value`; the value is read as YAML.
+        overrides: strings `key.sub=value`; a text is taken as it stands, other values are read as YAML.
 
     Raises:
         UserError: unreadable file, unknown key, wrong type or value out of range.
@@ -50,8 +52,12 @@ def given_keys(settings: Config | Mapping | str | Path | None, overrides: Sequen
     Arguments and errors as of `load_config`.
     """
     default, config = (flatten(to_dict(each)) for each in (load_config(None), load_config(settings, overrides)))
-    said = {key for _, layer in _layers(settings, overrides) for key in flatten(layer)}
-    return said | {key for key, value in config.items() if value != default[key]}
+    return said_keys(settings, overrides) | {key for key, value in config.items() if value != default[key]}
+
+
+def said_keys(settings: Config | Mapping | str | Path | None, overrides: Sequence[str] = ()) -> set[str]:
+    """Keys `section.field` that stand in settings or overrides; arguments and errors as of `load_config`."""
+    return {key for _, layer in _layers(settings, overrides) for key in flatten(layer)}
 
 
 def _layers(settings: Config | Mapping | str | Path | None, overrides: Sequence[str]) -> list[tuple[str, dict]]:
@@ -73,15 +79,24 @@ def _layers(settings: Config | Mapping | str | Path | None, overrides: Sequence[
         key, sep, value = item.partition("=")
         if not sep or not key:
             raise UserError(f"'{item}' is no run directory, nor a setting: write it as key.sub=value")
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"override '{item}': the value is not readable as YAML") from None
-        nested: Any = value
+        nested: Any = _read_value(key, value, item)
         for part in reversed(key.split(".")):
             nested = {part: nested}
         layers.append((f"override '{item}'", nested))
     return layers
+
+
+def _read_value(key: str, text: str, item: str) -> Any:
+    """The value of an override: read as YAML, but for one that is text and stands without quotes."""
+    cls: Any = Config
+    for part in key.split("."):
+        cls = typing.get_type_hints(cls).get(part) if dataclasses.is_dataclass(cls) else None
+    if cls is str and text != "null" and not text.startswith(("'", '"')):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):  # 2026-02-30 is no date
+        raise UserError(f"override '{item}': the value is not readable as YAML") from None
 
 
 def beyond_recipe(config: Config, given: Collection[str] = ()) -> dict:
@@ -143,25 +158,45 @@ class _NoAliases(yaml.SafeLoader):
 
 def read_yaml(path: Path) -> dict:
     """The mapping in a YAML file; raises `UserError` where there is none."""
-    try:
-        if path.stat().st_size > YAML_LIMIT:
-            raise UserError(f"{path} has more than {YAML_LIMIT} bytes: settings are shorter")
-        tree = yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
+    tree = _plain_values(path)
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold `key: value` lines at its top level")
+    _refuse_asked(tree, path)
+    return tree
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The settings `section.field` of each run of a sweep; raises `UserError` where a file is no list of settings."""
+    entries = _plain_values(path)
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) and entry for entry in entries):
+        raise UserError(f"{path} must be a YAML list of settings, such as `- {{sparsity.target: 0.3}}`")
+    flat = [flatten(entry) for entry in entries]
+    for entry in flat:
+        _refuse_asked(entry, path)
+    return flat
+
+
+def _refuse_asked(tree: dict, path: Path) -> None:
+    flat = flatten(tree)
     for section, field in ASKED_EACH_TIME:
-        if isinstance(tree.get(section), dict) and field in tree[section]:
+        if f"{section}.{field}" in flat:
             raise UserError(
                 f"{path} sets {section}.{field}, which no file can: give {section}.{field}=… when you start the stage"
             )
-    return tree
+
+
+def _plain_values(path: Path) -> Any:
+    try:
+        if path.stat().st_size > YAML_LIMIT:
+            raise UserError(f"{path} has more than {YAML_LIMIT} bytes: settings are shorter")
+        return yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
 
 
 def file_settings(path: Path) -> dict:
@@ -248,6 +283,8 @@ def _check_keys(cls: type, tree: dict, source: str, prefix: str) -> None:
             if value is not None and not isinstance(value, dict):
                 raise UserError(f"{source}: '{prefix}{key}' is a section; set its fields, e.g. {prefix}{key}.…")
             _check_keys(hints[key], value or {}, source, f"{prefix}{key}.")
+        elif isinstance(value, dict):
+            raise UserError(f"{source}: '{prefix}{key}' is one setting, not a section of several")
 
 
 def _elsewhere(key: str) -> list[str]:
@@ -304,9 +341,11 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             pass
     elif hint is str and value is None:
         return ""  # `key=` on the command line
-    elif hint in (int, str, bool) and type(value) is hint:
+    elif hint is str and isinstance(value, str):
+        return os.path.expanduser(value)  # ~/runs
+    elif hint in (int, bool) and type(value) is hint:
         return value
-    expected = type_name(hint)
+    expected = "text (in quotes)" if hint is str else type_name(hint)
     near = difflib.get_close_matches(str(value), [str(a) for a in typing.get_args(hint)], n=1)
     raise UserError(f"{key}: expected {expected}, got {value!r}" + (f"; did you mean '{near[0]}'?" if near else ""))
 
@@ -322,7 +361,10 @@ BOUNDS = {
 
 def _bounded(value: Any, f: dataclasses.Field, key: str) -> Any:
     bounds = [(*BOUNDS[name], limit) for name, limit in f.metadata.items() if name in BOUNDS and limit is not None]
-    if not all(holds(value, limit) for _, holds, limit in bounds):
-        wanted = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
-        raise UserError(f"{key}: must be {wanted}, got {value!r}")
+    for each in value if isinstance(value, list) else [value]:
+        if not all(holds(each, limit) for _, holds, limit in bounds):
+            wanted = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
+            raise UserError(f"{key}: must be {wanted}, got {each!r}")
+        if isinstance(each, float) and not math.isfinite(each):
+            raise UserError(f"{key}: must be a finite number, got {each!r}")
     return value

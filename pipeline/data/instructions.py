@@ -86,7 +86,7 @@ def worded(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Iterat
 def _records(file: Path) -> Iterable[dict]:
     """The records of a file; those of one JSON array as they stand, where `datasets` makes text of mixed types."""
     if file.suffix == ".json":
-        with suppress(ValueError):  # lines of JSON, or nothing readable
+        with suppress(ValueError, RecursionError):  # lines of JSON, or nothing readable
             if isinstance(rows := json.loads(file.read_bytes()), list) and all(isinstance(row, dict) for row in rows):
                 return rows
     return read_rows(file, {})

@@ -190,7 +190,7 @@ def _c4_texts(documents: int) -> Iterator[str]:
 
 def _text_files(source: str) -> list[Path]:
     """The files of a local source in sorted order; other files in a directory are passed over."""
-    path = Path(source).expanduser()
+    path = Path(source)
     supported = ", ".join(FORMATS)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in FORMATS and file.is_file())
@@ -211,7 +211,7 @@ def _file_texts(file: Path, text_field: str) -> Iterator[str]:
     for number, row in enumerate(read_rows(file, {"sample_by": "document"} if text_file else {}), 1):
         if field not in row:
             raise UserError(
-                f"{file} has no column '{field}': set the text field to one of its columns ({', '.join(row)})"
+                f"{file} has no column '{field}': set data.text_field to one of its columns ({', '.join(row)})"
             )
         if not isinstance(row[field], str | None):
             raise UserError(f"{file}: row {number} holds no text in '{field}' but {type(row[field]).__name__}")

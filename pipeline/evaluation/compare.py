@@ -183,7 +183,10 @@ def report_directory(config: Config) -> Path:
     """Where the report goes; raises `UserError` where neither it nor a run is named."""
     if not (config.evaluate.output or config.run_dir):
         raise UserError("evaluate.output: name the directory of the report (or set run_dir)")
-    return Path(config.evaluate.output or Path(config.run_dir) / "evaluate")
+    output = Path(config.evaluate.output or Path(config.run_dir) / "evaluate")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"evaluate.output: {output} is a file, where the directory of the report should be")
+    return output
 
 
 def _ratio(first: dict, last: dict) -> dict:

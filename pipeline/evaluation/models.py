@@ -97,7 +97,7 @@ def load_any(
             trust_remote_code=bool(asking), output_loading_info=True,
             device_map=placement(weight_bytes(path, config), torch.device(device)),
         )  # fmt: skip
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError) as error:
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError, ImportError) as error:
         raise UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
     check_whole(path, info["missing_keys"])
     return model.eval(), tokenizer, folder

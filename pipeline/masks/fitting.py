@@ -60,9 +60,9 @@ def fit_shape(
             "%d units change to fit the %s shape at %.2f%% (%.2f%% before)",
             kept.changed(Kept.of(spec, settled)), shape, 100 * reached, 100 * before)  # fmt: skip
     if abs(reached - target) > POINT:
+        other = "" if shape == "per_layer" else ", or export.shape=per_layer"
         raise UserError(
-            f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: take another "
-            "sparsity, or export.shape=per_layer"
+            f"the {shape} shape reaches sparsity {reached:.3f} instead of {target:g}: take another sparsity{other}"
         )
     return settled
 

@@ -163,11 +163,15 @@ def _threshold(spec: ArchSpec, scores: Mapping, target: float, fixed: dict[str, 
     free = {k: s for k, s in scores.items() if k not in fixed}
     if not free:
         return dict(fixed)
-    order = torch.cat([s.flatten() for s in free.values()]).sort().values
+    flat = torch.cat([s.flatten() for s in free.values()])
+    # Equal scores, as log-alpha has them at the paper's clamp, leave in an order that spares no layer.
+    shuffled = torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))
+    order = shuffled[flat[shuffled].argsort(stable=True)]
+    rank = order.argsort()
+    ranks = {k: r.view_as(free[k]) for k, r in zip(free, rank.split([s.numel() for s in free.values()]), strict=True)}
 
     def kept(index: int) -> dict[str, Tensor]:
-        limit = order[index - 1] if index else order[0] - 1
-        chosen = {k: (s > limit).double() for k, s in free.items()}
+        chosen = {k: (r >= index).double() for k, r in ranks.items()}
         for kind in ("hidden", "layers"):
             if kind in chosen and not chosen[kind].any():
                 chosen[kind] = top(scores[kind], 1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -93,9 +94,10 @@ def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
     silent = "" if Path(path).exists() else unreachable()
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
         if Path(path).exists():
-            raise UserError(f"model.path {path}: no readable config.json there ({first_line(error)})") from None
+            told = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+            raise UserError(f"model.path {path}: no readable config.json there ({told})") from None
         raise UserError(
             f"model.path {path}: neither a directory here nor a model the hub would give "
             f"({silent or first_line(error)})"

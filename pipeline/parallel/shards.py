@@ -38,9 +38,12 @@ def load_partitioned(base: Base, world: World, settings: dict) -> PreTrainedMode
 
     with world.together():
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                base.config, dtype=base.dtype, attn_implementation=base.settings.attention
-            )
+            try:
+                model = AutoModelForCausalLM.from_config(
+                    base.config, dtype=base.dtype, attn_implementation=base.settings.attention
+                )
+            except ImportError as error:  # flash attention is a package of its own
+                raise UserError(f"model.attention={base.settings.attention}: {first_line(error)}") from None
         for layer in model.model.layers:
             split_fused(layer)
         modules = _in_order(model, base.spec)

@@ -26,7 +26,7 @@ from nuteprune.arch import ArchSpec, read_spec, split_fused
 from nuteprune.config import Config
 from nuteprune.errors import UserError
 from nuteprune.masks import Gates, MaskSet, check_target, unit_shape
-from nuteprune.model.loading import check_dtype
+from nuteprune.model.loading import check_dtype, in_float32
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import attach, quiet, zero_settings
@@ -83,8 +83,9 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
     world = World(0, ranks, 0, min(ranks, ranks_per_node))
     with _fake_world(world), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         settings = zero_settings(config, spec, world)
+        # Flash attention has the same parameters, and may be installed on the cluster only.
         hf_model = AutoModelForCausalLM.from_config(
-            few_config, dtype=getattr(torch, config.model.dtype), attn_implementation=config.model.attention
+            few_config, dtype=getattr(torch, config.model.dtype), attn_implementation=in_float32(config.model).attention
         )
         for layer in hf_model.model.layers:
             split_fused(layer)

@@ -103,7 +103,8 @@ def read_model(model: str) -> tuple[object, ArchSpec]:
     Only a hub id (`name` or `owner/name` that is no path here) that is not in `HUB` is looked up on the network.
     """
     if not model:
-        raise UserError(f"--model is missing: give a directory, a config.json, a hub id or one of {', '.join(MODELS)}")
+        known = ", ".join(MODELS)
+        raise UserError(f"--model or model.path is missing: a directory, a config.json, a hub id or one of {known}")
     path = Path(model)
     name = model.lower() if path.exists() else HUB.get(model, model.lower())
     if name in MODELS:

@@ -52,7 +52,7 @@ class SlurmJob:
 def submitted(run_dir: Path) -> dict[str, str]:
     """The newest job of each stage, from the run directory's jobs.tsv."""
     path = run_dir / "jobs.tsv"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     pairs = (line.split("\t") for line in lines if line.count("\t") == 1)
     # Nothing but a number may become an argument of SLURM's commands, or a part of a file's name.
     return {stage: number for stage, number in pairs if NUMBER.fullmatch(number)}

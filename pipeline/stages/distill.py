@@ -62,7 +62,8 @@ def run(config: Config) -> Path:
     """
     trained = open_run(config.run_dir, config.model)
     export = Path(config.export.output or trained.directory / "export")
-    check_export(export, trained)
+    if not (export / RECORD).is_file():
+        raise UserError(f"no exported model at {export}: run `nuteprune export {trained.directory}` first")
     check_distilled(distill_directory(trained.directory) / DISTILLED, export)
     base = read_base(trained.config.model)
     return train(settings(config, trained), Distilling, trained, base, export)
@@ -71,16 +72,6 @@ def run(config: Config) -> Path:
 def summary(config: Config, result: Path) -> str:
     """What the command line prints at the end."""
     return f"distilled model: {result}\nnext: nuteprune evaluate {config.run_dir}"
-
-
-def check_export(export: Path, trained: Run) -> None:
-    """Raise `UserError` unless a whole export is there."""
-    if not (export / RECORD).is_file():
-        raise UserError(f"no exported model at {export}: run `nuteprune export {trained.directory}` first")
-    try:
-        verify(export)
-    except CheckpointError as error:
-        raise MachineError(f"{error}: run `nuteprune export {trained.directory}` again") from None
 
 
 def settings(config: Config, trained: Run) -> Config:
@@ -122,9 +113,9 @@ class Distilling(Trainer):
     @classmethod
     def build(cls, config: Config, world: World, trained: Run, base: Base, export: Path) -> Distilling:
         """Load both models and the batches, at step 0."""
+        whole = world.unhurried(lambda: load_small(export, config) if world.is_main else None)
         with world.together():
             zero = zero_settings(config, base.spec, world)
-            whole = load_small(export, config) if world.is_main else None
             student = empty_small(export, config) if whole is None or world.size > 1 else whole.to(world.device)
         text = TrainingText(str(trained.directory), config.data, base)
         text_blocks = shared_blocks(text, world, config.train.batch_size)
@@ -241,9 +232,12 @@ class Distilling(Trainer):
 def load_small(export: Path, config: Config) -> PreTrainedModel:
     """The exported model, float32, its weights in training."""
     try:
+        verify(export)
         student = AutoModelForCausalLM.from_pretrained(
             export, dtype=torch.float32, attn_implementation=in_float32(config.model).attention, trust_remote_code=False
         )
+    except CheckpointError as error:
+        raise MachineError(f"{error}: run `nuteprune export` again") from None
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load the exported model {export}: {first_line(error)}") from None
     return in_training(student, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -34,8 +35,8 @@ def run(config: Config, args: argparse.Namespace, dtype_given: bool = True) -> t
         UserError: a flag, the model or the configuration is wrong.
     """
     cluster = read_cluster(args)
-    if args.tokens_per_document <= 0:
-        raise UserError(f"--tokens-per-document {args.tokens_per_document:g}: must be greater than 0")
+    if not 0 < args.tokens_per_document < math.inf:
+        raise UserError(f"--tokens-per-document {args.tokens_per_document:g}: must be a number greater than 0")
     if args.table:
         rows = table(config, cluster, args.tokens_per_document, args.zero)
         plans = [as_dict(plan) for row in rows for plan in row]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from datetime import timedelta
@@ -88,21 +89,26 @@ def _stage(run_dir: Path, stage: str, output: Path, number: str | None) -> dict:
 
 def progress(directory: Path, stage: str) -> dict | None:
     """Where training is, from metrics.jsonl and the checkpoints; None before the first step."""
-    lines = [line for line in _entries(directory / "metrics.jsonl") if f"{stage}/loss" in line]
+    wanted = "step", "total", f"{stage}/step_s", f"{stage}/tokens_per_s"
+    lines = [line for line in _entries(directory / "metrics.jsonl") if all(_is_number(line.get(key)) for key in wanted)]
     if not lines:
         return None
     last = lines[-1]
     seconds = statistics.median(line[f"{stage}/step_s"] for line in lines[-RECENT:])
-    checkpoints = sorted((directory / "checkpoints").glob("step-*"))
+    checkpoints = [path.name.removeprefix("step-") for path in (directory / "checkpoints").glob("step-*")]
     found = {"step": last["step"] + 1, "total": last["total"]}
     for name in ("expected_sparsity", "target_sparsity", "teacher_sparsity", "tokens_per_s", "loss"):
-        if f"{stage}/{name}" in last:
+        if _is_number(last.get(f"{stage}/{name}")):
             found[name] = last[f"{stage}/{name}"]
     return found | {
         "seconds_left": round(seconds * (found["total"] - found["step"])),
         "last_step_seconds_ago": round(time.time() - (directory / "metrics.jsonl").stat().st_mtime),
-        "checkpoint": int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else None,
+        "checkpoint": max((int(step) for step in checkpoints if step.isdecimal()), default=None),
     }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _entries(path: Path) -> list[dict]:
@@ -137,8 +143,8 @@ def text(status: dict) -> str:
 
 def _progress_text(found: dict) -> list[str]:
     parts = [f"step {found['step']:,} of {found['total']:,}"]
-    if "expected_sparsity" in found:
-        teacher = f"{found['teacher_sparsity']:.1%}" if found["teacher_sparsity"] else "the intact model"
+    if {"expected_sparsity", "target_sparsity"} <= found.keys():
+        teacher = f"{found['teacher_sparsity']:.1%}" if found.get("teacher_sparsity") else "the intact model"
         parts.append(f"sparsity {found['expected_sparsity']:.1%} (target {found['target_sparsity']:.1%})")
         parts.append(f"teacher {teacher}")
     parts.append(f"{found['tokens_per_s']:,.0f} tokens/s")

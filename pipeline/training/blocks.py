@@ -1,8 +1,8 @@
 """The layers of a small model, fitted one after the other before all its weights learn.
 
 Each layer learns by itself, from the student's own stream, to lead it to the stream behind the intact model's layer:
-what the layers before have left of an error is its to mend. Its norms stay as they are. Steps of a layer cost what as
-few steps of the whole model cost, without its teacher and its output head.
+what the layers before have left of an error is its to mend. Its matrices learn; norms and biases stay. Steps of a
+layer cost what as few steps of the whole model cost, without its teacher and its output head.
 
 Shape letters: N sequences, T tokens of a sequence, D hidden.
 """
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.model.whole import Distillation
 from nuteprune.parallel.distributed import World
+from nuteprune.training.engine import LossScale
 from nuteprune.training.gram import TOKENS_AT_ONCE, Streams
 
 TOKENS = 118_784
@@ -30,7 +31,8 @@ STEPS, STEP_TOKENS = 300, 1024
 RELATIVE_RATE, ATTENTION = 0.02, 0.3
 """Peak learning rate of an FFN's matrix over its root mean square, and that of attention's over an FFN's."""
 _CACHES = "past_key_values", "cache"
-_BETAS, _WARMUP, _EPS = (0.9, 0.95), 0.1, 1e-8
+_BETAS, _WARMUP, _EPS = (0.95, 0.95), 0.1, 1e-8
+"""OneCycleLR lets the first fall to 0.85 while the rate rises, and rise again."""
 
 Computing = Callable[[], AbstractContextManager]
 
@@ -65,7 +67,8 @@ def fit_blocks(
             layer = whole.model.layers[index].to(device)
             if narrowed[index] and any(p.numel() for p in layer.mlp.parameters()):
                 target = distillation.kept(torch.cat(streams.parts))
-                _fit(layer, torch.cat(parts), target, arguments[index], _few(ids_NT), index, device, computing)
+                scale = LossScale(distillation.teacher.dtype).value
+                _fit(layer, torch.cat(parts), target, arguments[index], _few(ids_NT), index, device, computing, scale)
                 bar.update()
             _advance(layer, parts, arguments[index], device, computing)
             layer.to(whole.device)
@@ -129,11 +132,11 @@ def _stream(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def _fit(
     layer: nn.Module, stream: Tensor, target: Tensor, arguments: dict[int, dict], few: int, seed: int,
-    device: torch.device, computing: Computing,
+    device: torch.device, computing: Computing, scale: float,
 ) -> None:  # fmt: skip
-    """Train a layer on `few` sequences a step: each token's squared error over its mean square in the target."""
+    """Train a layer on `few` sequences a step: `scale` times each token's squared error over the target's square."""
     parts = (layer.mlp, RELATIVE_RATE), (layer.self_attn, ATTENTION * RELATIVE_RATE)
-    learning = [(weight, rate) for part, rate in parts for weight in part.parameters() if weight.numel()]
+    learning = [(w, rate) for part, rate in parts for w in part.parameters() if w.numel() and w.dim() > 1]
     weights = [weight for weight, _ in learning]
     rates = [rate * float(weight.detach().square().mean().sqrt()) for weight, rate in learning]
     groups = [{"params": [weight], "lr": rate} for weight, rate in zip(weights, rates, strict=True)]
@@ -146,7 +149,7 @@ def _fit(
         with computing():
             output = _stream(layer(stream[rows].to(device), **arguments[few])).float()
         error = (output - wanted).square().mean(-1) / (wanted.square().mean(-1) + _EPS)
-        slopes = torch.autograd.grad(error.mean(), weights, allow_unused=True)
+        slopes = torch.autograd.grad(scale * error.mean(), weights, allow_unused=True)
         for weight, gradient in zip(weights, slopes, strict=True):
             weight.grad = gradient
         adam.step()

@@ -126,7 +126,6 @@ class Engine:
             )
         self.scale = LossScale(model.dtype)
         self.gradients = _flat_gradients([p for o in self.optimizers.values() for p in _parameters(o)])
-        self.lora_gradients = self.gradients[: sum(p.numel() for p in self.lora)]  # its optimizer is the first
         self.update = model.update
         self.precondition = Preconditioner(self.update.lora.values()) if scaled else None
 
@@ -139,7 +138,7 @@ class Engine:
         self.world.mean(self.gradients).div_(self.scale.value)
         for group in self.optimizers["lora"].param_groups if self.lora else ():
             group["lr"] = group["rate"] * self.peak * self.schedule.lora_share(step)
-        norm = self._clip(LARGEST_NORM)
+        norm = nn.utils.clip_grad_norm_(self.lora, LARGEST_NORM)
         # A sum of zeros, or of NaNs where one gradient is not finite; with the norm, for one wait for the device.
         odd = (self.gradients * 0).sum()
         norm, odd = torch.stack([norm.to(odd), odd]).double().tolist()  # the norm of no LoRA at all is on the host
@@ -158,15 +157,6 @@ class Engine:
             self.masks.clamp()
         self.discard()
         return StepResult(norm, not finite)
-
-    @torch.no_grad()
-    def _clip(self, limit: float) -> Tensor:
-        """Norm of LoRA's gradients, which are scaled to `limit` at most: `clip_grad_norm_`, without a look at each."""
-        if not self.lora:
-            return torch.tensor(0.0)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in self.lora])))
-        self.lora_gradients.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
-        return norm
 
     @torch.no_grad()
     def _normalize(self) -> None:

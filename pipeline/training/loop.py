@@ -60,13 +60,11 @@ def train(config: Config, stage: type[Trainer], *known: Any) -> Path:
 def _train(config: Config, stage: type[Trainer], known: tuple, world: World, stop: Stop) -> Path:
     check_alike(config, world)
     output = Path(config.run_dir) / stage.output
-    finished = False
     with world.together():
         if world.is_main:
             check_reporters(config.tracking)
             check_directory(config, stage.free)
-            finished = is_finished(output)
-    if world.from_main(finished):
+    if world.from_main(world.unhurried(lambda: world.is_main and is_finished(output))):
         log.info("already finished: %s", output)
         return output
     fetch_once(config.model.path, world)

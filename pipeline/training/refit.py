@@ -138,12 +138,18 @@ class Refit:
         self._measured = True
 
     def _keep(self, store: Preparation | None, index: int, gram_FF: Tensor | None) -> None:
-        if gram_FF is not None:
+        with self.world.together():
+            if gram_FF is None:
+                return
+            if not gram_FF.isfinite().all():
+                dtype = str(self.model.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"layer {index}: what comes out of the FFN of the intact model is not finite in "
+                    f"model.dtype={dtype}: take float32" + " or bfloat16" * (dtype == "float16")
+                )
             self._packed[index] = packed(gram_FF).cpu()
-        if store is not None:
-            with self.world.together():
-                if gram_FF is not None:
-                    store.save(f"units-{index}", {"packed": self._packed[index]})
+            if store is not None:
+                store.save(f"units-{index}", {"packed": self._packed[index]})
 
     def _check_memory(self, tokens: int) -> None:
         """Raise `UserError` unless this node's memory holds G, the text on its way and gathered weights."""

@@ -4,6 +4,7 @@ After a wanted change: `UPDATE_GOLDEN=1 python -m pytest tests/slurm/test_submit
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,41 @@ def test_from_a_stage_with_a_variable_set_once(files, tmp_path):
 
 def test_sweep(files, tmp_path):
     check("submit_sweep", submit(*files, "--dry-run", "--sweep", tmp_path / "sweep.yaml"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("{sparsity.tarket: 0.3}", "entry 2: override 'sparsity.tarket=0.3': unknown key"),
+        ("{sparsity.target: 3}", "entry 2: sparsity.target: must be"),
+        ("{evaluate.trust_remote_code: true}", "sets evaluate.trust_remote_code, which no file can"),
+        ("{evaluate: {trust_remote_code: true}}", "sets evaluate.trust_remote_code, which no file can"),
+        ("&a {seed: *a}", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_entry_of_a_sweep_submits_nothing(files, tmp_path, entry, told):
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(f"- {{seed: 1}}\n- {entry}\n")
+    done = submit(*files, "--dry-run", "--sweep", sweep)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+def test_a_sweep_may_be_written_as_a_run_is(files, tmp_path):
+    (tmp_path / "sweep.yaml").write_text("- {sparsity: {target: 0.2}}\n- sparsity.target: 0.3\n- {seed: 1}\n")
+    check("submit_sweep", submit(*files, "--dry-run", "--sweep", tmp_path / "sweep.yaml"), tmp_path)
+
+
+def test_without_slurm(files, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "realpath", "sed", "dirname"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    done = submit(*files, PATH=str(tmp_path / "bin"))
+    assert done.returncode == 2
+    assert "no sbatch here" in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_flags_with_an_equals_sign(files, tmp_path):

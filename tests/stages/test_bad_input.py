@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from nuteprune import api
 from nuteprune.__main__ import main
-from nuteprune.config import load_config
+from nuteprune.config import check_said, load_config
 from nuteprune.errors import UserError
 from nuteprune.runs.checkpoint import Checkpoints, atomic_directory
+from nuteprune.runs.rundir import save_config
 from nuteprune.stages import prune
 
 
@@ -48,6 +49,12 @@ def refused(capsys, *arguments: str) -> str:
         ("sparsity.target=1.2", "sparsity.target: must be greater than 0 and less than 1, got 1.2"),
         ("sparsity.target=-0.1", "sparsity.target: must be greater than 0"),
         ("train=3", "'train' is a section"),
+        ("seed.x=1", "'seed' is one setting, not a section"),
+        ("seed=18446744073709551616", "seed: must be at least 0 and less than"),
+        ("train.epochs=.inf", "train.epochs: must be .* at most 10000, got inf"),
+        ("gates.lr=.inf", "gates.lr: must be a finite number, got inf"),
+        ("evaluate.batch_sizes=[1,0]", "evaluate.batch_sizes: must be at least 1, got 0"),
+        ("train.steps=2026-02-30", "the value is not readable as YAML"),
         ("recipe=papr", "recipe 'papr' not found: use one of .*paper"),
         ("no_equals_sign", "write it as key.sub=value"),
         ("model.path=", "model.path is empty"),
@@ -77,6 +84,10 @@ def test_config_file(tmp_path, capsys):
     assert "key: value" in refused(capsys, "prune", "--config", str(bad))
     bad.write_text("trainn: {steps: 3}\n")
     assert "bad.yaml: unknown key 'trainn'; did you mean 'train'" in refused(capsys, "prune", "--config", str(bad))
+    bad.write_text("run_dir: 2026-02-30\n")
+    assert "not valid YAML" in refused(capsys, "prune", "--config", str(bad))
+    bad.write_text("run_dir: 2026-02-28\n")
+    assert "run_dir: expected text (in quotes)" in refused(capsys, "prune", "--config", str(bad))
 
 
 def test_empty_data(settings, tmp_path, capsys):
@@ -116,6 +127,17 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
     assert expected in refused(capsys, "prune", *settings, f"model.path={broken}")
 
 
+def test_activations_that_overflow_the_type(settings, model_dir, tmp_path, capsys):
+    loud = tmp_path / "model"
+    shutil.copytree(model_dir, loud)
+    tensors = load_file(loud / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e6
+    save_file(tensors, loud / "model.safetensors", metadata={"format": "pt"})
+    line = refused(capsys, "prune", *settings, f"model.path={loud}", "model.dtype=float16")
+    assert "layer 1: what comes out of the FFN of the intact model is not finite in model.dtype=float16" in line
+    assert line.endswith("take float32 or bfloat16")
+
+
 def test_a_shard_of_the_model_that_is_cut_or_lacks_a_weight(settings, model_dir, tmp_path, capsys):
     broken = tmp_path / "model"
     shutil.copytree(model_dir, broken, ignore=shutil.ignore_patterns("model*"))
@@ -132,6 +154,40 @@ def test_run_directory_of_another_configuration(settings, capsys):
     line = refused(capsys, "prune", *settings, "train.steps=6")
     assert "belongs to a run with train.steps=5, not 6" in line
     assert "or remove that one to start it anew" in line
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "told"),
+    [
+        ("export", "gates.shape=per_layer", "export reads export.shape"),
+        ("export", "gates.units=[kv_groups]", "leave it out, or prune anew"),
+        ("distill", "train.steps=7", "distill reads distill.steps"),
+        ("distill", "data.seq_len=16", "leave it out, or prune anew"),
+        ("finetune", "train.lora_lr=1e-3", "finetune reads finetune.lr"),
+        ("recover", "train.steps=7", "recover reads recover.steps"),
+    ],
+)
+def test_a_setting_of_pruning_that_a_later_stage_would_ignore(settings, tmp_path, capsys, stage, override, told):
+    pruned = tmp_path / "run" / "pruned" / "config.yaml"
+    pruned.parent.mkdir(parents=True)
+    save_config(pruned, load_config(None, settings))
+    line = refused(capsys, stage, *settings, override)
+    assert line.startswith(f"nuteprune: {override.partition('=')[0]}=")
+    assert f"{stage} takes this from the run" in line
+    assert told in line
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [pruned]
+
+
+def test_what_a_later_stage_reads_or_the_run_has_already_is_no_mistake(settings, tmp_path):
+    own = load_config(None, settings)
+    (tmp_path / "run" / "pruned").mkdir(parents=True)
+    save_config(tmp_path / "run" / "pruned" / "config.yaml", own)
+    for stage, override in (
+        ("export", f"sparsity.target={own.sparsity.target}"), ("export", "evaluate.window=64"),
+        ("distill", "train.batch_size=2"), ("distill", "loss.kl_weight=3"), ("evaluate", "data.text_field=words"),
+        ("prune", "train.steps=7"),
+    ):  # fmt: skip
+        check_said(stage, load_config(None, [*settings, override]), [override])
 
 
 def test_unwritable_output(settings, tmp_path, capsys):

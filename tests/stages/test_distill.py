@@ -127,8 +127,16 @@ def test_fitted_layers_lead_the_stream_nearer_to_the_models(config, run_dir, mon
 
 @pytest.mark.parametrize("family", ["gemma3", "olmo2", "granite", "phi3", "smollm3", "qwen3_moe"])
 def test_every_kind_of_layer_learns(family, exported, monkeypatch):
-    run, losses = exported(family, 0.375 if "moe" in family else 0.4), []
-    for fit in (lambda *_: None, blocks.fit_blocks):
+    run, losses, fit_blocks = exported(family, 0.375 if "moe" in family else 0.4), [], blocks.fit_blocks
+
+    def watched(distillation, whole, *rest):
+        old = {name: weight.detach().clone() for name, weight in whole.named_parameters()}
+        fit_blocks(distillation, whole, *rest)
+        learned = {name: weight for name, weight in whole.named_parameters() if not torch.equal(weight, old[name])}
+        assert {name.split(".")[3] for name in learned} == {"self_attn", "mlp"}
+        assert all(weight.dim() > 1 for weight in learned.values())  # no norms, those of queries and keys included
+
+    for fit in (lambda *_: None, watched):
         monkeypatch.setattr(blocks, "fit_blocks", fit)
         distill.run(load_config(run, ["distill.steps=1", "tracking.progress=false"]))
         losses.append(metrics(run, "distill/layer_loss")[0])

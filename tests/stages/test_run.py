@@ -69,7 +69,7 @@ def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys, cap
     assert (out / "run.yaml").read_bytes() == before
 
 
-def test_what_is_held_out_fills_a_window_or_the_window_gives_way(model_dir, tmp_path):
+def test_what_is_held_out_fills_a_window_or_the_window_gives_way(model_dir, tmp_path, caplog):
     text, words = tmp_path / "text.jsonl", [f"model.path={model_dir}", f"run_dir={tmp_path}"]
 
     def held_out(count, *settings):
@@ -87,7 +87,9 @@ def test_what_is_held_out_fills_a_window_or_the_window_gives_way(model_dir, tmp_
     assert all_of_them == 10
     assert 64 <= chosen["evaluate.window"] < 2048
     nothing = (0, {})
+    assert "too few can be held out" not in caplog.text
     assert held_out(200, "evaluate.window=2048") == held_out(40) == held_out(19) == nothing
+    assert "of 19 documents (a .txt file is one) too few can be held out" in caplog.text
     assert held_out(200, "evaluate.protocol=published") == held_out(200, "evaluate.text=[a.txt]") == nothing
 
 

@@ -47,6 +47,17 @@ def test_time_left_and_a_line_half_written(tmp_path):
     assert (found["step"], found["seconds_left"], found["checkpoint"]) == (25, 150, None)
 
 
+def test_records_of_another_form_are_left_out(tmp_path, capsys):
+    good = {"step": 3, "total": 9, "prune/loss": 1.0, "prune/step_s": 2.0, "prune/tokens_per_s": 5.0}
+    lines = [good, {"prune/loss": 1.0}, good | {"prune/step_s": None}, good | {"prune/expected_sparsity": 0.1}, [1]]
+    run = tmp_path / "run"
+    written(run / "metrics.jsonl", "\n".join(map(json.dumps, lines)))
+    (run / "checkpoints" / "step-old").mkdir(parents=True)
+    (run / "jobs.tsv").write_bytes(b"prune\t\xff\n")
+    assert main(["status", str(run)]) == 0
+    assert "step 4 of 9, 5 tokens/s, 0:00:10 left" in capsys.readouterr().out
+
+
 def test_table_for_the_shell(tmp_path, capsys):
     written(tmp_path / "run" / "jobs.tsv", "prepare\t7\nprune\t8\nprune\t9\n")
     written(tmp_path / "run" / "prepared" / "manifest.json", "{}")

@@ -121,6 +121,16 @@ def test_a_wrong_list_or_section_is_one_line():
         load_config(None, ["gates=uniform"])
 
 
+def test_a_text_on_the_command_line_is_taken_as_it_stands(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for said, meant in (
+        ("13", "13"), ("2026-02-30", "2026-02-30"), ("my #1 run", "my #1 run"), ("a: b", "a: b"), ("[a", "[a"),
+        ("~/runs", "/home/me/runs"), ('"quoted"', "quoted"), ("", ""), ("null", ""),
+    ):  # fmt: skip
+        assert load_config(None, [f"run_dir={said}"]).run_dir == meant
+    assert load_config(None, ["model.path=~/m", "evaluate.text=[~/a.txt,b.txt]"]).evaluate.text[0] == "/home/me/a.txt"
+
+
 @pytest.mark.parametrize("stage", STAGE_SECTIONS)
 def test_help_names_every_field_of_the_stage_with_its_meaning(stage, capsys):
     with pytest.raises(SystemExit) as stop:

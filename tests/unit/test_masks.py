@@ -365,6 +365,18 @@ def test_per_layer_selection_keeps_the_highest_scores_of_a_kind():
     assert sparsity_of(SPEC, Gates(**gates)) == pytest.approx(0.3, abs=0.01)
 
 
+@pytest.mark.parametrize("closed", [0.15, 0.3])
+@pytest.mark.parametrize("shape", ["per_layer", "uniform"])
+def test_among_equal_scores_some_leave_from_all_layers(closed, shape):
+    """The paper's clamp leaves most log-alphas at ± log 100."""
+    generator = torch.Generator().manual_seed(0)
+    scores = {kind: torch.where(torch.rand(unit_shape(SPEC, kind), generator=generator) < closed, -4.6, 4.6)
+              for kind in ("heads", "ffn")}  # fmt: skip
+    chosen = select_units(SPEC, scores, 0.2, shape)
+    assert sparsity_of(SPEC, chosen) == pytest.approx(0.2, abs=0.01)
+    assert (chosen.as_dict()["ffn"] == 0).any(1).all()
+
+
 def test_a_target_out_of_reach_is_refused_with_what_is_possible():
     with pytest.raises(UserError, match=r"out of reach: removing kv_groups takes away at most 0\.\d+"):
         check_target(SPEC, GateConfig(units=["kv_groups"]), 0.9)

@@ -651,10 +651,11 @@ MISTAKES = [
     (["--nodes", "0"], "--nodes 0: must be at least 1"),
     (["--gpus-per-node", "-8"], "--gpus-per-node -8: must be at least 1"),
     (["--mfu", "1.5"], "--mfu 1.5: must be above 0"),
-    (["--tokens-per-document", "0"], "--tokens-per-document 0: must be greater than 0"),
+    (["--tokens-per-document", "0"], "--tokens-per-document 0: must be a number greater than 0"),
+    (["--tokens-per-document", "inf"], "--tokens-per-document inf: must be a number greater than 0"),
     (["--nodes", "3"], "train.batch_size 16 cannot be split over 24 ranks (3 x 8): set train.batch_size=24"),
     (["--model", "./nowhere/config.json"], "--model ./nowhere/config.json: there is no such file"),
-    (["--model", ""], "--model is missing"),
+    (["--model", ""], "--model or model.path is missing"),
     (["sparsity.target=0.999", "gates.units=[ffn]"], "sparsity.target 0.999 is out of reach"),
     (["data.documents=0"], "set train.steps"),
 ]
@@ -673,6 +674,24 @@ def test_an_unsupported_model_is_one_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert main(["plan", "--model", str(tmp_path)]) == 2
     assert "model type 'gpt2' is not supported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"hidden_size": 64, "num_attention_heads": 3}, "not a multiple of the number of attention heads (3)"),
+        ({"hidden_size": "a"}, "'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0}, "no readable config.json there"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "4 heads and 3 key-value heads: such a model cannot be"),
+        ({"num_hidden_layers": 0}, "config.json has 0 layers"),
+    ],
+)
+def test_a_model_that_cannot_be_is_one_line(tmp_path, capsys, sizes, told):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | sizes))
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert len(captured.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,19 @@ def test_frozen_ranks_that_did_not_change_are_held_and_written_once(tmp_path):
     assert third.frozen is not second.frozen
 
 
+def test_what_snapshots_share_stays_shared_in_memory_for_a_card(tmp_path, monkeypatch):
+    b, frozen = bank(), {"0.down_proj": (torch.randn(3, SPEC.ffn), torch.randn(SPEC.hidden, 3))}
+    for percent in (1, 2, 3):
+        gates = Gates(ffn=torch.rand(unit_shape(SPEC, "ffn")))
+        b.record(percent, percent / 100, gates, {}, {"0.q_proj": (torch.randn(2, 4), torch.randn(4, 2))}, frozen)
+    save_snapshots(tmp_path, b.snapshots)
+    resumed = bank()
+    resumed.device = torch.device("cuda")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    resumed.restore(load_snapshots(tmp_path))
+    assert resumed.nbytes == b.nbytes
+
+
 def test_snapshots_keep_gates_exactly_and_lora_as_bf16_on_the_host():
     b = bank()
     record(b, 0.02)

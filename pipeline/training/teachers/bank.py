@@ -103,9 +103,14 @@ class SnapshotBank:
         """Hold these snapshots, in memory from which an accelerator copies without waiting."""
         held = {id(s) for s in self.snapshots}
         on_card = self.device.type == "cuda"
-        self.snapshots = [
-            s.map(Tensor.pin_memory) if on_card and s.teaches and id(s) not in held else s for s in snapshots
-        ]
+        pinned: dict[Tensor, Tensor] = {}
+
+        def pin(tensor: Tensor) -> Tensor:
+            if tensor not in pinned:  # snapshots between two fits share their frozen pairs
+                pinned[tensor] = tensor.pin_memory()
+            return pinned[tensor]
+
+        self.snapshots = [s.map(pin) if on_card and s.teaches and id(s) not in held else s for s in snapshots]
         self._nbytes = nbytes(self.snapshots)
 
     def activate(self, index: int | None) -> View:
