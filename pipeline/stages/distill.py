@@ -113,6 +113,7 @@ class Distilling(Trainer):
     @classmethod
     def build(cls, config: Config, world: World, trained: Run, base: Base, export: Path) -> Distilling:
         """Load both models and the batches, at step 0."""
+        world.unhurried(lambda: check_export(export) if world.is_main else None)
         whole = world.unhurried(lambda: load_small(export, config) if world.is_main else None)
         with world.together():
             zero = zero_settings(config, base.spec, world)
@@ -229,15 +230,20 @@ class Distilling(Trainer):
         return target
 
 
+def check_export(export: Path) -> None:
+    """Raise `MachineError` unless all of an export is there."""
+    try:
+        verify(export)
+    except CheckpointError as error:
+        raise MachineError(f"{error}: run `nuteprune export` again") from None
+
+
 def load_small(export: Path, config: Config) -> PreTrainedModel:
     """The exported model, float32, its weights in training."""
     try:
-        verify(export)
         student = AutoModelForCausalLM.from_pretrained(
             export, dtype=torch.float32, attn_implementation=in_float32(config.model).attention, trust_remote_code=False
         )
-    except CheckpointError as error:
-        raise MachineError(f"{error}: run `nuteprune export` again") from None
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load the exported model {export}: {first_line(error)}") from None
     return in_training(student, config)
