@@ -1,8 +1,8 @@
 """The layers of a small model, fitted one after the other before all its weights learn.
 
 Each layer learns by itself, from the student's own stream, to lead it to the stream behind the intact model's layer:
-what the layers before have left of an error is its to mend. Its matrices learn; norms and biases stay. Steps of a
-layer cost what as few steps of the whole model cost, without its teacher and its output head.
+what the layers before have left of an error is its to mend. Its attention and FFN learn whole; the norms before
+and behind them stay. Steps of a layer cost what as few steps of the whole model cost, without its teacher and its head.
 
 Shape letters: N sequences, T tokens of a sequence, D hidden.
 """
@@ -136,7 +136,7 @@ def _fit(
 ) -> None:  # fmt: skip
     """Train a layer on `few` sequences a step: `scale` times each token's squared error over the target's square."""
     parts = (layer.mlp, RELATIVE_RATE), (layer.self_attn, ATTENTION * RELATIVE_RATE)
-    learning = [(w, rate) for part, rate in parts for w in part.parameters() if w.numel() and w.dim() > 1]
+    learning = [(w, rate) for part, rate in parts for w in part.parameters() if w.numel()]
     weights = [weight for weight, _ in learning]
     rates = [rate * float(weight.detach().square().mean().sqrt()) for weight, rate in learning]
     groups = [{"params": [weight], "lr": rate} for weight, rate in zip(weights, rates, strict=True)]
