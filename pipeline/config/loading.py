@@ -87,11 +87,11 @@ def _layers(settings: Config | Mapping | str | Path | None, overrides: Sequence[
 
 
 def _read_value(key: str, text: str, item: str) -> Any:
-    """The value of an override: read as YAML, but for one that is text and stands without quotes."""
+    """The value of an override: read as YAML, which has no control characters, but for text without quotes."""
     cls: Any = Config
     for part in key.split("."):
         cls = typing.get_type_hints(cls).get(part) if dataclasses.is_dataclass(cls) else None
-    if cls is str and text != "null" and not text.startswith(("'", '"')):
+    if cls is str and text.isprintable() and text != "null" and not text.startswith(("'", '"')):
         return text
     try:
         return yaml.safe_load(text)
