@@ -161,7 +161,8 @@ def test_flags_with_an_equals_sign(files, tmp_path):
         (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
         (["--quick"], "unknown argument '--quick'"),
         (["sparsity.traget=0.2"], "did you mean 'sparsity.target'"),
-        (["--sweep", "README.md"], "must be a YAML list of settings"),
+        (["--sweep", "README.md"], "README.md is not valid YAML (line"),
+        (["--sweep", "pipeline/recipes/paper.yaml"], "must be a YAML list of settings"),
         (
             ["--cluster", "slurm/clusters/example.env", "model.path=llama-3.1-70b"],
             "no plan for 2 x 8 GPUs (--gpu h100 --gpu-memory 8GB)",
