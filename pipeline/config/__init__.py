@@ -33,14 +33,12 @@ from nuteprune.config.fields import (
 )
 from nuteprune.config.loading import (
     beyond_recipe,
-    describe,
     file_settings,
-    flatten,
     given_keys,
     load_config,
     read_entries,
     read_yaml,
     recipe_path,
-    to_dict,
 )
 from nuteprune.config.said import check_said
+from nuteprune.config.values import describe, flatten, to_dict

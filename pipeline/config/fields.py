@@ -337,8 +337,7 @@ class Config:
     run_dir: str = opt("", "Directory of the run: settings, checkpoints, logs, results.")
     recipe: str = opt("default", "Settings to start from: the name of a recipe (paper, taylor, llama2-13b, …) or a "
                                  "YAML file.")  # fmt: skip
-    seed: int = opt(0, "Seed of the data's order, of gate samples and of LoRA's start.", ge=0,
-                         lt=2**63)  # fmt: skip
+    seed: int = opt(0, "Seed of the data's order, of gate samples and of LoRA's start.", ge=0, lt=2**63)
     deepspeed: str = opt(
         "", "How ranks share the memory: zero2, zero3, zero3_hpz, zero3_offload, or a DeepSpeed JSON file; empty: "
         "every rank holds everything."

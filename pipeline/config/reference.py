@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from nuteprune.config.fields import STAGE_SECTIONS, Config
-from nuteprune.config.loading import BOUNDS, RECIPES, default_of, type_name
+from nuteprune.config.loading import RECIPES
+from nuteprune.config.values import BOUNDS, default_of, type_name
 
 HEAD = """\
 # Configuration

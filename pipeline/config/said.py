@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nuteprune.config.fields import STAGE_SECTIONS, Config
-from nuteprune.config.loading import flatten, load_config, said_keys, to_dict
+from nuteprune.config.loading import load_config, said_keys
+from nuteprune.config.values import flatten, to_dict
 from nuteprune.errors import UserError
 
 OF_PRUNING = ("data", "sparsity", "gates", "train", "lora", "loss", "teacher")
