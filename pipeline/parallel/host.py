@@ -18,6 +18,12 @@ def processor() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
+def multiplies_bfloat16() -> bool | None:
+    """Whether the processor multiplies bfloat16, None where it does not say: x86 alone does."""
+    flags = processor().get("flags")
+    return None if flags is None else not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
+
+
 def free_memory() -> int:
     """Bytes of host memory that are free: of the machine, or of what a batch system or a container grants."""
     return min([psutil.virtual_memory().available, *_granted()])

@@ -15,7 +15,7 @@ import torch
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, flatten, load_config, to_dict
 from nuteprune.parallel.distributed import World
-from nuteprune.parallel.host import free_memory, processor
+from nuteprune.parallel.host import free_memory, multiplies_bfloat16, processor
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
 from nuteprune.planning.footprint import PROCESS_BYTES, distillation_host, distillation_memory, host_memory
 from nuteprune.planning.job import Cluster, Job, Layout
@@ -77,9 +77,7 @@ def this_machine() -> Machine:
 
 
 def _processor() -> Machine:
-    facts = processor()
-    bf16 = bool({"avx512_bf16", "amx_bf16"} & set(facts.get("flags", "").split()))
-    return Machine(facts.get("model name", "CPU"), bf16=bf16)
+    return Machine(processor().get("model name", "CPU"), bf16=bool(multiplies_bfloat16()))
 
 
 def card_of(name: str) -> Card:

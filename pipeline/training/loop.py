@@ -22,6 +22,7 @@ from nuteprune.config import Config, flatten, to_dict
 from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.parallel.device import named
 from nuteprune.parallel.distributed import World, connected, discover
+from nuteprune.parallel.host import multiplies_bfloat16
 from nuteprune.runs.checkpoint import CheckpointError, Checkpoints, atomic_directory, verify
 from nuteprune.runs.rundir import save_config
 from nuteprune.training.determinism import deterministic
@@ -71,6 +72,8 @@ def _train(config: Config, stage: type[Trainer], known: tuple, world: World, sto
     torch.manual_seed(config.seed)
     trainer = stage.build(config, world, *known)
     log.info("computing on %s%s", named(world.device), f", rank 0 of {world.size}" if world.size > 1 else "")
+    if world.device.type == "cpu" and config.model.dtype == "bfloat16" and multiplies_bfloat16() is False:
+        log.warning("this processor does not multiply bfloat16, which takes ten times as long: set model.dtype=float32")
     with world.together():
         if world.is_main:
             claim_directory(config)

@@ -12,9 +12,12 @@ from nuteprune.__main__ import main
 from nuteprune.bench import gpu_check
 from nuteprune.bench.gpu_parts import PARTS
 from nuteprune.bench.gpu_place import Place
+from nuteprune.config import load_config
 from nuteprune.errors import UserError
-from nuteprune.parallel import device
+from nuteprune.parallel import device, host
 from nuteprune.parallel.distributed import discover
+from nuteprune.planning import machine
+from nuteprune.stages import prune
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
 
@@ -39,6 +42,18 @@ def test_a_gpu_that_torch_does_not_see_ends_the_run_in_one_line(driver, settings
     assert discover(computes=False).device.type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert discover().device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [({"flags": "fma avx2"}, True), ({"flags": "avx2 avx512_bf16"}, False), ({"Features": "bf16"}, False)],
+    ids=["without", "with", "arm"],
+)
+def test_bfloat16_on_a_processor_that_does_not_multiply_it_is_warned_of(facts, told, settings, monkeypatch, caplog):
+    monkeypatch.setattr(host, "processor", lambda: facts)
+    prune.run(load_config(None, [*settings, "model.dtype=bfloat16", "train.steps=2"]))
+    assert ("set model.dtype=float32" in caplog.text) == told
+    assert machine.this_machine().bf16 == ("avx512_bf16" in facts.get("flags", ""))
 
 
 def test_gpus_of_a_slurm_job(monkeypatch):
