@@ -32,7 +32,7 @@ class ModelConfig:
 
     path: str = opt("", "Directory or hub id of the pretrained causal language model.")
     dtype: Dtype = opt(
-        "float32", "Number type in which the frozen weights are held; a CPU without avx512_bf16 or amx_bf16 is ten "
+        "float32", "Number type in which the frozen weights are held; a CPU without avx512_bf16 or amx_bf16 is many "
         "times as slow in bfloat16."
     )  # fmt: skip
     attention: Literal["sdpa", "eager", "flash_attention_2"] = opt(

@@ -73,7 +73,7 @@ def _train(config: Config, stage: type[Trainer], known: tuple, world: World, sto
     trainer = stage.build(config, world, *known)
     log.info("computing on %s%s", named(world.device), f", rank 0 of {world.size}" if world.size > 1 else "")
     if world.device.type == "cpu" and config.model.dtype == "bfloat16" and multiplies_bfloat16() is False:
-        log.warning("this processor does not multiply bfloat16, which takes ten times as long: set model.dtype=float32")
+        log.warning("this processor is many times as slow in bfloat16: set model.dtype=float32")
     with world.together():
         if world.is_main:
             claim_directory(config)
