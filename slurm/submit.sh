@@ -46,7 +46,8 @@ setting() {
     echo "${!name:-$3}"
 }
 
-# The planner lays the run out for the fewest nodes that it may get; sets $planned (hours, GB of a node) and $settings.
+# The planner lays the run out for the fewest nodes that it may get; sets $planned (hours, GB of a node, seconds of a
+# signal) and $settings.
 plan() {
     local nodes figures out=() card=(${GPU_NAME:+--gpu "$GPU_NAME"} ${GPU_MEMORY:+--gpu-memory "$GPU_MEMORY"})
     nodes=$(setting prune NODES 1)
@@ -62,21 +63,22 @@ plan() {
 
 # resources STAGE: sbatch's flags for it, in $flags. Training stages have all ranks; recover and distill have what prune has.
 resources() {
-    local stage=$1 gpus tasks=1 time mem extra own
+    local stage=$1 gpus tasks=1 time mem signal extra own
     [[ $stage =~ ^(recover|distill)$ ]] && stage=prune
     extra="${stage^^}_FLAGS[@]"
     gpus=$(setting "$stage" GPUS 0)
     time=$(setting "$stage" TIME "")
     mem=$(setting "$stage" MEM "")
+    signal=300
     own=(${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} ${!extra+"${!extra}"})
     if [[ $stage == prune && ${planned[*]} ]]; then
-        time=${time:-${planned[0]}:00:00}
+        time=${time:-${planned[0]}:00:00} signal=${planned[2]}
         if [[ " ${own[*]}" != *" --mem"* ]]; then mem=${mem:-${planned[1]}G}; fi
     fi
     [[ $time ]] || die "$cluster sets no ${stage^^}_TIME, and only pruning on GPUs has a figure of the planner's"
     if [[ $stage =~ ^(prune|finetune)$ && ${LAUNCHER:-srun} == srun ]] && ((gpus)); then tasks=$gpus; fi
     flags=(--nodes="$(setting "$stage" NODES 1)" --ntasks-per-node="$tasks"
-        --cpus-per-task="$(setting "$stage" CPUS 1)" --time="$time" --signal="B:USR1@${SIGNAL_SECONDS:-300}")
+        --cpus-per-task="$(setting "$stage" CPUS 1)" --time="$time" --signal="B:USR1@${SIGNAL_SECONDS:-$signal}")
     if ((gpus)); then flags+=(--gpus-per-node="$gpus"); fi
     flags+=(${mem:+--mem="$mem"} ${own[@]+"${own[@]}"})
 }

@@ -104,6 +104,8 @@ class World:
             return work()
 
         def run() -> None:
+            if self.device.type == "cuda":  # each thread has a device of its own
+                torch.cuda.set_device(self.device)
             try:
                 future.set_result(work())
             except Exception as error:  # whatever it is: raised below, by the thread that waits

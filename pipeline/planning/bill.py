@@ -196,18 +196,22 @@ def checkpoint_bytes(job: Job) -> dict[str, float]:
     return {name: float(size) for name, size in parts.items() if size}
 
 
+def distillation_state(job: Job) -> float:
+    """Bytes of a checkpoint of distillation: the decoder's weights and two moments in float32."""
+    return 3 * FP32 * small_parameters(job)[1]
+
+
 def distillation_bytes(job: Job) -> dict[str, float]:
     """Bytes that distillation of the export writes, by part; none where `distill.steps` is 0.
 
-    A state: the decoder's weights and two moments in float32. The result: the small model in the model's type.
+    A state each `checkpoint.every` steps, and one behind the fit. The result: the small model in the model's type.
     """
     steps, every = job.config.distill.steps, job.config.checkpoint.every
     if not steps:
         return {}
-    ends, decoder = small_parameters(job)
-    states = (steps - 1) // every if every else 0
+    states = 1 + (steps - 1) // every if every else 0
     parts = {
-        f"states of distillation ({states})": states * 3 * FP32 * decoder,
-        "distilled model": job.itemsize * (ends + decoder),
+        f"states of distillation ({states})": states * distillation_state(job),
+        "distilled model": job.itemsize * sum(small_parameters(job)),
     }
     return {name: size for name, size in parts.items() if size}

@@ -172,8 +172,8 @@ def distillation_memory(job: Job, layout: Layout) -> dict[str, float]:
     """Bytes of a rank's card while the export is distilled (stages/distill.py), without activations.
 
     Float32 weights of the small model, and of its decoder the gradient and AdamW's two moments, are shared out over the
-    ranks; several ranks gather it in the compute type, two of its layers at a time under stage 3. The intact model is
-    held as in pruning.
+    ranks; several ranks gather it in the compute type, two of its layers at a time under stage 3, and one keeps the
+    decoder's copy in that type from forward to backward. The intact model is held as in pruning.
     """
     spec, ranks = job.spec, job.cluster.ranks
     ends, decoder = small_parameters(job)
@@ -185,6 +185,8 @@ def distillation_memory(job: Job, layout: Layout) -> dict[str, float]:
         parts["two gathered layers and the ends"] = job.itemsize * (ends + decoder * min(2 / spec.layers, 1))
     elif ranks > 1:
         parts["gathered small model"] = job.itemsize * (ends + decoder)
+    elif job.itemsize != FP32:
+        parts["its decoder in the model's type"] = job.itemsize * decoder
     return parts | frozen_weights(job, layout)
 
 

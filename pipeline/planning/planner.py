@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from nuteprune.config import Config, beyond_recipe
 from nuteprune.masks import check_target
-from nuteprune.planning.bill import Bill, bill
+from nuteprune.planning.bill import Bill, bill, distillation_state
 from nuteprune.planning.costs import Timing, Traffic, mean_kept, timing, traffic
 from nuteprune.planning.footprint import (
     USABLE,
@@ -25,6 +25,8 @@ ALIKE = 1.02
 """Layouts whose runs take this much longer than the fastest one's at most count as equally fast."""
 LIMIT, HOST_LIMIT = 1.5, 1.25
 """What a job asks for, over the planned hours and host memory."""
+SIGNAL = 300
+"""Seconds before a job's time limit at which it is told to save, at least."""
 TABLE = ("llama-3.2-1b", "llama-3.1-8b", "llama-13b", "qwen3-32b", "llama-3.1-70b", "qwen3-30b-a3b")
 TARGETS = (0.2, 0.5)
 """Models and sparsities of the table."""
@@ -87,11 +89,18 @@ class Plan:
 
     @property
     def limits(self) -> dict[str, int]:
-        """What a job of pruning or distillation asks for: `hours`, and `gigabytes` of a node's host memory."""
+        """What a job of pruning or distillation asks for.
+
+        `hours`, `gigabytes` of a node's host memory, and how many `signal_seconds` before the hours end a step and a
+        checkpoint, which is written and read again for its hash, have to begin.
+        """
         longest = max(self.chosen.bill.pruning, self.chosen.bill.distillation)
+        state = distillation_state(self.job) if self.job.config.distill.steps else 0.0
+        saving = 2 * state / self.job.cluster.disk + self.chosen.timing.step
         return {
             "hours": math.ceil(LIMIT * longest / 3600),
             "gigabytes": math.ceil(HOST_LIMIT * self.node_memory / 1e9),
+            "signal_seconds": max(SIGNAL, math.ceil(LIMIT * saving)),
         }
 
 

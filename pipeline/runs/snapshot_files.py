@@ -54,8 +54,8 @@ def write_rung(folder: Path, rung: Snapshot) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, tensors in _files(rung).items():
-            (folder / name).unlink(missing_ok=True)  # of a start that came further; checkpoints may share it
-            save_file(tensors, folder / name)
+            if not (folder / name).exists():  # another rung of the same fit has written its frozen pairs
+                save_file(tensors, folder / name)
     except (OSError, SafetensorError) as error:
         raise MachineError(f"cannot write {folder}: {error}; free space or choose another directory") from None
 

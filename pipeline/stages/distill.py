@@ -39,7 +39,7 @@ from nuteprune.runs.rundir import Run, save_config
 from nuteprune.runs.students import open_run
 from nuteprune.training import blocks
 from nuteprune.training.inputs import shared_blocks
-from nuteprune.training.loop import train
+from nuteprune.training.loop import save_checkpoint, train
 from nuteprune.training.trainer import Trainer
 from nuteprune.training.weights import WeightsEngine
 
@@ -107,6 +107,7 @@ class Distilling(Trainer):
         super().__init__(*parts)
         self.losses, self.student, self.export, self.whole, self.base = losses, losses.student, export, whole, base
         self.partitioned |= self.world.size > 1
+        self.resumed = False
         self.weights: dict[str, Tensor] = {}
         """On rank 0, for `finish`."""
 
@@ -148,14 +149,18 @@ class Distilling(Trainer):
         return super().inputs | {"the exported model": fingerprint(str(self.export))}
 
     def start(self) -> None:
-        """Fit the layers whose FFN has lost units, each by itself, in a new run."""
-        if not self.step:
-            self._fit()
-            if self.world.size > 1:
-                fill(self.student, self.whole, self.world)
-        self.whole = None
+        """Fit the layers whose FFN has lost units, each by itself, in a new run, and save what that took long for."""
+        resumed, self.whole, whole = self.resumed, None, self.whole
+        if resumed:
+            return
+        self._fit(whole)
+        if self.world.size > 1:
+            fill(self.student, whole, self.world)
+        del whole
+        if self.config.checkpoint.every:
+            save_checkpoint(self)
 
-    def _fit(self) -> None:
+    def _fit(self, whole: PreTrainedModel | None) -> None:
         length, spec = self.config.data.seq_len, self.model.spec
         count = min(math.ceil(blocks.TOKENS / length), len(self.stream.blocks))
         # What pruning has read comes first: little of what is learned next is to be known before.
@@ -165,7 +170,7 @@ class Distilling(Trainer):
         narrowed = [len(kept[index]) < spec.ffn_units for index in self.losses.layers]
         log.info("fitting %d layers on %d tokens", sum(narrowed), ids.numel())
         shown = self.config.tracking.progress and self.world.is_main
-        blocks.fit_blocks(self.losses, self.whole, ids, narrowed, self.world, shown, self.halt)
+        blocks.fit_blocks(self.losses, whole, ids, narrowed, self.world, shown, self.halt)
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step."""
@@ -200,6 +205,7 @@ class Distilling(Trainer):
 
     def load(self, directory: Path) -> dict[str, float]:
         """Restore in place what `save` wrote, on each rank by itself; returns the counters."""
+        self.resumed = True
         read_shares(self.engine.state(), directory / _SHARES)
         return json.loads((directory / "state.json").read_text(encoding="utf-8"))
 

@@ -96,6 +96,8 @@ class Pruning(Masked):
 
     def start(self) -> None:
         """Rank the units in a new run, if not all start alike, and look at the FFN units until gates settle."""
+        if self.teacher.rungs:  # what is there is not of this start: a checkpoint has its rungs itself
+            shutil.rmtree(self.teacher.rungs, ignore_errors=True)
         if self.masks.fixed is not None:
             return
         store = Preparation(Path(self.config.run_dir) / PREPARATION, self.inputs)

@@ -62,21 +62,25 @@ def fit_blocks(
                 passed += 1
                 for _ in streams.through(passed, halt):
                     pass
-            if whole is None:
-                continue
-            layer = whole.model.layers[index].to(device)
-            if narrowed[index] and any(p.numel() for p in layer.mlp.parameters()):
-                target = distillation.kept(torch.cat(streams.parts))
-                scale = LossScale(distillation.teacher.dtype).value
-                _fit(layer, torch.cat(parts), target, arguments[index], _few(ids_NT), index, device, computing, scale)
-                bar.update()
-            _advance(layer, parts, arguments[index], device, computing)
-            layer.to(whole.device)
+
+            def learn(index: int = index) -> None:
+                if whole is None:
+                    return
+                layer = whole.model.layers[index].to(device)
+                if narrowed[index] and any(p.numel() for p in layer.mlp.parameters()):
+                    target = distillation.kept(torch.cat(streams.parts))
+                    dtype = distillation.teacher.dtype
+                    _fit(layer, torch.cat(parts), target, arguments[index], index, device, computing, dtype)
+                    bar.update()
+                _advance(layer, parts, arguments[index], device, computing)
+                layer.to(whole.device)
+
+            world.unhurried(learn)
 
 
-def _few(ids_NT: LongTensor) -> int:
-    """Sequences of a step of a layer."""
-    return min(len(ids_NT), max(1, STEP_TOKENS // ids_NT.shape[1]))
+def _few(sequences: Tensor) -> int:
+    """How many of sequences [N, T, …] are in a step of a layer."""
+    return min(len(sequences), max(1, STEP_TOKENS // sequences.shape[1]))
 
 
 @torch.no_grad()
@@ -131,10 +135,13 @@ def _stream(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def _fit(
-    layer: nn.Module, stream: Tensor, target: Tensor, arguments: dict[int, dict], few: int, seed: int,
-    device: torch.device, computing: Computing, scale: float,
+    layer: nn.Module, stream: Tensor, target: Tensor, arguments: dict[int, dict], seed: int, device: torch.device,
+    computing: Computing, dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Train a layer on `few` sequences a step: `scale` times each token's squared error over the target's square."""
+    """Train a layer, a few sequences a step: each token's squared error over the target's square.
+
+    As in every step of training, gradients that are not finite are left out.
+    """
     parts = (layer.mlp, RELATIVE_RATE), (layer.self_attn, ATTENTION * RELATIVE_RATE)
     learning = [(w, rate) for part, rate in parts for w in part.parameters() if w.numel()]
     weights = [weight for weight, _ in learning]
@@ -142,16 +149,19 @@ def _fit(
     groups = [{"params": [weight], "lr": rate} for weight, rate in zip(weights, rates, strict=True)]
     adam = torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0)
     cycle = OneCycleLR(adam, rates, total_steps=STEPS, pct_start=_WARMUP)
-    generator = torch.Generator().manual_seed(seed)
+    generator, scale, few = torch.Generator().manual_seed(seed), LossScale(dtype), _few(stream)
     for _ in range(STEPS):
         rows = torch.randint(len(stream), (few,), generator=generator)
         wanted = target[rows].to(device).float()
         with computing():
             output = _stream(layer(stream[rows].to(device), **arguments[few])).float()
         error = (output - wanted).square().mean(-1) / (wanted.square().mean(-1) + _EPS)
-        slopes = torch.autograd.grad(scale * error.mean(), weights, allow_unused=True)
+        slopes = torch.autograd.grad(scale.value * error.mean(), weights, allow_unused=True)
         for weight, gradient in zip(weights, slopes, strict=True):
             weight.grad = gradient
-        adam.step()
+        finite = bool(torch.stack([slope.isfinite().all() for slope in slopes if slope is not None]).all())
+        scale.update(finite)
+        if finite:
+            adam.step()
         cycle.step()
     adam.zero_grad()

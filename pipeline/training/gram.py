@@ -86,7 +86,10 @@ def measure_grams(
                 continue
             total = gram_of(streams, index, before_part)
             here = world.sum_at(total, owner_of(index, world))
-            keep(index, total.triu_() + total.triu(1).T if here else None)
+            if here:
+                total.triu_()
+                total += total.triu(1).T
+            keep(index, total if here else None)
 
 
 def owner_of(index: int, world: World) -> int:

@@ -177,8 +177,9 @@ def packed(gram_FF: Tensor) -> Tensor:
     """
     diagonal_F = gram_FF.diagonal()
     diagonal_F.add_(RIDGE * diagonal_F + _EPS * diagonal_F.mean())  # the second: a unit that never fires
+    inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(gram_FF)).triu_()  # first: it takes room of its own
     packed_FF = gram_FF.new_zeros(len(gram_FF) + 1, len(gram_FF))
-    packed_FF[:-1] = torch.cholesky_inverse(torch.linalg.cholesky(gram_FF)).triu_()
+    packed_FF[:-1] = inverse_FF
     packed_FF[1:] += gram_FF.tril_()
     return packed_FF
 

@@ -11,6 +11,7 @@ import pytest
 from slurm_cluster import wait_for
 
 from nuteprune.runs.checkpoint import sha256
+from nuteprune.runs.jobs import submitted
 
 # One worker of pytest-xdist starts the cluster and the run that others are compared with.
 pytestmark = pytest.mark.xdist_group("slurm")
@@ -138,17 +139,22 @@ def test_failing_stage_stops_the_chain_and_status_says_why(tiny_run):
 
 
 def test_sweep_as_an_array(tiny_run, tmp_path):
-    run = tiny_run(steps=10)
+    """Its last element, whose id is the array's, loses a rank and is requeued alone."""
+    run = tiny_run(steps=60)
     sweep = tmp_path / "sweep.yaml"
-    sweep.write_text("- {sparsity.target: 0.2}\n- {sparsity.target: 0.3, seed: 1}\n")
+    sweep.write_text("- {sparsity.target: 0.2, train.steps: 10}\n- {sparsity.target: 0.3, seed: 1}\n")
     printed = run.submit_text("--sweep", str(sweep), PRUNE_NODES="1")
     job = printed.split("job ")[1].split(",")[0]
-    finished(run, f"{job}_0")
     first, second = (
-        Path(f"{run.run_dir}-sweep") / name for name in ("sparsity.target=0.2", "sparsity.target=0.3,seed=1")
+        Path(f"{run.run_dir}-sweep") / name
+        for name in ("sparsity.target=0.2,train.steps=10", "sparsity.target=0.3,seed=1")
     )
-    assert (first / "evaluate" / "manifest.json").is_file()
-    wait_for((second / "pruned" / "manifest.json").is_file, 300, run.everything)
+    wait_for(lambda: list((second / "checkpoints").glob("step-*")), 180, run.everything)
+    os.kill(run.cluster.pid(job, rank=0), signal.SIGKILL)
+    assert finished(run, f"{job}_1")["Restarts"] == "1"
+    assert finished(run, f"{job}_0")["Restarts"] == "0"
+    assert all((each / "evaluate" / "manifest.json").is_file() for each in (first, second))
+    assert submitted(second)["prune"] == f"{job}_1"
 
 
 def test_rungs_are_recovered_side_by_side(tiny_run):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import gguf
@@ -175,6 +176,43 @@ def test_a_signal_loses_nothing_and_the_same_command_again_does_nothing(config, 
     leave_at(distill.Distilling, 7, distill.run, config)
     assert (distill.run(config) / "model.safetensors").read_bytes() == wanted
     assert len(metrics(run_dir)) == 20
+
+
+def test_a_start_that_died_after_the_fit_is_not_fitted_again(config, run_dir, monkeypatch):
+    config = load_config(config, ["distill.steps=2"])
+    wanted = (distill.run(config) / "model.safetensors").read_bytes()
+    shutil.rmtree(run_dir / "distill")
+    with monkeypatch.context() as patch:
+        patch.setattr(distill.Distilling, "train_step", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            distill.run(config)
+    monkeypatch.setattr(blocks, "fit_blocks", lambda *_: pytest.fail("fitted again"))
+    assert (distill.run(config) / "model.safetensors").read_bytes() == wanted
+
+
+def test_a_layer_of_too_large_gradients_is_fitted_at_a_smaller_scale(model_dir):
+    """Of its loss, which float16 starts with 4,096 times as large; the first steps are left out."""
+    layer = AutoModelForCausalLM.from_pretrained(model_dir).model.layers[0].mlp
+    whole = torch.nn.Module()
+    whole.mlp, whole.self_attn = layer, torch.nn.Linear(1, 1)
+    whole.forward = lambda stream: Overflowing.apply(layer(stream))
+    before = layer.up_proj.weight.clone()
+    stream = torch.randn(4, 8, layer.hidden_size)
+    blocks._fit(whole, stream, torch.randn_like(stream), {4: {}}, 0, stream.device, nullcontext, torch.float16)
+    assert layer.up_proj.weight.isfinite().all()
+    assert not torch.equal(layer.up_proj.weight, before)
+
+
+class Overflowing(torch.autograd.Function):
+    """The identity, whose gradient has the range of float16 a hundredfold narrower."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient * 1e6).half().float() / 1e6
 
 
 def test_a_finished_run_stays_the_same_whatever_is_said_of_distillation(run_dir):

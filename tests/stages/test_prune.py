@@ -120,6 +120,11 @@ def test_a_signal_while_structures_are_measured_saves_and_the_next_start_ends_bi
 def test_a_snapshot_is_written_once_and_outlives_the_checkpoint_it_was_written_for(settings):
     config = load_config(None, [*settings, "sparsity.target=0.4", "teacher.lag=5", "checkpoint.every=15",
                                 "checkpoint.keep=2"])  # fmt: skip
+    torn = Path(config.run_dir) / "rungs"  # of a start that was killed before its first checkpoint
+    torn.mkdir(parents=True)
+    for step in range(60):
+        for name in (f"{step:08d}", f"frozen-{step:08d}"):
+            (torn / f"{name}.safetensors").write_bytes(b"torn")
     run_dir, names = prune.run(config).parent, {}
     for directory in (*sorted((run_dir / "checkpoints").iterdir()), run_dir / "pruned"):
         verify(directory)

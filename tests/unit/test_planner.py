@@ -193,7 +193,8 @@ def test_distillation_by_hand():
     gathered = again["two gathered layers and the ends"]
     assert gathered == pytest.approx(2 * (ends + 2 / 32 * decoder))
     one = Job(job.spec, job.config, Cluster(1, 1, CARDS["h100"]))
-    assert sum(distillation_memory(one, Layout(0, 1)).values()) == pytest.approx(8 * shares + 2 * 8_030_261_248)
+    found = distillation_memory(one, Layout(0, 1)).values()
+    assert sum(found) == pytest.approx(8 * shares + 2 * decoder + 2 * 8_030_261_248)
 
 
 def test_host_memory_of_distillation_by_hand():
@@ -509,11 +510,13 @@ def test_a_run_that_distils_fits_where_both_stages_do():
     assert both.chosen.fits
     assert both.node_memory == sum(both.chosen.distilling_host.values()) > alone.node_memory
     found = both.chosen.bill
-    states = 5 * 12 * (TOTALS["llama-3.1-70b"] - 2 * 128_256 * 8192 - 0.2 * both.job.spec.prunable)  # one of 200 steps
+    states = 6 * 12 * (TOTALS["llama-3.1-70b"] - 2 * 128_256 * 8192 - 0.2 * both.job.spec.prunable)  # of 0, 200, …
     assert found.distillation > 1080 * both.chosen.timing.step + 2 * states / 1e9
     assert found.total == found.pruning + found.distillation
     assert alone.limits["hours"] == 1
     assert both.limits["hours"] >= 1.5 * found.distillation / 3600
+    assert alone.limits["signal_seconds"] == 300
+    assert both.limits["signal_seconds"] >= 1.5 * 2 * states / 6 / 1e9
     assert not lay_out(job("llama-3.1-70b", 1, 8, *steps)).chosen.fits
 
 
