@@ -1,8 +1,8 @@
 """Entries of a sweep for the shell: from a YAML list of settings, such as `- {sparsity.target: 0.3, seed: 1}`.
 
-`python sweep.py FILE [--config RUN.yaml] [key.sub=value …]` prints a line for each entry, its settings as
-`key.sub=value` with tabs between them. What follows FILE are the settings that all entries share, beside which each is
-checked.
+`python sweep.py FILE [--config RUN.yaml] [key.sub=value …]` prints a line for each entry: its stages, and its settings
+as `key.sub=value`, with tabs between them. What follows FILE are the settings that all entries share, beside
+which each is checked.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nuteprune.config import load_config, read_entries
 from nuteprune.errors import UserError
+from nuteprune.stages.status import outputs
 
 
 def main(path: str, *shared: str) -> str:
@@ -20,10 +21,11 @@ def main(path: str, *shared: str) -> str:
     for number, entry in enumerate(read_entries(Path(path)), 1):
         words = [f"{key}={json.dumps(value)}" for key, value in entry.items()]
         try:
-            load_config(config, [*overrides, *words])
+            entry_config = load_config(config, [*overrides, *words])
         except UserError as error:
             raise UserError(f"{path}: entry {number}: {error}") from None
-        lines.append("\t".join(words))
+        stages = [stage for stage in outputs(entry_config) if stage != "prepare"]  # pruning does that too
+        lines.append("\t".join([",".join(stages), *words]))
     return "\n".join(lines)
 
 

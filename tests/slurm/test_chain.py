@@ -142,18 +142,19 @@ def test_sweep_as_an_array(tiny_run, tmp_path):
     """Its last element, whose id is the array's, loses a rank and is requeued alone."""
     run = tiny_run(steps=60)
     sweep = tmp_path / "sweep.yaml"
-    sweep.write_text("- {sparsity.target: 0.2, train.steps: 10}\n- {sparsity.target: 0.3, seed: 1}\n")
+    sweep.write_text("- {sparsity.target: 0.2, train.steps: 10}\n- {sparsity.target: 0.3, distill.steps: 4}\n")
     printed = run.submit_text("--sweep", str(sweep), PRUNE_NODES="1")
     job = printed.split("job ")[1].split(",")[0]
     first, second = (
         Path(f"{run.run_dir}-sweep") / name
-        for name in ("sparsity.target=0.2,train.steps=10", "sparsity.target=0.3,seed=1")
+        for name in ("sparsity.target=0.2,train.steps=10", "sparsity.target=0.3,distill.steps=4")
     )
     wait_for(lambda: list((second / "checkpoints").glob("step-*")), 180, run.everything)
     os.kill(run.cluster.pid(job, rank=0), signal.SIGKILL)
     assert finished(run, f"{job}_1")["Restarts"] == "1"
     assert finished(run, f"{job}_0")["Restarts"] == "0"
     assert all((each / "evaluate" / "manifest.json").is_file() for each in (first, second))
+    assert (second / "distill" / "model" / "manifest.json").is_file()
     assert submitted(second)["prune"] == f"{job}_1"
 
 
