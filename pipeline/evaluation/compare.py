@@ -201,7 +201,8 @@ def _ratio(first: dict, last: dict) -> dict:
     if "speed" in first:
         pairs = {batch: (before, last["speed"][batch]) for batch, before in first["speed"].items()}
         ratio["speed"] = {batch: speed_ratio(*pair) | _memory_ratio(*pair) for batch, pair in pairs.items()}
-        ratio["ceiling"] = ceiling(first, last)
+        if first["parameters_prunable"]:  # none in families whose projections go by other names, as GPT-2's
+            ratio["ceiling"] = ceiling(first, last)
     return ratio
 
 

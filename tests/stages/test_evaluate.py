@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -418,6 +419,15 @@ def test_one_model_without_speed_tasks_or_prompts(settings, base, tmp_path):
     assert not {"speed", "tasks", "generation", "samples"} & set(result["models"][0])
     assert result["pictures"] == ["training.png"]
     assert "ratio" not in report.table(result)
+
+
+def test_models_without_prunable_parameters_have_no_ceiling(settings, tokenizer, tmp_path):
+    gpt2 = GPT2Config(vocab_size=300, n_embd=24, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    AutoModelForCausalLM.from_config(gpt2).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    result = evaluate.run(changed(settings, models=[str(tmp_path / "gpt2")] * 2, batch_sizes=[1], tasks=[], prompts=0))
+    assert result["models"][0]["parameters_prunable"] == 0
+    assert set(result["ratio"]) == {*measure.SIZES, "perplexity", "speed"}
 
 
 def test_infinite_perplexity_is_written_as_valid_json(settings, tmp_path, base):
