@@ -121,7 +121,7 @@ def _quality(
     if tasks:
         limit, shots = (0, 0) if settings.protocol == "published" else (settings.task_limit, settings.fewshot)
         measured = lm_eval_tasks(model, tokenizer, tasks, limit, shots)
-        yield {"tasks": measured, "accuracy": mean_accuracy(measured)}
+        yield {"tasks": measured, "accuracy": mean_accuracy(measured, tasks)}
     if settings.prompts:
         continued.append(generation.continue_text(model, tokenizer, texts[0].tokens, settings.prompts))
         intact = continued[0] if len(continued) > 1 else None

@@ -8,9 +8,11 @@ import math
 import shutil
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, tiny_model
@@ -240,9 +242,20 @@ def test_lm_eval_knows_the_papers_tasks_and_an_unknown_one_is_one_line(monkeypat
 
 
 def test_mean_accuracy_leaves_out_tasks_without_one():
-    tasks = {name: {"metrics": {"acc": {"value": value}}} for name, value in (("a", 0.5), ("b", 0.7))}
-    assert mean_accuracy(tasks | {"c": {"metrics": {"bleu": {"value": 9.0}}}}) == pytest.approx(0.6)
-    assert mean_accuracy({}) is None
+    scores = {name: {"metrics": {"acc": {"value": value}}} for name, value in (("a", 0.5), ("b", 0.7))}
+    scores["c"] = {"metrics": {"bleu": {"value": 9.0}}}
+    assert mean_accuracy(scores, [SimpleNamespace(task_name=name) for name in "abc"]) == pytest.approx(0.6)
+    assert mean_accuracy({}, []) is None
+
+
+def test_a_group_counts_once_in_the_mean_accuracy():
+    scores = {name: {"metrics": {"acc": {"value": value}}} for name, value in (("a", 0.0), ("b", 0.2), ("alone", 0.7))}
+    group = Group("both")
+    for name in "ab":
+        group.add(SimpleNamespace(task_name=name))
+    asked = [group, SimpleNamespace(task_name="alone")]
+    assert mean_accuracy(scores | {"both": {"metrics": {"acc": {"value": 0.1}}}}, asked) == pytest.approx(0.4)
+    assert mean_accuracy(scores | {"both": {"metrics": {}}}, asked) == pytest.approx(0.3)
 
 
 @pytest.fixture(scope="module")
