@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -45,8 +46,10 @@ def atomic_directory(target: Path, lender: Path | None = None, read: Facts | Non
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{target.name}.*-*"):  # by a process that was killed here
-            shutil.rmtree(left, ignore_errors=True)
+        name = glob.escape(target.name)
+        for kind in ("tmp", "old"):  # left by a process that was killed here
+            for left in target.parent.glob(f".{name}.{kind}-*"):
+                shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         write_manifest(temporary, lender=lender, read=read)

@@ -271,6 +271,15 @@ def test_full_disk_while_a_tokenizer_is_saved_is_one_line(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+def test_what_a_killed_process_left_goes_and_another_outputs_directory_stays(tmp_path):
+    left, other = tmp_path / ".export[1].tmp-1", tmp_path / ".export[1].v2.tmp-1"
+    left.mkdir()
+    other.mkdir()
+    with atomic_directory(tmp_path / "export[1]"):
+        assert not left.exists()
+    assert sorted(tmp_path.iterdir()) == [other, tmp_path / "export[1]"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a read-only directory is made with a tmpfs, which only root may mount")
 def test_a_directory_that_turns_read_only_under_evaluate_is_one_line(model_dir, text_file, tmp_path, capsys):
     disk = tmp_path / "disk"
