@@ -280,6 +280,16 @@ def test_what_a_killed_process_left_goes_and_another_outputs_directory_stays(tmp
     assert sorted(tmp_path.iterdir()) == [other, tmp_path / "export[1]"]
 
 
+def test_a_result_that_a_killed_process_moved_aside_is_put_back(tmp_path):
+    target, old = tmp_path / "export", tmp_path / ".export.old-1"
+    old.mkdir()
+    (old / "file").write_text("earlier")
+    with pytest.raises(ZeroDivisionError), atomic_directory(target):
+        raise ZeroDivisionError
+    assert [path.read_text() for path in tmp_path.rglob("file")] == ["earlier"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a read-only directory is made with a tmpfs, which only root may mount")
 def test_a_directory_that_turns_read_only_under_evaluate_is_one_line(model_dir, text_file, tmp_path, capsys):
     disk = tmp_path / "disk"
