@@ -17,7 +17,7 @@ from nuteprune.arch import FAMILIES, ArchSpec
 from nuteprune.config import ModelConfig
 from nuteprune.errors import UserError, first_line
 from nuteprune.exporting.folding import OWN_TYPES
-from nuteprune.model.hub import PICKLED, WEIGHTS, fetch
+from nuteprune.model.hub import fetch, weight_files
 from nuteprune.model.loading import check_attention, check_dtype, check_whole
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,7 @@ def weight_bytes(path: str, config: ModelConfig) -> int:
     except (UserError, OSError, ValueError):
         return 0  # loading it says what is wrong
     dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype") or "float32"), torch.float32)
-    files = list(folder.glob(WEIGHTS)) or folder.glob(PICKLED)
-    size = sum(file.stat().st_size for file in files)
+    size = sum(file.stat().st_size for file in weight_files(folder))
     return size * getattr(torch, config.dtype).itemsize // dtype.itemsize
 
 

@@ -554,6 +554,13 @@ def test_models_too_big_for_a_card_together_do_not_take_turns_there(monkeypatch,
     assert compare.too_big_together([10**15], torch.device("cpu")) == ""
 
 
+def test_weights_that_a_directory_holds_twice_count_once(base, model, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "original")
+    size = (folder / "model.safetensors").stat().st_size
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert measure.sizes(model, folder)["bytes"] == weight_bytes(str(folder), ModelConfig(dtype="float32")) == size
+
+
 def test_a_model_beyond_one_card_is_spread(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 80 * 10**9))
     cuda = torch.device("cuda", 0)
