@@ -561,6 +561,13 @@ def test_weights_that_a_directory_holds_twice_count_once(base, model, tmp_path):
     assert measure.sizes(model, folder)["bytes"] == weight_bytes(str(folder), ModelConfig(dtype="float32")) == size
 
 
+def test_weights_of_a_type_that_is_not_named_take_what_their_files_do(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: facts[key] for key in facts if "dtype" not in key}))
+    assert weight_bytes(str(folder), ModelConfig(dtype="bfloat16")) == (folder / "model.safetensors").stat().st_size
+
+
 def test_a_model_beyond_one_card_is_spread(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 80 * 10**9))
     cuda = torch.device("cuda", 0)
