@@ -86,7 +86,8 @@ def evaluate_models(config: Config) -> dict:
         "protocol": settings.protocol,
         "models": entries,
         "ratio": _ratio(entries[0], entries[-1]) if len(entries) > 1 else {},
-        "held_out": bool(settings.text or published) and config.data.source not in settings.text,
+        "held_out": bool(settings.text or published)
+        and not any(shares_text(text, config.data.source) for text in settings.text),
         "same_tokens": all(torch.equal(streams[0], other) for other in streams[1:]),
         "task_limit": 0 if published else settings.task_limit,
         "speed_missing": too_big,
@@ -177,6 +178,14 @@ def _model_paths(config: Config) -> list[str]:
     distilled = distill_directory(Path(config.run_dir)) / DISTILLED
     newer = [str(distilled)] if config.run_dir and check_distilled(distilled, export) else []
     return [config.model.path, str(export), *newer]
+
+
+def shares_text(text: str, source: str) -> bool:
+    """Whether a text is what `data.source` names, or one of the two lies in the other."""
+    if "c4" in (text, source) or not source:  # no paths
+        return text == source
+    paths = Path(text).resolve(), Path(source).resolve()
+    return paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])
 
 
 def report_directory(config: Config) -> Path:

@@ -443,6 +443,21 @@ def test_models_without_prunable_parameters_have_no_ceiling(settings, tokenizer,
     assert set(result["ratio"]) == {*measure.SIZES, "perplexity", "speed"}
 
 
+SHARED = {
+    "same": ("a.txt", "./a.txt", True),
+    "inside": ("texts/a.txt", "texts/", True),
+    "around": ("texts", "texts/a.txt", True),
+    "beside": ("texts2/a.txt", "texts", False),
+    "hub": ("c4/a.txt", "c4", False),
+    "none": ("a.txt", "", False),
+}
+
+
+@pytest.mark.parametrize(("text", "source", "shared"), SHARED.values(), ids=SHARED)
+def test_training_text_is_known_however_its_path_is_spelled(text, source, shared):
+    assert compare.shares_text(text, source) == compare.shares_text(str(Path(text).absolute()), source) == shared
+
+
 def test_infinite_perplexity_is_written_as_valid_json(settings, tmp_path, base):
     result = evaluate.run(changed(settings, batch_sizes=[], models=[base, base]))
     # The same model twice scores the same twice, with the same task objects, and agrees with itself.
