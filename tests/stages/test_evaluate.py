@@ -425,6 +425,15 @@ def test_models_of_different_tokenizers_compare_by_bits_a_byte(settings, base, t
     assert (tmp_path / "out/report.md").read_text().count("Behind `") == 1
 
 
+def test_windows_longer_than_the_model_reads_are_warned_of(settings, base, tmp_path, caplog):
+    folder = shutil.copytree(base, tmp_path / "short")
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | {"max_position_embeddings": 32}))
+    evaluate.run(changed(settings, models=[str(folder), base], batch_sizes=[], tasks=[], prompts=0))
+    assert caplog.text.count("perplexity in windows of 64 tokens, of which short reads 32 at most") == 1
+    assert caplog.text.count("perplexity in windows") == 1
+
+
 def test_one_model_without_speed_tasks_or_prompts(settings, base, tmp_path):
     config = changed(settings, models=[base], batch_sizes=[], tasks=[], prompts=0, output=str(tmp_path / "out"))
     result = evaluate.run(config)
