@@ -271,13 +271,14 @@ def test_full_disk_while_a_tokenizer_is_saved_is_one_line(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_what_a_killed_process_left_goes_and_another_outputs_directory_stays(tmp_path):
-    left, other = tmp_path / ".export[1].tmp-1", tmp_path / ".export[1].v2.tmp-1"
+@pytest.mark.parametrize("name", ["export", "export[1]"])
+def test_what_a_killed_process_left_goes_and_another_outputs_directory_stays(name, tmp_path):
+    left, other = tmp_path / f".{name}.tmp-1", tmp_path / f".{name}.v2.tmp-1"
     left.mkdir()
     other.mkdir()
-    with atomic_directory(tmp_path / "export[1]"):
+    with atomic_directory(tmp_path / name):
         assert not left.exists()
-    assert sorted(tmp_path.iterdir()) == [other, tmp_path / "export[1]"]
+    assert sorted(tmp_path.iterdir()) == [other, tmp_path / name]
 
 
 def test_a_result_that_a_killed_process_moved_aside_is_put_back(tmp_path):
