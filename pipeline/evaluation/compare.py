@@ -86,7 +86,8 @@ def evaluate_models(config: Config) -> dict:
         "protocol": settings.protocol,
         "models": entries,
         "ratio": _ratio(entries[0], entries[-1]) if len(entries) > 1 else {},
-        "held_out": bool(settings.text or published) and config.data.source not in settings.text,
+        "held_out": bool(settings.text or published)
+        and not any(shares_text(text, config.data.source) for text in settings.text),
         "same_tokens": all(torch.equal(streams[0], other) for other in streams[1:]),
         "task_limit": 0 if published else settings.task_limit,
         "speed_missing": too_big,
@@ -109,6 +110,10 @@ def _quality(
     """Everything measured of one model but its speed, part by part; `continued` gets what it writes."""
     scores = {}
     log.info("evaluating %s", name)
+    window, most = max(text.window for text in texts), getattr(model.config, "max_position_embeddings", None)
+    if most and window > most:
+        log.warning("perplexity in windows of %d tokens, of which %s reads %d at most: its numbers say little "
+                    "(evaluate.window)", window, name, most)  # fmt: skip
     for text in texts:
         label = f"{text.name} by {name}" if shown else None
         how = (text.window, text.blocks, label, text.first)
@@ -121,7 +126,7 @@ def _quality(
     if tasks:
         limit, shots = (0, 0) if settings.protocol == "published" else (settings.task_limit, settings.fewshot)
         measured = lm_eval_tasks(model, tokenizer, tasks, limit, shots)
-        yield {"tasks": measured, "accuracy": mean_accuracy(measured)}
+        yield {"tasks": measured, "accuracy": mean_accuracy(measured, tasks)}
     if settings.prompts:
         continued.append(generation.continue_text(model, tokenizer, texts[0].tokens, settings.prompts))
         intact = continued[0] if len(continued) > 1 else None
@@ -179,6 +184,14 @@ def _model_paths(config: Config) -> list[str]:
     return [config.model.path, str(export), *newer]
 
 
+def shares_text(text: str, source: str) -> bool:
+    """Whether a text is what `data.source` names, or one of the two lies in the other."""
+    if "c4" in (text, source) or not source:  # no paths
+        return text == source
+    paths = Path(text).resolve(), Path(source).resolve()
+    return paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])
+
+
 def report_directory(config: Config) -> Path:
     """Where the report goes; raises `UserError` where neither it nor a run is named."""
     if not (config.evaluate.output or config.run_dir):
@@ -201,7 +214,8 @@ def _ratio(first: dict, last: dict) -> dict:
     if "speed" in first:
         pairs = {batch: (before, last["speed"][batch]) for batch, before in first["speed"].items()}
         ratio["speed"] = {batch: speed_ratio(*pair) | _memory_ratio(*pair) for batch, pair in pairs.items()}
-        ratio["ceiling"] = ceiling(first, last)
+        if first["parameters_prunable"]:  # none in families whose projections go by other names, as GPT-2's
+            ratio["ceiling"] = ceiling(first, last)
     return ratio
 
 

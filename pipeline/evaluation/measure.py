@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from nuteprune.errors import UserError
 from nuteprune.evaluation.head import Head
 from nuteprune.exporting.folding import exported_parameters
+from nuteprune.model.hub import weight_files
 from nuteprune.model.losses import IGNORE
 from nuteprune.parallel.host import processor
 
@@ -189,7 +190,7 @@ def sizes(model: PreTrainedModel, folder: Path) -> dict:
         "parameters_non_embedding": total - sum(p.numel() for p in {embedding, head}),
         "parameters_prunable": exported_parameters(model) - unread,
         "parameters_read": total - (0 if embedding is head else embedding.numel()) - unread,
-        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "bytes": sum(file.stat().st_size for file in weight_files(folder)),
     }
 
 

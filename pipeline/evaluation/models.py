@@ -17,7 +17,7 @@ from nuteprune.arch import FAMILIES, ArchSpec
 from nuteprune.config import ModelConfig
 from nuteprune.errors import UserError, first_line
 from nuteprune.exporting.folding import OWN_TYPES
-from nuteprune.model.hub import PICKLED, WEIGHTS, fetch
+from nuteprune.model.hub import fetch, weight_files
 from nuteprune.model.loading import check_attention, check_dtype, check_whole
 
 log = logging.getLogger(__name__)
@@ -29,17 +29,18 @@ USABLE = 0.9
 def weight_bytes(path: str, config: ModelConfig) -> int:
     """Bytes of a model's weights in `config.dtype`, from the sizes of its files; 0 where there are none.
 
-    A model of the hub is downloaded first: before, nothing tells their sizes.
+    Files whose type config.json does not name are taken to hold `config.dtype`. A model of the hub is downloaded first:
+    before, nothing tells their sizes.
     """
     try:
         folder = fetch(path)
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (UserError, OSError, ValueError):
         return 0  # loading it says what is wrong
-    dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype") or "float32"), torch.float32)
-    files = list(folder.glob(WEIGHTS)) or folder.glob(PICKLED)
-    size = sum(file.stat().st_size for file in files)
-    return size * getattr(torch, config.dtype).itemsize // dtype.itemsize
+    wanted = getattr(torch, config.dtype)
+    dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), wanted)
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    return size * wanted.itemsize // dtype.itemsize
 
 
 def placement(size: int, device: torch.device) -> str | dict | None:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from transformers.utils import cached_file
 
 from nuteprune.errors import UserError
@@ -23,6 +24,8 @@ RECORD = "nuteprune.json"
 """What was kept, beside the weights: the sign of an export of ours."""
 CARD = "README.md"
 RESULTS = "\n## Results\n"
+LICENCE = ("license", "license_name", "license_link")
+"""Entries of a model's card that say what may be done with it."""
 PAPER = "NutePrune (Li et al. 2024, [arXiv 2402.09773](https://arxiv.org/abs/2402.09773))"
 
 
@@ -125,22 +128,31 @@ def distilled_card(card: str, steps: int, tokens: int) -> str:
 
 
 def origin(base: str) -> list[str]:
-    """The `license:` and `base_model:` entries of a model that is made of a base; a local one has no name elsewhere."""
+    """The licence and `base_model:` entries of a model that is made of a base; a local one has no name elsewhere."""
     licence = base_licence(base)
-    found = [f"license: {licence}"] if licence else []
+    found = yaml.safe_dump(licence, sort_keys=False).splitlines() if licence else []
     return found if Path(base).exists() else [*found, f"base_model: {one_line(base)}"]
 
 
-def base_licence(base: str) -> str | None:
-    """The `license:` entry of the base model's card, None where it has none."""
+def base_licence(base: str) -> dict[str, str | list[str]]:
+    """The `LICENCE` entries of the base model's card, as far as it has them."""
     card = cached_file(base, "README.md", _raise_exceptions_for_missing_entries=False,
                        _raise_exceptions_for_connection_errors=False,
                        _raise_exceptions_for_gated_repo=False)  # fmt: skip
     if card is None:
-        return None
+        return {}
     front = re.match(r"---\n(.*?)\n---", Path(card).read_text(encoding="utf-8"), re.DOTALL)
-    found = front and re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", front[1], re.MULTILINE)
-    return found[1] if found else None
+    try:
+        facts = yaml.safe_load(front[1]) if front else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        facts = None
+    return {key: facts[key] for key in LICENCE if _words(facts.get(key))} if isinstance(facts, dict) else {}
+
+
+def _words(entry: object) -> bool:
+    """Whether an entry of a card is one line of text, or a list of such."""
+    lines = entry if isinstance(entry, list) else [entry]
+    return bool(lines) and all(isinstance(line, str) and line and line == one_line(line) for line in lines)
 
 
 def _body(run: Run, student: Student, fold: Fold, name: str, shape: str, dtype: str, result: Result) -> list[str]:

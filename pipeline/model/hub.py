@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -62,6 +63,15 @@ def _go(offline: bool) -> None:
     constants.HF_HUB_OFFLINE = offline
     if "datasets" in sys.modules:  # it takes the hub's word when it is imported, and keeps it
         sys.modules["datasets"].config.HF_HUB_OFFLINE = offline
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a directory from which transformers reads weights; pickled ones where there are no others."""
+    for pattern in (WEIGHTS, PICKLED):
+        files = [file for file in folder.glob(pattern) if not any(fnmatch(file.name, twice) for twice in TWICE)]
+        if files:
+            return files
+    return []
 
 
 def fetch(path: str) -> Path:

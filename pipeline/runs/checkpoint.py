@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -32,7 +33,8 @@ class CheckpointError(Exception):
 def atomic_directory(target: Path, lender: Path | None = None, read: Facts | None = None) -> Iterator[Path]:
     """Yield a temporary sibling directory; on success write its manifest, flush it to disk and rename it to `target`.
 
-    An existing `target` is replaced only after the new one is complete; on an error nothing is left behind.
+    An existing `target` is replaced only after the new one is complete; on an error nothing is left behind. What a
+    killed process moved aside is put back first.
 
     Args:
         lender: a directory with a manifest, of which files may be hard links: those are not read again.
@@ -45,8 +47,13 @@ def atomic_directory(target: Path, lender: Path | None = None, read: Facts | Non
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{target.name}.*-*"):  # by a process that was killed here
-            shutil.rmtree(left, ignore_errors=True)
+        name = glob.escape(target.name)
+        for kind in ("tmp", "old"):  # left by a process that was killed here
+            for left in target.parent.glob(f".{name}.{kind}-*"):
+                if kind == "old" and not target.exists():  # killed between the two renames
+                    left.rename(target)
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         write_manifest(temporary, lender=lender, read=read)

@@ -271,6 +271,26 @@ def test_full_disk_while_a_tokenizer_is_saved_is_one_line(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.parametrize("name", ["export", "export[1]"])
+def test_what_a_killed_process_left_goes_and_another_outputs_directory_stays(name, tmp_path):
+    left, other = tmp_path / f".{name}.tmp-1", tmp_path / f".{name}.v2.tmp-1"
+    left.mkdir()
+    other.mkdir()
+    with atomic_directory(tmp_path / name):
+        assert not left.exists()
+    assert sorted(tmp_path.iterdir()) == [other, tmp_path / name]
+
+
+def test_a_result_that_a_killed_process_moved_aside_is_put_back(tmp_path):
+    target, old = tmp_path / "export", tmp_path / ".export.old-1"
+    old.mkdir()
+    (old / "file").write_text("earlier")
+    with pytest.raises(ZeroDivisionError), atomic_directory(target):
+        raise ZeroDivisionError
+    assert [path.read_text() for path in tmp_path.rglob("file")] == ["earlier"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a read-only directory is made with a tmpfs, which only root may mount")
 def test_a_directory_that_turns_read_only_under_evaluate_is_one_line(model_dir, text_file, tmp_path, capsys):
     disk = tmp_path / "disk"

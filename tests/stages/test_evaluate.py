@@ -8,9 +8,11 @@ import math
 import shutil
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lm_eval.api.group import Group
 from lm_eval.tasks import TaskManager
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, tiny_model
@@ -18,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -239,9 +242,20 @@ def test_lm_eval_knows_the_papers_tasks_and_an_unknown_one_is_one_line(monkeypat
 
 
 def test_mean_accuracy_leaves_out_tasks_without_one():
-    tasks = {name: {"metrics": {"acc": {"value": value}}} for name, value in (("a", 0.5), ("b", 0.7))}
-    assert mean_accuracy(tasks | {"c": {"metrics": {"bleu": {"value": 9.0}}}}) == pytest.approx(0.6)
-    assert mean_accuracy({}) is None
+    scores = {name: {"metrics": {"acc": {"value": value}}} for name, value in (("a", 0.5), ("b", 0.7))}
+    scores["c"] = {"metrics": {"bleu": {"value": 9.0}}}
+    assert mean_accuracy(scores, [SimpleNamespace(task_name=name) for name in "abc"]) == pytest.approx(0.6)
+    assert mean_accuracy({}, []) is None
+
+
+def test_a_group_counts_once_in_the_mean_accuracy():
+    scores = {name: {"metrics": {"acc": {"value": value}}} for name, value in (("a", 0.0), ("b", 0.2), ("alone", 0.7))}
+    group = Group("both")
+    for name in "ab":
+        group.add(SimpleNamespace(task_name=name))
+    asked = [group, SimpleNamespace(task_name="alone")]
+    assert mean_accuracy(scores | {"both": {"metrics": {"acc": {"value": 0.1}}}}, asked) == pytest.approx(0.4)
+    assert mean_accuracy(scores | {"both": {"metrics": {}}}, asked) == pytest.approx(0.3)
 
 
 @pytest.fixture(scope="module")
@@ -411,6 +425,15 @@ def test_models_of_different_tokenizers_compare_by_bits_a_byte(settings, base, t
     assert (tmp_path / "out/report.md").read_text().count("Behind `") == 1
 
 
+def test_windows_longer_than_the_model_reads_are_warned_of(settings, base, tmp_path, caplog):
+    folder = shutil.copytree(base, tmp_path / "short")
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | {"max_position_embeddings": 32}))
+    evaluate.run(changed(settings, models=[str(folder), base], batch_sizes=[], tasks=[], prompts=0))
+    assert caplog.text.count("perplexity in windows of 64 tokens, of which short reads 32 at most") == 1
+    assert caplog.text.count("perplexity in windows") == 1
+
+
 def test_one_model_without_speed_tasks_or_prompts(settings, base, tmp_path):
     config = changed(settings, models=[base], batch_sizes=[], tasks=[], prompts=0, output=str(tmp_path / "out"))
     result = evaluate.run(config)
@@ -418,6 +441,30 @@ def test_one_model_without_speed_tasks_or_prompts(settings, base, tmp_path):
     assert not {"speed", "tasks", "generation", "samples"} & set(result["models"][0])
     assert result["pictures"] == ["training.png"]
     assert "ratio" not in report.table(result)
+
+
+def test_models_without_prunable_parameters_have_no_ceiling(settings, tokenizer, tmp_path):
+    gpt2 = GPT2Config(vocab_size=300, n_embd=24, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    AutoModelForCausalLM.from_config(gpt2).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    result = evaluate.run(changed(settings, models=[str(tmp_path / "gpt2")] * 2, batch_sizes=[1], tasks=[], prompts=0))
+    assert result["models"][0]["parameters_prunable"] == 0
+    assert set(result["ratio"]) == {*measure.SIZES, "perplexity", "speed"}
+
+
+SHARED = {
+    "same": ("a.txt", "./a.txt", True),
+    "inside": ("texts/a.txt", "texts/", True),
+    "around": ("texts", "texts/a.txt", True),
+    "beside": ("texts2/a.txt", "texts", False),
+    "hub": ("c4/a.txt", "c4", False),
+    "none": ("a.txt", "", False),
+}
+
+
+@pytest.mark.parametrize(("text", "source", "shared"), SHARED.values(), ids=SHARED)
+def test_training_text_is_known_however_its_path_is_spelled(text, source, shared):
+    assert compare.shares_text(text, source) == compare.shares_text(str(Path(text).absolute()), source) == shared
 
 
 def test_infinite_perplexity_is_written_as_valid_json(settings, tmp_path, base):
@@ -529,6 +576,20 @@ def test_models_too_big_for_a_card_together_do_not_take_turns_there(monkeypatch,
     assert compare.too_big_together([40_000, 40_000], cuda) == ""
     assert "0.0 GB fit" in compare.too_big_together([50_000, 50_000], cuda)
     assert compare.too_big_together([10**15], torch.device("cpu")) == ""
+
+
+def test_weights_that_a_directory_holds_twice_count_once(base, model, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "original")
+    size = (folder / "model.safetensors").stat().st_size
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert measure.sizes(model, folder)["bytes"] == weight_bytes(str(folder), ModelConfig(dtype="float32")) == size
+
+
+def test_weights_of_a_type_that_is_not_named_take_what_their_files_do(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: facts[key] for key in facts if "dtype" not in key}))
+    assert weight_bytes(str(folder), ModelConfig(dtype="bfloat16")) == (folder / "model.safetensors").stat().st_size
 
 
 def test_a_model_beyond_one_card_is_spread(monkeypatch):

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from nuteprune.arch import PROJECTIONS, read_spec
 from nuteprune.errors import UserError
 from nuteprune.exporting import folding
+from nuteprune.exporting.card import origin
 from nuteprune.exporting.folding import exported_parameters, fold_model, plan_fold, small_config
 from nuteprune.exporting.small import ExportError
 from nuteprune.exporting.targets import stock
@@ -236,6 +237,24 @@ def test_card_says_how_it_was_made(exports):
         assert part in card
     # The tokenizer needs it too: transformers reads the model's configuration to find the tokenizer's class.
     assert (exports["qwen2", "per_layer"][0] / "README.md").read_text().count("trust_remote_code=True") == 2
+
+
+LICENCES = {
+    "quoted": ('license: "apache-2.0"', ["license: apache-2.0"]),
+    "listed": ("license: [mit, gemma]", ["license:", "- mit", "- gemma"]),
+    "other": (
+        "license: other\nlicense_name: qwen\nlicense_link: https://x/y",
+        ["license: other", "license_name: qwen", "license_link: https://x/y"],
+    ),
+    "none": ("license: [", []),
+}
+
+
+@pytest.mark.parametrize(("entry", "lines"), LICENCES.values(), ids=LICENCES)
+def test_card_keeps_the_licence_of_the_base(entry, lines, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "README.md").write_text(f"---\n{entry}\ntags: [x]\n---\n# Base\n")
+    assert origin(str(tmp_path)) == lines
 
 
 def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog, monkeypatch):

@@ -321,9 +321,9 @@ def test_foreign_names_are_harmless_in_reports_and_cards(tmp_path):
     assert len({line.replace("\\|", "").count("|") for line in tables[:4]}) == 1
     (tmp_path / "README.md").write_text('---\nlicense: "mit\\nbase_model: evil"\n---\n')
     (tmp_path / "config.json").write_text("{}")
-    assert base_licence(str(tmp_path)) is None
+    assert base_licence(str(tmp_path)) == {}
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    assert base_licence(str(tmp_path)) == "apache-2.0"
+    assert base_licence(str(tmp_path)) == {"license": "apache-2.0"}
 
 
 def test_the_terminal_is_not_steered(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -102,10 +103,25 @@ def _load(manager, task: str, file: Path | None) -> list:
     return [built["groups"][task]] if task in built.get("groups", {}) else list(built["tasks"].values())
 
 
-def mean_accuracy(tasks: dict[str, dict]) -> float | None:
-    """Mean of `acc` over the tasks (results of `lm_eval_tasks`) that have it; None where none has."""
-    values = [task["metrics"]["acc"]["value"] for task in tasks.values() if "acc" in task["metrics"]]
+def mean_accuracy(scores: dict[str, dict], tasks: list) -> float | None:
+    """Mean of `acc` over the tasks and groups that were asked for; None where none has it.
+
+    Args:
+        scores: results of `lm_eval_tasks`, which hold the tasks of a group beside it.
+        tasks: what was scored; of a group without an `acc` of its own, its tasks count.
+    """
+    values = dict(_accuracies(scores, tasks)).values()
     return sum(values) / len(values) if values else None
+
+
+def _accuracies(scores: dict[str, dict], tasks: Iterable) -> Iterator[tuple[str, float]]:
+    for task in tasks:
+        group = not hasattr(task, "task_name")
+        name = task.name if group else task.task_name
+        if "acc" in scores[name]["metrics"]:
+            yield name, scores[name]["metrics"]["acc"]["value"]
+        elif group:
+            yield from _accuracies(scores, task)
 
 
 def shipped() -> list[str]:
