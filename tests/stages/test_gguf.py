@@ -159,6 +159,14 @@ def test_scaled_rope_that_llama_cpp_lacks_is_refused(tmp_path):
         exported(tmp_path, "llama", "uniform", rope_parameters=rope)
 
 
+@pytest.mark.parametrize(("family", "options"), [("llama", {"hidden_act": "gelu"}),
+                                               ("gemma3_text", {"hidden_activation": "silu"})])  # fmt: skip
+def test_an_activation_that_llama_cpp_does_not_compute_is_refused(family, options):
+    config = base_model(family, **options).config
+    with pytest.raises(UserError, match=r"another activation in its FFN than this model's (gelu|silu): export without"):
+        gguf_architecture(read_spec(config), "uniform", config)
+
+
 def fast(pre, merges=(("a", "b"),), first="$0", bos_token=None, **options):
     words = {word: i for i, word in enumerate(["a", "b", "ab", "<unk>", "<s>", "</s>"])}
     tokenizer = Tokenizer(models.BPE(words, list(merges), **options))
