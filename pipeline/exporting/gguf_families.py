@@ -94,8 +94,9 @@ def add_family(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
 
 
 def has_window(config: PreTrainedConfig) -> bool:
-    """Whether llama.cpp has the sliding windows of this model."""
-    return config.model_type in ("olmo3", "gemma3_text") and bool(config.sliding_window)
+    """Whether this model has sliding windows that llama.cpp has too; it takes none of a file without such a layer."""
+    known = config.model_type in ("olmo3", "gemma3_text") and config.sliding_window
+    return bool(known) and "sliding_attention" in config.layer_types
 
 
 def single(key: str, tensor: Tensor, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:

@@ -89,6 +89,12 @@ def test_architecture_of_uniform_exports(tmp_path, family, heads, architecture):
     assert facts(reader, f"{architecture}.attention.key_length") == 8
 
 
+def test_no_window_is_named_where_no_layer_has_one(tmp_path):
+    directory, _ = exported(tmp_path, "gemma3_text", "uniform", layer_types=["full_attention"] * 4)
+    names = gguf.GGUFReader(directory / "model.gguf").fields
+    assert not [name for name in names if "window" in name or "swa" in name]
+
+
 @pytest.mark.parametrize(("quantisation", "kind"), [("f16", "F16"), ("q8_0", "Q8_0")])
 def test_matrices_are_stored_in_the_type_that_is_asked_for(tmp_path, quantisation, kind):
     directory, _ = exported(tmp_path, "llama", "uniform", quantisation, head_dim=16)
