@@ -243,6 +243,14 @@ def test_the_first_token_is_that_of_the_tokenizer(tmp_path, template, bos_token,
     assert tuple(field and field.contents() for field in found) == wanted
 
 
+def test_several_chat_templates_are_all_written(tmp_path):
+    tokenizer = fast(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    reader = gguf.GGUFReader(vocabulary_file(tmp_path, tokenizer))
+    assert facts(reader, "tokenizer.chat_template") == "{{ messages }}"
+    assert facts(reader, "tokenizer.chat_template.tool_use") == "{{ tools }}"
+
+
 def test_several_first_tokens_are_refused():
     with pytest.raises(UserError, match="begins a sequence with several tokens"):
         vocabulary(fast(pre_tokenizers.ByteLevel(add_prefix_space=False), first="<s> </s> $0"))
