@@ -141,7 +141,18 @@ def load_model(base: Base, device: torch.device | str = "cpu") -> PreTrainedMode
     except (OSError, SafetensorError, UnpicklingError, struct.error, RuntimeError, ValueError, ImportError) as error:
         raise UserError(f"model.path {base.path}: the weights cannot be loaded ({first_line(error)})") from None
     check_whole(base.path, info["missing_keys"])
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    if base.spec.tied and head is not embedding and not torch.equal(head, embedding):
+        raise untied(base.path)
     return model.to(device)
+
+
+def untied(path: str) -> UserError:
+    """For a model whose configuration ties the head to the embedding, while its files hold another head."""
+    return UserError(
+        f"model.path {path}: its config.json ties the embeddings, but the weights hold another lm_head.weight: set "
+        "tie_word_embeddings to false there"
+    )
 
 
 def check_whole(path: str, missing: Collection[str]) -> None:
