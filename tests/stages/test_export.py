@@ -17,6 +17,7 @@ from exporting import (
     base_model,
     loaded,
     masked_logits,
+    on_disk,
     random_lora,
     run_config,
     some_gates,
@@ -29,9 +30,10 @@ from nuteprune.arch import PROJECTIONS, read_spec
 from nuteprune.errors import UserError
 from nuteprune.exporting import folding
 from nuteprune.exporting.folding import exported_parameters, fold_model, plan_fold, small_config
-from nuteprune.exporting.small import ExportError
+from nuteprune.exporting.small import ExportError, exported_dtype
 from nuteprune.exporting.targets import stock
 from nuteprune.masks import Gates, Kept, Rounding, fit_shape, sparsity_of
+from nuteprune.model.loading import read_base
 from nuteprune.runs.checkpoint import verify
 from nuteprune.runs.snapshot import Snapshot
 from nuteprune.stages import export
@@ -255,6 +257,13 @@ def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog, monke
         assert_close(loaded(directory)(some_ids()).logits, masked_logits(model, gates, lora, some_ids()), 0.2)
     assert "cast to bfloat16" in caplog.text
     assert "after the cast to bfloat16" in (directory / "README.md").read_text()
+
+
+def test_the_type_of_a_base_whose_configuration_names_none_is_that_of_its_weights(tmp_path):
+    on_disk(tmp_path, base_model("llama").bfloat16())
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "dtype"}))
+    assert exported_dtype(read_base(run_config(tmp_path).model), "as_base") == torch.bfloat16
 
 
 def test_fewer_shards_after_the_cast_leave_no_stale_index(tmp_path, monkeypatch):
