@@ -118,9 +118,13 @@ class Ragged(Model):
                     setattr(layer, name, nn.Identity())
         self.set_attn_implementation(self.config._attn_implementation)
 
-    def set_attn_implementation(self, attn_implementation: str, **kwargs):
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
         """As in transformers; the implementation is wrapped so that it takes unequal groups."""
-        super().set_attn_implementation(_ragged(attn_implementation), **kwargs)
+        if isinstance(attn_implementation, dict):
+            wrapped: str | dict = {part: _ragged(name) for part, name in attn_implementation.items()}
+        else:
+            wrapped = _ragged(attn_implementation)
+        super().set_attn_implementation(wrapped, **kwargs)
 
 
 def _resize_attention(attention: nn.Module, groups: list[int]) -> None:

@@ -100,9 +100,10 @@ def test_per_layer_generates_with_cache_and_left_padding(exports, family, attent
 def test_per_layer_keeps_its_attention_when_it_is_changed_and_saved_again(exports, tmp_path):
     directory, wanted, _ = exports["llama", "per_layer"]
     model = loaded(directory)
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        assert_close(model(some_ids()).logits, wanted)
+    for implementation in ({"": "eager"}, "sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            assert_close(model(some_ids()).logits, wanted)
     model.save_pretrained(tmp_path / "again")
     with torch.no_grad():
         assert_close(loaded(tmp_path / "again")(some_ids()).logits, wanted)
