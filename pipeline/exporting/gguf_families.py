@@ -24,6 +24,9 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "mixtral": "llama",
 }  # fmt: skip
 """Of the other families that were held against llama.cpp, in the uniform shape; a family in neither is refused."""
+SILU = ("silu", "swish")
+ACTIVATIONS = {"gemma3_text": ("gelu_pytorch_tanh", "gelu_new")}
+"""transformers' names of the activation that llama.cpp computes, whatever a file says; of the others it is SiLU."""
 NEIGHBOURS = ("llama", "deci", "granite", "smollm3")
 """Architectures that rotate neighbours where transformers rotates halves."""
 BLOCK = 32
@@ -42,6 +45,11 @@ def rope_of(config: PreTrainedConfig) -> dict:
     """How positions rotate; where local and global layers differ, in the global ones."""
     rope = config.rope_parameters or {}
     return rope.get("full_attention", rope)
+
+
+def activation_of(config: PreTrainedConfig) -> str:
+    """transformers' name of the FFN's activation."""
+    return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
 def lacks(spec: ArchSpec, config: PreTrainedConfig) -> str:
@@ -86,8 +94,9 @@ def add_family(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
 
 
 def has_window(config: PreTrainedConfig) -> bool:
-    """Whether llama.cpp has the sliding windows of this model."""
-    return config.model_type in ("olmo3", "gemma3_text") and bool(config.sliding_window)
+    """Whether this model has sliding windows that llama.cpp has too; it takes none of a file without such a layer."""
+    known = config.model_type in ("olmo3", "gemma3_text") and config.sliding_window
+    return bool(known) and "sliding_attention" in config.layer_types
 
 
 def single(key: str, tensor: Tensor, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:

@@ -28,10 +28,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from nuteprune.arch import ArchSpec
 from nuteprune.errors import UserError
 from nuteprune.exporting.gguf_families import (
+    ACTIVATIONS,
     ARCHITECTURES,
     BLOCK,
     CHECKED,
     NEIGHBOURS,
+    SILU,
+    activation_of,
     add_family,
     has_window,
     lacks,
@@ -67,6 +70,9 @@ def gguf_architecture(spec: ArchSpec, shape: str, config: PreTrainedConfig) -> s
     if spec.family not in (*CHECKED, *ARCHITECTURES):
         known = ", ".join((*CHECKED, *ARCHITECTURES))
         raise UserError(f"{spec.family} was never held against llama.cpp, which is written of {known}: {WITHOUT}")
+    if (activation := activation_of(config)) not in ACTIVATIONS.get(spec.family, SILU):
+        raise UserError(f"llama.cpp's {spec.family} has another activation in its FFN than this model's {activation}: "
+                        f"{WITHOUT}")  # fmt: skip
     if spec.family in CHECKED:
         if shape != "uniform":
             return "deci"

@@ -98,8 +98,9 @@ def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase
             getattr(writer, f"add_{kind}_token_id")(token)
     writer.add_add_bos_token(bool(first))
     writer.add_add_eos_token(last == [ids["eos"]])
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    if chat := tokenizer.chat_template:
+        several = isinstance(chat, dict) and [{"name": name, "template": text} for name, text in chat.items()]
+        writer.add_chat_template(several or chat)
 
 
 def _tokens(content: dict, size: int) -> tuple[list[str], list[int]]:

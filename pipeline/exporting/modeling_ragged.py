@@ -6,6 +6,7 @@ Saved beside the weights of a model that NutePrune exported with shape `per_laye
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -86,16 +87,28 @@ class RaggedConfig(Config):
         """Nothing: LLaMA's hidden % heads == 0 does not apply with an explicit head_dim."""
 
 
-class Absent(nn.Module):
-    """A projection with no inputs or no outputs left: its bias, or zeros [..., width], for any input."""
+class Bias(nn.Module):
+    """What is left of a projection with no inputs: its bias, for any input."""
 
-    def __init__(self, width: int, bias: nn.Parameter | None):
+    def __init__(self, bias: nn.Parameter):
         super().__init__()
-        self.width, self.bias = width, bias
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        zeros = x.new_zeros(*x.shape[:-1], self.width)
-        return zeros if self.bias is None else zeros + self.bias
+        return _zeros(len(self.bias), x) + self.bias
+
+
+def _zeros(width: int, x: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:-1], width)
+
+
+def _remove(owner: nn.Module, name: str, width: int, bias: nn.Parameter | None = None) -> None:
+    """Of a projection with no inputs or no outputs left keep its bias, or a function that gives zeros [..., width].
+
+    That is no module, so those who look for projections by their names, as PEFT does, find the ones that are there.
+    """
+    delattr(owner, name)
+    setattr(owner, name, partial(_zeros, width) if bias is None else Bias(bias))
 
 
 class Ragged(Model):
@@ -118,9 +131,13 @@ class Ragged(Model):
                     setattr(layer, name, nn.Identity())
         self.set_attn_implementation(self.config._attn_implementation)
 
-    def set_attn_implementation(self, attn_implementation: str, **kwargs):
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
         """As in transformers; the implementation is wrapped so that it takes unequal groups."""
-        super().set_attn_implementation(_ragged(attn_implementation), **kwargs)
+        if isinstance(attn_implementation, dict):
+            wrapped: str | dict = {part: _ragged(name) for part, name in attn_implementation.items()}
+        else:
+            wrapped = _ragged(attn_implementation)
+        super().set_attn_implementation(wrapped, **kwargs)
 
 
 def _resize_attention(attention: nn.Module, groups: list[int]) -> None:
@@ -138,10 +155,11 @@ def _resize_attention(attention: nn.Module, groups: list[int]) -> None:
             _cut(linear, rows, linear.in_features)
         _cut(attention.o_proj, attention.o_proj.out_features, width)
         return
-    attention.q_proj = Absent(0, None)
+    _remove(attention, "q_proj", 0)
     # One head of zeros: a cache measures its length by keys, and an empty tensor has none.
-    attention.k_proj = attention.v_proj = Absent(attention.head_dim, None)
-    attention.o_proj = Absent(attention.o_proj.out_features, attention.o_proj.bias)
+    _remove(attention, "k_proj", attention.head_dim)
+    _remove(attention, "v_proj", attention.head_dim)
+    _remove(attention, "o_proj", attention.o_proj.out_features, attention.o_proj.bias)
 
 
 def _resize_ffn(mlp: nn.Module, size: int, experts: int) -> None:
@@ -152,8 +170,9 @@ def _resize_ffn(mlp: nn.Module, size: int, experts: int) -> None:
             _cut(linear, size, linear.in_features)
         _cut(mlp.down_proj, mlp.down_proj.out_features, size)
     else:
-        mlp.gate_proj = mlp.up_proj = Absent(0, None)
-        mlp.down_proj = Absent(mlp.down_proj.out_features, mlp.down_proj.bias)
+        _remove(mlp, "gate_proj", 0)
+        _remove(mlp, "up_proj", 0)
+        _remove(mlp, "down_proj", mlp.down_proj.out_features, mlp.down_proj.bias)
 
 
 def _resize_experts(mlp: nn.Module, count: int, size: int) -> None:

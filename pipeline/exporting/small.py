@@ -24,7 +24,7 @@ from nuteprune.exporting.publish import push
 from nuteprune.exporting.targets import TARGETS, ExportPlan, Target
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import build_view
-from nuteprune.model.loading import Base, check_dtype, in_float32, load_model, read_base
+from nuteprune.model.loading import Base, check_dtype, in_float32, load_model, read_base, stored_dtype
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
@@ -93,7 +93,7 @@ def output_directory(config: Config, trained: Run) -> Path:
 
 def exported_dtype(base: Base, asked: str) -> torch.dtype:
     """The type of the exported weights (`as_base`: that of the base's files); raises `UserError` as `check_dtype`."""
-    stored = (base.config.dtype or torch.float32) if asked == "as_base" else getattr(torch, asked)
+    stored = stored_dtype(base) if asked == "as_base" else getattr(torch, asked)
     check_dtype(base.spec, str(stored).removeprefix("torch."), "export.dtype")
     return stored
 

@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +27,7 @@ from transformers import (
 from nuteprune.arch import ArchSpec, read_spec
 from nuteprune.config import ModelConfig
 from nuteprune.errors import UserError, first_line
-from nuteprune.model.hub import PICKLED, WEIGHTS, unreachable
+from nuteprune.model.hub import PICKLED, WEIGHTS, fetch, unreachable
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,38 @@ def load_model(base: Base, device: torch.device | str = "cpu") -> PreTrainedMode
     except (OSError, SafetensorError, UnpicklingError, struct.error, RuntimeError, ValueError, ImportError) as error:
         raise UserError(f"model.path {base.path}: the weights cannot be loaded ({first_line(error)})") from None
     check_whole(base.path, info["missing_keys"])
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    if base.spec.tied and head is not embedding and not torch.equal(head, embedding):
+        raise untied(base.path)
     return model.to(device)
+
+
+def untied(path: str) -> UserError:
+    """For a model whose configuration ties the head to the embedding, while its files hold another head."""
+    return UserError(
+        f"model.path {path}: its config.json ties the embeddings, but the weights hold another lm_head.weight: set "
+        "tie_word_embeddings to false there"
+    )
+
+
+def stored_dtype(base: Base) -> torch.dtype:
+    """The type of the base's weights: the one in its config.json, else that of their first floating tensor.
+
+    Raises:
+        UserError: damaged weights.
+    """
+    if base.config.dtype is not None:
+        return base.config.dtype
+    try:
+        for file in sorted(fetch(base.path).glob(WEIGHTS)):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118, it is no dict
+                    kind = tensors.get_slice(name)[:0].dtype
+                    if kind.is_floating_point:
+                        return kind
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model.path {base.path}: the weights cannot be loaded ({first_line(error)})") from None
+    return torch.float32
 
 
 def check_whole(path: str, missing: Collection[str]) -> None:

@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from nuteprune.arch import ArchSpec, family_of, split_fused, stored
 from nuteprune.errors import UserError, first_line
-from nuteprune.model.loading import Base, check_whole
+from nuteprune.model.loading import Base, check_whole, untied
 from nuteprune.parallel.distributed import World
 
 
@@ -53,6 +53,11 @@ def load_partitioned(base: Base, world: World, settings: dict) -> PreTrainedMode
         if world.is_main:
             wanted = (stored_as(f"{names[m]}.{stored(m, n)[0]}") for m in modules for n, _ in m.named_parameters())
             check_whole(base.path, set(wanted) - files.keys())
+            head, embedding = stored_as("lm_head.weight"), stored_as("model.embed_tokens.weight")
+            if base.spec.tied and head in files:
+                whole = slice(None)
+                if not torch.equal(_read(files[head], head, whole), _read(files[embedding], embedding, whole)):
+                    raise untied(base.path)
     partitioned: list[nn.Parameter] = []
     for module in modules:
         _materialise(module, names[module], files, stored_as, world)

@@ -23,6 +23,8 @@ from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, Au
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True,
           "return_dict_in_generate": True}  # fmt: skip
 
+NAMED = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+
 
 def load(directory, trust, **options):
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust, dtype=torch.float32, **options)
@@ -71,10 +73,10 @@ def serves_as_in_vllm(directory, model, ids):
         close(model.lm_head(hidden) * base.config.logit_scale, model(ids).logits)
 
 
-def trains_a_new_lora(directory, trust, ids):
+def trains_a_new_lora(directory, trust, ids, targets):
     """peft's own LoRA on the pruned model: only it learns, and it does."""
     torch.manual_seed(0)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(load(directory, trust), lora)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -140,7 +142,8 @@ def main():
             serves_as_in_vllm(directory, model, ids)
         generates(model, long_ids if "long" in checks else ids)
         if "lora" in checks:
-            trains_a_new_lora(directory, trust, ids)
+            for targets in ("all-linear", NAMED):
+                trains_a_new_lora(directory, trust, ids, targets)
         if "gguf" in checks:
             out[directory]["gguf"] = gguf_logits(model, directory, ids)
     torch.save(out, sys.argv[2])

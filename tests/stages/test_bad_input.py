@@ -127,6 +127,16 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
     assert expected in refused(capsys, "prune", *settings, f"model.path={broken}")
 
 
+@pytest.mark.parametrize("deepspeed", ["", "zero3"])
+def test_a_head_of_its_own_beside_tied_embeddings(settings, model_dir, tmp_path, capsys, deepspeed):
+    broken = tmp_path / "model"
+    shutil.copytree(model_dir, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    line = refused(capsys, "prune", *settings, f"model.path={broken}", f"deepspeed={deepspeed}")
+    assert line.endswith("hold another lm_head.weight: set tie_word_embeddings to false there")
+
+
 def test_activations_that_overflow_the_type(settings, model_dir, tmp_path, capsys):
     loud = tmp_path / "model"
     shutil.copytree(model_dir, loud)

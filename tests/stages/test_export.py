@@ -17,6 +17,7 @@ from exporting import (
     base_model,
     loaded,
     masked_logits,
+    on_disk,
     random_lora,
     run_config,
     some_gates,
@@ -30,9 +31,10 @@ from nuteprune.errors import UserError
 from nuteprune.exporting import folding
 from nuteprune.exporting.card import origin
 from nuteprune.exporting.folding import exported_parameters, fold_model, plan_fold, small_config
-from nuteprune.exporting.small import ExportError
+from nuteprune.exporting.small import ExportError, exported_dtype
 from nuteprune.exporting.targets import stock
 from nuteprune.masks import Gates, Kept, Rounding, fit_shape, sparsity_of
+from nuteprune.model.loading import read_base
 from nuteprune.runs.checkpoint import verify
 from nuteprune.runs.snapshot import Snapshot
 from nuteprune.stages import export
@@ -99,9 +101,10 @@ def test_per_layer_generates_with_cache_and_left_padding(exports, family, attent
 def test_per_layer_keeps_its_attention_when_it_is_changed_and_saved_again(exports, tmp_path):
     directory, wanted, _ = exports["llama", "per_layer"]
     model = loaded(directory)
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        assert_close(model(some_ids()).logits, wanted)
+    for implementation in ({"": "eager"}, "sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            assert_close(model(some_ids()).logits, wanted)
     model.save_pretrained(tmp_path / "again")
     with torch.no_grad():
         assert_close(loaded(tmp_path / "again")(some_ids()).logits, wanted)
@@ -274,6 +277,13 @@ def test_low_precision_export_is_checked_before_the_cast(tmp_path, caplog, monke
         assert_close(loaded(directory)(some_ids()).logits, masked_logits(model, gates, lora, some_ids()), 0.2)
     assert "cast to bfloat16" in caplog.text
     assert "after the cast to bfloat16" in (directory / "README.md").read_text()
+
+
+def test_the_type_of_a_base_whose_configuration_names_none_is_that_of_its_weights(tmp_path):
+    on_disk(tmp_path, base_model("llama").bfloat16())
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "dtype"}))
+    assert exported_dtype(read_base(run_config(tmp_path).model), "as_base") == torch.bfloat16
 
 
 def test_fewer_shards_after_the_cast_leave_no_stale_index(tmp_path, monkeypatch):

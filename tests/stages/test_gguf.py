@@ -89,6 +89,12 @@ def test_architecture_of_uniform_exports(tmp_path, family, heads, architecture):
     assert facts(reader, f"{architecture}.attention.key_length") == 8
 
 
+def test_no_window_is_named_where_no_layer_has_one(tmp_path):
+    directory, _ = exported(tmp_path, "gemma3_text", "uniform", layer_types=["full_attention"] * 4)
+    names = gguf.GGUFReader(directory / "model.gguf").fields
+    assert not [name for name in names if "window" in name or "swa" in name]
+
+
 @pytest.mark.parametrize(("quantisation", "kind"), [("f16", "F16"), ("q8_0", "Q8_0")])
 def test_matrices_are_stored_in_the_type_that_is_asked_for(tmp_path, quantisation, kind):
     directory, _ = exported(tmp_path, "llama", "uniform", quantisation, head_dim=16)
@@ -159,6 +165,14 @@ def test_scaled_rope_that_llama_cpp_lacks_is_refused(tmp_path):
         exported(tmp_path, "llama", "uniform", rope_parameters=rope)
 
 
+@pytest.mark.parametrize(("family", "options"), [("llama", {"hidden_act": "gelu"}),
+                                               ("gemma3_text", {"hidden_activation": "silu"})])  # fmt: skip
+def test_an_activation_that_llama_cpp_does_not_compute_is_refused(family, options):
+    config = base_model(family, **options).config
+    with pytest.raises(UserError, match=r"another activation in its FFN than this model's (gelu|silu): export without"):
+        gguf_architecture(read_spec(config), "uniform", config)
+
+
 def fast(pre, merges=(("a", "b"),), first="$0", bos_token=None, **options):
     words = {word: i for i, word in enumerate(["a", "b", "ab", "<unk>", "<s>", "</s>"])}
     tokenizer = Tokenizer(models.BPE(words, list(merges), **options))
@@ -227,6 +241,14 @@ def test_the_first_token_is_that_of_the_tokenizer(tmp_path, template, bos_token,
     reader = gguf.GGUFReader(vocabulary_file(tmp_path, tokenizer))
     found = [reader.get_field(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "add_bos_token", "add_eos_token")]
     assert tuple(field and field.contents() for field in found) == wanted
+
+
+def test_several_chat_templates_are_all_written(tmp_path):
+    tokenizer = fast(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    reader = gguf.GGUFReader(vocabulary_file(tmp_path, tokenizer))
+    assert facts(reader, "tokenizer.chat_template") == "{{ messages }}"
+    assert facts(reader, "tokenizer.chat_template.tool_use") == "{{ tools }}"
 
 
 def test_several_first_tokens_are_refused():
