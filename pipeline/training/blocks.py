@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from accelerate.utils import send_to_device
@@ -56,26 +57,25 @@ def fit_blocks(
     streams, passed = Streams(distillation.teacher, ids_NT, world), -1
     if whole is not None:
         parts, arguments = _first(whole, ids_NT, device)
+
+    def learn(index: int) -> None:
+        if whole is None:
+            return
+        layer = whole.model.layers[index].to(device)
+        if narrowed[index] and any(p.numel() for p in layer.mlp.parameters()):
+            target, dtype = distillation.kept(torch.cat(streams.parts)), distillation.teacher.dtype
+            _fit(layer, torch.cat(parts), target, arguments[index], index, device, computing, dtype)
+            bar.update()
+        _advance(layer, parts, arguments[index], device, computing)
+        layer.to(whole.device)
+
     with tqdm(total=sum(narrowed), desc="layers", unit="layer", leave=False, disable=not shown) as bar:
         for index, known in enumerate(distillation.layers):
             while passed < known:
                 passed += 1
                 for _ in streams.through(passed, halt):
                     pass
-
-            def learn(index: int = index) -> None:
-                if whole is None:
-                    return
-                layer = whole.model.layers[index].to(device)
-                if narrowed[index] and any(p.numel() for p in layer.mlp.parameters()):
-                    target = distillation.kept(torch.cat(streams.parts))
-                    dtype = distillation.teacher.dtype
-                    _fit(layer, torch.cat(parts), target, arguments[index], index, device, computing, dtype)
-                    bar.update()
-                _advance(layer, parts, arguments[index], device, computing)
-                layer.to(whole.device)
-
-            world.unhurried(learn)
+            world.unhurried(partial(learn, index))
 
 
 def _few(sequences: Tensor) -> int:
