@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 PER_LAYER_LISTS = ("layer_types", "no_rope_layers")
 """Entries of a configuration with one value for each layer."""
-_RENAMED = {"architectures", "model_type", "quantization_config", "transformers_version", "auto_map"}
+_RENAMED = {"architectures", "model_type", "transformers_version", "auto_map"}
 """Entries of a base configuration that say what the base was, not how it computes."""
 
 

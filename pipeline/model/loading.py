@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from nuteprune.arch import ArchSpec, read_spec
 from nuteprune.config import ModelConfig
@@ -93,6 +94,11 @@ def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
         raise UserError("model.path is empty: set it to a model directory or a hub id")
     silent = "" if Path(path).exists() else unreachable()
     try:
+        if find_adapter_config_file(path):
+            raise UserError(
+                f"model.path {path}: a LoRA adapter lies there (adapter_config.json): merge it into its model with "
+                "merge_and_unload() of peft, and prune what that saves"
+            )
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
         if Path(path).exists():
@@ -102,6 +108,11 @@ def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
             f"model.path {path}: neither a directory here nor a model the hub would give "
             f"({silent or first_line(error)})"
         ) from None
+    if quantized := getattr(config, "quantization_config", None):
+        raise UserError(
+            f"model.path {path}: its weights are quantized ({quantized.get('quant_method')}): prune the model that "
+            "they were made from, and quantize the export"
+        )
     try:
         return config, read_spec(config)
     except UserError as error:

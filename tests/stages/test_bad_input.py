@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from exporting import some_gates, trained
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save, save_file
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -97,7 +98,7 @@ def test_empty_data(settings, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["no weights", "damaged weights", "half the weights", "no tokenizer", "big tokenizer",
-                                  "unsupported", "no config"])  # fmt: skip
+                                  "unsupported", "quantized", "adapter", "no config"])  # fmt: skip
 def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
     broken = tmp_path / "model"
     shutil.copytree(model_dir, broken)
@@ -106,7 +107,8 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
         "no weights": "no weights", "damaged weights": "weights cannot be loaded", "half the weights": "are missing",
         "no tokenizer": "no usable tokenizer", "big tokenizer": "do not belong together",
         "unsupported": "'gpt2' is not supported: use one of llama, mistral, qwen2, qwen3",
-        "no config": "no readable config.json",
+        "quantized": "its weights are quantized (fp8): prune the model that they were made from",
+        "adapter": "a LoRA adapter lies there", "no config": "no readable config.json",
     }[kind]  # fmt: skip
     if kind == "no weights":
         weights.unlink()
@@ -122,6 +124,11 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
         tiny_model("llama", vocab_size=100).save_pretrained(broken)
     elif kind == "unsupported":
         (broken / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    elif kind == "quantized":
+        config = json.loads((broken / "config.json").read_text())
+        (broken / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    elif kind == "adapter":  # transformers would put it around the model's layers
+        get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(broken)
     else:
         (broken / "config.json").unlink()
     assert expected in refused(capsys, "prune", *settings, f"model.path={broken}")
