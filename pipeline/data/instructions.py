@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import FinetuneConfig
 from nuteprune.data.sequences import first_tokens
-from nuteprune.data.text import read_rows
+from nuteprune.data.text import check_ids, read_rows
 from nuteprune.errors import UserError, first_line
 from nuteprune.model.losses import IGNORE
 
@@ -43,7 +43,7 @@ Example = tuple[list[int], list[int]]
 """Token ids and labels of one record."""
 
 
-def packed_windows(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> torch.LongTensor:
+def packed_windows(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.LongTensor:
     """The records of `config.data` as windows [N, 3, T]: token ids, labels, positions.
 
     Prompts and padding are labelled `IGNORE`. Positions start at 0 with each record, which is how transformers' masks
@@ -51,10 +51,11 @@ def packed_windows(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -
 
     Raises:
         UserError: an unreadable file, a record of no known form, with missing keys, an empty answer or more tokens
-            than a window, or a chat template that is asked for and missing.
+            than a window, a chat template that is asked for and missing, or a token id of `vocab_size` and more.
     """
     examples = [encode(parts, tokenizer) for parts in worded(config, tokenizer)]
     usable = _usable(config, examples)
+    check_ids(max(max(ids) for ids, _ in usable), vocab_size)
     windows = (
         pack([len(ids) for ids, _ in usable], config.seq_len) if config.pack else [[i] for i in range(len(usable))]
     )

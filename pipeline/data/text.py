@@ -83,13 +83,18 @@ def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_
             f"data source '{config.source}' has {len(stream)} tokens, less than one block of {config.seq_len}: "
             "give more text or lower data.seq_len"
         )
-    if stream.max() >= vocab_size:
-        raise UserError(
-            f"the tokenizer gives id {stream.max()} but the model has {vocab_size} embeddings: "
-            "the tokenizer belongs to another model; use the model's own"
-        )
+    check_ids(int(stream.max()), vocab_size)
     text = torch.from_numpy(stream[: count * length].astype(np.int64)).view(count, length)
     return torch.cat([torch.tensor(form.first, dtype=torch.int64).expand(count, -1), text], dim=1)
+
+
+def check_ids(largest: int, vocab_size: int) -> None:
+    """Raise `UserError` where the largest token id of a text is beyond the model's embedding."""
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer gives id {largest} but the model has {vocab_size} embeddings: "
+            "the tokenizer belongs to another model; use the model's own"
+        )
 
 
 def text_tokens(

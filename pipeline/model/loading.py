@@ -57,14 +57,17 @@ class Base:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer; raises `UserError` where there is none, or one with more tokens than the vocabulary."""
+        """Its tokenizer; raises `UserError` where there is none, or one with more tokens than the vocabulary.
+
+        Added tokens may lie beyond it, as Gemma's for images do: text that has one is refused when it is packed.
+        """
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"model.path {self.path}: no usable tokenizer there ({first_line(error)})") from None
-        if len(tokenizer) > self.spec.vocab:
+        if tokenizer.vocab_size > self.spec.vocab:
             raise UserError(
-                f"model.path {self.path}: the tokenizer has {len(tokenizer)} tokens but the model only "
+                f"model.path {self.path}: the tokenizer has {tokenizer.vocab_size} tokens but the model only "
                 f"{self.spec.vocab}: they do not belong together"
             )
         return tokenizer

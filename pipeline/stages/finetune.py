@@ -92,7 +92,7 @@ class Finetuning(fixed.FixedGates):
                 raise UserError(
                     "finetune.micro_batch: flash attention keeps records apart in one window only: set it to 1"
                 )
-            windows = packed_windows(config.finetune, base.tokenizer)
+            windows = packed_windows(config.finetune, base.tokenizer, base.spec.vocab)
             return BatchStream(windows, config.train.batch_size, config.seed, world.rank, world.size)
 
     def train_step(self) -> dict[str, float]:

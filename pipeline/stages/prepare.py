@@ -34,7 +34,7 @@ def run(config: Config) -> Path:
     files = check_weights(fetch(config.model.path))
     text = TrainingText(config.run_dir, config.data, base)
     if config.finetune.data:
-        windows = packed_windows(config.finetune, base.tokenizer)
+        windows = packed_windows(config.finetune, base.tokenizer, base.spec.vocab)
         log.info("%d windows of instruction records", len(windows))
     log.info("%s: %d weight files are whole", config.model.path, files)
     if text.load() is None:

@@ -47,6 +47,7 @@ def run(config: Config, output: str, tokens: int) -> str:
     target = check_output(output, base)
     tokenizer = base.tokenizer
     content = backend(tokenizer, base.path)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < base.spec.vocab]
     blocks = TrainingText("", config.data, base).pack()
     counts = np.bincount(blocks.flatten().numpy(), minlength=base.spec.vocab)
     try:
@@ -133,7 +134,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, content: Mapping, kept: 
     settings = json.loads(file.read_text(encoding="utf-8"))
     if old := settings.get("added_tokens_decoder"):
         number = {str(before): str(after) for after, before in enumerate(kept)}
-        settings["added_tokens_decoder"] = {number[each]: token for each, token in old.items()}
+        settings["added_tokens_decoder"] = {number[each]: token for each, token in old.items() if each in number}
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

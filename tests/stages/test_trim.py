@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nuteprune.__main__ import main
-from nuteprune.config import load_config
+from nuteprune.config import FinetuneConfig, load_config
+from nuteprune.data.instructions import packed_windows
+from nuteprune.errors import UserError
 from nuteprune.model.loading import read_base
 from nuteprune.stages import export, prune
 from nuteprune.stages.trim import split_share
@@ -144,6 +146,25 @@ def test_the_result_is_pruned_and_exported(text_file, tmp_path):
     assert text == RARE
     assert (out / "README.md").read_text() == "---\nlicense: gemma\n---\n"
     assert "license: gemma" in (exported / "README.md").read_text().splitlines()
+
+
+def test_an_added_token_without_an_embedding_is_none_of_the_models(text_file, tmp_path, capsys):
+    """Gemma 3's tokenizers have one for images, behind the last row of the text models."""
+    tokenizer = saved(tmp_path / "model", "gemma3", True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_model("gemma3", vocab_size=len(tokenizer) - 1).save_pretrained(tmp_path / "model")
+    command = ["trim", str(tmp_path / "model"), "--out", str(tmp_path / "small"), "data.seq_len=32", "--data"]
+    assert main([*command, str(text_file)]) == 0
+    base = read_base(load_config(None, [f"model.path={tmp_path / 'small'}"]).model)
+    assert base.tokenizer(SENTENCES[0], return_tensors="pt")["input_ids"].max() < base.spec.vocab
+    told = f"gives id {len(tokenizer) - 1} but the model has {len(tokenizer) - 1} embeddings"
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "<image_soft_token>" * 32, "prompt": "<image_soft_token>", "completion": "a"}))
+    assert main([*command, str(text)]) == 2
+    assert told in capsys.readouterr().err
+    with pytest.raises(UserError, match=told):
+        packed_windows(FinetuneConfig(data=str(text), seq_len=32), tokenizer, len(tokenizer) - 1)
 
 
 def test_the_share_that_is_split_counts_what_was_not_seen_too():

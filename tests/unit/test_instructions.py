@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import VOCAB, tiny_model
 
 from nuteprune.arch import read_spec
 from nuteprune.config import FinetuneConfig, LoraConfig, LossConfig
@@ -69,7 +69,7 @@ def test_prompt_and_completion_stand_as_they_are(tmp_path, chat):
 
 def test_windows_hold_whole_records_and_only_answers_are_learned(tmp_path, tokenizer):
     rows = [{"prompt": f"Question {i} " * (1 + i % 4), "completion": f"answer {i} " * (1 + i % 7)} for i in range(40)]
-    windows = packed_windows(FinetuneConfig(data=file_of(tmp_path, *rows), seq_len=128), tokenizer)
+    windows = packed_windows(FinetuneConfig(data=file_of(tmp_path, *rows), seq_len=128), tokenizer, VOCAB)
     assert windows.shape[1:] == (3, 128)
     found = []
     for ids, labels, positions in windows:
@@ -118,12 +118,12 @@ def test_packed_records_give_the_loss_and_gradient_of_records_alone(name, attent
         return out, torch.cat([p.grad.flatten() for pair in paired.lora().values() for p in pair])
 
     config = FinetuneConfig(data=file_of(tmp_path, *rows), seq_len=128)
-    packed = packed_windows(config, tokenizer)
+    packed = packed_windows(config, tokenizer, VOCAB)
     assert len(packed) < len(rows)
     together, gradient = losses(packed)
     total, summed, count = 0.0, 0.0, 0
     for row in rows:
-        alone = packed_windows(FinetuneConfig(data=file_of(tmp_path, row), seq_len=128), tokenizer)
+        alone = packed_windows(FinetuneConfig(data=file_of(tmp_path, row), seq_len=128), tokenizer, VOCAB)
         n = int((alone[:, 1] != IGNORE).sum())
         own, slope = losses(alone)
         total, summed, count = total + n * own.total.item(), summed + n * slope, count + n
@@ -147,7 +147,7 @@ MISTAKES = {
 def test_mistakes_are_one_line(rows, options, message, tmp_path, tokenizer):
     data = "nowhere.json" if rows is None else file_of(tmp_path, *rows)
     with pytest.raises(UserError, match=message) as caught:
-        packed_windows(FinetuneConfig(data=data, **options), tokenizer)
+        packed_windows(FinetuneConfig(data=data, **options), tokenizer, VOCAB)
     assert "\n" not in str(caught.value)
 
 
@@ -176,7 +176,7 @@ def test_mistakes_in_conversations(tmp_path, chat):
 
 def test_records_that_cannot_be_learned_are_left_out_and_counted(tmp_path, tokenizer, caplog):
     data = file_of(tmp_path, ALPACA, ALPACA | {"output": ""}, ALPACA | {"output": "word " * 99})
-    windows = packed_windows(FinetuneConfig(data=data, seq_len=150), tokenizer)
+    windows = packed_windows(FinetuneConfig(data=data, seq_len=150), tokenizer, VOCAB)
     assert len(windows) == 1
     assert "1 of 3 records are left out, which have an empty answer, first record 2" in caplog.text
     assert "1 of 3 records are left out, which are longer than finetune.seq_len 150, first record 3" in caplog.text
