@@ -64,11 +64,12 @@ def load_any(
     """Any causal language model in `config.dtype` for evaluation, its tokenizer, and the directory of its files.
 
     A `per_layer` export brings a modelling file for transformers; here the class of this package is used, never that
-    file, which anybody may have changed.
+    file, which anybody may have changed. The code of a run's base (Phi-3 brings some) is not used either: pruning has
+    read the model with transformers' own class.
 
     Args:
         path: directory or hub id.
-        config: type and attention.
+        config: type and attention, and which model is the run's base.
         trust: whether Python files that came with the model may run.
         device: the weights are read shard by shard onto it; a model that does not fit is spread over all devices.
 
@@ -79,7 +80,7 @@ def load_any(
     check_attention(config)
     try:
         folder = fetch(path)
-        asking = _asking_for_code(folder)
+        asking = "" if path == config.path else _asking_for_code(folder)
     except (UserError, OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
     if asking and not trust:

@@ -60,6 +60,7 @@ def run(config: Config, output: str, tokens: int) -> str:
     before = model.num_parameters()
     generation, model.generation_config = model.generation_config, GenerationConfig()
     shrink(model, kept)
+    vars(model.config).pop("auto_map", None)  # names code that is not copied, and not needed
     with atomic_directory(target) as directory:
         write_tokenizer(tokenizer, trimmed(content, kept), kept, directory)
         check_tokenizer(directory, tokenizer, kept, blocks[:CHECKED])

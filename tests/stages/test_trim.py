@@ -134,6 +134,9 @@ def test_a_tokenizer_of_another_kind_is_refused(text_file, tmp_path, capsys):
 
 def test_the_result_is_pruned_and_exported(text_file, tmp_path):
     saved(tmp_path / "model", "gemma3", True)
+    facts = json.loads((tmp_path / "model/config.json").read_text())
+    facts["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}  # a file that Phi-3 has, and the result has not
+    (tmp_path / "model/config.json").write_text(json.dumps(facts))
     (tmp_path / "model/README.md").write_text("---\nlicense: gemma\n---\n# Base\n")
     out, run = tmp_path / "small", tmp_path / "run"
     assert main(["trim", str(tmp_path / "model"), "--data", str(text_file), "--out", str(out), "data.seq_len=32"]) == 0
@@ -144,6 +147,7 @@ def test_the_result_is_pruned_and_exported(text_file, tmp_path):
     exported = export.run(settings)
     text = AutoTokenizer.from_pretrained(exported).decode(AutoTokenizer.from_pretrained(out)(RARE)["input_ids"][1:])
     assert text == RARE
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
     assert (out / "README.md").read_text() == "---\nlicense: gemma\n---\n"
     assert "license: gemma" in (exported / "README.md").read_text().splitlines()
 

@@ -97,6 +97,10 @@ def test_code_of_a_base_model_never_runs_and_nobody_is_asked(model_dir, marker, 
     for file, key in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
         with_code(model_dir, marker, file, key)
     load_model(read_base(ModelConfig(path=str(model_dir), dtype="float32")))  # a family that transformers knows
+    for trust in (False, True):
+        model, tokenizer, _ = load_any(str(model_dir), ModelConfig(path=str(model_dir), dtype="float32"), trust)
+        assert not type(model).__name__.startswith("Evil")
+        assert not type(tokenizer).__name__.startswith("Evil")
     facts = json.loads((model_dir / "config.json").read_text())
     facts |= {"model_type": "evil", "auto_map": {"AutoConfig": "modeling_evil.EvilConfig"}}
     (model_dir / "config.json").write_text(json.dumps(facts))
