@@ -157,19 +157,23 @@ def _wording(file: Path, row: dict, chat: bool, tokenizer) -> Callable[[dict], l
         return lambda row: _chat_parts(_messages(row), tokenizer)
     begin, end = _plain_ends(tokenizer)
     if form == "completion":
-        return lambda row: _plain(begin + _text(row, "prompt"), _text(row, "completion"), end)
+        return lambda row: [*begin, *_plain(_text(row, "prompt"), _text(row, "completion"), end)]
     if chat:
         return lambda row: _chat_parts(_alpaca_messages(row), tokenizer)
-    return lambda row: _plain(begin + _alpaca_prompt(row), _text(row, "output"), end)
+    return lambda row: [*begin, *_plain(_alpaca_prompt(row), _text(row, "output"), end)]
 
 
 def _plain(prompt: str, answer: str, end: str) -> list[Part]:
     return [(prompt, False), (answer + end if answer.strip() else "", True)]
 
 
-def _plain_ends(tokenizer) -> tuple[str, str]:
-    """What stands before a prompt (where the tokenizer itself puts it) and behind an answer."""
-    return tokenizer.decode(first_tokens(tokenizer)), tokenizer.eos_token or ""
+def _plain_ends(tokenizer) -> tuple[list[Part], str]:
+    """What stands before a prompt (where the tokenizer itself puts it) and behind an answer.
+
+    The first is a part of its own: behind a token in the same text some tokenizers (Mistral's) begin a word otherwise.
+    """
+    first = first_tokens(tokenizer)
+    return [(tokenizer.decode(first), False)] if first else [], tokenizer.eos_token or ""
 
 
 def _text(row: dict, key: str) -> str:

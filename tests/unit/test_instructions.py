@@ -6,7 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import VOCAB, tiny_model
+from tiny import SENTENCES, VOCAB, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from nuteprune.arch import read_spec
 from nuteprune.config import FinetuneConfig, LoraConfig, LossConfig
@@ -52,6 +54,20 @@ def test_alpaca_is_worded_by_the_chat_template_or_alpacas_prompt(tmp_path, token
         prompt, answer = parts(tmp_path, chat if options else tokenizer, row, **options)
         assert prompt[0].endswith("### Instruction:\nName a river.\n\n### Input:\nIn Europe.\n\n### Response:\n")
         assert answer == ("The wide river.<eos>", True)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_prompt_is_learned_as_it_is_asked(tmp_path, scheme):
+    """Mistral's tokenizer puts a space before a text's first word, and none behind a `<s>` that stands in the text."""
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    raw.train_from_iterator(SENTENCES, trainers.BpeTrainer(special_tokens=["<unk>", "<s>"], show_progress=False))
+    raw.post_processor = processors.TemplateProcessing("<s> $0", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", unk_token="<unk>")
+    row = {"prompt": SENTENCES[0], "completion": SENTENCES[1]}
+    config = FinetuneConfig(data=file_of(tmp_path, row), seq_len=64)
+    ids, labels, _ = packed_windows(config, tokenizer, len(tokenizer))[0]
+    assert ids[: (labels != IGNORE).nonzero()[0]].tolist() == tokenizer(SENTENCES[0])["input_ids"]
 
 
 def test_every_answer_of_a_conversation_is_learned(tmp_path, chat):
