@@ -5,6 +5,7 @@ Unlike in the paired forward nothing is shared: the student is the small model o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -50,6 +51,10 @@ class Distillation:
         self.root, self.student, self.teacher, self.layers, self.loss = root, root.model, teacher, layers, loss
         self.view = build_view(spec, None, {}, teacher.scaling, teacher.dtype)
         self.hidden = None if len(hidden) == spec.hidden else torch.tensor(hidden)
+        self.final_scale = 1.0
+        """What the last norm of a small Gemma leaves to the head, which shares its scaled embeddings (folding.py)."""
+        if spec.embedding_root and root.model.config.tie_word_embeddings:
+            self.final_scale = math.sqrt(spec.hidden / len(hidden))
         sizes = getattr(root.model.config, "layer_sizes", None)
         self.emptied = [sizes is not None and sizes(number) == ([], 0) for number in range(len(layers))]
         """Of each of the student's layers whether both sublayers are gone: no layer term counts it."""
@@ -68,7 +73,7 @@ class Distillation:
         labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE).flatten()
         output = {term: weight for term, weight in terms.items() if isinstance(term, OutputTerm)}
         rows, others = (each.flatten(0, 1).to(dtype) / scale for each in (final, target))
-        normed, last = (final.to(dtype), self.kept(target)), self.teacher.spec.layers - 1
+        normed, last = (final.to(dtype) * self.final_scale, self.kept(target)), self.teacher.spec.layers - 1
         own = self.student.lm_head.weight.to(dtype)
         total, found = self.teacher.head.lend(
             lambda weight: head_loss(rows, own, output, self.loss, others, labels, weight)

@@ -9,7 +9,7 @@ import gguf
 import pytest
 import torch
 import torch.nn.functional as F
-from exporting import loaded, some_gates, some_ids, trained
+from exporting import base_model, loaded, some_gates, some_ids, trained
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -84,7 +84,8 @@ def test_the_loss_is_that_of_both_models_as_transformers_computes_them(config, r
 
 @pytest.mark.parametrize("kind", ["normalized", "raw"])
 @pytest.mark.parametrize(("family", "shape"), [("llama", "per_layer_ffn"), ("gemma3_text", "per_layer"),
-                                               ("granite", "per_layer"), ("qwen3", "uniform")])  # fmt: skip
+                                               ("granite", "per_layer"), ("qwen3", "uniform"),
+                                               ("gemma3_text", "uniform")])  # fmt: skip
 def test_the_terms_are_those_of_the_paired_forward(family, shape, kind, tmp_path):
     """Without the last layer in per_layer, without another one in per_layer_ffn, with all of them in uniform."""
 
@@ -93,7 +94,8 @@ def test_the_terms_are_those_of_the_paired_forward(family, shape, kind, tmp_path
         there = torch.tensor([1.0, 0, 1, 1])
         return replace(gates, attn_sublayers=there, ffn_sublayers=there.clone()) if shape == "per_layer_ffn" else gates
 
-    config, model, gates, lora = trained(tmp_path, family, gates_of, **{"gates.shape": shape})
+    base = base_model(family, tied=family == "gemma3_text")  # as published ones are
+    config, model, gates, lora = trained(tmp_path, family, gates_of, base=base, **{"gates.shape": shape})
     small = loaded(export.run(config))
     kept = json.loads((tmp_path / "run/export/nuteprune.json").read_text())["kept"]
     settings = load_config(config, [f"loss.layer={kind}"])
