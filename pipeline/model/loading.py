@@ -103,7 +103,8 @@ def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
                 "merge_and_unload() of peft, and prune what that saves"
             )
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
+            StrictDataclassError) as error:  # fmt: skip
         if Path(path).exists():
             told = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
             raise UserError(f"model.path {path}: no readable config.json there ({told})") from None
@@ -152,7 +153,8 @@ def load_model(base: Base, device: torch.device | str = "cpu") -> PreTrainedMode
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
-    except (OSError, SafetensorError, UnpicklingError, struct.error, RuntimeError, ValueError, ImportError) as error:
+    except (OSError, SafetensorError, UnpicklingError, struct.error, RuntimeError, ValueError, ImportError,
+            AssertionError) as error:  # fmt: skip
         raise UserError(f"model.path {base.path}: the weights cannot be loaded ({first_line(error)})") from None
     check_whole(base.path, info["missing_keys"])
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight

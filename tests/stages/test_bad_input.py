@@ -12,7 +12,7 @@ import torch
 from exporting import some_gates, trained
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save, save_file
-from tiny import tiny_model, tiny_tokenizer
+from tiny import VOCAB, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from nuteprune import api
@@ -98,7 +98,8 @@ def test_empty_data(settings, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["no weights", "damaged weights", "half the weights", "no tokenizer", "big tokenizer",
-                                  "unsupported", "quantized", "adapter", "no config"])  # fmt: skip
+                                  "unsupported", "quantized", "adapter", "no such type",
+                                  "padding beyond the embedding", "no config"])  # fmt: skip
 def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
     broken = tmp_path / "model"
     shutil.copytree(model_dir, broken)
@@ -109,6 +110,8 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
         "unsupported": "'gpt2' is not supported: use one of llama, mistral, qwen2, qwen3",
         "quantized": "its weights are quantized (fp8): prune the model that they were made from",
         "adapter": "a LoRA adapter lies there", "no config": "no readable config.json",
+        "no such type": "no readable config.json there (module 'torch' has no attribute 'auto')",
+        "padding beyond the embedding": "cannot be loaded (Padding_idx must be within num_embeddings)",
     }[kind]  # fmt: skip
     if kind == "no weights":
         weights.unlink()
@@ -124,9 +127,11 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
         tiny_model("llama", vocab_size=100).save_pretrained(broken)
     elif kind == "unsupported":
         (broken / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    elif kind == "quantized":
+    elif kind in (changes := {"quantized": {"quantization_config": {"quant_method": "fp8"}},
+                              "no such type": {"dtype": "auto"},
+                              "padding beyond the embedding": {"pad_token_id": VOCAB}}):  # fmt: skip
         config = json.loads((broken / "config.json").read_text())
-        (broken / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+        (broken / "config.json").write_text(json.dumps(config | changes[kind]))
     elif kind == "adapter":  # transformers would put it around the model's layers
         get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(broken)
     else:
