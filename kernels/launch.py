@@ -159,7 +159,8 @@ def skinny(product: Product, x: Tensor, u: Tensor) -> Tensor:
         tiles = alone.plans.get(place)
         if tiles is None:
             config = tuning.skinny(padded(product.rank), x.dtype)
-            tiles = alone.plans[place] = Tiles(alone, x, u, False, config)
+            tiles = Tiles(alone, x, u, False, config)
+            alone.remember(place, tiles)
         tiles.start(alone, x, None, u)
     return u
 
@@ -190,7 +191,7 @@ def matmul(
     if tiles is None:
         tiles = _tiles(product, x, u, y, fuse_u, add)
         if not capturing(x):  # then no sizes were measured
-            product.plans[place] = tiles
+            product.remember(place, tiles)
     if tiles.grid[0]:
         tiles.start(product, x, u, y)
     return y, u

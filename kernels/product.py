@@ -8,6 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+PLANS = 32
+"""Launches that a product remembers. An expert gets another number of tokens each time: of thousands of experts all of
+them would fill the host's memory."""
+
 
 class Side:
     """One side of a product, as far as its small gradients go.
@@ -38,7 +42,7 @@ class Product:
         strides: of w, a and b, as a launch takes them.
         learned: ranks of the pair that gets the gradient: all of them, or the last ones of `whole`.
         leaves: what may need a gradient beside x: A, B, m_in, m_out.
-        plans: how it was launched, by what `launch.matmul` was given.
+        plans: how it was launched of late, by what `launch.matmul` was given.
     """
 
     def __init__(
@@ -67,6 +71,12 @@ class Product:
         """Strides of w, a or b as the product reads it."""
         strides = matrix.stride()
         return strides[::-1] if self.swapped else strides
+
+    def remember(self, place: tuple, plan: Any) -> None:
+        """Keep how it was launched, in place of all that it kept before where that is `PLANS`."""
+        if len(self.plans) == PLANS:
+            self.plans.clear()
+        self.plans[place] = plan
 
     @cached_property
     def back(self) -> "Product":

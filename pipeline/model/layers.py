@@ -109,16 +109,19 @@ def at_hand(module: nn.Module) -> None:
 
 
 def fresh_lora(layers: Iterable[nn.Module], config: LoraConfig, device: torch.device) -> LoraParameters:
-    """LoRA pairs by "layer.projection", float32: A random as in peft, B zero."""
+    """LoRA pairs by "layer.projection", float32: A random as in peft, B zero.
+
+    Drawn on the host: what a GPU draws from a seed depends on the number of its processors, and ranks may differ in it.
+    """
     lora = {}
     for index, layer in enumerate(layers):
         for name, (owner, attribute) in projections(layer).items():
             if name in config.targets:
                 module = getattr(owner, attribute)
-                a = torch.empty(config.rank, module.in_features, dtype=torch.float32, device=device)
+                a = torch.empty(config.rank, module.in_features, dtype=torch.float32, device="cpu")
                 b = torch.zeros(module.out_features, config.rank, dtype=torch.float32, device=device)
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-                lora[f"{index}.{name}"] = (nn.Parameter(a), nn.Parameter(b))
+                lora[f"{index}.{name}"] = (nn.Parameter(a.to(device)), nn.Parameter(b))
     return lora
 
 

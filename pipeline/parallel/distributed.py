@@ -177,6 +177,7 @@ def connected(world: World, timeout: int) -> Iterator[None]:
         timeout: seconds that a rank waits for the others before it gives up.
 
     Raises:
+        UserError: two ranks are on one GPU.
         RankLost: another rank died or did not answer in time.
     """
     options: dict = {"timeout": timedelta(seconds=timeout)}
@@ -190,6 +191,8 @@ def connected(world: World, timeout: int) -> Iterator[None]:
         yield
         finished = True
     except RuntimeError as error:
+        if shared := re.search("Duplicate GPU detected.*", str(error)):
+            raise UserError(f"NCCL: {shared[0]}: start one rank for each GPU that torch sees on its node") from None
         if not _is_about_peers(error):
             raise
         raise RankLost(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 LIMIT = "micro-batch-"
 """Empty files of such names beside a run's checkpoints: sequences at a time that a start may take at most."""
+_REFUSED = re.compile(r"can't allocate memory|[Ee]rror( \[\w+\])?: out of memory|STATUS_ALLOC_FAILED")
+"""Of torch's allocator for the host; of the driver, as torch and triton tell it where code is loaded or memory pinned
+beside what torch has taken; of cuBLAS and cuSOLVER."""
 
 
 class TooLarge(RuntimeError):
@@ -16,12 +20,9 @@ class TooLarge(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a GPU (torch's own type), or on the host (a message of its allocator)."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
+    """Whether an allocation failed: by its type, or by its message where it has none of its own."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or _REFUSED.search(str(error)) is not None
 
 
 def remember(directory: Path, size: int) -> None:

@@ -153,8 +153,9 @@ class Trainer(ABC):
         Args:
             forward: losses of a micro-batch [b, T]; all of a step have the same terms.
         """
-        found = None
+        found = self._backward(forward)
         while found is None:
+            torch.cuda.empty_cache()  # behind `_backward`, whose losses refer to what fills the memory
             found = self._backward(forward)
         names, sums = found
         sums[-1] = bool(self.stop.received)
@@ -191,9 +192,7 @@ class Trainer(ABC):
                 raise
         else:
             return names, sums
-        # Behind the `except`, whose error refers to what fills the memory.
         self.engine.discard()
-        torch.cuda.empty_cache()
         self.micro_batch = -(-min(self.micro_batch, len(batch)) // 2)
         if self.partitioned:
             remember(self.checkpoints.directory, self.micro_batch)

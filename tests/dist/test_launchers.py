@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import ranks
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from nuteprune.errors import UserError
-from nuteprune.parallel.distributed import discover, first_host
+from nuteprune.parallel.distributed import World, connected, discover, first_host
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -117,3 +118,14 @@ def test_half_a_set_of_variables_is_one_clear_line(environment):
     environment.setenv("RANK", "0")
     with pytest.raises(UserError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not: start with torchrun"):
         discover()
+
+
+def test_two_ranks_on_one_gpu_are_a_mistake_and_no_lost_rank():
+    """Which a job would be started again for; in the words of NCCL, as torch hands them on."""
+    told = (
+        "NCCL error in: ProcessGroupNCCL.cpp:3690, invalid usage (run with NCCL_DEBUG=WARN for details)\n"
+        "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+        "Duplicate GPU detected : rank 4 and rank 0 both on CUDA device 1b000"
+    )
+    with pytest.raises(UserError, match="both on CUDA device 1b000: start one rank"), connected(World(), 60):
+        raise dist.DistBackendError(told)

@@ -185,6 +185,22 @@ def test_measuring_tile_sizes_adds_nothing(monkeypatch):
     assert len(measured) == 4
 
 
+def test_a_product_forgets_launches_of_old():
+    """An expert gets another number of tokens in each batch, and its product lives as long as the run."""
+    from nuteprune.kernels.masked_lora import triton_linears
+    from nuteprune.kernels.product import PLANS
+
+    case = build(Case(k=3, n=4, rank=20))  # so many ranks are a launch of their own
+    product = product_of(*(case[name] for name in ("weight", "bias", "lora_a", "lora_b")))
+    parts = product, product.skinny, product.back, product.back.skinny
+    for count in range(1, PLANS + 5):
+        x = drawn(count, 3).requires_grad_()
+        (y,) = triton_linears(x, (product,))
+        y.sum().backward()
+        torch.testing.assert_close(y, masked_lora_linear(**{**case, "x": x, "scaling": 1.0}, backend="torch"))
+        assert all(0 < len(part.plans) <= PLANS for part in parts)
+
+
 @pytest.mark.parametrize(("kind", "recomputed"), [("half", False), ("list", False), ("half", True)])
 def test_gradients_added_in_place_are_those_that_autograd_adds(kind, recomputed):
     kwargs = build(Case(lead=(2, 9), in_kind=kind, out_kind=kind))

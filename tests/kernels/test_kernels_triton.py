@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernels_cases import Case, build, check
+from kernels_cases import DEVICE, Case, build, check
 
 from nuteprune.kernels.api import masked_lora_linear
 
@@ -46,8 +46,8 @@ def test_odd_shapes(lead, k, n, dtype):
 
 @pytest.mark.parametrize(("size", "stride"), [((5, 1, 8), (8, 40, 1)), ((1, 5, 8), (3, 8, 1))])
 def test_strides_of_dimensions_of_one(size, stride):
-    weight = torch.randn(6, 8)
-    x = torch.randn(64).as_strided(size, stride)
+    weight = torch.randn(6, 8, device=DEVICE)
+    x = torch.randn(64, device=DEVICE).as_strided(size, stride)
     torch.testing.assert_close(triton_linear(x, weight), F.linear(x, weight))
 
 

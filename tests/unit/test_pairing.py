@@ -8,7 +8,7 @@ from tiny import CONFIGS, tiny_model
 
 from nuteprune.arch import read_spec
 from nuteprune.config import LoraConfig, LossConfig
-from nuteprune.model.layers import build_view
+from nuteprune.model.layers import build_view, fresh_lora
 from nuteprune.model.losses import IGNORE, head, weights
 from nuteprune.model.losses.head import head_loss
 from nuteprune.model.losses.layer import layer_loss
@@ -200,3 +200,14 @@ def test_a_massive_activation_does_not_rule_the_normalized_layer_loss():
     student[0, 0] = 1000 * torch.randn(16)
     teacher[0, 0] = torch.randn(16)
     assert layer_loss(student, teacher, None, "normalized") < plain + 4 / 20
+
+
+def test_lora_starts_alike_on_every_device():
+    """From the host's generator: a GPU draws by the number of its processors, in which ranks may differ."""
+    layers, states = tiny_model("llama").model.layers, []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        lora = fresh_lora(layers, LoraConfig(rank=2), torch.device(device))
+        assert {factor.device.type for pair in lora.values() for factor in pair} == {device}
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
