@@ -208,7 +208,9 @@ def _file_texts(file: Path, text_field: str) -> Iterator[str]:
     """The texts of one file; a null counts as an empty text, and so does a row behind the first without the column."""
     text_file = FORMATS[file.suffix] == "text"
     field = "text" if text_file else text_field
-    for number, row in enumerate(read_rows(file, {"sample_by": "document"} if text_file else {}), 1):
+    # Windows begins a text file with a mark, which is no part of the text.
+    options = {"sample_by": "document", "encoding": "utf-8-sig"} if text_file else {}
+    for number, row in enumerate(read_rows(file, options), 1):
         if number == 1 and field not in row:
             raise UserError(
                 f"{file} has no column '{field}' in its first row: set data.text_field to one of its columns "

@@ -65,6 +65,11 @@ def test_a_text_file_is_one_document(tmp_path):
     assert load_text(str(tmp_path / "a.txt"), 0, "body")["text"] == ["a b\n\nc é 漢\n"]
 
 
+def test_the_mark_that_windows_puts_before_a_text_is_none_of_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa b\r\n")
+    assert load_text(str(tmp_path / "a.txt"), 0, "text")["text"] == ["a b\n"]
+
+
 def test_directory_is_read_in_sorted_order(tmp_path):
     (tmp_path / "c.txt").write_text("c")
     write_jsonl(tmp_path / "b.jsonl", [{"text": "b1"}, {"text": "b2"}])
