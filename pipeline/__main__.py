@@ -138,9 +138,12 @@ def show_status(args: argparse.Namespace) -> int:
     """Print how far a run is; returns the exit code. Imports neither torch nor transformers: it answers at once."""
     from nuteprune.stages import status
 
+    lost = [word for word in args.overrides if "=" not in word and not os.path.isdir(word)]
     # A run that has not started yet has no config.yaml: its directory is named like a setting.
     args.overrides = [o if "=" in o or os.path.isfile(f"{o}/config.yaml") else f"run_dir={o}" for o in args.overrides]
     try:
+        if lost:
+            raise UserError(f"no directory {lost[0]}: give that of a run, which it has from its first start on")
         found = status.run(read_settings(args))
     except UserError as error:
         sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
