@@ -202,7 +202,9 @@ def test_what_a_later_stage_reads_or_the_run_has_already_is_no_mistake(settings,
 
 def test_unwritable_output(settings, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "cannot be written to" in refused(capsys, "prune", *settings, f"run_dir={tmp_path / 'file' / 'run'}")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        told = refused(capsys, "prune", *settings, f"run_dir={run_dir}")
+        assert told == f"nuteprune: run_dir {run_dir} is a file, or below one: choose another directory"
 
 
 def test_export_of_a_missing_or_damaged_run(settings, tmp_path, capsys):

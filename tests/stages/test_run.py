@@ -109,7 +109,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
         ([str(model_dir), "--data", str(tmp_path / "no.jsonl")], "no.jsonl' does not exist"),
         ([str(bare), "--data", str(text)], "tokenizer"),
         ([str(model_dir), "--data", str(text), "export.ladder=[0.1]"], "run exports one model"),
-        ([str(model_dir), "--data", str(text), "--out", str(file / "x")], "cannot be written to: Not a directory"),
+        ([str(model_dir), "--data", str(text), "--out", str(file / "x")], "is a file, or below one: choose"),
     ):  # fmt: skip
         assert main(["run", "--sparsity", "0.3", "--out", str(tmp_path / "out"), *words]) == 2
         line = capsys.readouterr().err.splitlines()[-1]
