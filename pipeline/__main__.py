@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -42,7 +43,8 @@ OUT_OF_MEMORY = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake) or 75 (preempted, saved).
+    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake) 75 (preempted, saved), or
+    130 (Ctrl-C where there is nothing to save).
 
     Of several ranks the first speaks for all; only a rank that lost another says so itself.
     """
@@ -63,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"nuteprune: {stop}\n")
         return stop.exit_code
+    except KeyboardInterrupt:  # in a stage that takes no steps
+        sys.stderr.write("nuteprune: ended by Ctrl-C; start the same command again\n")
+        return 128 + signal.SIGINT
 
 
 def run(args: argparse.Namespace) -> int:
