@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -42,7 +43,8 @@ OUT_OF_MEMORY = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake) or 75 (preempted, saved).
+    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake) 75 (preempted, saved), or
+    130 (Ctrl-C where there is nothing to save).
 
     Of several ranks the first speaks for all; only a rank that lost another says so itself.
     """
@@ -63,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"nuteprune: {stop}\n")
         return stop.exit_code
+    except KeyboardInterrupt:  # in a stage that takes no steps
+        sys.stderr.write("nuteprune: ended by Ctrl-C; start the same command again\n")
+        return 128 + signal.SIGINT
 
 
 def run(args: argparse.Namespace) -> int:
@@ -138,9 +143,12 @@ def show_status(args: argparse.Namespace) -> int:
     """Print how far a run is; returns the exit code. Imports neither torch nor transformers: it answers at once."""
     from nuteprune.stages import status
 
+    lost = [word for word in args.overrides if "=" not in word and not os.path.isdir(word)]
     # A run that has not started yet has no config.yaml: its directory is named like a setting.
     args.overrides = [o if "=" in o or os.path.isfile(f"{o}/config.yaml") else f"run_dir={o}" for o in args.overrides]
     try:
+        if lost:
+            raise UserError(f"no directory {lost[0]}: give that of a run, which it has from its first start on")
         found = status.run(read_settings(args))
     except UserError as error:
         sys.stderr.write(f"nuteprune: {plain(str(error))}\n")

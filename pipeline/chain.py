@@ -136,7 +136,7 @@ def settle(
 
 def with_choices(config: Config, choices: list[Choice]) -> Config:
     """The settings with what was chosen."""
-    return load_config(config, [f"{choice.key}={json.dumps(choice.value)}" for choice in choices])
+    return load_config(config, [f"{choice.key}={json.dumps(choice.value, ensure_ascii=False)}" for choice in choices])
 
 
 def chosen_before(directory: Path, config: Config, given: Collection[str]) -> list[tuple[str, Any]]:

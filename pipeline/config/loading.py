@@ -142,13 +142,22 @@ def recipe_path(name: str) -> Path:
     raise UserError(f"recipe '{name}' not found: use one of {known}, or the path of a YAML file")
 
 
-class _NoAliases(yaml.SafeLoader):
-    """Plain values only: a few lines of aliases (*name) to aliases stand for more text than any memory holds."""
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values only: a few lines of aliases (*name) to aliases stand for more text than any memory holds. And no
+    key twice, of which the last would win and take a whole section with it."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             raise yaml.MarkedYAMLError(problem_mark=self.peek_event().start_mark)
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem_mark=key.start_mark, note=f": '{key.value}' stands there again")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict:
@@ -186,12 +195,12 @@ def _plain_values(path: Path) -> Any:
     try:
         if path.stat().st_size > YAML_LIMIT:
             raise UserError(f"{path} has more than {YAML_LIMIT} bytes: settings are shorter")
-        return yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
+        return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
+        mark, note = getattr(error, "problem_mark", None), getattr(error, "note", None) or ""
+        raise UserError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}{note}") from None
 
 
 def file_settings(path: Path) -> dict:

@@ -210,25 +210,32 @@ def _text_files(source: str) -> list[Path]:
 
 
 def _file_texts(file: Path, text_field: str) -> Iterator[str]:
-    """The texts of one file; a null counts as an empty text."""
+    """The texts of one file; a null counts as an empty text, and so does a row behind the first without the column."""
     text_file = FORMATS[file.suffix] == "text"
     field = "text" if text_file else text_field
-    for number, row in enumerate(read_rows(file, {"sample_by": "document"} if text_file else {}), 1):
-        if field not in row:
+    # Windows begins a text file with a mark, which is no part of the text.
+    options = {"sample_by": "document", "encoding": "utf-8-sig"} if text_file else {}
+    for number, row in enumerate(read_rows(file, options), 1):
+        if number == 1 and field not in row:
             raise UserError(
-                f"{file} has no column '{field}': set data.text_field to one of its columns ({', '.join(row)})"
+                f"{file} has no column '{field}' in its first row: set data.text_field to one of its columns "
+                f"({', '.join(row)})"
             )
-        if not isinstance(row[field], str | None):
-            raise UserError(f"{file}: row {number} holds no text in '{field}' but {type(row[field]).__name__}")
-        yield row[field] or ""
+        if not isinstance(text := row.get(field), str | None):
+            raise UserError(f"{file}: row {number} holds no text in '{field}' but {type(text).__name__}")
+        yield text or ""
 
 
 def read_rows(file: Path, options: dict) -> Iterator[dict]:
-    """The rows of one file as `datasets` reads them, with its failures told in one line; an empty file has none."""
+    """The rows of one file, .jsonl line by line and others as `datasets` reads them, with failures told in one line; an
+    empty file has none."""
     if file.stat().st_size == 0:
         return
     with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
         try:
+            if file.suffix == ".jsonl":
+                yield from _json_lines(file)
+                return
             yield from datasets.load_dataset(
                 FORMATS[file.suffix],
                 # A path is a pattern for `datasets`; brackets in a name are meant literally.
@@ -240,22 +247,25 @@ def read_rows(file: Path, options: dict) -> Iterator[dict]:
             )
         except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as error:
             raise UserError(
-                f"cannot read {file} as {FORMATS[file.suffix]} ({_broken_line(file) or first_line(error)}): mend or "
-                "remove the file"
+                f"cannot read {file} as {FORMATS[file.suffix]} ({first_line(error)}): mend or remove the file"
             ) from error
 
 
-def _broken_line(file: Path) -> str:
-    """The first line of a .jsonl file that is no JSON: `datasets` counts from the start of the part that it reads."""
-    if file.suffix != ".jsonl":
-        return ""
+def _json_lines(file: Path) -> Iterator[dict]:
+    """The objects of a .jsonl file. `datasets` would refuse a key that it first meets late, make dates of texts that
+    look like one, and end the process at a null; raises `ValueError` with the line that is no JSON object."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
-                json.loads(line)
-            except ValueError as error:
-                return f"line {number}: {first_line(error)}"
-    return ""
+                row = json.loads(line.decode("utf-8-sig"))
+                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {first_line(error)}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number}: no JSON object")
+            yield row
 
 
 def _token_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

@@ -24,7 +24,7 @@ from nuteprune.evaluation.tasks import lm_eval_tasks, load_tasks, mean_accuracy
 from nuteprune.exporting.card import RECORD, add_results, check_distilled
 from nuteprune.exporting.publish import push
 from nuteprune.parallel.distributed import discover
-from nuteprune.runs.checkpoint import CheckpointError
+from nuteprune.runs.checkpoint import MANIFEST, CheckpointError
 from nuteprune.runs.directories import DISTILLED, distill_directory
 from nuteprune.runs.words import one_line
 from nuteprune.training.tracking import Tracker, check_reporters
@@ -199,6 +199,8 @@ def report_directory(config: Config) -> Path:
     output = Path(config.evaluate.output or Path(config.run_dir) / "evaluate")
     if output.exists() and not output.is_dir():
         raise UserError(f"evaluate.output: {output} is a file, where the directory of the report should be")
+    if (output / MANIFEST).is_file() and not (output / "report.json").is_file():
+        raise UserError(f"evaluate.output: {output} holds something else of ours, as a model: choose another directory")
     return output
 
 

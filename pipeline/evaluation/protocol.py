@@ -89,7 +89,10 @@ def _joined(file: Path, field: str) -> str:
             return "\n\n".join(row[field] for row in read_rows(file, {}))
         except (KeyError, TypeError):
             raise UserError(f"{file} has no text in a column '{field}': set data.text_field") from None
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {file} as text ({first_line(error)}): mend the file") from None
     if "\n\n" not in text:  # WikiText's own form: an empty line is a space
         text = "\n\n".join(line if line.strip() else "" for line in text.splitlines(keepends=True))
     return text

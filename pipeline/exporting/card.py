@@ -115,8 +115,8 @@ def check_distilled(directory: Path, export: Path) -> bool:
         return False
     if record.get("distilled_from") != fingerprint(str(export)):
         raise UserError(
-            f"{directory} was distilled from another export than {export}: remove {directory.parent} and run "
-            "`nuteprune distill` again"
+            f"{directory} was distilled from another export than {export}: name the models in evaluate.models, or "
+            f"remove {directory.parent} and run `nuteprune distill` again"
         )
     return True
 

@@ -83,6 +83,8 @@ def output_directory(config: Config, trained: Run) -> Path:
     output = Path(config.export.output) if config.export.output else trained.directory / "export"
     if output.resolve() == Path(trained.config.model.path).resolve():
         raise UserError(f"export.output {output} is the base model itself: choose another directory")
+    if output.name in ("", ".."):
+        raise UserError(f"export.output {output} cannot be replaced as a whole: name a directory below it")
     if output.exists() and not output.is_dir():
         raise UserError(f"export.output {output} is a file: choose a directory")
     ours = (output / MANIFEST).is_file() and (output / RECORD).is_file()

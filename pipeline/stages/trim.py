@@ -83,6 +83,8 @@ def check_output(output: str, base: Base) -> Path:
     if not output:
         raise UserError("--out is missing: name a directory for the trimmed model")
     target = Path(output)
+    if target.name in ("", ".."):
+        raise UserError(f"--out {target} cannot be replaced as a whole: name a directory below it")
     ours = (target / MANIFEST).is_file() and (target / RECORD).is_file()
     if target.exists() and not ours and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {target} holds files that are no earlier result of this command: choose another one")

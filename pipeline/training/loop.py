@@ -120,6 +120,8 @@ def claim_directory(config: Config) -> None:
 def _writing_to(run_dir: Path) -> Iterator[None]:
     try:
         yield
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"run_dir {run_dir} is a file, or below one: choose another directory") from None
     except OSError as error:
         raise MachineError(f"run_dir {run_dir} cannot be written to: {error.strerror}") from None
 

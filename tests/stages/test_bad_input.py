@@ -214,7 +214,9 @@ def test_what_a_later_stage_reads_or_the_run_has_already_is_no_mistake(settings,
 
 def test_unwritable_output(settings, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "cannot be written to" in refused(capsys, "prune", *settings, f"run_dir={tmp_path / 'file' / 'run'}")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        told = refused(capsys, "prune", *settings, f"run_dir={run_dir}")
+        assert told == f"nuteprune: run_dir {run_dir} is a file, or below one: choose another directory"
 
 
 def test_export_of_a_missing_or_damaged_run(settings, tmp_path, capsys):
@@ -319,13 +321,22 @@ def test_a_directory_that_turns_read_only_under_evaluate_is_one_line(model_dir, 
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", disk], check=True)
     try:
-        (disk / "manifest.json").write_text("{}")  # of an earlier report, which the first new result unlinks
+        for name in ("manifest.json", "report.json"):  # of an earlier report, whose first the first new result unlinks
+            (disk / name).write_text("{}")
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         told = refused(capsys, "evaluate", f"evaluate.models=[{model_dir}]", f"evaluate.text={text_file}",
                        "evaluate.window=32", "evaluate.batch_sizes=[]", f"evaluate.output={disk}")  # fmt: skip
         assert f"{disk}/manifest.json: Read-only file system" in told
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_report_takes_no_place_of_a_model_or_a_run(model_dir, tmp_path, capsys):
+    """Its manifest would stand for that directory's, and a push to the hub would leave out the weights."""
+    (tmp_path / "manifest.json").write_text("{}")
+    told = refused(capsys, "evaluate", f"evaluate.models=[{model_dir}]", f"evaluate.output={tmp_path}")
+    assert f"evaluate.output: {tmp_path} holds something else of ours" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_evaluate_of_a_missing_model(tmp_path, capsys):

@@ -239,7 +239,9 @@ def test_a_model_distilled_from_another_export_is_told_of(config, run_dir, text_
     export.run(load_config(config, ["export.sparsity=0.2"]))
     for command in (["distill", str(run_dir)], ["evaluate", str(run_dir), f"evaluate.text=[{text_file}]"]):
         assert main(command) == 2
-        assert f"{run_dir}/distill/model was distilled from another export" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert f"{run_dir}/distill/model was distilled from another export" in told
+        assert "name the models in evaluate.models, or remove" in told
 
 
 def test_a_result_whose_record_is_cut_is_made_again(config, run_dir, text_file, caplog):

@@ -10,11 +10,11 @@ import yaml
 from tiny import SENTENCES, tiny_config
 
 from nuteprune.__main__ import main
-from nuteprune.chain import hold_out
+from nuteprune.chain import hold_out, with_choices
 from nuteprune.config import given_keys, load_config
 from nuteprune.model.loading import read_base
 from nuteprune.planning.cards import CARDS, UNNAMED
-from nuteprune.planning.machine import Machine, card_of, choose, pruning_steps
+from nuteprune.planning.machine import Choice, Machine, card_of, choose, pruning_steps
 
 
 def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys, caplog, monkeypatch):
@@ -93,6 +93,11 @@ def test_what_is_held_out_fills_a_window_or_the_window_gives_way(model_dir, tmp_
     assert held_out(200, "evaluate.protocol=published") == held_out(200, "evaluate.text=[a.txt]") == nothing
 
 
+def test_a_directory_of_any_name_is_handed_on_as_it_is():
+    path = "/runs/ü 漢 😀/heldout.jsonl"
+    assert with_choices(load_config(None), [Choice("evaluate.text", [path], "")]).evaluate.text == [path]
+
+
 def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
     bare, file = tmp_path / "bare", tmp_path / "file"
     shutil.copytree(model_dir, bare, ignore=shutil.ignore_patterns("tokenizer*"))
@@ -104,7 +109,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
         ([str(model_dir), "--data", str(tmp_path / "no.jsonl")], "no.jsonl' does not exist"),
         ([str(bare), "--data", str(text)], "tokenizer"),
         ([str(model_dir), "--data", str(text), "export.ladder=[0.1]"], "run exports one model"),
-        ([str(model_dir), "--data", str(text), "--out", str(file / "x")], "cannot be written to: Not a directory"),
+        ([str(model_dir), "--data", str(text), "--out", str(file / "x")], "is a file, or below one: choose"),
     ):  # fmt: skip
         assert main(["run", "--sparsity", "0.3", "--out", str(tmp_path / "out"), *words]) == 2
         line = capsys.readouterr().err.splitlines()[-1]

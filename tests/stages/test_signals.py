@@ -79,6 +79,17 @@ def test_a_signal_while_it_loads_ends_with_a_line(start, settings, tmp_path, num
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_in_a_stage_without_steps_is_one_line(start, settings):
+    process = start("-m", "nuteprune", "prepare", *settings)
+    until(lambda: has_loaded(process, "tokenizers"), process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=HANG)
+    assert errors.splitlines()[-1] == "nuteprune: ended by Ctrl-C; start the same command again"
+    assert "Traceback" not in errors
+    assert process.returncode == 130
+
+
 def test_ctrl_c_saves_after_the_step_and_a_second_one_ends_at_once(start, settings, tmp_path):
     run_dir = tmp_path / "run"
     process = start("-c", SLOW, "prune", *settings, "checkpoint.every=1")

@@ -97,6 +97,11 @@ def test_no_run_is_named(capsys):
     assert "which run?" in capsys.readouterr().err
 
 
+def test_a_directory_that_is_not_there_is_no_run(tmp_path, capsys):
+    assert main(["status", str(tmp_path / "typo")]) == 2
+    assert f"no directory {tmp_path / 'typo'}" in capsys.readouterr().err
+
+
 SRUN = """\
 srun: error: node2: task 1: {first}
 srun: error: node1: task 0: Exited with exit code 75

@@ -173,3 +173,14 @@ def test_an_added_token_without_an_embedding_is_none_of_the_models(text_file, tm
 
 def test_the_share_that_is_split_counts_what_was_not_seen_too():
     assert split_share(np.array([5, 1, 3, 1, 0]), [0, 1]) == pytest.approx((3 + 1 + 1) / 10)
+
+
+def test_the_current_directory_is_not_replaced(settings, model_dir, text_file, tmp_path, capsys, monkeypatch):
+    config = load_config(None, [*settings, "train.steps=5"])
+    prune.run(config)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    trimming = ["trim", str(model_dir), "--data", str(text_file), "data.seq_len=32", "--out", "."]
+    for command, told in ((trimming, "--out"), (["export", config.run_dir, "export.output=."], "export.output")):
+        assert main(command) == 2
+        assert f"{told} . cannot be replaced as a whole: name a directory below" in capsys.readouterr().err

@@ -114,6 +114,13 @@ def test_the_papers_recipe_is_the_papers():
     assert (config.teacher.mode, config.teacher.interval, config.teacher.lag) == ("numerous", 0.01, 10)
 
 
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("train: {steps: 8}\nseed: 1\ntrain: {batch_size: 4}\n")
+    with pytest.raises(UserError, match=r"a\.yaml is not valid YAML \(line 3\): 'train' stands there again$"):
+        load_config(file)
+
+
 def test_a_wrong_list_or_section_is_one_line():
     with pytest.raises(UserError, match=r"lora\.targets: expected"):
         load_config(None, ["lora.targets=3"])

@@ -47,6 +47,14 @@ def test_another_column_beside_one_of_mixed_types(tmp_path):
     assert load_text(str(path), 0, "body")["text"] == ["a", "b"]
 
 
+def test_each_line_of_jsonl_is_read_by_itself(tmp_path):
+    """A key that comes late, texts that look like dates, a row without the column."""
+    rows = [*[{"text": "a" * 1000}] * 11_000, {"text": "b", "source": {"page": 1}}, {"source": "web"}, {"text": "c"}]
+    assert load_text(str(write_jsonl(tmp_path / "a.jsonl", rows)), 0, "text")["text"][-2:] == ["b", "c"]
+    dates = [{"text": "2024-01-01T00:00:00"}, {"text": "2024-01-02T00:00:00"}]
+    assert load_text(str(write_jsonl(tmp_path / "b.jsonl", dates)), 0, "text")["text"][0] == "2024-01-01T00:00:00"
+
+
 def test_parquet_with_empty_and_null_documents(tmp_path):
     datasets.Dataset.from_dict({"text": ["a", None, "", "b"], "n": [1, 2, 3, 4]}).to_parquet(tmp_path / "a.parquet")
     assert load_text(str(tmp_path / "a.parquet"), 0, "text")["text"] == ["a", "b"]
@@ -55,6 +63,11 @@ def test_parquet_with_empty_and_null_documents(tmp_path):
 def test_a_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("a b\n\nc é 漢\n", encoding="utf-8")
     assert load_text(str(tmp_path / "a.txt"), 0, "body")["text"] == ["a b\n\nc é 漢\n"]
+
+
+def test_the_mark_that_windows_puts_before_a_text_is_none_of_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa b\r\n")
+    assert load_text(str(tmp_path / "a.txt"), 0, "text")["text"] == ["a b\n"]
 
 
 def test_directory_is_read_in_sorted_order(tmp_path):
@@ -150,7 +163,9 @@ def one_line(pattern):
         ("a.txt", b"", r"holds no text"),
         ("a.jsonl", b"\n\n", r"holds no text"),
         ("a.jsonl", b'{"text": ""}\n', r"holds no text"),
-        ("a.jsonl", b'{"body": "a", "n": 1}\n', r"no column 'text': .* its columns \(body, n\)"),
+        ("a.jsonl", b'{"body": "a", "n": 1}\n', r"no column 'text' .* its columns \(body, n\)"),
+        ("a.jsonl", b'null\n{"text": "a"}\n', r"cannot read .*a\.jsonl as json \(line 1: no JSON object\): mend"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', r"\(line 2: 'utf-8' codec can't encode .*surrogates not"),
         (
             "a.jsonl",
             b'{"text": "a"}\n{"text": oops\n',

@@ -71,6 +71,12 @@ def test_mistakes_are_one_line(texts, message):
         published_text(settings(*texts), "text")
 
 
+def test_a_text_in_another_encoding_is_one_line(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"cannot read .*latin\.txt as text \('utf-8' codec .*\): mend the file$"):
+        published_text(settings(tmp_path / "latin.txt"), "text")
+
+
 def test_a_hub_out_of_reach_is_one_line(monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("no\nroute")
