@@ -28,6 +28,7 @@ from nuteprune.model.loading import Base, check_dtype, in_float32, load_model, r
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
+from nuteprune.runs.directories import DISTILLED, distill_directory
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import export_gates, newest_student, open_run
 
@@ -83,6 +84,8 @@ def output_directory(config: Config, trained: Run) -> Path:
     output = Path(config.export.output) if config.export.output else trained.directory / "export"
     if output.resolve() == Path(trained.config.model.path).resolve():
         raise UserError(f"export.output {output} is the base model itself: choose another directory")
+    if output.resolve() == (distill_directory(trained.directory) / DISTILLED).resolve():
+        raise UserError(f"export.output {output} is the place of the distilled model: choose another directory")
     if output.name in ("", ".."):
         raise UserError(f"export.output {output} cannot be replaced as a whole: name a directory below it")
     if output.exists() and not output.is_dir():

@@ -1,6 +1,7 @@
 """The exported model computes what the masked model computes, in all families and shapes, and loads anywhere."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -425,7 +426,10 @@ def test_output_directory_is_only_replaced_if_it_is_ours(tmp_path):
     assert export.run(config) == directory
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    for output, message in (("mine", "not an earlier export"), ("base", "the base model"), ("text.txt", "is a file")):
+    distilled = directory.parent / "distill/model"
+    shutil.copytree(directory, distilled)
+    for output, message in (("mine", "not an earlier export"), ("base", "the base model"), ("text.txt", "is a file"),
+                            (distilled, "the place of the distilled model")):  # fmt: skip
         elsewhere = replace(config, export=replace(config.export, output=str(tmp_path / output)))
         with pytest.raises(UserError, match=message):
             export.run(elsewhere)
