@@ -97,7 +97,7 @@ def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
         raise UserError("model.path is empty: set it to a model directory or a hub id")
     silent = "" if Path(path).exists() else unreachable()
     try:
-        if find_adapter_config_file(path):
+        if not Path(path).is_file() and find_adapter_config_file(path):
             raise UserError(
                 f"model.path {path}: a LoRA adapter lies there (adapter_config.json): merge it into its model with "
                 "merge_and_unload() of peft, and prune what that saves"
