@@ -43,7 +43,7 @@ OUT_OF_MEMORY = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake) 75 (preempted, saved), or
+    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake), 75 (preempted, saved) or
     130 (Ctrl-C where there is nothing to save).
 
     Of several ranks the first speaks for all; only a rank that lost another says so itself.
