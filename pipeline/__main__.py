@@ -143,9 +143,12 @@ def show_status(args: argparse.Namespace) -> int:
     """Print how far a run is; returns the exit code. Imports neither torch nor transformers: it answers at once."""
     from nuteprune.stages import status
 
-    lost = [word for word in args.overrides if "=" not in word and not os.path.isdir(word)]
+    lost = [word for word in args.overrides if not is_setting(word) and not os.path.isdir(word)]
     # A run that has not started yet has no config.yaml: its directory is named like a setting.
-    args.overrides = [o if "=" in o or os.path.isfile(f"{o}/config.yaml") else f"run_dir={o}" for o in args.overrides]
+    args.overrides = [
+        word if is_setting(word) or os.path.isfile(f"{word}/config.yaml") else f"run_dir={word}"
+        for word in args.overrides
+    ]
     try:
         if lost:
             raise UserError(f"no directory {lost[0]}: give that of a run, which it has from its first start on")
@@ -166,8 +169,8 @@ def read_settings(args: argparse.Namespace) -> Config:
 def settings_of(args: argparse.Namespace) -> tuple[str | None, list[str]]:
     """A configuration's file or directory and its overrides, as a parsed command line has them."""
     if args.stage in ("run", "trim"):
-        args.overrides = [word if "=" in word else f"model.path={word}" for word in args.overrides]
-    runs = [word for word in args.overrides if "=" not in word and os.path.isdir(word)]
+        args.overrides = [word if is_setting(word) else f"model.path={word}" for word in args.overrides]
+    runs = [word for word in args.overrides if not is_setting(word) and os.path.isdir(word)]
     if len(runs) + (args.config is not None) > 1:
         raise UserError("give one run directory or one --config")
     overrides = [word for word in args.overrides if word not in runs]
@@ -176,6 +179,12 @@ def settings_of(args: argparse.Namespace) -> tuple[str | None, list[str]]:
         if value is not None:
             overrides.append(f"{key}=[{value}]" if key.endswith("ladder") else f"{key}={value}")
     return runs[0] if runs else args.config, overrides
+
+
+def is_setting(word: str) -> bool:
+    """Whether a word is `key.sub=value`: a path may have an = too, as those of a sweep's runs have."""
+    key, sign, _ = word.partition("=")
+    return bool(sign) and "/" not in key
 
 
 def run_chain(config: Config, args: argparse.Namespace) -> str:

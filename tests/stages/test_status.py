@@ -92,6 +92,18 @@ def test_stages_that_were_started_by_hand(tmp_path, capsys):
     assert "asked" not in json.loads(capsys.readouterr().out)["stages"]["distill"]
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_of_a_sweep_is_named_as_submit_does(tmp_path, capsys, begun):
+    run_dir = tmp_path / "mine-sweep" / 'sparsity.target=0.3,data.source="c4.jsonl"'
+    written(run_dir / "metrics.jsonl", "")
+    if begun:
+        written(run_dir / "config.yaml", "finetune: {data: records.json}")
+    assert main(["status", str(run_dir), "--tsv"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"run_dir\t{run_dir}\n")
+    assert ("finetune" in told) == begun
+
+
 def test_no_run_is_named(capsys):
     assert main(["status"]) == 2
     assert "which run?" in capsys.readouterr().err
