@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Collection
@@ -170,8 +171,7 @@ def with_micro_batch(config: Config, spec: ArchSpec, world: World, zero: dict | 
     """
     if config.train.micro_batch:
         return config
-    job = Job(spec, replace(config, train=replace(config.train, steps=steps)),
-              Cluster(world.size // world.local_size, world.local_size, UNNAMED))  # fmt: skip
+    job = Job(spec, replace(config, train=replace(config.train, steps=steps)), cluster_of(world))
     layout = layout_of(zero, config.train.activation_checkpointing)
     if world.device.type == "cuda":
         free = float(torch.cuda.mem_get_info(world.device)[0])
@@ -182,6 +182,12 @@ def with_micro_batch(config: Config, spec: ArchSpec, world: World, zero: dict | 
     if size < job.local_batch:
         log.info("%d of %d sequences at a time, as planned for %.1f GB", size, job.local_batch, free / 1e9)
     return replace(config, train=replace(config.train, micro_batch=size))
+
+
+def cluster_of(world: World) -> Cluster:
+    """The ranks of a run as nodes that are alike; where theirs are not, as smaller ones."""
+    alike = math.gcd(world.size, world.local_size)
+    return Cluster(world.size // alike, alike, UNNAMED)
 
 
 def layout_of(zero: dict | None, checkpointing: bool) -> Layout:

@@ -45,7 +45,7 @@ from nuteprune.planning.job import (
     Job,
     Layout,
 )
-from nuteprune.planning.machine import layout_of
+from nuteprune.planning.machine import cluster_of, layout_of
 from nuteprune.planning.models import MODELS, named_spec
 from nuteprune.planning.planner import TABLE, candidates, largest_micro_batch, lay_out
 
@@ -499,6 +499,18 @@ def test_a_layout_is_read_from_complete_deepspeed_settings():
     assert read("zero2") == Layout(2, 1, True)
     assert read("zero3_offload") == Layout(3, 1, True, offload=True)
     assert read("zero3_hpz") == Layout(3, 1, True, hpz=True)
+
+
+@pytest.mark.parametrize("local_size", [2, 1])
+def test_nodes_with_different_numbers_of_ranks_hold_all_of_them(local_size):
+    """Two ranks on the first node, one on the second: 3 sequences are one a rank, whichever node is asked."""
+    config = load_config(None, ["train.batch_size=3", "train.steps=2"])
+    assert Job(named_spec("llama-7b"), config, cluster_of(World(size=3, local_size=local_size))).local_batch == 1
+
+
+def test_equal_nodes_are_taken_as_they_are():
+    found = cluster_of(World(size=16, local_size=8))
+    assert (found.nodes, found.gpus_per_node) == (2, 8)
 
 
 def test_a_run_that_distils_fits_where_both_stages_do():
