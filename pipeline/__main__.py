@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     from nuteprune.parallel.distributed import RankLost, discover
 
-    is_main = os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    is_main = rank == "0" or not rank.isdecimal()
     try:
         world = discover(computes=args.stage in (*DISTRIBUTED, "evaluate") and not getattr(args, "dry_run", False))
         is_main = world.is_main

@@ -216,14 +216,21 @@ Place = tuple[int, int, int, int]
 
 def _from_torchrun() -> Place | None:
     """The place under torchrun and the deepspeed launcher (LOCAL_SIZE is its word for the ranks of a node)."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if (size := _number("WORLD_SIZE")) == 1:
         return None
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is set but {', '.join(missing)} is not: start with torchrun or unset WORLD_SIZE")
-    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]), int(local_size)
+    local_size = _number("LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE")
+    return _number("RANK"), size, _number("LOCAL_RANK"), local_size
+
+
+def _number(name: str) -> int:
+    """A launcher's variable, 1 where it is not set; raises `UserError` for one that is no number."""
+    text = os.environ.get(name) or "1"
+    if not text.isdecimal():
+        raise UserError(f"{name}={text} is not a number: start with torchrun, or unset {name}")
+    return int(text)
 
 
 def _from_slurm() -> Place | None:

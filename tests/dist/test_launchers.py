@@ -11,6 +11,7 @@ import ranks
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from nuteprune.__main__ import main
 from nuteprune.errors import UserError
 from nuteprune.parallel.distributed import World, connected, discover, first_host
 
@@ -118,6 +119,15 @@ def test_half_a_set_of_variables_is_one_clear_line(environment):
     environment.setenv("RANK", "0")
     with pytest.raises(UserError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not: start with torchrun"):
         discover()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_a_variable_that_is_no_number_is_one_clear_line(environment, settings, capfd, name):
+    places = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for variable, value in (places | {name: "abc"}).items():
+        environment.setenv(variable, value)
+    assert main(["prune", *settings]) == 2
+    assert capfd.readouterr().err == f"nuteprune: {name}=abc is not a number: start with torchrun, or unset {name}\n"
 
 
 def test_two_ranks_on_one_gpu_are_a_mistake_and_no_lost_rank():
