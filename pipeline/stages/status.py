@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import time
+from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from nuteprune.runs.directories import DISTILLED, TUNED, distill_directory, fine
 TRAINING = ("prune", "recover", "finetune", "distill")
 """Stages that take steps."""
 ORDER = ("prepare", "prune", "recover", "finetune", "export", "distill", "evaluate")
+LATER = re.compile(r"recover-[\d.e-]+|finetune|distill")
+"""Stages whose jobs `by_hand` knows by their names."""
 RECENT = 20
 """Steps over which the speed is taken."""
 
@@ -27,7 +31,7 @@ def run(config: Config) -> dict:
     Returns:
         `run_dir`, and `stages`: by name a dict with `state` (complete, pending, running, incomplete, or SLURM's word
         for a job that failed, in small letters), `job`, and where there are any `progress` and `error`. A stage that
-        was started by hand, which the run's settings do not ask for, has `asked` (False).
+        was started or submitted, which the run's settings do not ask for, has `asked` (False).
 
     Raises:
         UserError: no run directory is named.
@@ -36,7 +40,7 @@ def run(config: Config) -> dict:
         raise UserError("which run? Give its directory, or --config with the file that names it")
     run_dir = Path(config.run_dir)
     numbers, asked = jobs.submitted(run_dir), outputs(config)
-    others = {stage: output for stage, output in by_hand(run_dir).items() if output not in asked.values()}
+    others = {stage: output for stage, output in by_hand(run_dir, numbers).items() if output not in asked.values()}
     found = {}
     for stage, output in sorted((others | asked).items(), key=lambda place: ORDER.index(_kind(place[0]))):
         found[stage] = _stage(run_dir, stage, output, numbers.get(stage))
@@ -61,12 +65,14 @@ def outputs(config: Config) -> dict[str, Path]:
     return found | {"evaluate": Path(config.evaluate.output or run_dir / "evaluate")}
 
 
-def by_hand(run_dir: Path) -> dict[str, Path]:
-    """Stages that train a student on and have a directory in the run's, and the directory of each one's result."""
+def by_hand(run_dir: Path, submitted: Collection[str]) -> dict[str, Path]:
+    """Stages that train a student on and have a directory in the run's, or a job that may not have begun, and the
+    directory of each one's result."""
+    waiting = sorted(stage for stage in submitted if LATER.fullmatch(stage))
     tuned = [run_dir / "finetune", *sorted(run_dir.glob("recover-*")), *sorted(run_dir.glob("finetune-*"))]
-    found = {path.name: path / TUNED for path in tuned}
+    found = {path.name: path / TUNED for path in (*tuned, *(run_dir / stage for stage in waiting))}
     found["distill"] = distill_directory(run_dir) / DISTILLED
-    return {stage: output for stage, output in found.items() if output.parent.is_dir()}
+    return {stage: output for stage, output in found.items() if stage in waiting or output.parent.is_dir()}
 
 
 def _kind(stage: str) -> str:

@@ -93,6 +93,21 @@ def test_stages_that_were_started_by_hand(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("begun", [False, True])
+def test_stages_that_wait_in_the_queue(tmp_path, capsys, begun):
+    """Before pruning has written the run's settings, and where they ask for less than was submitted later."""
+    run_dir = tmp_path / "run"
+    rows = "".join(f"{stage}\t{number}\n" for number, stage in enumerate(["recover-0.1", "finetune", "distill", "x"]))
+    written(run_dir / "jobs.tsv", rows)
+    if begun:
+        written(run_dir / "config.yaml", "finetune: {data: records.json, sparsity: 0.1}")
+    assert main(["status", str(run_dir), "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert list(stages) == ["prepare", "prune", "recover-0.1", "finetune", "export", "distill", "evaluate"]
+    assert stages["distill"]["job"]["number"] == "2"
+    assert stages["finetune"].get("asked", True) == begun
+
+
+@pytest.mark.parametrize("begun", [False, True])
 def test_a_run_of_a_sweep_is_named_as_submit_does(tmp_path, capsys, begun):
     run_dir = tmp_path / "mine-sweep" / 'sparsity.target=0.3,data.source="c4.jsonl"'
     written(run_dir / "metrics.jsonl", "")
