@@ -67,6 +67,18 @@ def test_chain_on_cpus(files, tmp_path):
     check("submit_cpu", submit(*files, "--dry-run", "sparsity.target=0.3"), tmp_path)
 
 
+def test_a_line_that_the_example_proposes_may_be_the_last_one(files, tmp_path):
+    """`set -e` ends a script whose `source` ends with a condition that does not hold, and says nothing."""
+    cluster = tmp_path / "cpu.env"
+    example = (ROOT / "slurm/clusters/example.env").read_text()
+    proposed = [line[line.index("[[") :] for line in example.splitlines() if line.startswith("#") and "[[" in line]
+    assert len(proposed) == 2
+    for line in proposed:
+        cluster.write_text(f"{CPU.format(python=sys.executable)}{line}\n")
+        done = submit(*files, "--dry-run")
+        assert (done.returncode, len(done.stdout.splitlines())) == (0, 4)
+
+
 def test_rungs_side_by_side(files, tmp_path):
     check("submit_recover", submit(*files, "--dry-run", "recover.ladder=[0.1,0.2]"), tmp_path)
 
