@@ -28,6 +28,10 @@ Root Cause (first observed failure):
 ============================================================
 """
 
+JOB = """\
+SLURM_JOB_NUM_NODES=2 SLURM_GPUS_ON_NODE=8 SLURM_NTASKS=2 SLURM_JOB_ID=1 MASTER_ADDR=a MASTER_PORT=1
+LAUNCHER=torchrun PYTHON=python restart=0"""
+
 
 def in_the_script(*lines: str) -> subprocess.CompletedProcess:
     """Runs lines after the script's functions."""
@@ -53,12 +57,18 @@ def worth_a_restart(tmp_path, srun: str, *torchrun: str, signalled: str = "") ->
 )  # fmt: skip
 def test_torchrun_starts_what_several_ranks_run(tmp_path, stage, ranks):
     """A job of two nodes of 8 GPUs, as each of a sweep is, in which all stages run."""
-    job = "SLURM_JOB_NUM_NODES=2 SLURM_GPUS_ON_NODE=8 SLURM_NTASKS=2 SLURM_JOB_ID=1 MASTER_ADDR=a MASTER_PORT=1"
-    job += f" LAUNCHER=torchrun PYTHON=python logs={tmp_path} restart=0"
-    done = in_the_script(f"{job}; srun() {{ echo $*; }}; launch {stage} run_dir=x")
+    done = in_the_script(f"{JOB} logs={tmp_path} signalled=; srun() {{ echo $*; }}; launch {stage} run_dir=x")
     assert f"nuteprune {stage.partition('-')[0]} run_dir=x" in done.stdout
     assert ("torch.distributed.run --nnodes=2 --nproc-per-node=8" in done.stdout) == ranks
     assert f"--ntasks={2 if ranks else 1} " in done.stdout
+
+
+def test_a_signal_while_a_stage_writes_its_result_ends_the_job_before_the_next_one(tmp_path):
+    """In a sweep's element, which would run on to its time limit and be lost: SLURM requeues no job that reached it."""
+    (tmp_path / "srun.log").touch()
+    job = f"{JOB} logs={tmp_path} signalled=1; srun() {{ echo $*; }}"
+    done = in_the_script(job, "launch evaluate run_dir=x; worth_a_restart && echo again $code")
+    assert done.stdout == "again 75\n"
 
 
 @pytest.mark.parametrize(
