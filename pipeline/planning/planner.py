@@ -193,7 +193,7 @@ def deepspeed_settings(plan: Plan) -> dict:
     if layout.offload:
         zero["offload_param"] = {"device": "cpu"}
     if layout.hpz:
-        zero["zero_hpz_partition_size"] = plan.job.cluster.gpus_per_node
+        zero["zero_hpz_partition_size"] = "auto"  # fine-tuning may get other nodes
     return {"zero_optimization": zero}
 
 

@@ -47,7 +47,7 @@ from nuteprune.planning.job import (
 )
 from nuteprune.planning.machine import cluster_of, layout_of
 from nuteprune.planning.models import MODELS, named_spec
-from nuteprune.planning.planner import TABLE, candidates, largest_micro_batch, lay_out
+from nuteprune.planning.planner import TABLE, candidates, deepspeed_settings, largest_micro_batch, lay_out
 
 TOTALS = {
     "llama-7b": 6_738_415_616,
@@ -456,6 +456,15 @@ def test_a_small_model_stays_whole_and_a_large_one_is_partitioned():
     plan = lay_out(job("llama-3.1-70b", 4))
     assert plan.chosen.layout == Layout(3, 1, hpz=True)
     assert not any(option.fits for option in plan.tried if option.layout.stage == 2)
+
+
+def test_hpz_keeps_its_copy_in_a_node_whatever_nodes_a_stage_gets(tmp_path):
+    """Fine-tuning has nodes of its own, and reads what was planned for pruning's of 8."""
+    plan, file = lay_out(job("llama-3.1-70b", 4)), tmp_path / "deepspeed.json"
+    file.write_text(json.dumps(deepspeed_settings(plan)))
+    config = load_config(None, ["train.batch_size=12", f"deepspeed={file}"])
+    zero = zero_settings(config, plan.job.spec, World(size=12, local_size=4))
+    assert zero["zero_optimization"]["zero_hpz_partition_size"] == 4
 
 
 def test_8b_on_one_card_neither_offloads_nor_partitions():
