@@ -71,6 +71,15 @@ def test_a_signal_while_a_stage_writes_its_result_ends_the_job_before_the_next_o
     assert done.stdout == "again 75\n"
 
 
+def test_restarts_without_progress_are_counted_from_the_first_start_that_came_so_far(tmp_path):
+    """SLURM counts one that a node's prolog ended too, before this script began."""
+    job = f"run_dir={tmp_path}/run logs={tmp_path} MAX_RESTARTS=1"
+    starts = [in_the_script(f"{job} restart={number}", "count_restart") for number in (1, 2, 3)]
+    assert [done.returncode for done in starts] == [0, 0, 1]
+    assert "given up: 2 restarts in a row" in starts[2].stdout
+    assert not starts[0].stderr
+
+
 @pytest.mark.parametrize(
     ("said", "again"),
     [
