@@ -31,6 +31,10 @@ cluster=$(realpath "$cluster")
 # shellcheck source=slurm/clusters/example.env
 source "$cluster"
 [[ ${PYTHON:-} ]] || die "$cluster sets no PYTHON"
+for name in PRUNE_GPUS FINETUNE_GPUS EVALUATE_GPUS; do
+    [[ ${!name:-0} =~ ^[0-9]+$ ]] ||
+        die "$name=${!name} is not a number: name the kind in ${name%GPUS}FLAGS, as in (--gpus-per-node=a100:8)"
+done
 [[ $dry ]] || command -v sbatch >/dev/null || die "no sbatch here: submit where SLURM is, or look at --dry-run"
 
 # Name, state and job of each stage, and the run's directory: one line each.

@@ -79,6 +79,12 @@ def test_a_line_that_the_example_proposes_may_be_the_last_one(files, tmp_path):
         assert (done.returncode, len(done.stdout.splitlines())) == (0, 4)
 
 
+def test_gpus_with_their_kind_are_one_clear_line(files):
+    done = submit(*files, "--dry-run", EVALUATE_GPUS="a100:8")
+    told = "EVALUATE_GPUS=a100:8 is not a number: name the kind in EVALUATE_FLAGS, as in (--gpus-per-node=a100:8)"
+    assert (done.returncode, done.stderr, done.stdout) == (2, f"submit.sh: {told}\n", "")
+
+
 def test_rungs_side_by_side(files, tmp_path):
     check("submit_recover", submit(*files, "--dry-run", "recover.ladder=[0.1,0.2]"), tmp_path)
 
