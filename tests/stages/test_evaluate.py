@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -493,6 +494,18 @@ def test_mistakes_are_one_line(settings, values, message):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (Path(settings.run_dir) / "evaluate" / "manifest.json").exists()
+
+
+def test_an_added_token_in_the_text_that_has_no_embedding(settings, tokenizer, tmp_path, model):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    folder = shutil.copytree(settings.model.path, tmp_path / "more tokens")
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "held_out.txt").write_text(f"{TEXT}<image_soft_token>")
+    with pytest.raises(UserError, match="id 300 but the model has 300 embeddings: take the added token"):
+        evaluate.run(changed(settings, models=[str(folder)], batch_sizes=[], tasks=[]))
+    with pytest.raises(UserError, match="take the added token"):
+        measure.last_states(model, torch.full((64,), 300), window=32, blocks=0)
 
 
 def test_missing_export_names_the_stage(settings, tmp_path):
