@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import DataConfig
@@ -92,8 +93,8 @@ def check_ids(largest: int, vocab_size: int) -> None:
     """Raise `UserError` where the largest token id of a text is beyond the model's embedding."""
     if largest >= vocab_size:
         raise UserError(
-            f"the tokenizer gives id {largest} but the model has {vocab_size} embeddings: "
-            "the tokenizer belongs to another model; use the model's own"
+            f"the tokenizer gives id {largest} but the model has {vocab_size} embeddings: take the added token that it "
+            "stands for out of the text or, where the tokenizer is another model's, use the model's own"
         )
 
 
@@ -236,6 +237,8 @@ def read_rows(file: Path, options: dict) -> Iterator[dict]:
             if file.suffix == ".jsonl":
                 yield from _json_lines(file)
                 return
+            if file.suffix == ".parquet" and not parquet.read_metadata(file).num_rows:
+                return  # `datasets` would take its batches to be of no row
             yield from datasets.load_dataset(
                 FORMATS[file.suffix],
                 # A path is a pattern for `datasets`; brackets in a name are meant literally.

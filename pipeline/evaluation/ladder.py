@@ -32,7 +32,8 @@ def run(config: Config) -> Path:
         ladder.md, ladder.png, ladder.json.
 
     Raises:
-        UserError: a rung that the run never reached, before anything is exported; or as the two stages.
+        UserError: a rung that the run never reached, or a model in the directory, before anything is exported; or as
+            the two stages.
         ExportError: as `export_model`.
     """
     rungs = sorted(set(config.export.ladder))
@@ -41,9 +42,11 @@ def run(config: Config) -> Path:
     if config.export.push_to_hub:
         raise UserError("export.push_to_hub takes one model: push a rung with `nuteprune export RUN --sparsity …`")
     trained = open_run(config.run_dir, config.model)
+    output = Path(config.export.output or trained.directory / "ladder")
+    if (output / "config.json").is_file():
+        raise UserError(f"export.output {output} is a model, no place for a ladder of them: choose another directory")
     for rung in rungs:
         choose_student(trained, rung)
-    output = Path(config.export.output or trained.directory / "ladder")
     models = {rung: _export(config, output / f"{rung:g}", rung) for rung in rungs}
     base = trained.config.model
     paths = [base.path, *map(str, models.values())]

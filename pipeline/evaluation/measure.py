@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
+from nuteprune.data.text import check_ids
 from nuteprune.errors import UserError
 from nuteprune.evaluation.head import Head
 from nuteprune.exporting.folding import exported_parameters
@@ -53,9 +54,7 @@ def perplexity(
             model whose head is not known.
     """
     spans = _spans(len(tokens), window, blocks, len(first))
-    rows = model.get_input_embeddings().num_embeddings
-    if tokens.max() >= rows:
-        raise UserError(f"the text has token id {tokens.max()} but the model {rows} embeddings: wrong tokenizer")
+    check_ids(int(tokens.max()), model.get_input_embeddings().num_embeddings)
     head, total, count = Head(model), 0.0, 0
     # What has nothing before it cannot be predicted.
     scored = window - max(1, len(first))
@@ -109,6 +108,7 @@ def last_states(
         first: token ids that each block begins with, as in `perplexity`.
     """
     spans = _spans(len(tokens), window, blocks, len(first))
+    check_ids(int(tokens.max()), model.get_input_embeddings().num_embeddings)
     ids = (_window(first, tokens[begin:end], model.device)[None] for begin, end in spans)
     return torch.cat([model.base_model(input_ids=i, use_cache=False).last_hidden_state.cpu() for i in ids])
 

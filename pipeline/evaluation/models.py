@@ -7,10 +7,8 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.arch import FAMILIES, ArchSpec
@@ -99,7 +97,10 @@ def load_any(
             trust_remote_code=bool(asking), output_loading_info=True,
             device_map=placement(weight_bytes(path, config), torch.device(device)),
         )  # fmt: skip
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    # Foreign files, and perhaps foreign code: whatever goes wrong in a model is told by its name.
+    except Exception as error:
         raise UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
     check_whole(path, info["missing_keys"])
     return model.eval(), tokenizer, folder
@@ -107,8 +108,11 @@ def load_any(
 
 def _spec(folder: Path) -> ArchSpec | None:
     """The architecture of a model of a supported family, or of an export of one."""
-    with contextlib.suppress(OSError, ValueError, KeyError, UserError):
+    try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # loading it says what is wrong
+        return None
+    with contextlib.suppress(ValueError, KeyError, UserError):
         for cls in type(config).__mro__:  # an export's class is made of a stock one
             if (name := getattr(cls, "model_type", None)) in FAMILIES:
                 return replace(FAMILIES[name].read(config), family=name)

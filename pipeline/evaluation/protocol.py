@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import DataConfig, EvaluateConfig
 from nuteprune.data.sequences import first_tokens
-from nuteprune.data.text import read_rows, text_tokens
+from nuteprune.data.text import FORMATS, read_rows, text_tokens
 from nuteprune.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
@@ -81,10 +81,10 @@ def short_names(paths: list[str]) -> list[str]:
 
 
 def _joined(file: Path, field: str) -> str:
-    """The text of a file: .txt as it stands or in WikiText's own form, a row a line; other files by their rows."""
+    """The text of a file: JSON and parquet by their rows, others as they stand or in WikiText's form, a row a line."""
     if not file.is_file():
         raise UserError(f"evaluate.text '{file}' is no file: name WikiText-2's raw test set")
-    if file.suffix != ".txt":
+    if FORMATS.get(file.suffix, "text") != "text":
         try:
             return "\n\n".join(row[field] for row in read_rows(file, {}))
         except (KeyError, TypeError):

@@ -29,7 +29,7 @@ from nuteprune.masks.schedule import Schedule
 from nuteprune.model.loading import Base, in_float32, read_base
 from nuteprune.model.pairing import Losses
 from nuteprune.model.whole import Distillation, Root
-from nuteprune.parallel.distributed import World
+from nuteprune.parallel.distributed import World, discover
 from nuteprune.parallel.sharding import fill, gathered_weights, read_shares, share_out, write_shares
 from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, Facts, atomic_directory, read_json, verify
@@ -66,7 +66,10 @@ def run(config: Config) -> Path:
         raise UserError(f"no exported model at {export}: run `nuteprune export {trained.directory}` first")
     check_distilled(distill_directory(trained.directory) / DISTILLED, export)
     base = read_base(trained.config.model)
-    return train(settings(config, trained), Distilling, trained, base, export)
+    result = train(settings(config, trained), Distilling, trained, base, export)
+    if discover().is_main:
+        add_gguf(result, export, base)
+    return result
 
 
 def summary(config: Config, result: Path) -> str:
@@ -101,7 +104,7 @@ class Distilling(Trainer):
     stage = "distill"
     output = DISTILLED
     remedy = "with model.dtype=float32"
-    free = ("recover", "finetune", "checkpoint", "tracking", "evaluate")
+    free = ("recover", "finetune", "export", "checkpoint", "tracking", "evaluate")  # `inputs` knows the export
 
     def __init__(self, *parts, losses: Distillation, export: Path, whole: PreTrainedModel | None, base: Base):
         super().__init__(*parts)
@@ -234,6 +237,19 @@ class Distilling(Trainer):
             (temporary / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
             (temporary / CARD).write_text(distilled_card(card, self.total, tokens), encoding="utf-8")
         return target
+
+
+def add_gguf(result: Path, export: Path, base: Base) -> None:
+    """Write model.gguf of a finished result where the export has got one since, or one of another type."""
+    wanted, record = (read_json(each / RECORD) for each in (export, result))
+    kind = wanted.get("gguf", "none")
+    if kind in ("none", record.get("gguf", "none")):
+        return
+    with atomic_directory(result) as temporary:
+        shutil.copytree(result, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.gguf", MANIFEST))
+        shutil.copyfile(export / "Modelfile", temporary / "Modelfile")
+        write_anew(temporary, wanted["shape"], kind, base)
+        (temporary / RECORD).write_text(json.dumps(record | {"gguf": kind}) + "\n", encoding="utf-8")
 
 
 def check_export(export: Path) -> None:

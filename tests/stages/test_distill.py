@@ -23,6 +23,7 @@ from nuteprune.model.layers import build_view
 from nuteprune.model.loading import read_base
 from nuteprune.model.pairing import PairedModel
 from nuteprune.model.whole import Distillation, Root
+from nuteprune.runs.checkpoint import verify
 from nuteprune.runs.students import open_run
 from nuteprune.stages import distill, export, prune
 from nuteprune.training import blocks
@@ -264,9 +265,16 @@ def test_what_is_said_of_training_and_loss_is_done_on_unread_text(config, run_di
     assert torch.equal(torch.cat(seen), torch.cat([stream.batch(behind + step) for step in range(2)]))
 
 
-def test_a_gguf_of_the_export_is_made_anew(config, run_dir):
-    export.run(load_config(config, ["export.gguf=f32"]))
-    result = distill.run(config)
+@pytest.mark.parametrize("later", [False, True])
+def test_a_gguf_of_the_export_is_made_anew(config, run_dir, later):
+    with_gguf = load_config(config, ["distill.steps=1", "export.gguf=f32"])
+    if later:  # the same command again, which asks for one now
+        result = distill.run(load_config(config, ["distill.steps=1"]))
+        trained = (result / "model.safetensors").read_bytes()
+    export.run(with_gguf)
+    result = distill.run(with_gguf)
+    verify(result)
+    assert not later or (result / "model.safetensors").read_bytes() == trained
     weights = load_file(result / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     (stored,) = (t for t in gguf.GGUFReader(result / "model.gguf").tensors if t.name == "blk.0.ffn_down.weight")
     assert torch.equal(torch.tensor(stored.data)[:, : weights.shape[1]], weights)  # padded there

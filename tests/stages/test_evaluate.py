@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -493,6 +494,35 @@ def test_mistakes_are_one_line(settings, values, message):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (Path(settings.run_dir) / "evaluate" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "24"}, "Validation error for field 'hidden_size'"),
+        ({"pad_token_id": 300}, "Padding_idx must be within num_embeddings"),
+        ({"dtype": "float9"}, "module 'torch' has no attribute 'float9'"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "no 'spiral' in it"),
+    ],
+)
+def test_a_model_that_transformers_cannot_build_is_one_line(settings, tmp_path, change, message):
+    folder = shutil.copytree(settings.model.path, tmp_path / "broken")
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | change))
+    with pytest.raises(UserError, match=f"^cannot load the model '{folder}' for evaluation: {message}"):
+        evaluate.run(changed(settings, models=[str(folder)], tasks=[]))
+
+
+def test_an_added_token_in_the_text_that_has_no_embedding(settings, tokenizer, tmp_path, model):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    folder = shutil.copytree(settings.model.path, tmp_path / "more tokens")
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "held_out.txt").write_text(f"{TEXT}<image_soft_token>")
+    with pytest.raises(UserError, match="id 300 but the model has 300 embeddings: take the added token"):
+        evaluate.run(changed(settings, models=[str(folder)], batch_sizes=[], tasks=[]))
+    with pytest.raises(UserError, match="take the added token"):
+        measure.last_states(model, torch.full((64,), 300), window=32, blocks=0)
 
 
 def test_missing_export_names_the_stage(settings, tmp_path):

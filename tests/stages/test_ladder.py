@@ -56,6 +56,14 @@ def test_a_rung_that_was_never_reached_stops_the_ladder_before_anything_is_expor
         ladder.run(load_config(run_dir, ["export.ladder=[1.5]"]))
 
 
+def test_a_model_is_no_place_for_a_ladder(arguments, run_dir, tmp_path, capsys):
+    assert main(["export", str(run_dir), f"export.output={tmp_path / 'small'}"]) == 0
+    assert main([*arguments, "--ladder", "0.1", f"export.output={tmp_path / 'small'}"]) == 2
+    assert "small is a model, no place for a ladder" in capsys.readouterr().err
+    verify(tmp_path / "small")
+    assert not (tmp_path / "small" / "0.1").exists()
+
+
 def points(*pairs):
     return [{"parameters": size, "perplexity": perplexity} for size, perplexity in pairs]
 

@@ -4,8 +4,10 @@ import json
 import re
 
 import datasets
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -187,6 +189,14 @@ def test_mistakes_in_local_data_are_one_line(tmp_path, capsys, name, content, pa
     with one_line(pattern):
         load_text(str(tmp_path / name), 0, "text")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_parquet_file_without_rows_is_as_an_empty_file(tmp_path):
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "a.parquet")
+    with one_line(r"holds no text: give a file with at least one document"):
+        load_text(str(tmp_path / "a.parquet"), 0, "text")
+    datasets.Dataset.from_dict({"text": ["b"]}).to_parquet(tmp_path / "b.parquet")
+    assert load_text(str(tmp_path), 0, "text")["text"] == ["b"]
 
 
 def test_directory_without_text_files(tmp_path):

@@ -26,11 +26,12 @@ def settings(*texts, **values) -> EvaluateConfig:
 
 def test_every_form_of_the_test_set_is_the_same_text(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(protocol, "WIKITEXT2_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
-    (tmp_path / "original.txt").write_text("".join(row or " \n" for row in ROWS))
+    for name in ("original.txt", "wiki.test.raw"):  # as its publishers call it
+        (tmp_path / name).write_text("".join(row or " \n" for row in ROWS))
     (tmp_path / "joined.txt").write_text(TEXT, newline="\r\n")
     datasets.Dataset.from_dict({"text": ROWS}).to_parquet(tmp_path / "rows.parquet")
     datasets.Dataset.from_dict({"text": ROWS}).to_json(tmp_path / "rows.jsonl")
-    for name in ("original.txt", "joined.txt", "rows.parquet", "rows.jsonl"):
+    for name in ("original.txt", "wiki.test.raw", "joined.txt", "rows.parquet", "rows.jsonl"):
         assert published_text(settings(tmp_path / name), "text") == ("WikiText-2", TEXT), name
     assert not caplog.text
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: {"text": ROWS} if split == "test" else None)
