@@ -135,6 +135,9 @@ def test_sweep(files, tmp_path):
         ("{evaluate.trust_remote_code: true}", "sets evaluate.trust_remote_code, which no file can"),
         ("{evaluate: {trust_remote_code: true}}", "sets evaluate.trust_remote_code, which no file can"),
         ("&a {seed: *a}", "is not valid YAML"),
+        ("{seed: 1}", "entry 2 would write where entry 1 does: both have settings seed=1"),
+        ("{export.output: x}\n- {seed: 3, export.output: x}", "entry 3 would write where entry 2 does"),
+        (f"{{data.source: /{'long/' * 60}}}", "entry 2: its settings name its directory, and have 315 bytes"),
     ],
 )
 def test_a_wrong_entry_of_a_sweep_submits_nothing(files, tmp_path, entry, told):
@@ -145,6 +148,13 @@ def test_a_wrong_entry_of_a_sweep_submits_nothing(files, tmp_path, entry, told):
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout
+
+
+@pytest.mark.parametrize("key", ["export.output", "evaluate.output"])
+def test_a_directory_that_all_runs_of_a_sweep_would_write_to_submits_nothing(files, tmp_path, key):
+    done = submit(*files, "--dry-run", "--sweep", tmp_path / "sweep.yaml", f"{key}={tmp_path}/one")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"entry 2 would write where entry 1 does: both have {key} {tmp_path}/one" in done.stderr
 
 
 def test_a_sweep_may_be_written_as_a_run_is(files, tmp_path):
