@@ -119,7 +119,7 @@ if [[ $sweep ]]; then
     resources prune
     submit sweep "${flags[@]}" --array="0-$((count - 1))${SWEEP_AT_ONCE:+%$SWEEP_AT_ONCE}" \
         "$here/sweep.sbatch" "$cluster" "$here" "$run_dir" "${settings[@]}" "${overrides[@]}"
-    [[ $dry ]] || echo "sweep: job $job, $count runs below $run_dir (nuteprune status $run_dir/NAME)"
+    [[ $dry ]] || echo "sweep: job $job, $count runs below $run_dir (nuteprune status $(printf %q "$run_dir")/NAME)"
     exit
 fi
 
@@ -158,11 +158,13 @@ for stage in "${stages[@]}"; do
     group+=${group:+:}$job jobs+=${jobs:+,}$job
 done
 
+printf -v python %q "$PYTHON"
+printf -v run %q "$run_dir"
 [[ $dry || -z $jobs ]] || cat <<END
-watch:        $PYTHON -m nuteprune status $run_dir
+watch:        $python -m nuteprune status $run
 the queue:    squeue --jobs $jobs
-logs:         $run_dir/logs/
+logs:         $run/logs/
 cancel:       scancel ${jobs//,/ }
 TensorBoard, in a terminal of your own machine:
-  ssh -L 6006:localhost:6006 $(id -un)@$(hostname) 'cd $PWD && $PYTHON -m tensorboard.main --port 6006 --logdir $run_dir/tensorboard'
+  ssh -L 6006:localhost:6006 $(id -un)@$(hostname) 'cd $(printf %q "$PWD") && $python -m tensorboard.main --port 6006 --logdir $run/tensorboard'
 END

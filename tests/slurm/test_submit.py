@@ -4,6 +4,7 @@ After a wanted change: `UPDATE_GOLDEN=1 python -m pytest tests/slurm/test_submit
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -170,6 +171,19 @@ def test_without_slurm(files, tmp_path):
     assert done.returncode == 2
     assert "no sbatch here" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_commands_that_it_proposes_hold_a_path_with_blanks(files, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 7\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    run_dir = f"{tmp_path}/my run"
+    done = submit(*files, f"run_dir={run_dir}", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    (watch,) = (line for line in done.stdout.splitlines() if line.startswith("watch:"))
+    assert shlex.split(watch)[-2:] == ["status", run_dir]
+    on_the_cluster = shlex.split(done.stdout.splitlines()[-1])[-1]
+    assert shlex.split(on_the_cluster)[-2:] == ["--logdir", f"{run_dir}/tensorboard"]
 
 
 def test_flags_with_an_equals_sign(files, tmp_path):
