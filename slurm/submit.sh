@@ -53,7 +53,7 @@ setting() {
 # The planner lays the run out for the fewest nodes that it may get; sets $planned (hours, GB of a node, seconds of a
 # signal) and $settings.
 plan() {
-    local nodes figures out=() card=(${GPU_NAME:+--gpu "$GPU_NAME"} ${GPU_MEMORY:+--gpu-memory "$GPU_MEMORY"})
+    local word kept=() nodes figures out=() card=(${GPU_NAME:+--gpu "$GPU_NAME"} ${GPU_MEMORY:+--gpu-memory "$GPU_MEMORY"})
     nodes=$(setting prune NODES 1)
     [[ $dry ]] || out=(--out "$run_dir/plan")
     figures=$("$PYTHON" -m nuteprune plan "${settings[@]}" --nodes "${nodes%%-*}" --gpus-per-node "$PRUNE_GPUS" \
@@ -62,7 +62,10 @@ plan() {
     figures=$("$PYTHON" -c 'import json, sys; print(*json.load(sys.stdin)["limits"].values())' <<<"$figures")
     read -ra planned <<<"$figures"
     settings=(--config "$run_dir/plan/plan.yaml")
-    overrides=()
+    for word in "${overrides[@]}"; do
+        if [[ $word == evaluate.trust_remote_code=* ]]; then kept+=("$word"); fi # which no file can hold
+    done
+    overrides=("${kept[@]}")
 }
 
 # resources STAGE: sbatch's flags for it, in $flags. Training stages have all ranks; recover and distill have what prune has.

@@ -64,6 +64,15 @@ def test_what_the_cluster_file_says_wins_over_the_planner(tmp_path):
     assert [word for word in prune if word.startswith("--mem")] == ["--mem-per-gpu=40G"]
 
 
+def test_leave_to_run_code_is_given_to_the_jobs_beside_the_plan(tmp_path):
+    """No file can hold it, as plan.yaml does what else was said."""
+    arguments = ["--cluster", "slurm/clusters/example.env", "--dry-run", "recipe=gemma3-1b", f"run_dir={tmp_path}/run"]
+    done = submit(*arguments, "evaluate.trust_remote_code=true", "seed=1")
+    for line in done.stdout.splitlines():
+        assert line.endswith(f"--config {tmp_path}/run/plan/plan.yaml evaluate.trust_remote_code=true")
+    assert "run-evaluate" in done.stdout
+
+
 def test_chain_on_cpus(files, tmp_path):
     check("submit_cpu", submit(*files, "--dry-run", "sparsity.target=0.3"), tmp_path)
 
