@@ -53,7 +53,7 @@ setting() {
 # The planner lays the run out for the fewest nodes that it may get; sets $planned (hours, GB of a node, seconds of a
 # signal) and $settings.
 plan() {
-    local nodes figures out=() card=(${GPU_NAME:+--gpu "$GPU_NAME"} ${GPU_MEMORY:+--gpu-memory "$GPU_MEMORY"})
+    local word kept=() nodes figures out=() card=(${GPU_NAME:+--gpu "$GPU_NAME"} ${GPU_MEMORY:+--gpu-memory "$GPU_MEMORY"})
     nodes=$(setting prune NODES 1)
     [[ $dry ]] || out=(--out "$run_dir/plan")
     figures=$("$PYTHON" -m nuteprune plan "${settings[@]}" --nodes "${nodes%%-*}" --gpus-per-node "$PRUNE_GPUS" \
@@ -62,7 +62,10 @@ plan() {
     figures=$("$PYTHON" -c 'import json, sys; print(*json.load(sys.stdin)["limits"].values())' <<<"$figures")
     read -ra planned <<<"$figures"
     settings=(--config "$run_dir/plan/plan.yaml")
-    overrides=()
+    for word in "${overrides[@]}"; do
+        if [[ $word == evaluate.trust_remote_code=* ]]; then kept+=("$word"); fi # which no file can hold
+    done
+    overrides=("${kept[@]}")
 }
 
 # resources STAGE: sbatch's flags for it, in $flags. Training stages have all ranks; recover and distill have what prune has.
@@ -119,7 +122,7 @@ if [[ $sweep ]]; then
     resources prune
     submit sweep "${flags[@]}" --array="0-$((count - 1))${SWEEP_AT_ONCE:+%$SWEEP_AT_ONCE}" \
         "$here/sweep.sbatch" "$cluster" "$here" "$run_dir" "${settings[@]}" "${overrides[@]}"
-    [[ $dry ]] || echo "sweep: job $job, $count runs below $run_dir (nuteprune status $run_dir/NAME)"
+    [[ $dry ]] || echo "sweep: job $job, $count runs below $run_dir (nuteprune status $(printf %q "$run_dir")/NAME)"
     exit
 fi
 
@@ -158,11 +161,13 @@ for stage in "${stages[@]}"; do
     group+=${group:+:}$job jobs+=${jobs:+,}$job
 done
 
+printf -v python %q "$PYTHON"
+printf -v run %q "$run_dir"
 [[ $dry || -z $jobs ]] || cat <<END
-watch:        $PYTHON -m nuteprune status $run_dir
+watch:        $python -m nuteprune status $run
 the queue:    squeue --jobs $jobs
-logs:         $run_dir/logs/
+logs:         $run/logs/
 cancel:       scancel ${jobs//,/ }
 TensorBoard, in a terminal of your own machine:
-  ssh -L 6006:localhost:6006 $(id -un)@$(hostname) 'cd $PWD && $PYTHON -m tensorboard.main --port 6006 --logdir $run_dir/tensorboard'
+  ssh -L 6006:localhost:6006 $(id -un)@$(hostname) 'cd $(printf %q "$PWD") && $python -m tensorboard.main --port 6006 --logdir $run/tensorboard'
 END

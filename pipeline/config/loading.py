@@ -101,7 +101,9 @@ def beyond_recipe(config: Config, given: Collection[str] = ()) -> dict:
         config: all settings.
         given: keys `section.field` that are in it whatever their values.
     """
-    base = flatten(to_dict(load_config(None, [f"recipe={config.recipe}"])))
+    recipe, shape = f"recipe={config.recipe}", f"gates.shape={config.gates.shape}"
+    base = flatten(to_dict(load_config(None, [recipe])))
+    base["gates.units"] = load_config(None, [recipe, shape]).gates.units  # which follow from the shape
     tree: dict[str, Any] = {"recipe": config.recipe}
     asked = {f"{section}.{field}" for section, field in ASKED_EACH_TIME}
     for key, value in flatten(to_dict(config)).items():

@@ -1,4 +1,4 @@
-"""Settings of a command line that a stage behind pruning would ignore, since it takes the pruned run's own."""
+"""Settings of a command line that a stage behind pruning would ignore: it takes the pruned run's own, or reads none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nuteprune.config.loading import load_config, said_keys
 from nuteprune.config.values import flatten, to_dict
 from nuteprune.errors import UserError
 
-OF_PRUNING = ("data", "sparsity", "gates", "train", "lora", "loss", "teacher")
+OF_PRUNING = ("seed", "data", "sparsity", "gates", "train", "lora", "loss", "teacher")
 INSTEAD = {
     "recover": {"train.steps": "recover.steps", "train.epochs": "recover.steps"},
     "finetune": {
@@ -22,10 +22,15 @@ INSTEAD = {
     "distill": {"train.steps": "distill.steps", "train.epochs": "distill.steps"},
 }  # fmt: skip
 """Of each stage what it reads in place of a setting of pruning."""
+UNREAD = {
+    "finetune": ("loss.label_weight", "loss.layer", "loss.layer_weight"),
+    "distill": ("train.lora_lr", "train.lora_optimizer"),
+}
+"""Of each stage what it does not read of sections that it reads: nothing takes its place."""
 
 
 def check_said(stage: str, config: Config, overrides: Sequence[str]) -> None:
-    """Raise `UserError` for an override that differs from what the run was pruned with, where the stage takes that.
+    """Raise `UserError` for an override that differs from what the run was pruned with, where the stage ignores it.
 
     Args:
         stage: its name.
@@ -39,6 +44,10 @@ def check_said(stage: str, config: Config, overrides: Sequence[str]) -> None:
     for key in sorted(said_keys(None, overrides)):
         section, instead = key.partition(".")[0], INSTEAD[stage].get(key)
         read = section in STAGE_SECTIONS[stage] and not instead
-        if section in OF_PRUNING and not read and given[key] != own[key]:
+        if given[key] == own[key] or section not in OF_PRUNING:
+            continue
+        if key in UNREAD.get(stage, ()):
+            raise UserError(f"{key}={given[key]}: {stage} does not read this; leave it out")
+        if not read:
             hint = f"{stage} reads {instead}" if instead else "leave it out, or prune anew"
             raise UserError(f"{key}={given[key]}: {stage} takes this from the run, which has {own[key]}; {hint}")

@@ -234,9 +234,12 @@ def _number(name: str) -> int:
 
 
 def _from_slurm() -> Place | None:
-    """The place under srun: only inside a step of several tasks, not in a batch script or a shell of an allocation."""
+    """The place under srun: only inside a step of several tasks, not in a batch script or a shell of an allocation.
+
+    Nor under mpirun: its daemons on other nodes are a step, of one task a node, whose variables their ranks inherit.
+    """
     size = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if size == 1:
+    if size == 1 or "OMPI_COMM_WORLD_SIZE" in os.environ or int(os.environ.get("PMI_SIZE", size)) != size:
         return None
     os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
     os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 10_000))

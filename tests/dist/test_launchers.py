@@ -100,6 +100,16 @@ def test_a_step_of_srun(environment):
     assert discover().rank == 3  # torchrun inside the step
 
 
+def test_ranks_of_mpirun_on_other_nodes_of_a_job_are_not_tasks_of_its_daemons_step(environment, tmp_path):
+    """On four nodes Open MPI starts three daemons by srun, and their ranks inherit the variables of that step."""
+    (tmp_path / "program.py").write_text("from nuteprune.parallel.distributed import discover\nprint(discover().size)")
+    step = {"STEP_NUM_TASKS": "3", "STEP_NODELIST": "node[2-4]", "STEP_TASKS_PER_NODE": "1(x3)"}
+    for name, value in (step | {"PROCID": "0", "LOCALID": "0", "JOB_ID": "7"}).items():
+        environment.setenv(f"SLURM_{name}", value)
+    code, out, err = _launch("mpirun", ["program"], tmp_path)
+    assert (code, out.split()) == (0, ["2", "2"]), err
+
+
 def test_a_batch_script_or_a_shell_of_an_allocation_is_one_process(environment):
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}.items():
         environment.setenv(name, value)

@@ -71,6 +71,31 @@ def test_a_signal_while_a_stage_writes_its_result_ends_the_job_before_the_next_o
     assert done.stdout == "again 75\n"
 
 
+def test_a_signal_before_the_first_stage_requeues_the_job(tmp_path):
+    """As while a container's image is pulled, for the step that logs the versions."""
+    (tmp_path / "cluster.env").write_text("PYTHON=python\n")
+    job = (
+        "export SLURM_JOB_ID=7 SLURM_JOB_NODELIST=node1; srun() { kill -USR1 $$; }; "
+        'scontrol() { [[ $1 == -o ]] && echo JobState=RUNNING || echo "$*"; }; '
+        f"set -- {tmp_path}/cluster.env prune {tmp_path}/run; source {SCRIPT}"
+    )
+    done = subprocess.run(["bash", "-c", job], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (75, "requeue 7", "")
+
+
+@pytest.mark.parametrize(("away", "told"), [(3, "requeue 7"), (99, "not requeued: SLURM's controller does not answer")])
+def test_a_controller_that_is_away_for_a_moment_is_asked_again(tmp_path, away, told):
+    """As while it is restarted. The ranks have saved: a job that ends here instead takes the whole chain with it."""
+    (tmp_path / "srun.log").touch()
+    scontrol = (
+        f"scontrol() {{ echo >>{tmp_path}/asked; (($(wc -l <{tmp_path}/asked) > {away})) || return 1; "
+        '[[ $1 == requeue ]] && echo "$*" || echo JobState=RUNNING; }'
+    )
+    done = in_the_script(f"logs={tmp_path} job=7 code=75 signalled=1; sleep() {{ :; }}; {scontrol}; requeue")
+    assert done.returncode == 75, done.stderr
+    assert done.stdout.splitlines()[-1].endswith(told)
+
+
 def test_restarts_without_progress_are_counted_from_the_first_start_that_came_so_far(tmp_path):
     """SLURM counts one that a node's prolog ended too, before this script began."""
     job = f"run_dir={tmp_path}/run logs={tmp_path} MAX_RESTARTS=1"

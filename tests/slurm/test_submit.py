@@ -4,6 +4,7 @@ After a wanted change: `UPDATE_GOLDEN=1 python -m pytest tests/slurm/test_submit
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,15 @@ def test_what_the_cluster_file_says_wins_over_the_planner(tmp_path):
     prune = done.stdout.splitlines()[1].split()
     assert "--time=10" in prune
     assert [word for word in prune if word.startswith("--mem")] == ["--mem-per-gpu=40G"]
+
+
+def test_leave_to_run_code_is_given_to_the_jobs_beside_the_plan(tmp_path):
+    """No file can hold it, as plan.yaml does what else was said."""
+    arguments = ["--cluster", "slurm/clusters/example.env", "--dry-run", "recipe=gemma3-1b", f"run_dir={tmp_path}/run"]
+    done = submit(*arguments, "evaluate.trust_remote_code=true", "seed=1")
+    for line in done.stdout.splitlines():
+        assert line.endswith(f"--config {tmp_path}/run/plan/plan.yaml evaluate.trust_remote_code=true")
+    assert "run-evaluate" in done.stdout
 
 
 def test_chain_on_cpus(files, tmp_path):
@@ -135,6 +145,9 @@ def test_sweep(files, tmp_path):
         ("{evaluate.trust_remote_code: true}", "sets evaluate.trust_remote_code, which no file can"),
         ("{evaluate: {trust_remote_code: true}}", "sets evaluate.trust_remote_code, which no file can"),
         ("&a {seed: *a}", "is not valid YAML"),
+        ("{seed: 1}", "entry 2 would write where entry 1 does: both have settings seed=1"),
+        ("{export.output: x}\n- {seed: 3, export.output: x}", "entry 3 would write where entry 2 does"),
+        (f"{{data.source: /{'long/' * 60}}}", "entry 2: its settings name its directory, and have 315 bytes"),
     ],
 )
 def test_a_wrong_entry_of_a_sweep_submits_nothing(files, tmp_path, entry, told):
@@ -145,6 +158,13 @@ def test_a_wrong_entry_of_a_sweep_submits_nothing(files, tmp_path, entry, told):
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout
+
+
+@pytest.mark.parametrize("key", ["export.output", "evaluate.output"])
+def test_a_directory_that_all_runs_of_a_sweep_would_write_to_submits_nothing(files, tmp_path, key):
+    done = submit(*files, "--dry-run", "--sweep", tmp_path / "sweep.yaml", f"{key}={tmp_path}/one")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"entry 2 would write where entry 1 does: both have {key} {tmp_path}/one" in done.stderr
 
 
 def test_a_sweep_may_be_written_as_a_run_is(files, tmp_path):
@@ -160,6 +180,19 @@ def test_without_slurm(files, tmp_path):
     assert done.returncode == 2
     assert "no sbatch here" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_commands_that_it_proposes_hold_a_path_with_blanks(files, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 7\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    run_dir = f"{tmp_path}/my run"
+    done = submit(*files, f"run_dir={run_dir}", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    (watch,) = (line for line in done.stdout.splitlines() if line.startswith("watch:"))
+    assert shlex.split(watch)[-2:] == ["status", run_dir]
+    on_the_cluster = shlex.split(done.stdout.splitlines()[-1])[-1]
+    assert shlex.split(on_the_cluster)[-2:] == ["--logdir", f"{run_dir}/tensorboard"]
 
 
 def test_flags_with_an_equals_sign(files, tmp_path):

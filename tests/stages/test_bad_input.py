@@ -187,6 +187,7 @@ def test_run_directory_of_another_configuration(settings, capsys):
         ("distill", "data.seq_len=16", "leave it out, or prune anew"),
         ("finetune", "train.lora_lr=1e-3", "finetune reads finetune.lr"),
         ("recover", "train.steps=7", "recover reads recover.steps"),
+        ("recover", "seed=3", "leave it out, or prune anew"),
     ],
 )
 def test_a_setting_of_pruning_that_a_later_stage_would_ignore(settings, tmp_path, capsys, stage, override, told):
@@ -198,6 +199,16 @@ def test_a_setting_of_pruning_that_a_later_stage_would_ignore(settings, tmp_path
     assert f"{stage} takes this from the run" in line
     assert told in line
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [pruned]
+
+
+@pytest.mark.parametrize(
+    ("stage", "override"), [("finetune", "loss.layer_weight=3.0"), ("distill", "train.lora_lr=0.5")]
+)
+def test_a_setting_that_a_later_stage_does_not_read_at_all(settings, tmp_path, stage, override):
+    (tmp_path / "run" / "pruned").mkdir(parents=True)
+    save_config(tmp_path / "run" / "pruned" / "config.yaml", load_config(None, settings))
+    with pytest.raises(UserError, match=f"^{override}: {stage} does not read this; leave it out$"):
+        check_said(stage, load_config(None, [*settings, override]), [override])
 
 
 def test_what_a_later_stage_reads_or_the_run_has_already_is_no_mistake(settings, tmp_path):

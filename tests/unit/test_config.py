@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from nuteprune.__main__ import main
-from nuteprune.config import STAGE_SECTIONS, Config, flatten, load_config, to_dict
+from nuteprune.config import STAGE_SECTIONS, Config, beyond_recipe, flatten, load_config, to_dict
 from nuteprune.errors import UserError
 from nuteprune.masks.schedule import Schedule
 from nuteprune.runs.rundir import save_config
@@ -159,6 +159,13 @@ def test_both_entry_points_answer():
         assert "prune" in out
         assert "export" in out
         assert "evaluate" in out
+
+
+@pytest.mark.parametrize("units", ["attn_sublayers,ffn", "kv_groups,ffn"])
+def test_what_goes_beyond_a_recipe_reads_back_to_the_same_settings(units):
+    """As the planner writes it for jobs. Units that a recipe has by its shape are not those of another shape."""
+    config = load_config(None, ["gates.shape=per_layer", f"gates.units=[{units}]"])
+    assert load_config(beyond_recipe(config)) == config
 
 
 def test_a_recipe_builds_on_another(tmp_path):
