@@ -81,6 +81,8 @@ def select_units(
             f"tensor_parallel {rounding.parallel} does not divide the model's {spec.kv_heads} KV groups: use one of "
             f"{fitting}, or the per_layer shape"
         )
+    if shape != "uniform":
+        spec = replace(spec, hidden_divides=False)  # no stock configuration holds it
     free = _as_gates(_threshold(spec, scores, target, {}))
     near = mean_counts(Kept.of(spec, free))
     if like is not None and (reached := sparsity_of(spec, like)) > 0:
@@ -110,6 +112,7 @@ def cheapest_units(
     near = whole_counts(Kept.of(spec, own))
     kinds = set(scores)
     if shape != "uniform":  # where FFN widths are free, scores say which layers and experts go
+        spec = replace(spec, hidden_divides=False)
         kinds -= {"layers", "experts"}
         near = replace(near, layers=spec.layers, experts=spec.experts)
     possible = {near} | {c for c in grid(spec, kinds, near, target, rounding) if c.reach(spec, target, kinds)}
