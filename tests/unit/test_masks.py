@@ -413,3 +413,15 @@ def test_noise_falls_geometrically_until_the_gates_settle():
     assert path[0] == 0.5
     assert path[49] == pytest.approx(0.1)
     assert path[24] / path[23] == pytest.approx(path[10] / path[9])
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("kv_groups", "uniform"), ("attn_sublayers", "per_layer_ffn"),
+                                             ("layers", "per_layer")])  # fmt: skip
+@pytest.mark.parametrize("offset", [-2, 0, 2])
+def test_the_hidden_size_makes_up_for_coarse_units_where_ffn_units_stay(kind, shape, offset):
+    spec = read_spec(tiny_config("llama", hidden_size=240))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        scores = {kind: torch.randn(unit_shape(spec, kind)) + offset, "hidden": torch.randn(spec.hidden)}
+        gates = select_units(spec, scores, 0.5, shape, Rounding(hidden=64))
+        assert abs(sparsity_of(spec, gates) - 0.5) <= 0.01
