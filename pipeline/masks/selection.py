@@ -193,8 +193,13 @@ def _threshold(spec: ArchSpec, scores: Mapping, target: float, fixed: dict[str, 
             low = middle + 1
         else:
             high = middle
-    near = min((i for i in (low - 1, low) if i >= 0), key=lambda i: abs(_sparsity(spec, kept(i)) - target))
-    return kept(near)
+
+    def cost(units: dict[str, Tensor]) -> tuple[float, float]:
+        # The small FFN units, chosen anew, make up for too little that the others remove, not for too much.
+        coarse = _sparsity(spec, {k: z for k, z in units.items() if k != "ffn"}) if "ffn" in free else target
+        return max(0.0, coarse - target - TOLERANCE), abs(_sparsity(spec, units) - target)
+
+    return min((kept(i) for i in (low - 1, low) if i >= 0), key=cost)
 
 
 def _per_layer(
