@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import product
 
@@ -134,18 +134,30 @@ def _product(spec: ArchSpec, kinds: Collection[str], axes, rounding: Rounding) -
     experts = [max(count, spec.top_k) for count in experts]  # the router chooses so many
     # With one query head a group (no grouped queries) head gates decide the groups.
     groups_free = "kv_groups" in kinds or ("heads" in kinds and spec.group_size == 1)
-    values = (
-        (groups_free, groups, rounding.parallel, spec.kv_heads), ("heads" in kinds, heads, 1, spec.group_size),
-        ("hidden" in kinds, hidden, math.lcm(rounding.hidden, spec.aligned), spec.hidden),
-        ("layers" in kinds, layers, 1, spec.layers), ("experts" in kinds, experts, 1, spec.experts),
-    )  # fmt: skip
-    rounded = [sorted({round_to(v, multiple, most) for v in axis} if free else {most}) for free, axis, multiple, most
-               in values]  # fmt: skip
-    found = [Counts(*counts) for counts in product(*rounded, [spec.ffn])]
+
+    def rounded(axis: Sequence[float], free: bool, multiple: int, most: int) -> list[int]:
+        return sorted({round_to(value, multiple, most) for value in axis}) if free else [most]
+
+    def sizes(heads: int) -> list[int]:
+        return rounded(hidden, "hidden" in kinds, hidden_step(spec, heads, rounding), spec.hidden)
+
+    found = [
+        Counts(*attention, size, *others, spec.ffn)
+        for attention in product(rounded(groups, groups_free, rounding.parallel, spec.kv_heads),
+                                 rounded(heads, "heads" in kinds, 1, spec.group_size))
+        for size in sizes(math.prod(attention))
+        for others in product(rounded(layers, "layers" in kinds, 1, spec.layers),
+                              rounded(experts, "experts" in kinds, 1, spec.experts))
+    ]  # fmt: skip
     if spec.hidden_divides:  # its stock configuration refuses other sizes, but for those it has
         own = astuple(intact(spec))[:3]
         found = [c for c in found if c.hidden % (c.groups * c.heads) == 0 or astuple(c)[:3] == own]
     return found
+
+
+def hidden_step(spec: ArchSpec, heads: int, rounding: Rounding) -> int:
+    """Of what the hidden size is a multiple, with so many query heads a layer."""
+    return math.lcm(rounding.hidden, spec.aligned, heads if spec.hidden_divides else 1)
 
 
 def shortlist(spec: ArchSpec, possible: Collection[Counts], near: Counts, most: int) -> list[Counts]:

@@ -24,6 +24,7 @@ from nuteprune.masks.counts import (
     every,
     fill,
     grid,
+    hidden_step,
     mean_counts,
     midpoints,
     round_to,
@@ -81,15 +82,20 @@ def select_units(
             f"tensor_parallel {rounding.parallel} does not divide the model's {spec.kv_heads} KV groups: use one of "
             f"{fitting}, or the per_layer shape"
         )
+    if shape != "uniform":
+        spec = replace(spec, hidden_divides=False)  # no stock configuration holds it
     free = _as_gates(_threshold(spec, scores, target, {}))
     near = mean_counts(Kept.of(spec, free))
     if like is not None and (reached := sparsity_of(spec, like)) > 0:
         near = between(spec, mean_counts(Kept.of(spec, like)), min(1.0, target / reached))
     while True:
-        gates = _as_gates(_SHAPES[shape](spec, scores, target, near, rounding))
-        missed = abs(sparsity_of(spec, gates) - target) > TOLERANCE
+        kept = _SHAPES[shape](spec, scores, target, near, rounding)
+        missed = abs(_sparsity(spec, kept) - target) > TOLERANCE
+        if missed and "hidden" in scores and "ffn" not in scores:
+            kept = _with_hidden(spec, scores["hidden"], target, kept, rounding)
+            missed = abs(_sparsity(spec, kept) - target) > TOLERANCE
         if "hidden" not in scores or rounding.hidden == 1 or not missed:
-            return gates
+            return _as_gates(kept)
         rounding = replace(rounding, hidden=rounding.hidden // 2)
 
 
@@ -110,6 +116,7 @@ def cheapest_units(
     near = whole_counts(Kept.of(spec, own))
     kinds = set(scores)
     if shape != "uniform":  # where FFN widths are free, scores say which layers and experts go
+        spec = replace(spec, hidden_divides=False)
         kinds -= {"layers", "experts"}
         near = replace(near, layers=spec.layers, experts=spec.experts)
     possible = {near} | {c for c in grid(spec, kinds, near, target, rounding) if c.reach(spec, target, kinds)}
@@ -186,8 +193,13 @@ def _threshold(spec: ArchSpec, scores: Mapping, target: float, fixed: dict[str, 
             low = middle + 1
         else:
             high = middle
-    near = min((i for i in (low - 1, low) if i >= 0), key=lambda i: abs(_sparsity(spec, kept(i)) - target))
-    return kept(near)
+
+    def cost(units: dict[str, Tensor]) -> tuple[float, float]:
+        # The small FFN units, chosen anew, make up for too little that the others remove, not for too much.
+        coarse = _sparsity(spec, {k: z for k, z in units.items() if k != "ffn"}) if "ffn" in free else target
+        return max(0.0, coarse - target - TOLERANCE), abs(_sparsity(spec, units) - target)
+
+    return min((kept(i) for i in (low - 1, low) if i >= 0), key=cost)
 
 
 def _per_layer(
@@ -255,6 +267,19 @@ def _free_ffn_at(
     if "ffn" not in scores:
         return kept
     return _ffn_blocks(spec, scores["ffn"], target, {k: v for k, v in kept.items() if k != "ffn"}, rounding)
+
+
+def _with_hidden(
+    spec: ArchSpec, scores: Tensor, target: float, kept: dict[str, Tensor], rounding: Rounding
+) -> dict[str, Tensor]:
+    """The same structure with the hidden size that brings it nearest to the target, where no FFN units can do that."""
+    none, whole = (_sparsity(spec, {**kept, "hidden": torch.full_like(scores, share)}) for share in (0.0, 1.0))
+    if none == whole:  # nothing else is left
+        return kept
+    heads = max(1, *map(len, Kept.of(spec, _as_gates(kept)).heads))
+    size = round_to(spec.hidden * (none - target) / (none - whole), hidden_step(spec, heads, rounding), spec.hidden)
+    fits = not spec.hidden_divides or size % heads == 0
+    return {**kept, "hidden": top(scores, size)} if fits else kept
 
 
 _SHAPES = {"uniform": _uniform, "per_layer_ffn": _free_ffn, "per_layer": _per_layer}

@@ -149,6 +149,18 @@ def test_heads_divide_the_hidden_size_where_the_stock_class_wants_it(target):
     assert abs(sparsity_of(spec, gates) - target) <= 0.01
 
 
+@pytest.mark.parametrize("shape", ["uniform", "per_layer_ffn"])
+@pytest.mark.parametrize("multiple", [1, 8, 64])
+def test_a_hidden_size_that_the_heads_divide_is_found_beside_any_multiple(shape, multiple):
+    spec = read_spec(tiny_config("llama-bias", hidden_size=72, intermediate_size=96))
+    for seed in range(6):
+        torch.manual_seed(seed)
+        scores = {kind: torch.randn(unit_shape(spec, kind)) for kind in ("ffn", "hidden")}
+        gates = select_units(spec, scores, 0.3, shape, Rounding(hidden=multiple))
+        assert abs(sparsity_of(spec, gates) - 0.3) <= 0.01
+        assert shape != "uniform" or len(Kept.of(spec, gates).hidden) % spec.heads == 0
+
+
 def test_the_only_kv_group_of_a_layer_has_no_gate():
     spec = read_spec(tiny_config("gemma3", num_key_value_heads=1))
     assert MaskSet(spec, GateConfig(units=["heads", "kv_groups", "ffn"])).kinds == ["heads", "ffn"]

@@ -413,3 +413,23 @@ def test_noise_falls_geometrically_until_the_gates_settle():
     assert path[0] == 0.5
     assert path[49] == pytest.approx(0.1)
     assert path[24] / path[23] == pytest.approx(path[10] / path[9])
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("kv_groups", "uniform"), ("attn_sublayers", "per_layer_ffn"),
+                                             ("layers", "per_layer")])  # fmt: skip
+@pytest.mark.parametrize("offset", [-2, 0, 2])
+def test_the_hidden_size_makes_up_for_coarse_units_where_ffn_units_stay(kind, shape, offset):
+    spec = read_spec(tiny_config("llama", hidden_size=240))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        scores = {kind: torch.randn(unit_shape(spec, kind)) + offset, "hidden": torch.randn(spec.hidden)}
+        gates = select_units(spec, scores, 0.5, shape, Rounding(hidden=64))
+        assert abs(sparsity_of(spec, gates) - 0.5) <= 0.01
+
+
+@pytest.mark.parametrize("shape", ["per_layer_ffn", "per_layer"])
+@pytest.mark.parametrize(("kind", "target"), [("layers", 0.2), ("ffn_sublayers", 0.15), ("attn_sublayers", 0.08)])
+def test_a_coarse_unit_that_alone_removes_too_much_stays_where_ffn_units_meet_the_target(kind, target, shape):
+    scores = {kind: torch.arange(SPEC.layers) - 9.0, "ffn": torch.randn(unit_shape(SPEC, "ffn"))}
+    gates = select_units(SPEC, scores, target, shape)
+    assert abs(sparsity_of(SPEC, gates) - target) <= 0.01
