@@ -48,7 +48,7 @@ takes."""
 FEW = 0.4
 """Share of the units that leave, from which on a fit by those that stay costs less than one by those that leave."""
 FP32 = 4
-_EPS, _ITERATIONS = 1e-8, 3
+_EPS, _LEAST, _ITERATIONS = 1e-8, 1e-20, 3
 
 
 class Refit:
@@ -176,7 +176,8 @@ def packed(gram_FF: Tensor) -> Tensor:
     M_KK⁻¹ G_KR = -(M⁻¹)_KR C⁻¹, and G_RK M_KK⁻¹ G_KR = M_RR - C⁻¹.
     """
     diagonal_F = gram_FF.diagonal()
-    diagonal_F.add_(RIDGE * diagonal_F + _EPS * diagonal_F.mean())  # the second: a unit that never fires
+    least = (_EPS * diagonal_F.mean()).clamp(min=_LEAST)  # for a unit that never fires, or an FFN of which none does
+    diagonal_F.add_(RIDGE * diagonal_F + least)
     inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(gram_FF)).triu_()  # first: it takes room of its own
     packed_FF = gram_FF.new_zeros(len(gram_FF) + 1, len(gram_FF))
     packed_FF[:-1] = inverse_FF

@@ -71,6 +71,13 @@ def test_all_ranks_are_the_least_squares_fit_and_fewer_its_best_part():
     assert errors[1] - errors[2] == pytest.approx(float(best[3:].sum()), rel=1e-2)
 
 
+def test_nothing_is_fitted_where_no_unit_ever_fires():
+    """An FFN whose weights are 0, as whoever prunes by zeros leaves it."""
+    for leaving in (1, 5):
+        a, b = low_rank(random(4, 6), packed(torch.zeros(6, 6)), (torch.arange(6) >= leaving).float(), 2)
+        assert torch.equal(b @ a, torch.zeros(4, 6))
+
+
 @pytest.mark.parametrize("gate", [torch.ones(6), torch.zeros(6)])
 def test_nothing_is_fitted_where_all_or_no_units_stay(gate):
     a, b = low_rank(random(4, 6), packed(torch.eye(6)), gate, 2)
