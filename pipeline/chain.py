@@ -97,8 +97,13 @@ def checked(config: Config) -> tuple[Config, ArchSpec]:
     """The settings with the run's directory, and the model's architecture; what cannot be is refused here."""
     if not config.model.path:
         raise UserError("run: name a model, e.g. `nuteprune run HuggingFaceTB/SmolLM2-135M --sparsity 0.3`")
-    if config.export.ladder:
-        raise UserError("run exports one model: give export.ladder to `nuteprune export` behind it")
+    for stage, ladder in (("export", config.export.ladder), ("recover", config.recover.ladder)):
+        if ladder:
+            raise UserError(f"run exports one model: give {stage}.ladder to `nuteprune {stage}` behind it")
+    final = config.sparsity.target
+    tuned, exported = config.finetune.sparsity or final, config.export.sparsity or final
+    if config.finetune.data and tuned != exported:
+        raise UserError(f"run would fine-tune the student at {tuned:g} and export that at {exported:g}: set both alike")
     if not config.run_dir:
         name = f"{Path(config.model.path).name}-{config.sparsity.target:.0%}".rstrip("%")
         config = load_config(config, [f"run_dir=runs/{name}"])

@@ -13,7 +13,7 @@ from nuteprune.errors import UserError
 from nuteprune.model.loading import read_base
 from nuteprune.parallel.distributed import discover
 from nuteprune.planning.machine import with_micro_batch
-from nuteprune.runs.directories import recover_directory
+from nuteprune.runs.directories import TUNED, finetune_directory, recover_directory
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import open_run, snapshot_student
 from nuteprune.training import fixed
@@ -30,7 +30,7 @@ def run(config: Config) -> list[Path]:
 
     Raises:
         UserError: no rung or one out of range, no finished run, another base model, a rung that the run never
-            reached, or several rungs under a launcher. As `train` otherwise.
+            reached or that is fine-tuned already, or several rungs under a launcher. As `train` otherwise.
     """
     rungs = sorted(set(config.recover.ladder))
     if not rungs or not all(0 < rung < 1 for rung in rungs):
@@ -42,7 +42,16 @@ def run(config: Config) -> list[Path]:
     for rung in rungs:
         # A rung that is out of reach costs no training of the others.
         snapshot_student(config.export, trained, base.spec, rung)
+        check_untuned(trained, rung)
     return [train(settings(config, trained, rung), Recovering, trained, base) for rung in rungs]
+
+
+def check_untuned(trained: Run, rung: float) -> None:
+    """Raise `UserError` for a rung whose fine-tuning has begun without its recovery: that is what would be exported."""
+    places = trained.directory, trained.config.sparsity.target, rung
+    tuned = finetune_directory(*places)
+    if tuned.is_dir() and not (recover_directory(*places) / TUNED).is_dir():
+        raise UserError(f"{tuned} goes on from the rung as it is: remove it, recover, and fine-tune anew")
 
 
 def summary(config: Config, result: list[Path]) -> str:

@@ -99,12 +99,15 @@ def check_directory(config: Config, free: tuple[str, ...]) -> None:
         free: sections that may differ from those of an earlier start.
 
     Raises:
-        UserError: none is set, it belongs to another configuration, or it cannot be written to.
+        UserError: none is set, it lies among the text, it belongs to another configuration, or it cannot be written to.
     """
     if not config.run_dir:
         raise UserError("run_dir is empty: set it to the directory this run may write to")
-    run_dir = Path(config.run_dir)
+    run_dir, source = Path(config.run_dir), Path(config.data.source)
     check_same_run(run_dir, config, free)
+    begun = (run_dir / "config.yaml").is_file()
+    if not begun and source.is_dir() and run_dir.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"run_dir {run_dir} is below {source}, all of which is read as text: choose another directory")
     with _writing_to(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
 

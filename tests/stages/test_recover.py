@@ -125,6 +125,14 @@ def test_export_and_fine_tuning_take_a_recovered_rung(config, run_dir, records):
     assert "recovered, steps" in table
 
 
+def test_a_rung_is_not_recovered_behind_its_fine_tuning(config, run_dir, capsys):
+    """Which went on from the rung as it was, and would be exported."""
+    (run_dir / "finetune-0.2").mkdir()
+    assert main(["recover", str(run_dir), "--ladder", "0.2,0.3"]) == 2
+    assert "finetune-0.2 goes on from the rung as it is: remove it" in capsys.readouterr().err
+    assert not list(run_dir.glob("recover-*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -102,13 +102,18 @@ def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
     bare, file = tmp_path / "bare", tmp_path / "file"
     shutil.copytree(model_dir, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     file.touch()
-    text = tmp_path / "text.jsonl"
+    (texts := tmp_path / "texts").mkdir()
+    text = texts / "text.jsonl"
     text.write_text((json.dumps({"text": SENTENCES[0]}) + "\n") * 200)
     for words, told in (
         ([], "name a model"), ([str(tmp_path / "none")], "none"),
         ([str(model_dir), "--data", str(tmp_path / "no.jsonl")], "no.jsonl' does not exist"),
         ([str(bare), "--data", str(text)], "tokenizer"),
         ([str(model_dir), "--data", str(text), "export.ladder=[0.1]"], "run exports one model"),
+        ([str(model_dir), "--data", str(text), "recover.ladder=[0.1]"], "give recover.ladder to `nuteprune recover`"),
+        ([str(model_dir), "--data", str(text), "finetune.data=a.json", "finetune.sparsity=0.2"],
+         "fine-tune the student at 0.2 and export that at 0.3"),
+        ([str(model_dir), "--data", str(texts), "--out", str(texts / "runs" / "a")], "all of which is read as text"),
         ([str(model_dir), "--data", str(text), "--out", str(file / "x")], "is a file, or below one: choose"),
     ):  # fmt: skip
         assert main(["run", "--sparsity", "0.3", "--out", str(tmp_path / "out"), *words]) == 2
@@ -116,6 +121,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
         assert line.startswith("nuteprune: ")
         assert told in line
         assert not (tmp_path / "out").exists()
+        assert list(texts.iterdir()) == [text]
 
 
 def test_settings_follow_the_machine_and_give_way_to_the_users(tmp_path):
