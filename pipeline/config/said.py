@@ -20,6 +20,7 @@ INSTEAD = {
     },
     "export": {"gates.shape": "export.shape", "sparsity.target": "export.sparsity"},
     "distill": {"train.steps": "distill.steps", "train.epochs": "distill.steps"},
+    "evaluate": {},
 }  # fmt: skip
 """Of each stage what it reads in place of a setting of pruning."""
 UNREAD = {

@@ -188,6 +188,7 @@ def test_run_directory_of_another_configuration(settings, capsys):
         ("finetune", "train.lora_lr=1e-3", "finetune reads finetune.lr"),
         ("recover", "train.steps=7", "recover reads recover.steps"),
         ("recover", "seed=3", "leave it out, or prune anew"),
+        ("evaluate", "sparsity.target=0.9", "leave it out, or prune anew"),
     ],
 )
 def test_a_setting_of_pruning_that_a_later_stage_would_ignore(settings, tmp_path, capsys, stage, override, told):
