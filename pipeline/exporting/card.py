@@ -17,6 +17,7 @@ from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import Student
 from nuteprune.runs.words import code, markdown_words, one_line
+from nuteprune.training.teachers import TEACHERS
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +167,8 @@ def _body(run: Run, student: Student, fold: Fold, name: str, shape: str, dtype: 
         f"# {markdown_words(name)}, pruned by {result.sparsity:.1%}",
         "",
         f"A structurally pruned {code(name)}: {result.base_parameters / 1e6:,.1f}M parameters became "
-        f"{result.parameters / 1e6:,.1f}M. Made with {PAPER}: learned gates and LoRA on the frozen base, distilled "
-        "from the student's own earlier snapshots, then folded into the weights.",
+        f"{result.parameters / 1e6:,.1f}M. Made with {PAPER}: learned gates and LoRA on the frozen base, "
+        f"{_teachers(run)}, then folded into the weights.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -206,6 +207,14 @@ def _body(run: Run, student: Student, fold: Fold, name: str, shape: str, dtype: 
     if result.untied:
         lines.append(f"| Added by untying the output head (fractional hidden gates) | {result.untied:,} parameters |")
     return lines
+
+
+def _teachers(run: Run) -> str:
+    """What the student learned from; up to 20% by default no snapshot ever teaches."""
+    if not TEACHERS[run.config.teacher.mode].taught:
+        return "trained on text alone"
+    earlier = any(snapshot.teaches for snapshot in run.snapshots)
+    return "distilled from the intact model" + " and the student's own earlier snapshots" * earlier
 
 
 def _data_name(source: str) -> str:

@@ -237,7 +237,8 @@ def test_qwen2_that_stock_vllm_reads_is_silent(tmp_path, caplog):
 
 def test_card_says_how_it_was_made(exports):
     card = (exports["qwen2", "uniform"][0] / "README.md").read_text()
-    for part in ("license: apache-2.0", "target ", "from_pretrained(path)", "`text.txt`", "| 0 | 4 | 2 | 27 |"):
+    for part in ("license: apache-2.0", "target ", "from_pretrained(path)", "`text.txt`", "| 0 | 4 | 2 | 27 |",
+                 "LoRA on the frozen base, distilled from the intact model, then folded"):  # fmt: skip
         assert part in card
     # The tokenizer needs it too: transformers reads the model's configuration to find the tokenizer's class.
     assert (exports["qwen2", "per_layer"][0] / "README.md").read_text().count("trust_remote_code=True") == 2
