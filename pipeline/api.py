@@ -89,9 +89,9 @@ def export(settings: Settings, overrides: Sequence[str] = ()) -> Path:
 
 
 def evaluate(settings: Settings, overrides: Sequence[str] = ()) -> dict:
-    """Compare the base model and a run's export, or `evaluate.models`; returns the report that is written.
+    """Compare the base model, a run's export and what `distill` made of that, or `evaluate.models`.
 
-    Arguments and errors as of `prune`.
+    Returns the report that is written. Arguments and errors as of `prune`.
     """
     return evaluate_stage.run(load_config(settings, overrides))
 
@@ -99,6 +99,6 @@ def evaluate(settings: Settings, overrides: Sequence[str] = ()) -> dict:
 def load_masked(settings: Settings, overrides: Sequence[str] = ()) -> MaskedModel:
     """The student of a finished run as a masked model: base weights, gates and LoRA, nothing folded or deleted.
 
-    Arguments as of `prune`; `export.sparsity` and `export.source` choose the student.
+    Arguments as of `prune`; `export.sparsity`, `export.source` and `export.shape` choose the student.
     """
     return masked.load(load_config(settings, overrides))

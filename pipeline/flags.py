@@ -13,7 +13,7 @@ STAGES = {
     "finetune": "train the pruned student's LoRA on instruction records, its gates fixed",
     "export": "write the student (or a snapshot of the run, or a ladder of them) as a small Hugging Face model",
     "distill": "train the weights of the exported model, taught by the intact one",
-    "evaluate": "perplexity, speed and tasks of models side by side, as JSON and Markdown",
+    "evaluate": "perplexity, continuations, speed and tasks of models side by side, as a page, Markdown and JSON",
 }
 RUN = "all stages one after the other on this machine, with settings chosen for it; goes on where it stopped"
 TRIM = "copy a model with only those tokens in its vocabulary that a text uses: smaller before anything is pruned"
@@ -47,7 +47,7 @@ SUBMIT_FLAGS = {
     "--config": "YAML file with the run's settings (or recipe=NAME behind), with a run_dir that every node sees",
     "--cluster": "how the cluster is used: an edited copy of what --example prints",
     "--from": "submit this stage and those after it, finished or not",
-    "--sweep": "instead, prune, export and evaluate once for each entry of a YAML list of settings, as a job array",
+    "--sweep": "instead, all stages once for each entry of a YAML list of settings, as a job array",
 }
 """Flags of `submit` that take a value; slurm/submit.sh reads them."""
 STATUS = "how far a run is: stages, steps, speed, SLURM jobs and the first error of a failed one"

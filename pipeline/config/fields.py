@@ -268,7 +268,8 @@ class DistillConfig:
 
     steps: int = opt(
         0,
-        "Optimizer steps; 0: as many as the run's, and the stage is none of those that `run` and `submit` start.",
+        "Optimizer steps; 0: as many as the run's. `submit` starts the stage where this is set, `run` also where it "
+        "chooses the steps.",
         ge=0,
     )
 
@@ -301,7 +302,9 @@ class ExportConfig:
 class EvaluateConfig:
     """The report that compares models."""
 
-    models: list[str] = opt([], "Directories of the models; empty: the base model and the run's export.")
+    models: list[str] = opt(
+        [], "Directories of the models; empty: the base model, the run's export and what `distill` made of that."
+    )
     output: str = opt(
         "", "Directory of report.html, report.md and report.json; empty: `evaluate` below the run's directory."
     )
