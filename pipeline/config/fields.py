@@ -187,8 +187,8 @@ class LossConfig:
     )
     layer_weight: float = opt(0.9, "Weight of the layers' distance from the teacher's.", ge=0)
     layer: Literal["normalized", "raw"] = opt(
-        "normalized", "A layer's distance is its squared error over the teacher's mean square, per token, in the mean "
-        "over layers; or (`raw`, the paper) its mean squared error, in the sum over layers."
+        "normalized", "A layer's distance is its squared error over the larger of both streams' mean squares, per "
+        "token, in the mean over layers; or (`raw`, the paper) its mean squared error, in the sum over layers."
     )  # fmt: skip
 
 
