@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from nuteprune.parallel.device import named
 from nuteprune.parallel.distributed import World, connected, discover
 from nuteprune.parallel.host import multiplies_bfloat16
 from nuteprune.runs.checkpoint import CheckpointError, Checkpoints, atomic_directory, verify
+from nuteprune.runs.lock import alone
 from nuteprune.runs.rundir import save_config
 from nuteprune.training.determinism import deterministic
 from nuteprune.training.inputs import fetch_once
@@ -46,7 +47,8 @@ def train(config: Config, stage: type[Trainer], *known: Any) -> Path:
     the result is finished.
 
     Raises:
-        UserError: a mistake in the configuration, the model, the data or the run directory.
+        UserError: a mistake in the configuration, the model, the data or the run directory; or another process is at
+            work in that.
         TrainingFailed: too many steps in a row were not finite.
         Preempted: SIGTERM, SIGUSR1 or SIGINT came to any rank; the state is saved.
         RankLost: another rank died.
@@ -54,17 +56,18 @@ def train(config: Config, stage: type[Trainer], *known: Any) -> Path:
     """
     world = discover()
     ranks = connected(world, config.train.rank_timeout) if world.size > 1 or config.deepspeed else nullcontext()
-    with stop_signals() as stop, ranks, deterministic(config.train.deterministic):
-        return _train(config, stage, known, world, stop)
+    with stop_signals() as stop, ranks, deterministic(config.train.deterministic), ExitStack() as held:
+        return _train(config, stage, known, world, stop, held)
 
 
-def _train(config: Config, stage: type[Trainer], known: tuple, world: World, stop: Stop) -> Path:
+def _train(config: Config, stage: type[Trainer], known: tuple, world: World, stop: Stop, held: ExitStack) -> Path:
     check_alike(config, world)
     output = Path(config.run_dir) / stage.output
     with world.together():
         if world.is_main:
             check_reporters(config.tracking)
             check_directory(config, stage.free)
+            held.enter_context(alone(Path(config.run_dir), stage.stage))
     if world.from_main(world.unhurried(lambda: world.is_main and is_finished(output))):
         log.info("already finished: %s", output)
         return output

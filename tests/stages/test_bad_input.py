@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,24 @@ def test_run_directory_of_another_configuration(settings, capsys):
     line = refused(capsys, "prune", *settings, "train.steps=6")
     assert "belongs to a run with train.steps=5, not 6" in line
     assert "or remove that one to start it anew" in line
+
+
+def test_a_second_start_beside_the_first(settings, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    holds = (
+        "import sys; from pathlib import Path; from nuteprune.runs.lock import alone\n"
+        f"with alone(Path({str(run)!r}), 'prune'): print('held', flush=True); sys.stdin.read()"
+    )
+    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", holds], **piped) as first:
+        assert first.stdout.readline() == "held\n"
+        line = refused(capsys, "prune", *settings, "train.steps=2")
+        assert "another `nuteprune prune` is at work there (process " + str(first.pid) in line
+        assert [path.name for path in run.iterdir()] == [".prune.lock"]
+        first.kill()
+    assert main(["prune", *settings, "train.steps=2"]) == 0  # a killed one is not in the way
+    assert not list(run.glob(".*"))
 
 
 @pytest.mark.parametrize(
