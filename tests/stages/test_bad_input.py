@@ -100,7 +100,8 @@ def test_empty_data(settings, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["no weights", "damaged weights", "half the weights", "no tokenizer", "big tokenizer",
                                   "unsupported", "quantized", "adapter", "no such type",
-                                  "padding beyond the embedding", "no config"])  # fmt: skip
+                                  "padding beyond the embedding", "no config", "no such rope",
+                                  "a list of tokenizer settings"])  # fmt: skip
 def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
     broken = tmp_path / "model"
     shutil.copytree(model_dir, broken)
@@ -112,6 +113,8 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
         "quantized": "its weights are quantized (fp8): prune the model that they were made from",
         "adapter": "a LoRA adapter lies there", "no config": "no readable config.json",
         "no such type": "no readable config.json there (module 'torch' has no attribute 'auto')",
+        "no such rope": "config.json has rope_type 'spiral', and the transformers that is installed knows default,",
+        "a list of tokenizer settings": "no usable tokenizer there ('list' object has no attribute 'get')",
         "padding beyond the embedding": "cannot be loaded (Padding_idx must be within num_embeddings)",
     }[kind]  # fmt: skip
     if kind == "no weights":
@@ -130,9 +133,12 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
         (broken / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     elif kind in (changes := {"quantized": {"quantization_config": {"quant_method": "fp8"}},
                               "no such type": {"dtype": "auto"},
+                              "no such rope": {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
                               "padding beyond the embedding": {"pad_token_id": VOCAB}}):  # fmt: skip
         config = json.loads((broken / "config.json").read_text())
         (broken / "config.json").write_text(json.dumps(config | changes[kind]))
+    elif kind == "a list of tokenizer settings":
+        (broken / "tokenizer_config.json").write_text("[]")
     elif kind == "adapter":  # transformers would put it around the model's layers
         get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(broken)
     else:
