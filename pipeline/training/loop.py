@@ -199,6 +199,7 @@ def resume(trainer: Trainer, planned: bool) -> None:
                 check_fits(path, trainer.config, trainer.free, trainer.inputs)
             counters, scale = trainer.load(path), trainer.engine.scale
             trainer.step, trainer.bad_total = int(counters["step"]), int(counters["bad_total"])
+            trainer.bad_in_a_row = int(counters.get("bad_in_a_row", 0))  # older checkpoints have none
             scale.value, scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
             if planned and counters.get("ranks") == world.size:
                 trainer.micro_batch = min(trainer.micro_batch, int(counters["micro_batch"]))
@@ -224,7 +225,8 @@ def choose_checkpoint(checkpoints: Checkpoints) -> Path | None:
 def save_checkpoint(trainer: Trainer) -> None:
     """Write the state after the current step on rank 0, then drop checkpoints beyond `checkpoint.keep`."""
     scale = trainer.engine.scale
-    counters: dict[str, Any] = {"step": trainer.step, "bad_total": trainer.bad_total, "loss_scale": scale.value,
+    counters: dict[str, Any] = {"step": trainer.step, "bad_total": trainer.bad_total,
+                                "bad_in_a_row": trainer.bad_in_a_row, "loss_scale": scale.value,
                                 "good_steps": scale.good_steps, "micro_batch": trainer.micro_batch,
                                 "ranks": trainer.world.size}  # fmt: skip
     written = trainer.before_save()
