@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +22,7 @@ from nuteprune.flags import DISTRIBUTED, SHORTCUTS, parser
 from nuteprune.runs.log import quiet_libraries
 from nuteprune.runs.words import plain
 from nuteprune.training.memory import TooLarge, is_out_of_memory
-from nuteprune.training.signals import Preempted, stop_signals
+from nuteprune.training.signals import OF_A_CLUSTER, SIGNALS, Preempted, stop_signals
 
 BLAMED = "a fault of this machine, not of the settings: "
 OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
@@ -58,8 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.stage == "status":
         return show_status(args)
     try:
-        # Before anything that takes time: a job may be told to leave while it loads.
-        with stop_signals() if args.stage in (*DISTRIBUTED, "run") else nullcontext():
+        # Before anything that takes time: a job may be told to leave while it loads. Ctrl-C is Python's own where no
+        # step is taken.
+        with stop_signals(SIGNALS if args.stage in (*DISTRIBUTED, "run") else OF_A_CLUSTER):
             return run(args)
     except Preempted as stop:
         if os.environ.get("RANK", "0") == "0":

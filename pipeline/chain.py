@@ -27,6 +27,7 @@ from nuteprune.model.loading import read_base, read_config
 from nuteprune.parallel.sizes import total_parameters
 from nuteprune.planning.machine import Choice, Machine, choose, this_machine
 from nuteprune.runs.checkpoint import write_atomic
+from nuteprune.runs.lock import alone
 from nuteprune.stages import prune
 from nuteprune.stages.trim import RECORD
 from nuteprune.training.loop import check_directory
@@ -64,7 +65,7 @@ def run(config: Config, given: Collection[str]) -> str:
         given: keys of those that the user set (`given_keys`); the others are chosen.
 
     Raises:
-        UserError: no model; as the stages otherwise.
+        UserError: no model, or another process runs in the directory; as the stages otherwise.
         StageFailed: a stage of several ranks failed.
         Preempted: a signal came.
     """
@@ -74,13 +75,13 @@ def run(config: Config, given: Collection[str]) -> str:
     head = f"# nuteprune run --config {directory / SETTINGS}\n"
     settings = beyond_recipe(config, {*given, *(choice.key for choice in choices)})
     check_directory(config, prune.Pruning.free)
-    if held_out:
-        write_atomic(directory / HELD_OUT, held_out.encode())
-    write_atomic(directory / SETTINGS, (head + yaml.safe_dump(settings, sort_keys=False)).encode())
     tune, distill = ["finetune"] * bool(config.finetune.data), ["distill"] * bool(config.distill.steps)
     stages = ["prepare", "prune", *tune, "export", *distill, "evaluate"]
     told = ""
-    with stop_signals() as stop:
+    with stop_signals() as stop, alone(directory, "run"):
+        if held_out:
+            write_atomic(directory / HELD_OUT, held_out.encode())
+        write_atomic(directory / SETTINGS, (head + yaml.safe_dump(settings, sort_keys=False)).encode())
         for number, stage in enumerate(stages, 1):
             if stop.received:  # in the last step of the one before
                 raise Preempted(stop.nothing)

@@ -112,8 +112,9 @@ def _quality(
     log.info("evaluating %s", name)
     window, most = max(text.window for text in texts), getattr(model.config, "max_position_embeddings", None)
     if most and window > most:
-        log.warning("perplexity in windows of %d tokens, of which %s reads %d at most: its numbers say little "
-                    "(evaluate.window)", window, name, most)  # fmt: skip
+        hint = "" if settings.protocol == "published" else " (evaluate.window)"
+        log.warning("perplexity in windows of %d tokens, of which %s reads %d at most: its numbers say little%s",
+                    window, name, most, hint)  # fmt: skip
     for text in texts:
         label = f"{text.name} by {name}" if shown else None
         how = (text.window, text.blocks, label, text.first)

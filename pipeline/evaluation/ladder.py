@@ -32,8 +32,8 @@ def run(config: Config) -> Path:
         ladder.md, ladder.png, ladder.json.
 
     Raises:
-        UserError: a rung that the run never reached, or a model in the directory, before anything is exported; or as
-            the two stages.
+        UserError: a rung that the run never reached, a model in the directory, or a report elsewhere or of other
+            models, before anything is exported; or as the two stages.
         ExportError: as `export_model`.
     """
     rungs = sorted(set(config.export.ladder))
@@ -41,6 +41,12 @@ def run(config: Config) -> Path:
         raise UserError(f"export.ladder: sparsities lie between 0 and 1, got {config.export.ladder}")
     if config.export.push_to_hub:
         raise UserError("export.push_to_hub takes one model: push a rung with `nuteprune export RUN --sparsity …`")
+    for key in ("output", "models"):
+        if getattr(config.evaluate, key):
+            raise UserError(
+                f"evaluate.{key} has no place beside export.ladder: a ladder compares its own rungs, and its report is "
+                f"`evaluate` below it; leave that out, or give evaluate.{key}={'[]' if key == 'models' else ''} too"
+            )
     trained = open_run(config.run_dir, config.model)
     output = Path(config.export.output or trained.directory / "ladder")
     if (output / "config.json").is_file():

@@ -40,13 +40,18 @@ def scored_texts(settings: EvaluateConfig, data: DataConfig, tokenizer: PreTrain
     """The texts for perplexity: `evaluate.text`, or else the text the run is trained on; or as papers do.
 
     Raises:
-        UserError: see `load_text`; or as `published_text`.
+        UserError: see `load_text`; or as `published_text`, or of a text shorter than a window of papers.
     """
     if settings.protocol == "published":
         name, text = published_text(settings, data.text_field)
         # The first token stands once, before the whole text: so the papers' code calls the tokenizer.
         ids = [*first_tokens(tokenizer), *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
         tokens = torch.tensor(ids, dtype=torch.int64)
+        if len(tokens) < (longest := max(PUBLISHED_WINDOWS)):
+            raise UserError(
+                f"{name} has {len(tokens):,} tokens, less than one window of {longest:,} as papers have them: give "
+                "WikiText-2's raw test set, or set evaluate.protocol=own and a lower evaluate.window"
+            )
         return [ScoredText(f"{name}, windows of {window:,}", tokens, window) for window in PUBLISHED_WINDOWS]
     if settings.text:
         found = {name: text_tokens(text, data.text_field, tokenizer)

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import find_adapter_config_file
 
 from nuteprune.arch import ArchSpec, read_spec
@@ -63,7 +64,7 @@ class Base:
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"model.path {self.path}: no usable tokenizer there ({first_line(error)})") from None
         if tokenizer.vocab_size > self.spec.vocab:
             raise UserError(
@@ -118,9 +119,23 @@ def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
             "they were made from, and quantize the export"
         )
     try:
+        check_positions(config)
         return config, read_spec(config)
     except UserError as error:
         raise UserError(f"model.path {path}: {error}") from None
+
+
+def check_positions(config: PreTrainedConfig) -> None:
+    """Raise `UserError` for a `rope_type` that transformers does not know; some families have one for each kind of
+    layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    known = ("default", *ROPE_INIT_FUNCTIONS)
+    for one in (rope, *rope.values()):
+        if isinstance(one, dict) and one.get("rope_type", "default") not in known:
+            raise UserError(
+                f"config.json has rope_type '{one['rope_type']}', and the transformers that is installed knows "
+                f"{', '.join(known)}: mend config.json, or install a version that knows it"
+            )
 
 
 def check_dtype(spec: ArchSpec, dtype: str, setting: str = "model.dtype") -> None:

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from nuteprune.parallel.device import named
 from nuteprune.parallel.distributed import World, connected, discover
 from nuteprune.parallel.host import multiplies_bfloat16
 from nuteprune.runs.checkpoint import CheckpointError, Checkpoints, atomic_directory, verify
+from nuteprune.runs.lock import alone
 from nuteprune.runs.rundir import save_config
 from nuteprune.training.determinism import deterministic
 from nuteprune.training.inputs import fetch_once
@@ -46,7 +47,8 @@ def train(config: Config, stage: type[Trainer], *known: Any) -> Path:
     the result is finished.
 
     Raises:
-        UserError: a mistake in the configuration, the model, the data or the run directory.
+        UserError: a mistake in the configuration, the model, the data or the run directory; or another process is at
+            work in that.
         TrainingFailed: too many steps in a row were not finite.
         Preempted: SIGTERM, SIGUSR1 or SIGINT came to any rank; the state is saved.
         RankLost: another rank died.
@@ -54,17 +56,18 @@ def train(config: Config, stage: type[Trainer], *known: Any) -> Path:
     """
     world = discover()
     ranks = connected(world, config.train.rank_timeout) if world.size > 1 or config.deepspeed else nullcontext()
-    with stop_signals() as stop, ranks, deterministic(config.train.deterministic):
-        return _train(config, stage, known, world, stop)
+    with stop_signals() as stop, ranks, deterministic(config.train.deterministic), ExitStack() as held:
+        return _train(config, stage, known, world, stop, held)
 
 
-def _train(config: Config, stage: type[Trainer], known: tuple, world: World, stop: Stop) -> Path:
+def _train(config: Config, stage: type[Trainer], known: tuple, world: World, stop: Stop, held: ExitStack) -> Path:
     check_alike(config, world)
     output = Path(config.run_dir) / stage.output
     with world.together():
         if world.is_main:
             check_reporters(config.tracking)
             check_directory(config, stage.free)
+            held.enter_context(alone(Path(config.run_dir), stage.stage))
     if world.from_main(world.unhurried(lambda: world.is_main and is_finished(output))):
         log.info("already finished: %s", output)
         return output
@@ -196,6 +199,7 @@ def resume(trainer: Trainer, planned: bool) -> None:
                 check_fits(path, trainer.config, trainer.free, trainer.inputs)
             counters, scale = trainer.load(path), trainer.engine.scale
             trainer.step, trainer.bad_total = int(counters["step"]), int(counters["bad_total"])
+            trainer.bad_in_a_row = int(counters.get("bad_in_a_row", 0))  # older checkpoints have none
             scale.value, scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
             if planned and counters.get("ranks") == world.size:
                 trainer.micro_batch = min(trainer.micro_batch, int(counters["micro_batch"]))
@@ -221,7 +225,8 @@ def choose_checkpoint(checkpoints: Checkpoints) -> Path | None:
 def save_checkpoint(trainer: Trainer) -> None:
     """Write the state after the current step on rank 0, then drop checkpoints beyond `checkpoint.keep`."""
     scale = trainer.engine.scale
-    counters: dict[str, Any] = {"step": trainer.step, "bad_total": trainer.bad_total, "loss_scale": scale.value,
+    counters: dict[str, Any] = {"step": trainer.step, "bad_total": trainer.bad_total,
+                                "bad_in_a_row": trainer.bad_in_a_row, "loss_scale": scale.value,
                                 "good_steps": scale.good_steps, "micro_batch": trainer.micro_batch,
                                 "ranks": trainer.world.size}  # fmt: skip
     written = trainer.before_save()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 if not hasattr(signal, "SIGUSR1"):
     raise SystemExit("nuteprune: does not run on Windows itself: start it inside WSL")
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+OF_A_CLUSTER = (signal.SIGTERM, signal.SIGUSR1)
+"""What SLURM sends before it ends a job."""
+SIGNALS = (*OF_A_CLUSTER, signal.SIGINT)
 
 
 class Preempted(BaseException):
@@ -61,14 +63,14 @@ class Stop:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Handle `SIGNALS` by a `Stop` until the block ends; inside such a block, by that of the outer one."""
+def stop_signals(numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[Stop]:
+    """Handle these signals by a `Stop` until the block ends; inside such a block, by that of the outer one."""
     outer = signal.getsignal(signal.SIGTERM)
     if isinstance(outer, Stop):
         yield outer
         return
     stop = Stop()
-    before, unraisable = {s: signal.signal(s, stop) for s in SIGNALS}, sys.unraisablehook
+    before, unraisable = {s: signal.signal(s, stop) for s in numbers}, sys.unraisablehook
 
     def quietly(found: sys.UnraisableHookArgs) -> None:
         """Say nothing of a `Preempted` that a finalizer swallowed: the loop finds the signal in `received`."""

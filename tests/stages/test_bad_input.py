@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,8 @@ def test_empty_data(settings, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["no weights", "damaged weights", "half the weights", "no tokenizer", "big tokenizer",
                                   "unsupported", "quantized", "adapter", "no such type",
-                                  "padding beyond the embedding", "no config"])  # fmt: skip
+                                  "padding beyond the embedding", "no config", "no such rope",
+                                  "a list of tokenizer settings"])  # fmt: skip
 def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
     broken = tmp_path / "model"
     shutil.copytree(model_dir, broken)
@@ -111,6 +113,8 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
         "quantized": "its weights are quantized (fp8): prune the model that they were made from",
         "adapter": "a LoRA adapter lies there", "no config": "no readable config.json",
         "no such type": "no readable config.json there (module 'torch' has no attribute 'auto')",
+        "no such rope": "config.json has rope_type 'spiral', and the transformers that is installed knows default,",
+        "a list of tokenizer settings": "no usable tokenizer there ('list' object has no attribute 'get')",
         "padding beyond the embedding": "cannot be loaded (Padding_idx must be within num_embeddings)",
     }[kind]  # fmt: skip
     if kind == "no weights":
@@ -129,9 +133,12 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
         (broken / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     elif kind in (changes := {"quantized": {"quantization_config": {"quant_method": "fp8"}},
                               "no such type": {"dtype": "auto"},
+                              "no such rope": {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
                               "padding beyond the embedding": {"pad_token_id": VOCAB}}):  # fmt: skip
         config = json.loads((broken / "config.json").read_text())
         (broken / "config.json").write_text(json.dumps(config | changes[kind]))
+    elif kind == "a list of tokenizer settings":
+        (broken / "tokenizer_config.json").write_text("[]")
     elif kind == "adapter":  # transformers would put it around the model's layers
         get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(broken)
     else:
@@ -176,6 +183,24 @@ def test_run_directory_of_another_configuration(settings, capsys):
     line = refused(capsys, "prune", *settings, "train.steps=6")
     assert "belongs to a run with train.steps=5, not 6" in line
     assert "or remove that one to start it anew" in line
+
+
+def test_a_second_start_beside_the_first(settings, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    holds = (
+        "import sys; from pathlib import Path; from nuteprune.runs.lock import alone\n"
+        f"with alone(Path({str(run)!r}), 'prune'): print('held', flush=True); sys.stdin.read()"
+    )
+    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", holds], **piped) as first:
+        assert first.stdout.readline() == "held\n"
+        line = refused(capsys, "prune", *settings, "train.steps=2")
+        assert "another `nuteprune prune` is at work there (process " + str(first.pid) in line
+        assert [path.name for path in run.iterdir()] == [".prune.lock"]
+        first.kill()
+    assert main(["prune", *settings, "train.steps=2"]) == 0  # a killed one is not in the way
+    assert not list(run.glob(".*"))
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def test_a_model_is_no_place_for_a_ladder(arguments, run_dir, tmp_path, capsys):
     assert not (tmp_path / "small" / "0.1").exists()
 
 
+@pytest.mark.parametrize("key", ["output", "models"])
+def test_a_report_of_another_place_or_of_other_models_is_no_ladders(arguments, run_dir, tmp_path, capsys, key):
+    own = "[a]" if key == "models" else tmp_path / "own"
+    assert main([*arguments, "--ladder", "0.1", f"evaluate.{key}={own}"]) == 2
+    assert f"evaluate.{key} has no place beside export.ladder" in capsys.readouterr().err
+    assert not (run_dir / "ladder").exists()
+
+
 def points(*pairs):
     return [{"parameters": size, "perplexity": perplexity} for size, perplexity in pairs]
 

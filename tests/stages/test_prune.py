@@ -261,7 +261,16 @@ def test_ten_bad_steps_end_the_run_and_name_the_last_good_checkpoint(settings, m
         return sums | {"loss": float("nan")} if trainer.step >= 7 else sums
 
     monkeypatch.setattr(prune.Pruning, "accumulate", broken)
-    with pytest.raises(TrainingFailed, match=r"10 steps in a row .*step-00000015"):
+    with pytest.raises(TrainingFailed, match=r"10 steps in a row .*last: step 16.*step-00000015"):
+        prune.run(config)
+    with pytest.raises(TrainingFailed, match=r"10 steps in a row .*last: step 16"):  # as many as without a new start
+        prune.run(config)
+    state = Path(config.run_dir) / "checkpoints/step-00000015/state.json"
+    counters = json.loads(state.read_text())
+    assert counters.pop("bad_in_a_row") == 8
+    state.write_text(json.dumps(counters))  # as older versions wrote it
+    write_manifest(state.parent)
+    with pytest.raises(TrainingFailed, match=r"10 steps in a row .*last: step 24"):
         prune.run(config)
 
 

@@ -90,6 +90,17 @@ def test_ctrl_c_in_a_stage_without_steps_is_one_line(start, settings):
     assert process.returncode == 130
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_slurms_signal_ends_a_stage_without_steps_with_a_line(start, settings):
+    process = start("-m", "nuteprune", "prepare", *settings)
+    until(lambda: has_loaded(process, "tokenizers"), process)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=HANG)
+    assert process.returncode == 75, errors
+    told = "nuteprune: SIGUSR1 outside of training: what was finished is kept, start again"
+    assert errors.splitlines()[-1] == told
+
+
 def test_ctrl_c_saves_after_the_step_and_a_second_one_ends_at_once(start, settings, tmp_path):
     run_dir = tmp_path / "run"
     process = start("-c", SLOW, "prune", *settings, "checkpoint.every=1")

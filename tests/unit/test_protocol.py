@@ -72,6 +72,13 @@ def test_mistakes_are_one_line(texts, message):
         published_text(settings(*texts), "text")
 
 
+def test_a_text_shorter_than_a_window_of_papers_is_one_line(tmp_path):
+    (tmp_path / "short.txt").write_text("One.\n\nTwo.\n")
+    told = r"^short.txt \(not WikiText-2\) has 10 tokens, .* of 2,048 .*: .*, or set evaluate.protocol=own and a lower"
+    with pytest.raises(UserError, match=told):
+        scored_texts(settings(tmp_path / "short.txt"), DataConfig(), tiny_tokenizer())
+
+
 def test_a_text_in_another_encoding_is_one_line(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=r"cannot read .*latin\.txt as text \('utf-8' codec .*\): mend the file$"):
