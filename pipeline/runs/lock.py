@@ -19,7 +19,9 @@ TRIES = 10
 def alone(directory: Path, stage: str) -> Iterator[None]:
     """A block that no second process enters for the same directory and stage.
 
-    Where the file system has no locks, or nothing can be written, the block runs without one.
+    Where the file system has no locks, or nothing can be written, the block runs without one; and so does a SLURM job
+    that was requeued, beside what its own start before it has left (the server of an NFS keeps the lock of a node that
+    is down).
 
     Raises:
         UserError: another process is in the block.
@@ -37,6 +39,7 @@ def alone(directory: Path, stage: str) -> Iterator[None]:
 
 def _lock(path: Path, stage: str) -> int | None:
     """A descriptor that holds the lock; None where there is none to have."""
+    job = _job()
     for _ in range(TRIES):
         try:
             # Never through a symbolic link: in someone else's directory it may lead anywhere.
@@ -48,10 +51,13 @@ def _lock(path: Path, stage: str) -> int | None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file), path.stat()):
                 os.ftruncate(file, 0)
-                os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                os.pwrite(file, _who().encode(), 0)
+                os.fsync(file)  # an NFS would keep it here until the file is closed
                 return file
         except BlockingIOError:
             os.close(file)
+            if job and holder.endswith(job) and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+                return None
             raise UserError(
                 f"run_dir {path.parent}: another `nuteprune {stage}` is at work there ({holder}): wait until it has "
                 f"ended, or choose another run_dir (where its machine is down for good, remove {path})"
@@ -63,3 +69,14 @@ def _lock(path: Path, stage: str) -> int | None:
             return None
         os.close(file)
     return None
+
+
+def _who() -> str:
+    """This process, as a refused one is told of it."""
+    return f"process {os.getpid()} on {socket.gethostname()}{_job()}"
+
+
+def _job() -> str:
+    """The SLURM job of this process, if it has one."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return f", SLURM job {job}" if job else ""

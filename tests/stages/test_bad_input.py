@@ -21,6 +21,7 @@ from nuteprune.__main__ import main
 from nuteprune.config import check_said, load_config
 from nuteprune.errors import UserError
 from nuteprune.runs.checkpoint import Checkpoints, atomic_directory
+from nuteprune.runs.lock import alone
 from nuteprune.runs.rundir import save_config
 from nuteprune.stages import prune
 
@@ -185,19 +186,29 @@ def test_run_directory_of_another_configuration(settings, capsys):
     assert "or remove that one to start it anew" in line
 
 
-def test_a_second_start_beside_the_first(settings, tmp_path, capsys):
+def test_a_second_start_beside_the_first(settings, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     holds = (
         "import sys; from pathlib import Path; from nuteprune.runs.lock import alone\n"
         f"with alone(Path({str(run)!r}), 'prune'): print('held', flush=True); sys.stdin.read()"
     )
-    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = os.environ | {"SLURM_JOB_ID": "17"}
+    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
     with subprocess.Popen([sys.executable, "-c", holds], **piped) as first:
         assert first.stdout.readline() == "held\n"
         line = refused(capsys, "prune", *settings, "train.steps=2")
         assert "another `nuteprune prune` is at work there (process " + str(first.pid) in line
         assert [path.name for path in run.iterdir()] == [".prune.lock"]
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        for job in ("7", "18"):
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+            with pytest.raises(UserError, match="SLURM job 17"), alone(run, "prune"):
+                pass
+        monkeypatch.setenv("SLURM_JOB_ID", "17")
+        with alone(run, "prune"):  # requeued beside what its lost node has left
+            pass
+        monkeypatch.undo()
         first.kill()
     assert main(["prune", *settings, "train.steps=2"]) == 0  # a killed one is not in the way
     assert not list(run.glob(".*"))
