@@ -75,9 +75,11 @@ class Distillation:
         rows, others = (each.flatten(0, 1).to(dtype) / scale for each in (final, target))
         normed, last = (final.to(dtype) * self.final_scale, self.kept(target)), self.teacher.spec.layers - 1
         own = self.student.lm_head.weight.to(dtype)
-        total, found = self.teacher.head.lend(
-            lambda weight: head_loss(rows, own, output, self.loss, others, labels, weight)
-        )
+        total, found = torch.zeros((), device=rows.device), {}
+        if output:
+            total, found = self.teacher.head.lend(
+                lambda weight: head_loss(rows, own, output, self.loss, others, labels, weight)
+            )
         for term, weight in terms.items():
             if isinstance(term, LayerTerm):
                 of_layers = zip(streams, self.layers, self.emptied, strict=True)

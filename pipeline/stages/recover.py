@@ -29,8 +29,8 @@ def run(config: Config) -> list[Path]:
     """Recover each rung of `recover.ladder` that is not finished yet; returns the directories of the results.
 
     Raises:
-        UserError: no rung or one out of range, no finished run, another base model, a rung that the run never
-            reached or that is fine-tuned already, or several rungs under a launcher. As `train` otherwise.
+        UserError: no rung or one out of range, no finished run, one without LoRA, another base model, a rung that the
+            run never reached or that is fine-tuned already, or several rungs under a launcher. As `train` otherwise.
     """
     rungs = sorted(set(config.recover.ladder))
     if not rungs or not all(0 < rung < 1 for rung in rungs):
@@ -38,6 +38,8 @@ def run(config: Config) -> list[Path]:
     if len(rungs) > 1 and discover().size > 1:
         raise UserError("several ranks recover one rung in a start: give one with --sparsity")
     trained = open_run(config.run_dir, config.model)
+    if not trained.config.lora.targets:
+        raise UserError("the run has no LoRA (lora.targets=[]), and nothing else of a rung learns: fine-tune it")
     base = read_base(trained.config.model)
     for rung in rungs:
         # A rung that is out of reach costs no training of the others.

@@ -112,6 +112,12 @@ def test_the_terms_are_those_of_the_paired_forward(family, shape, kind, tmp_path
     )
 
 
+def test_the_layers_alone_may_teach(config, run_dir):
+    distill.run(load_config(config, ["distill.steps=2", "loss.kl_weight=0", "loss.label_weight=0"]))
+    layers = metrics(run_dir, "distill/layer_loss")
+    assert metrics(run_dir) == pytest.approx([0.9 * value for value in layers])
+
+
 def test_fitted_layers_lead_the_stream_nearer_to_the_models(config, run_dir, monkeypatch):
     config, before, learned, fit_blocks = load_config(config, ["distill.steps=1"]), [], set(), blocks.fit_blocks
 

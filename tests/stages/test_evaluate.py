@@ -301,6 +301,15 @@ def test_local_task_runs_and_matches_plain_scores(model, tokenizer, beginning):
     assert all(len(set(row["choices"])) == 4 and row["answer"] in range(4) for row in rows)
 
 
+def test_what_a_tokenizer_puts_behind_a_text_is_in_no_task(model, beginning):
+    ending = copy.deepcopy(beginning)
+    around = processors.TemplateProcessing("<eos> $0 <eos>", special_tokens=[("<eos>", 0)])
+    ending.backend_tokenizer.post_processor = around
+    plain, other = (lm_eval_tasks(model, each, load_tasks(["local_mc"]), 0, 0) for each in (beginning, ending))
+    assert other == plain
+    assert ending("a").input_ids[-1] == 0
+
+
 def test_task_file_of_the_user_and_limit(model, tokenizer, tmp_path, monkeypatch):
     (tmp_path / "mine.jsonl").write_text('{"q": "one?", "a": 0}\n{"q": "two?", "a": 1}\n')
     (tmp_path / "mine.yaml").write_text(

@@ -15,7 +15,7 @@ from nuteprune.config import load_config
 from nuteprune.errors import UserError
 from nuteprune.model.loading import read_base
 from nuteprune.runs.students import open_run, pruned_student, snapshot_student
-from nuteprune.stages import export, finetune, recover
+from nuteprune.stages import export, finetune, prune, recover
 
 
 @pytest.fixture
@@ -145,6 +145,14 @@ def test_mistakes_are_one_line(arguments, told, run_dir, capsys):
     assert main(["recover", str(run_dir), *arguments]) == 2
     assert told in capsys.readouterr().err
     assert not list(run_dir.glob("recover-*"))
+
+
+def test_a_run_without_lora_has_nothing_to_recover_with(settings, capsys):
+    config = load_config(None, [*settings, "lora.targets=[]", "train.steps=8"])
+    prune.run(config)
+    assert main(["recover", config.run_dir, "--ladder", "0.2"]) == 2
+    assert "the run has no LoRA (lora.targets=[])" in capsys.readouterr().err
+    assert not list(Path(config.run_dir).glob("recover-*"))
 
 
 def test_without_a_finished_run_there_is_nothing_to_recover(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import yaml
+from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.sequences import first_tokens
@@ -45,7 +47,7 @@ def lm_eval_tasks(
     begins = bool(first_tokens(tokenizer))
     with _quiet():
         results = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, add_bos_token=begins),
+            HFLM(pretrained=model, tokenizer=_unended(tokenizer), batch_size=BATCH, add_bos_token=begins),
             tasks=tasks,
             num_fewshot=fewshot,
             limit=limit or None,
@@ -53,6 +55,19 @@ def lm_eval_tasks(
             task_manager=TaskManager(include_defaults=False),  # the tasks are loaded: nothing to look up
         )
     return {name: _summary(results, name) for name in results["results"]}
+
+
+def _unended(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or one like it that puts nothing behind a text, where lm-eval would have it end each prompt."""
+    first, plain = first_tokens(tokenizer), tokenizer("a", add_special_tokens=False)["input_ids"]
+    if tokenizer("a")["input_ids"] == [*first, *plain] or not hasattr(tokenizer, "backend_tokenizer"):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    names = tokenizer.convert_ids_to_tokens(list(first))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*names, "$A"], special_tokens=list(zip(names, first, strict=True))
+    )
+    return tokenizer
 
 
 def load_tasks(tasks: list[str], trust: bool = False) -> list:
