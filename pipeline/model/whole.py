@@ -75,7 +75,8 @@ class Distillation:
         rows, others = (each.flatten(0, 1).to(dtype) / scale for each in (final, target))
         normed, last = (final.to(dtype) * self.final_scale, self.kept(target)), self.teacher.spec.layers - 1
         own = self.student.lm_head.weight.to(dtype)
-        total, found = torch.zeros((), device=rows.device), {}
+        found: dict[str, Tensor] = {}
+        total = torch.zeros((), device=rows.device)
         if output:
             total, found = self.teacher.head.lend(
                 lambda weight: head_loss(rows, own, output, self.loss, others, labels, weight)
