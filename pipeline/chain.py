@@ -29,7 +29,7 @@ from nuteprune.planning.machine import Choice, Machine, choose, this_machine
 from nuteprune.runs.checkpoint import write_atomic
 from nuteprune.stages import prune
 from nuteprune.stages.trim import RECORD
-from nuteprune.training.loop import check_directory
+from nuteprune.training.loop import check_directory, make_directory
 from nuteprune.training.memory import LIMIT
 from nuteprune.training.signals import Preempted, stop_signals
 
@@ -74,6 +74,7 @@ def run(config: Config, given: Collection[str]) -> str:
     head = f"# nuteprune run --config {directory / SETTINGS}\n"
     settings = beyond_recipe(config, {*given, *(choice.key for choice in choices)})
     check_directory(config, prune.Pruning.free)
+    make_directory(config)
     if held_out:
         write_atomic(directory / HELD_OUT, held_out.encode())
     write_atomic(directory / SETTINGS, (head + yaml.safe_dump(settings, sort_keys=False)).encode())

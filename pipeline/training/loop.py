@@ -6,6 +6,7 @@ A stage is a `Trainer`: it says what one step computes and what its state and it
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import sys
 import time
@@ -92,7 +93,7 @@ def _train(config: Config, stage: type[Trainer], known: tuple, world: World, sto
 
 
 def check_directory(config: Config, free: tuple[str, ...]) -> None:
-    """Make the run directory if need be, after a check that it is this run's; nothing in it is changed.
+    """Check that the run directory is this run's, or that it can be made; nothing is made or changed.
 
     Args:
         config: the run's settings.
@@ -106,14 +107,26 @@ def check_directory(config: Config, free: tuple[str, ...]) -> None:
     run_dir, source = Path(config.run_dir), Path(config.data.source)
     check_same_run(run_dir, config, free)
     begun = (run_dir / "config.yaml").is_file()
-    if not begun and source.is_dir() and run_dir.resolve().is_relative_to(source.resolve()):
+    if config.data.source and not begun and source.is_dir() and run_dir.resolve().is_relative_to(source.resolve()):
         raise UserError(f"run_dir {run_dir} is below {source}, all of which is read as text: choose another directory")
+    with _writing_to(run_dir):
+        there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError
+    if there != run_dir and not os.access(there, os.W_OK | os.X_OK):
+        raise MachineError(f"run_dir {run_dir} cannot be made: {there} cannot be written to")
+
+
+def make_directory(config: Config) -> None:
+    """Make the run directory if need be; raises as `check_directory`."""
+    run_dir = Path(config.run_dir)
     with _writing_to(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
 
 
 def claim_directory(config: Config) -> None:
     """Make the run directory this run's, once its model and data are known to be good: its settings go there."""
+    make_directory(config)
     run_dir = Path(config.run_dir)
     with _writing_to(run_dir):
         save_config(run_dir / "config.yaml", config)
