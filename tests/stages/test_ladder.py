@@ -56,6 +56,13 @@ def test_a_rung_that_was_never_reached_stops_the_ladder_before_anything_is_expor
         ladder.run(load_config(run_dir, ["export.ladder=[1.5]"]))
 
 
+@pytest.mark.parametrize("mistake", ["evaluate.text=none.txt", "evaluate.window=100000", "evaluate.tasks=[none]"])
+def test_a_mistake_in_what_is_evaluated_stops_the_ladder_too(arguments, run_dir, capsys, mistake):
+    assert main([*arguments, "--ladder", "0.1", mistake]) == 2
+    assert "nuteprune: " in capsys.readouterr().err
+    assert not (run_dir / "ladder").exists()
+
+
 def test_a_model_is_no_place_for_a_ladder(arguments, run_dir, tmp_path, capsys):
     assert main(["export", str(run_dir), f"export.output={tmp_path / 'small'}"]) == 0
     assert main([*arguments, "--ladder", "0.1", f"export.output={tmp_path / 'small'}"]) == 2
