@@ -132,6 +132,11 @@ def claim_directory(config: Config) -> None:
         save_config(run_dir / "config.yaml", config)
 
 
+def release_directory(config: Config) -> None:
+    """Take back what `claim_directory` did: a start that is refused before it has saved anything binds no other one."""
+    (Path(config.run_dir) / "config.yaml").unlink(missing_ok=True)
+
+
 @contextmanager
 def _writing_to(run_dir: Path) -> Iterator[None]:
     try:

@@ -159,6 +159,8 @@ def test_activations_that_overflow_the_type(settings, model_dir, tmp_path, capsy
     line = refused(capsys, "prune", *settings, f"model.path={loud}", "model.dtype=float16")
     assert "layer 1: what comes out of the FFN of the intact model is not finite in model.dtype=float16" in line
     assert line.endswith("take float32 or bfloat16")
+    # The same command with what that says is no other run, and measures anew.
+    assert main(["prune", *settings, f"model.path={loud}", "model.dtype=bfloat16", "train.steps=2"]) == 0
 
 
 def test_a_shard_of_the_model_that_is_cut_or_lacks_a_weight(settings, model_dir, tmp_path, capsys):
