@@ -43,6 +43,19 @@ LARGE_VOCABULARY = 0.25
 SETTINGS, HELD_OUT = "run.yaml", "heldout.jsonl"
 
 
+LAUNCH = """
+import sys
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+try:
+    run.main(sys.argv[1:])
+except ChildFailedError as failed:
+    codes = [each.exitcode for each in failed.failures.values()]
+    sys.exit(next((code for code in codes if code > 0 and code != 75), 75))
+"""
+"""torchrun, whose own exit code is 1 whatever its ranks' is. A rank that a signal killed is a lost one."""
+
+
 class StageFailed(RuntimeError):
     """A stage that several ranks ran has failed; it has said why."""
 
@@ -155,7 +168,7 @@ def chosen_before(directory: Path, config: Config, given: Collection[str]) -> li
 
 def _on_all_cards(stage: str, settings: Path, ranks: int) -> None:
     """Run a stage, and again where one of the ranks learned that it takes too many sequences at a time."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launch = [sys.executable, "-c", LAUNCH, "--standalone", f"--nproc_per_node={ranks}"]
     command = [*launch, "-m", "nuteprune", stage, "--config", str(settings)]
     limits = None
     while limits != (limits := set(settings.parent.rglob(f"{LIMIT}*"))):
