@@ -22,6 +22,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, beyond_recipe, flatten, load_config, to_dict
 from nuteprune.data.text import load_text
 from nuteprune.errors import UserError
+from nuteprune.evaluation.compare import checked as check_evaluation
 from nuteprune.exporting.gguf_model import gguf_architecture
 from nuteprune.model.loading import read_base, read_config
 from nuteprune.parallel.sizes import total_parameters
@@ -87,6 +88,8 @@ def run(config: Config, given: Collection[str]) -> str:
     head = f"# nuteprune run --config {directory / SETTINGS}\n"
     settings = beyond_recipe(config, {*given, *(choice.key for choice in choices)})
     check_directory(config, prune.Pruning.free)
+    told_text = (config.evaluate.text and not held_out) or config.evaluate.protocol == "published"
+    check_evaluation(config, [config.model.path] if told_text else [])
     make_directory(config)
     if held_out:
         write_atomic(directory / HELD_OUT, held_out.encode())
@@ -138,8 +141,12 @@ def settle(
     else:
         choices, plan = choose(config, given, machine, spec)
     kept, lines = hold_out(with_choices(config, choices), given)
-    if begun and not kept and "data.documents" not in given:
-        kept = [Choice("data.documents", load_config(directory).data.documents, "as this run began")]
+    if begun:
+        documents = load_config(directory).data.documents
+        if kept and documents == config.data.documents:  # evaluate.text was named then
+            kept, lines = [Choice("data.documents", documents, "as this run began, so none is held out")], ""
+        elif not kept and "data.documents" not in given:
+            kept = [Choice("data.documents", documents, "as this run began")]
     choices += kept
     log.info("%s", table(machine, choices))
     words = spec.vocab * spec.hidden * (1 if spec.tied else 2) / total_parameters(spec)
