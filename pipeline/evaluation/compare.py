@@ -22,7 +22,7 @@ from nuteprune.evaluation.protocol import ScoredText, scored_texts
 from nuteprune.evaluation.speed import SPEEDS, ceiling, speed, speed_ratio
 from nuteprune.evaluation.tasks import lm_eval_tasks, load_tasks, mean_accuracy
 from nuteprune.exporting.card import RECORD, add_results, check_distilled
-from nuteprune.exporting.publish import push
+from nuteprune.exporting.publish import check_repository, push
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError
 from nuteprune.runs.directories import DISTILLED, distill_directory
@@ -105,6 +105,7 @@ def checked(config: Config, paths: list[str]) -> tuple[list, list[list[ScoredTex
     it is found here, before weights are read. Raises as `evaluate_models`."""
     settings = config.evaluate
     check_reporters(config.tracking)
+    check_repository(config.export)
     tasks, texts_of = load_tasks(settings.tasks, settings.trust_remote_code), []
     for path in paths:
         tokenizer, *_ = read_any(path, config.model, settings.trust_remote_code)
