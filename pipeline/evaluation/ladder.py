@@ -17,7 +17,7 @@ from nuteprune.evaluation.contents import nats, number
 from nuteprune.evaluation.speed import speed_ratio
 from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
-from nuteprune.runs.checkpoint import write_atomic, write_manifest
+from nuteprune.runs.checkpoint import MANIFEST, write_atomic, write_manifest
 from nuteprune.runs.students import choose_student, open_run
 from nuteprune.runs.words import code
 
@@ -49,6 +49,7 @@ def run(config: Config) -> Path:
         choose_student(trained, rung)
     base = trained.config.model
     checked(replace(config, model=base), [base.path])
+    (output / MANIFEST).unlink(missing_ok=True)  # a ladder that is being replaced is not complete
     models = {rung: _export(config, output / f"{rung:g}", rung) for rung in rungs}
     paths = [base.path, *map(str, models.values())]
     settings = replace(config.evaluate, models=paths, output=str(output / "evaluate"))
