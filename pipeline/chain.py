@@ -22,6 +22,7 @@ from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, beyond_recipe, flatten, load_config, to_dict
 from nuteprune.data.text import load_text
 from nuteprune.errors import UserError
+from nuteprune.evaluation.compare import checked as check_evaluation
 from nuteprune.exporting.gguf_model import gguf_architecture
 from nuteprune.model.loading import read_base, read_config
 from nuteprune.parallel.sizes import total_parameters
@@ -30,7 +31,7 @@ from nuteprune.runs.checkpoint import write_atomic
 from nuteprune.runs.lock import alone
 from nuteprune.stages import prune
 from nuteprune.stages.trim import RECORD
-from nuteprune.training.loop import check_directory
+from nuteprune.training.loop import check_directory, make_directory
 from nuteprune.training.memory import LIMIT
 from nuteprune.training.signals import Preempted, stop_signals
 
@@ -42,6 +43,19 @@ tokens of a window that is chosen where they do not."""
 LARGE_VOCABULARY = 0.25
 """Share of a model's parameters from which on `nuteprune trim` is mentioned."""
 SETTINGS, HELD_OUT = "run.yaml", "heldout.jsonl"
+
+
+LAUNCH = """
+import sys
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+try:
+    run.main(sys.argv[1:])
+except ChildFailedError as failed:
+    codes = [each.exitcode for each in failed.failures.values()]
+    sys.exit(next((code for code in codes if code > 0 and code != 75), 75))
+"""
+"""torchrun, whose own exit code is 1 whatever its ranks' is. A rank that a signal killed is a lost one."""
 
 
 class StageFailed(RuntimeError):
@@ -75,6 +89,9 @@ def run(config: Config, given: Collection[str]) -> str:
     head = f"# nuteprune run --config {directory / SETTINGS}\n"
     settings = beyond_recipe(config, {*given, *(choice.key for choice in choices)})
     check_directory(config, prune.Pruning.free)
+    told_text = (config.evaluate.text and not held_out) or config.evaluate.protocol == "published"
+    check_evaluation(config, [config.model.path] if told_text else [])
+    make_directory(config)
     tune, distill = ["finetune"] * bool(config.finetune.data), ["distill"] * bool(config.distill.steps)
     stages = ["prepare", "prune", *tune, "export", *distill, "evaluate"]
     told = ""
@@ -125,8 +142,12 @@ def settle(
     else:
         choices, plan = choose(config, given, machine, spec)
     kept, lines = hold_out(with_choices(config, choices), given)
-    if begun and not kept and "data.documents" not in given:
-        kept = [Choice("data.documents", load_config(directory).data.documents, "as this run began")]
+    if begun:
+        documents = load_config(directory).data.documents
+        if kept and documents == config.data.documents:  # evaluate.text was named then
+            kept, lines = [Choice("data.documents", documents, "as this run began, so none is held out")], ""
+        elif not kept and "data.documents" not in given:
+            kept = [Choice("data.documents", documents, "as this run began")]
     choices += kept
     log.info("%s", table(machine, choices))
     words = spec.vocab * spec.hidden * (1 if spec.tied else 2) / total_parameters(spec)
@@ -155,7 +176,7 @@ def chosen_before(directory: Path, config: Config, given: Collection[str]) -> li
 
 def _on_all_cards(stage: str, settings: Path, ranks: int) -> None:
     """Run a stage, and again where one of the ranks learned that it takes too many sequences at a time."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launch = [sys.executable, "-c", LAUNCH, "--standalone", f"--nproc_per_node={ranks}"]
     command = [*launch, "-m", "nuteprune", stage, "--config", str(settings)]
     limits = None
     while limits != (limits := set(settings.parent.rglob(f"{LIMIT}*"))):

@@ -198,7 +198,7 @@ def _text_files(source: str) -> list[Path]:
     """The files of a local source in sorted order; other files in a directory are passed over."""
     path = Path(source)
     supported = ", ".join(FORMATS)
-    if path.is_dir():
+    if source and path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in FORMATS and file.is_file())
         if not files:
             raise UserError(f"no text files in {source}: put {supported} files there")

@@ -16,13 +16,13 @@ from nuteprune.data.sequences import first_tokens
 from nuteprune.errors import UserError
 from nuteprune.evaluation import generation, report
 from nuteprune.evaluation.generation import Continued
-from nuteprune.evaluation.measure import SIZES, environment, perplexity, sizes
-from nuteprune.evaluation.models import USABLE, load_any, weight_bytes
-from nuteprune.evaluation.protocol import ScoredText, scored_texts, short_names
+from nuteprune.evaluation.measure import SIZES, environment, perplexity, sizes, window_spans
+from nuteprune.evaluation.models import USABLE, load_any, model_names, read_any, weight_bytes
+from nuteprune.evaluation.protocol import ScoredText, scored_texts
 from nuteprune.evaluation.speed import SPEEDS, ceiling, speed, speed_ratio
 from nuteprune.evaluation.tasks import lm_eval_tasks, load_tasks, mean_accuracy
 from nuteprune.exporting.card import RECORD, add_results, check_distilled
-from nuteprune.exporting.publish import push
+from nuteprune.exporting.publish import check_repository, push
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError
 from nuteprune.runs.directories import DISTILLED, distill_directory
@@ -48,9 +48,7 @@ def evaluate_models(config: Config) -> dict:
     settings = config.evaluate
     paths, output = _model_paths(config), report_directory(config)
     device = discover().device
-    check_reporters(config.tracking)
-    # First, so that a mistake in them costs no evaluation.
-    tasks = load_tasks(settings.tasks, settings.trust_remote_code)
+    tasks, texts_of = checked(config, paths)
     wanted = [weight_bytes(path, config.model) for path in paths] if settings.batch_sizes else []
     too_big = too_big_together(wanted, device)
     entries: list[dict[str, Any]] = []
@@ -62,9 +60,8 @@ def evaluate_models(config: Config) -> dict:
         entry |= part
         report.write_draft(draft, output)
 
-    for name, path in zip(short_names(paths), paths, strict=True):
+    for name, path, texts in zip(model_names(paths), paths, texts_of, strict=True):
         model, tokenizer, folder = load_any(path, config.model, settings.trust_remote_code, device)
-        texts = scored_texts(settings, config.data, tokenizer)
         streams.append(torch.cat([text.tokens for text in texts]))
         firsts.append(first_tokens(tokenizer))
         entries.append({"name": name, "path": path, **sizes(model, folder), "perplexity": {},
@@ -101,6 +98,21 @@ def evaluate_models(config: Config) -> dict:
     if config.export.push_to_hub:
         push(Path(paths[-1]), config.export)
     return written
+
+
+def checked(config: Config, paths: list[str]) -> tuple[list, list[list[ScoredText]]]:
+    """Tasks, and the texts in the tokens of each model; so that a mistake costs no evaluation and no earlier report,
+    it is found here, before weights are read. Raises as `evaluate_models`."""
+    settings = config.evaluate
+    check_reporters(config.tracking)
+    check_repository(config.export)
+    tasks, texts_of = load_tasks(settings.tasks, settings.trust_remote_code), []
+    for path in paths:
+        tokenizer, *_ = read_any(path, config.model, settings.trust_remote_code)
+        texts_of.append(scored_texts(settings, config.data, tokenizer))
+        for text in texts_of[-1]:
+            window_spans(len(text.tokens), text.window, text.blocks, len(text.first))
+    return tasks, texts_of
 
 
 def _quality(

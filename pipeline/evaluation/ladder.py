@@ -12,12 +12,12 @@ from pathlib import Path
 from nuteprune.config import Config
 from nuteprune.errors import UserError
 from nuteprune.evaluation import pictures, report
-from nuteprune.evaluation.compare import evaluate_models
+from nuteprune.evaluation.compare import checked, evaluate_models
 from nuteprune.evaluation.contents import nats, number
 from nuteprune.evaluation.speed import speed_ratio
 from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
-from nuteprune.runs.checkpoint import write_atomic, write_manifest
+from nuteprune.runs.checkpoint import MANIFEST, write_atomic, write_manifest
 from nuteprune.runs.students import choose_student, open_run
 from nuteprune.runs.words import code
 
@@ -32,8 +32,8 @@ def run(config: Config) -> Path:
         ladder.md, ladder.png, ladder.json.
 
     Raises:
-        UserError: a rung that the run never reached, a model in the directory, or a report elsewhere or of other
-            models, before anything is exported; or as the two stages.
+        UserError: a rung that the run never reached, a model in the directory, a report elsewhere or of other models,
+            or a mistake in what is evaluated, before anything is exported; or as the two stages.
         ExportError: as `export_model`.
     """
     rungs = sorted(set(config.export.ladder))
@@ -53,8 +53,10 @@ def run(config: Config) -> Path:
         raise UserError(f"export.output {output} is a model, no place for a ladder of them: choose another directory")
     for rung in rungs:
         choose_student(trained, rung)
-    models = {rung: _export(config, output / f"{rung:g}", rung) for rung in rungs}
     base = trained.config.model
+    checked(replace(config, model=base), [base.path])
+    (output / MANIFEST).unlink(missing_ok=True)  # a ladder that is being replaced is not complete
+    models = {rung: _export(config, output / f"{rung:g}", rung) for rung in rungs}
     paths = [base.path, *map(str, models.values())]
     settings = replace(config.evaluate, models=paths, output=str(output / "evaluate"))
     result = evaluate_models(replace(config, model=base, evaluate=settings))

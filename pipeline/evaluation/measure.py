@@ -53,7 +53,7 @@ def perplexity(
         UserError: a text shorter than one window, token ids without an embedding, or a
             model whose head is not known.
     """
-    spans = _spans(len(tokens), window, blocks, len(first))
+    spans = window_spans(len(tokens), window, blocks, len(first))
     check_ids(int(tokens.max()), model.get_input_embeddings().num_embeddings)
     head, total, count = Head(model), 0.0, 0
     # What has nothing before it cannot be predicted.
@@ -67,8 +67,8 @@ def perplexity(
     return {"perplexity": value, "nll": nll, "tokens": count, "window": window, "blocks": len(spans)}
 
 
-def _spans(n: int, window: int, blocks: int, first: int = 0) -> list[tuple[int, int]]:
-    """Where windows over n tokens begin and end, behind `first` others of each."""
+def window_spans(n: int, window: int, blocks: int, first: int = 0) -> list[tuple[int, int]]:
+    """Where windows over n tokens begin and end, behind `first` others of each; `UserError` where there is none."""
     length = window - first
     if n < length or length < 2:
         raise UserError(
@@ -107,7 +107,7 @@ def last_states(
         blocks: how many; 0 takes all.
         first: token ids that each block begins with, as in `perplexity`.
     """
-    spans = _spans(len(tokens), window, blocks, len(first))
+    spans = window_spans(len(tokens), window, blocks, len(first))
     check_ids(int(tokens.max()), model.get_input_embeddings().num_embeddings)
     ids = (_window(first, tokens[begin:end], model.device)[None] for begin, end in spans)
     return torch.cat([model.base_model(input_ids=i, use_cache=False).last_hidden_state.cpu() for i in ids])

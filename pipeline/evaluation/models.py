@@ -17,11 +17,19 @@ from nuteprune.errors import UserError, first_line
 from nuteprune.exporting.folding import OWN_TYPES
 from nuteprune.model.hub import fetch, weight_files
 from nuteprune.model.loading import check_attention, check_dtype, check_whole
+from nuteprune.runs.directories import DISTILLED, distill_directory
 
 log = logging.getLogger(__name__)
 
 USABLE = 0.9
 """Share of a device's memory that the weights of a model may fill, the rest is for what is computed with them."""
+
+
+def model_names(paths: list[str]) -> list[str]:
+    """As `short_names`; but a distilled model is called that, not by the last part of its place."""
+    place = distill_directory(Path()) / DISTILLED
+    names = ["distilled" if Path(path).parts[-2:] == place.parts else Path(path).name or path for path in paths]
+    return names if len(set(names)) == len(names) else paths
 
 
 def weight_bytes(path: str, config: ModelConfig) -> int:
@@ -56,6 +64,29 @@ def placement(size: int, device: torch.device) -> str | dict | None:
     return "auto"
 
 
+def read_any(path: str, config: ModelConfig, trust: bool = False) -> tuple[PreTrainedTokenizerBase, Path, str]:
+    """Of a model for evaluation the tokenizer, the directory of its files, and that one of them which asks to run code
+    of its own, empty where none does; its weights are not read. Arguments and errors as of `load_any`."""
+    check_attention(config)
+    try:
+        folder = fetch(path)
+        asking = "" if path == config.path else _asking_for_code(folder)
+    except (UserError, OSError, ValueError, AttributeError) as error:
+        raise _unloadable(path, error) from error
+    if asking and not trust:
+        raise UserError(
+            f"model {path}: its {asking} asks to run Python code that came with it (auto_map), which may do anything "
+            "you can: read that code, then set evaluate.trust_remote_code=true"
+        )
+    if (spec := _spec(folder)) is not None:
+        check_dtype(spec, config.dtype)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=bool(asking)), folder, asking
+    # Foreign files, and perhaps foreign code: whatever goes wrong in a model is told by its name.
+    except Exception as error:
+        raise _unloadable(path, error) from error
+
+
 def load_any(
     path: str, config: ModelConfig, trust: bool = False, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
@@ -75,23 +106,10 @@ def load_any(
         UserError: no whole model or no tokenizer there, code of its own that is not trusted, or a type that its family
             cannot compute in.
     """
-    check_attention(config)
-    try:
-        folder = fetch(path)
-        asking = "" if path == config.path else _asking_for_code(folder)
-    except (UserError, OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
-    if asking and not trust:
-        raise UserError(
-            f"model {path}: its {asking} asks to run Python code that came with it (auto_map), which may do anything "
-            "you can: read that code, then set evaluate.trust_remote_code=true"
-        )
-    if (spec := _spec(folder)) is not None:
-        check_dtype(spec, config.dtype)
+    tokenizer, folder, asking = read_any(path, config, trust)
     if asking:
         log.warning("%s brings code of its own (auto_map in its %s), which is run", path, asking)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=bool(asking))
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
             trust_remote_code=bool(asking), output_loading_info=True,
@@ -99,11 +117,14 @@ def load_any(
         )  # fmt: skip
     except torch.OutOfMemoryError:
         raise
-    # Foreign files, and perhaps foreign code: whatever goes wrong in a model is told by its name.
-    except Exception as error:
-        raise UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}") from error
+    except Exception as error:  # as above
+        raise _unloadable(path, error) from error
     check_whole(path, info["missing_keys"])
     return model.eval(), tokenizer, folder
+
+
+def _unloadable(path: str, error: Exception) -> UserError:
+    return UserError(f"cannot load the model '{path}' for evaluation: {first_line(error)}")
 
 
 def _spec(folder: Path) -> ArchSpec | None:

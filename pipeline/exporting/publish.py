@@ -8,12 +8,22 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from nuteprune.config import ExportConfig
 from nuteprune.errors import UserError, first_line
 from nuteprune.runs.checkpoint import CheckpointError, recorded, verify
 
 log = logging.getLogger(__name__)
+
+
+def check_repository(config: ExportConfig) -> None:
+    """Raise `UserError` where `config.push_to_hub` can be no repository's name."""
+    try:
+        if config.push_to_hub:
+            validate_repo_id(config.push_to_hub)
+    except HFValidationError as error:
+        raise UserError(f"export.push_to_hub {config.push_to_hub}: {first_line(error)}") from None
 
 
 def push(directory: Path, config: ExportConfig) -> str:

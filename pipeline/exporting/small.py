@@ -20,7 +20,7 @@ from nuteprune.data.prepared import TrainingText
 from nuteprune.errors import UserError
 from nuteprune.exporting.card import RECORD, Result, kept_record, model_card
 from nuteprune.exporting.folding import exported_parameters, fold_model, model_class, plan_fold, small_config
-from nuteprune.exporting.publish import push
+from nuteprune.exporting.publish import check_repository, push
 from nuteprune.exporting.targets import TARGETS, ExportPlan, Target
 from nuteprune.masks import Gates, sparsity_of
 from nuteprune.model.layers import build_view
@@ -50,10 +50,11 @@ def export_model(config: Config) -> Path:
     """Export the run in `config.run_dir`; returns the directory of the small model.
 
     Raises:
-        UserError: no finished run there, an output directory that is not ours to replace, a sparsity the run has no
-            snapshot of, or a structure that the asked shape cannot hold.
+        UserError: no finished run there, no name of a repository to push to, an output directory that is not ours to
+            replace, a sparsity the run has no snapshot of, or a structure that the asked shape cannot hold.
         ExportError: the small model failed its checks.
     """
+    check_repository(config.export)
     trained = open_run(config.run_dir, config.model)
     output = output_directory(config, trained)
     base = read_base(in_float32(trained.config.model))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from nuteprune.config import Config, LossConfig
 from nuteprune.data.prepared import TrainingText
 from nuteprune.data.text import BatchStream
+from nuteprune.errors import MachineError, UserError
 from nuteprune.masks import POINT, Gates, Kept, MaskSet, check_target, mean_counts, sparsity_of
 from nuteprune.masks.schedule import Schedule
 from nuteprune.masks.selection import BATCHES
@@ -29,7 +30,7 @@ from nuteprune.runs.rundir import save_run
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
 from nuteprune.training.inputs import shared_blocks
-from nuteprune.training.loop import save_checkpoint, train
+from nuteprune.training.loop import release_directory, save_checkpoint, train
 from nuteprune.training.preparation import Preparation
 from nuteprune.training.refit import Refit
 from nuteprune.training.signals import Preempted
@@ -101,10 +102,16 @@ class Pruning(Masked):
         if self.masks.fixed is not None:
             return
         store = Preparation(Path(self.config.run_dir) / PREPARATION, self.inputs)
-        if self.step == 0 and self.config.gates.init == "importance":
-            self.rank_units(store)
-        if self.refit:
-            self.refit.measure(self.halt, store)
+        try:
+            if self.step == 0 and self.config.gates.init == "importance":
+                self.rank_units(store)
+            if self.refit:
+                self.refit.measure(self.halt, store)
+        except UserError as error:
+            if self.world.is_main and not isinstance(error, MachineError) and self.checkpoints.newest() is None:
+                shutil.rmtree(store.directory, ignore_errors=True)
+                release_directory(self.config)
+            raise
 
     def rank_units(self, store: Preparation) -> None:
         """Give log-alpha its start: from importance on the first batches."""

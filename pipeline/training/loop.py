@@ -6,6 +6,7 @@ A stage is a `Trainer`: it says what one step computes and what its state and it
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import sys
 import time
@@ -67,7 +68,6 @@ def _train(config: Config, stage: type[Trainer], known: tuple, world: World, sto
         if world.is_main:
             check_reporters(config.tracking)
             check_directory(config, stage.free)
-            held.enter_context(alone(Path(config.run_dir), stage.stage))
     if world.from_main(world.unhurried(lambda: world.is_main and is_finished(output))):
         log.info("already finished: %s", output)
         return output
@@ -79,7 +79,7 @@ def _train(config: Config, stage: type[Trainer], known: tuple, world: World, sto
         log.warning("this processor is many times as slow in bfloat16: set model.dtype=float32")
     with world.together():
         if world.is_main:
-            claim_directory(config)
+            held.enter_context(claim_directory(config, stage.stage))
     trainer.micro_batch = world.from_main(remembered(trainer.checkpoints.directory, trainer.micro_batch))
     resume(trainer, planned=not config.train.micro_batch)
     trainer.stop, stop.polled = stop, True
@@ -95,7 +95,7 @@ def _train(config: Config, stage: type[Trainer], known: tuple, world: World, sto
 
 
 def check_directory(config: Config, free: tuple[str, ...]) -> None:
-    """Make the run directory if need be, after a check that it is this run's; nothing in it is changed.
+    """Check that the run directory is this run's, or that it can be made; nothing is made or changed.
 
     Args:
         config: the run's settings.
@@ -109,17 +109,37 @@ def check_directory(config: Config, free: tuple[str, ...]) -> None:
     run_dir, source = Path(config.run_dir), Path(config.data.source)
     check_same_run(run_dir, config, free)
     begun = (run_dir / "config.yaml").is_file()
-    if not begun and source.is_dir() and run_dir.resolve().is_relative_to(source.resolve()):
+    if config.data.source and not begun and source.is_dir() and run_dir.resolve().is_relative_to(source.resolve()):
         raise UserError(f"run_dir {run_dir} is below {source}, all of which is read as text: choose another directory")
+    with _writing_to(run_dir):
+        there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError
+    if there != run_dir and not os.access(there, os.W_OK | os.X_OK):
+        raise MachineError(f"run_dir {run_dir} cannot be made: {there} cannot be written to")
+
+
+def make_directory(config: Config) -> None:
+    """Make the run directory if need be; raises as `check_directory`."""
+    run_dir = Path(config.run_dir)
     with _writing_to(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
 
 
-def claim_directory(config: Config) -> None:
-    """Make the run directory this run's, once its model and data are known to be good: its settings go there."""
+@contextmanager
+def claim_directory(config: Config, stage: str) -> Iterator[None]:
+    """A block to which the run directory belongs, once model and data are known to be good: its settings go there."""
+    make_directory(config)
     run_dir = Path(config.run_dir)
-    with _writing_to(run_dir):
-        save_config(run_dir / "config.yaml", config)
+    with alone(run_dir, stage):
+        with _writing_to(run_dir):
+            save_config(run_dir / "config.yaml", config)
+        yield
+
+
+def release_directory(config: Config) -> None:
+    """Take back what `claim_directory` did: a start that is refused before it has saved anything binds no other one."""
+    (Path(config.run_dir) / "config.yaml").unlink(missing_ok=True)
 
 
 @contextmanager

@@ -64,6 +64,7 @@ def refused(capsys, *arguments: str) -> str:
         ("run_dir=", "run_dir is empty"),
         ("model.path=/nowhere/model", "/nowhere/model: neither a directory here nor a model the hub would give"),
         ("data.source=/nowhere/text.jsonl", "/nowhere/text.jsonl"),
+        ("data.source=", "data source '' does not exist"),
         ("gates.units=[kv_groups]", "at most .* of this model; add units to gates.units or lower the target"),
         ("data.seq_len=100000", "100000"),
         ("recipe=3", "recipe '3' not found"),
@@ -75,7 +76,7 @@ def test_settings(settings, tmp_path, capsys, override, message):
     extra += ["loss.layer_weight=0"] if "kl_weight" in override else []
     line = refused(capsys, "prune", *settings, *extra, override)
     assert re.search(message, line), line
-    assert not list((tmp_path / "run").glob("*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_config_file(tmp_path, capsys):
@@ -166,6 +167,8 @@ def test_activations_that_overflow_the_type(settings, model_dir, tmp_path, capsy
     line = refused(capsys, "prune", *settings, f"model.path={loud}", "model.dtype=float16")
     assert "layer 1: what comes out of the FFN of the intact model is not finite in model.dtype=float16" in line
     assert line.endswith("take float32 or bfloat16")
+    # The same command with what that says is no other run, and measures anew.
+    assert main(["prune", *settings, f"model.path={loud}", "model.dtype=bfloat16", "train.steps=2"]) == 0
 
 
 def test_a_shard_of_the_model_that_is_cut_or_lacks_a_weight(settings, model_dir, tmp_path, capsys):
@@ -246,6 +249,20 @@ def test_a_setting_that_a_later_stage_does_not_read_at_all(settings, tmp_path, s
     save_config(tmp_path / "run" / "pruned" / "config.yaml", load_config(None, settings))
     with pytest.raises(UserError, match=f"^{override}: {stage} does not read this; leave it out$"):
         check_said(stage, load_config(None, [*settings, override]), [override])
+
+
+def test_a_refused_fine_tuning_leaves_no_directory(run_dir, records, tmp_path, monkeypatch, capsys):
+    """`status` would call it incomplete, and `recover` would take a rung for fine-tuned."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(run_dir.rglob("*"))
+    for words, told in (
+        ([], "finetune.data '': give an existing .json"),
+        (["--data", "none.json", "--sparsity", "0.1"], "finetune.data 'none.json': give an existing .json"),
+        (["--data", str(records), "--sparsity", "0.9"], "the run never got there"),
+        (["--data", str(records), "deepspeed=none"], "deepspeed 'none': no such file"),
+    ):
+        assert told in refused(capsys, "finetune", str(run_dir), *words)
+        assert sorted(run_dir.rglob("*")) == before
 
 
 def test_what_a_later_stage_reads_or_the_run_has_already_is_no_mistake(settings, tmp_path):

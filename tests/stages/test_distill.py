@@ -239,6 +239,9 @@ def test_evaluate_takes_the_distilled_model_too(config, run_dir, text_file):
     assert main(["evaluate", str(run_dir), *settings]) == 0
     models = json.loads((run_dir / "evaluate/report.json").read_text())["models"]
     assert [m["path"] for m in models[1:]] == [str(run_dir / "export"), str(run_dir / "distill/model")]
+    assert [m["name"] for m in models[1:]] == ["export", "distilled"]
+    assert "| distilled |" in (run_dir / "evaluate/report.md").read_text()
+    assert '"eval/distilled/parameters"' in (run_dir / "metrics.jsonl").read_text()
 
 
 def test_a_model_distilled_from_another_export_is_told_of(config, run_dir, text_file, capsys):

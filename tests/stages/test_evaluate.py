@@ -505,6 +505,22 @@ def test_mistakes_are_one_line(settings, values, message):
     assert not (Path(settings.run_dir) / "evaluate" / "manifest.json").exists()
 
 
+def test_a_mistake_in_the_second_model_or_text_costs_no_earlier_report(settings, base, tmp_path):
+    quick = changed(settings, batch_sizes=[], tasks=[], prompts=0)
+    evaluate.run(quick)
+    folder, short = Path(settings.run_dir) / "evaluate", tmp_path / "short.txt"
+    report = (folder / "report.json").read_bytes()
+    short.write_text("The engineer.")
+    for values, message in (
+        ({"models": [base, "/nowhere"]}, "cannot load the model '/nowhere'"),
+        ({"text": [*quick.evaluate.text, str(short)]}, "less than one window of 64"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate.run(changed(quick, **values))
+        verify(folder)
+        assert (folder / "report.json").read_bytes() == report
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -19,7 +19,7 @@ def arguments(run_dir, text_file):
             "evaluate.prompts=2"]  # fmt: skip
 
 
-def test_every_rung_is_exported_and_compared(arguments, run_dir, records, capsys):
+def test_every_rung_is_exported_and_compared(arguments, run_dir, records, capsys, monkeypatch):
     assert main(["finetune", str(run_dir), "--data", str(records), "--sparsity", "0.2", "finetune.steps=2",
                  "finetune.seq_len=32", "finetune.batch_size=1"]) == 0  # fmt: skip
     assert main([*arguments, "--ladder", "0.4,0.1,0.2"]) == 0
@@ -47,6 +47,14 @@ def test_every_rung_is_exported_and_compared(arguments, run_dir, records, capsys
     scores = [m["perplexity"]["train.txt"]["perplexity"] for m in report["models"]]
     assert scores == [p["perplexity"] for p in points]
 
+    def end_here(_config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ladder, "evaluate_models", end_here)
+    assert main([*arguments, "--ladder", "0.1"]) == 130
+    assert main(["status", str(run_dir), "export.ladder=[0.1]", f"run_dir={run_dir}", "--tsv"]) == 0
+    assert "export\tincomplete\t" in capsys.readouterr().out
+
 
 def test_a_rung_that_was_never_reached_stops_the_ladder_before_anything_is_exported(arguments, run_dir, capsys):
     assert main([*arguments, "--ladder", "0.1,0.7"]) == 2
@@ -54,6 +62,13 @@ def test_a_rung_that_was_never_reached_stops_the_ladder_before_anything_is_expor
     assert not (run_dir / "ladder").exists()
     with pytest.raises(UserError, match="between 0 and 1"):
         ladder.run(load_config(run_dir, ["export.ladder=[1.5]"]))
+
+
+@pytest.mark.parametrize("mistake", ["evaluate.text=none.txt", "evaluate.window=100000", "evaluate.tasks=[none]"])
+def test_a_mistake_in_what_is_evaluated_stops_the_ladder_too(arguments, run_dir, capsys, mistake):
+    assert main([*arguments, "--ladder", "0.1", mistake]) == 2
+    assert "nuteprune: " in capsys.readouterr().err
+    assert not (run_dir / "ladder").exists()
 
 
 def test_a_model_is_no_place_for_a_ladder(arguments, run_dir, tmp_path, capsys):

@@ -8,8 +8,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import huggingface_hub
 import pytest
 
-from nuteprune.config import ExportConfig
+from nuteprune.__main__ import main
+from nuteprune.config import ExportConfig, load_config
 from nuteprune.errors import UserError
+from nuteprune.evaluation.compare import checked
 from nuteprune.exporting.publish import push
 from nuteprune.runs.checkpoint import write_manifest
 
@@ -93,3 +95,12 @@ def test_what_cannot_be_pushed_is_one_line(export_dir):
     (export_dir / "config.json").write_text("{ }")
     with pytest.raises(UserError, match=r"config\.json has 3 bytes instead of 2: export again"):
         push(export_dir, ExportConfig(push_to_hub="me/small"))
+
+
+def test_what_is_no_name_of_a_repository_is_refused_before_anything_is_written(run_dir, capsys):
+    before = sorted(run_dir.rglob("*"))
+    assert main(["export", str(run_dir), "--push-to-hub", "me/small/model"]) == 2
+    assert "nuteprune: export.push_to_hub me/small/model: Repo id must be" in capsys.readouterr().err
+    assert sorted(run_dir.rglob("*")) == before
+    with pytest.raises(UserError, match=r"export.push_to_hub me/small/model: Repo id must be"):
+        checked(load_config(run_dir, ["export.push_to_hub=me/small/model"]), [])

@@ -10,11 +10,12 @@ import yaml
 from tiny import SENTENCES, tiny_config
 
 from nuteprune.__main__ import main
-from nuteprune.chain import hold_out, with_choices
+from nuteprune.chain import hold_out, settle, with_choices
 from nuteprune.config import given_keys, load_config
 from nuteprune.model.loading import read_base
 from nuteprune.planning.cards import CARDS, UNNAMED
 from nuteprune.planning.machine import Choice, Machine, card_of, choose, pruning_steps
+from nuteprune.runs.rundir import save_config
 
 
 def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys, caplog, monkeypatch):
@@ -113,6 +114,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
         ([str(model_dir), "--data", str(text), "recover.ladder=[0.1]"], "give recover.ladder to `nuteprune recover`"),
         ([str(model_dir), "--data", str(text), "finetune.data=a.json", "finetune.sparsity=0.2"],
          "fine-tune the student at 0.2 and export that at 0.3"),
+        ([str(model_dir), "--data", str(text), "evaluate.text=none.txt"], "'none.txt' does not exist"),
         ([str(model_dir), "--data", str(texts), "--out", str(texts / "runs" / "a")], "all of which is read as text"),
         ([str(model_dir), "--data", str(text), "--out", str(file / "x")], "is a file, or below one: choose"),
     ):  # fmt: skip
@@ -122,6 +124,19 @@ def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
         assert told in line
         assert not (tmp_path / "out").exists()
         assert list(texts.iterdir()) == [text]
+
+
+def test_a_run_that_began_with_another_text_for_the_report_goes_on_without_it(model_dir, tmp_path):
+    """As where that text could not be read."""
+    (text := tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in SENTENCES * 5))
+    words = [f"model.path={model_dir}", f"run_dir={tmp_path / 'run'}", f"data.source={text}", "evaluate.window=64"]
+    config, machine = load_config(None, words), Machine("a processor")
+    spec = read_base(config.model).spec
+    assert settle(config, given_keys(None, words), machine, spec)[0].data.documents == 1230
+    (tmp_path / "run").mkdir()
+    save_config(tmp_path / "run" / "config.yaml", load_config(None, [*words, "evaluate.text=none.txt"]))
+    found, _, held_out = settle(config, given_keys(None, words), machine, spec)
+    assert (found.data.documents, found.evaluate.text, held_out) == (config.data.documents, [], "")
 
 
 def test_settings_follow_the_machine_and_give_way_to_the_users(tmp_path):

@@ -1,6 +1,7 @@
 """Signals to the real command line: it says what it saved, also while it still loads, and a second Ctrl-C ends it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nuteprune import chain
 from nuteprune.training.signals import stop_signals
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +145,21 @@ def test_a_signal_to_a_run_of_several_ranks_saves_and_leaves_none_behind(start, 
     assert not alive
     steps = len(metrics.read_text().splitlines())
     assert (run_dir / f"checkpoints/step-{steps:08d}/manifest.json").exists()
+
+
+def test_a_run_of_several_ranks_has_their_exit_code(tmp_path, monkeypatch):
+    """75 where one is lost, 2 where all of them refuse their settings; torchrun's own is 1."""
+    (settings := tmp_path / "run.yaml").write_text("trian: {steps: 3}")
+    with pytest.raises(chain.StageFailed, match="prune ended with exit code 2") as refused:
+        chain._on_all_cards("prune", settings, 2)
+    assert refused.value.exit_code == 2
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\nif os.environ.get('RANK') == '1': os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(chain.StageFailed) as lost:
+        chain._on_all_cards("prune", settings, 2)
+    assert lost.value.exit_code == 75
 
 
 def test_a_second_ctrl_c_ends_ranks_that_do_not_leave(start):
