@@ -81,9 +81,17 @@ def test_a_signal_while_it_loads_ends_with_a_line(start, settings, tmp_path, num
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.fixture
+def preparing(start, settings, text_file, tmp_path):
+    """A process that prepares a text of several seconds, so that no busy machine ends it before a signal comes."""
+    long = tmp_path / "long.txt"
+    long.write_text(text_file.read_text() * 300)
+    return start("-m", "nuteprune", "prepare", *settings, f"data.source={long}")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_ctrl_c_in_a_stage_without_steps_is_one_line(start, settings):
-    process = start("-m", "nuteprune", "prepare", *settings)
+def test_ctrl_c_in_a_stage_without_steps_is_one_line(preparing):
+    process = preparing
     until(lambda: has_loaded(process, "tokenizers"), process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=HANG)
@@ -93,8 +101,8 @@ def test_ctrl_c_in_a_stage_without_steps_is_one_line(start, settings):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_slurms_signal_ends_a_stage_without_steps_with_a_line(start, settings):
-    process = start("-m", "nuteprune", "prepare", *settings)
+def test_slurms_signal_ends_a_stage_without_steps_with_a_line(preparing):
+    process = preparing
     until(lambda: has_loaded(process, "tokenizers"), process)
     process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=HANG)
