@@ -2,8 +2,7 @@
 
 PYTHON ?= python3
 TESTS ?= tests
-# More than two cores have: tests of ranks, signals and SLURM wait for much of their time.
-WORKERS ?= 3
+WORKERS ?= 2
 # The newest that there is a CPU build of wherever the tests run; `make lock` writes it to constraints.txt.
 TORCH ?= 2.13.0
 TRAIN ?= data/c4_900.jsonl

@@ -81,34 +81,23 @@ def test_a_signal_while_it_loads_ends_with_a_line(start, settings, tmp_path, num
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-@pytest.fixture
-def preparing(start, settings, text_file, tmp_path):
-    """A process that prepares a text of several seconds, so that no busy machine ends it before a signal comes."""
-    long = tmp_path / "long.txt"
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("number", "code", "told"),
+    [
+        (signal.SIGINT, 130, "ended by Ctrl-C; start the same command again"),
+        (signal.SIGUSR1, 75, "SIGUSR1 outside of training: what was finished is kept, start again"),
+    ],
+)
+def test_a_signal_in_a_stage_without_steps_is_one_line(start, settings, text_file, tmp_path, number, code, told):
+    long = tmp_path / "long.txt"  # several seconds, so that no busy machine is done before the signal comes
     long.write_text(text_file.read_text() * 300)
-    return start("-m", "nuteprune", "prepare", *settings, f"data.source={long}")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_ctrl_c_in_a_stage_without_steps_is_one_line(preparing):
-    process = preparing
+    process = start("-m", "nuteprune", "prepare", *settings, f"data.source={long}")
     until(lambda: has_loaded(process, "tokenizers"), process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=HANG)
-    assert errors.splitlines()[-1] == "nuteprune: ended by Ctrl-C; start the same command again"
+    assert (process.returncode, errors.splitlines()[-1]) == (code, f"nuteprune: {told}")
     assert "Traceback" not in errors
-    assert process.returncode == 130
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_slurms_signal_ends_a_stage_without_steps_with_a_line(preparing):
-    process = preparing
-    until(lambda: has_loaded(process, "tokenizers"), process)
-    process.send_signal(signal.SIGUSR1)
-    _, errors = process.communicate(timeout=HANG)
-    assert process.returncode == 75, errors
-    told = "nuteprune: SIGUSR1 outside of training: what was finished is kept, start again"
-    assert errors.splitlines()[-1] == told
 
 
 def test_ctrl_c_saves_after_the_step_and_a_second_one_ends_at_once(start, settings, tmp_path):
