@@ -17,8 +17,8 @@ from nuteprune.errors import UserError
 from nuteprune.evaluation import generation, report
 from nuteprune.evaluation.generation import Continued
 from nuteprune.evaluation.measure import SIZES, environment, perplexity, sizes, window_spans
-from nuteprune.evaluation.models import USABLE, load_any, model_names, read_any, weight_bytes
-from nuteprune.evaluation.protocol import ScoredText, scored_texts
+from nuteprune.evaluation.models import USABLE, load_any, read_any, weight_bytes
+from nuteprune.evaluation.protocol import ScoredText, scored_texts, short_names
 from nuteprune.evaluation.speed import SPEEDS, ceiling, speed, speed_ratio
 from nuteprune.evaluation.tasks import lm_eval_tasks, load_tasks, mean_accuracy
 from nuteprune.exporting.card import RECORD, add_results, check_distilled
@@ -60,7 +60,7 @@ def evaluate_models(config: Config) -> dict:
         entry |= part
         report.write_draft(draft, output)
 
-    for name, path, texts in zip(model_names(paths), paths, texts_of, strict=True):
+    for name, path, texts in zip(short_names(paths), paths, texts_of, strict=True):
         model, tokenizer, folder = load_any(path, config.model, settings.trust_remote_code, device)
         streams.append(torch.cat([text.tokens for text in texts]))
         firsts.append(first_tokens(tokenizer))

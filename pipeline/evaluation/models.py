@@ -17,19 +17,11 @@ from nuteprune.errors import UserError, first_line
 from nuteprune.exporting.folding import OWN_TYPES
 from nuteprune.model.hub import fetch, weight_files
 from nuteprune.model.loading import check_attention, check_dtype, check_whole
-from nuteprune.runs.directories import DISTILLED, distill_directory
 
 log = logging.getLogger(__name__)
 
 USABLE = 0.9
 """Share of a device's memory that the weights of a model may fill, the rest is for what is computed with them."""
-
-
-def model_names(paths: list[str]) -> list[str]:
-    """As `short_names`; but a distilled model is called that, not by the last part of its place."""
-    place = distill_directory(Path()) / DISTILLED
-    names = ["distilled" if Path(path).parts[-2:] == place.parts else Path(path).name or path for path in paths]
-    return names if len(set(names)) == len(names) else paths
 
 
 def weight_bytes(path: str, config: ModelConfig) -> int:

@@ -15,6 +15,7 @@ from nuteprune.config import DataConfig, EvaluateConfig
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import FORMATS, read_rows, text_tokens
 from nuteprune.errors import UserError, first_line
+from nuteprune.runs.directories import DISTILLED, distill_directory
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,9 @@ def published_text(settings: EvaluateConfig, field: str) -> tuple[str, str]:
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """The last part of each path, or the paths themselves where two share it."""
-    short = [Path(path).name or path for path in paths]
+    """The last part of each path, `distilled` for what `distill` made, or the paths themselves where two share it."""
+    distilled = str(distill_directory(Path()) / DISTILLED)
+    short = ["distilled" if Path(path).match(distilled) else Path(path).name or path for path in paths]
     return short if len(set(short)) == len(short) else paths
 
 
