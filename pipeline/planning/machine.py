@@ -120,7 +120,8 @@ def choose(
         if not free_steps:
             return
         first = pruning_steps(steps)
-        if fits and not {"distill.steps", "finetune.data", "sparsity.constraint"}.intersection(given):
+        unwanted = {"distill.steps", "finetune.data", "sparsity.constraint"}.intersection(given)
+        if fits and config.loss.kl_weight and not unwanted:
             take("train.steps", first, f"{budget}, in which it learns what to remove")
             take("distill.steps", steps - first, "the rest of it: the small model's own weights learn")
         else:

@@ -80,6 +80,8 @@ def summary(config: Config, result: Path) -> str:
 def settings(config: Config, trained: Run) -> Config:
     """The run's configuration with what this start says of the stage."""
     old, wanted = trained.config, config.distill
+    if not config.loss.kl_weight:
+        raise UserError("loss.kl_weight is 0: distill would learn nothing of the intact model; set it")
     steps = wanted.steps or int(trained.facts["steps"])
     return replace(
         old, run_dir=str(distill_directory(trained.directory)), deepspeed=config.deepspeed, distill=wanted,

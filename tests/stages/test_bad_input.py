@@ -242,7 +242,8 @@ def test_a_setting_of_pruning_that_a_later_stage_would_ignore(settings, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("stage", "override"), [("finetune", "loss.layer_weight=3.0"), ("distill", "train.lora_lr=0.5")]
+    ("stage", "override"),
+    [("finetune", "loss.layer_weight=3.0"), ("distill", "train.lora_lr=0.5"), ("distill", "loss.layer=raw")],
 )
 def test_a_setting_that_a_later_stage_does_not_read_at_all(settings, tmp_path, stage, override):
     (tmp_path / "run" / "pruned").mkdir(parents=True)

@@ -185,7 +185,13 @@ def test_a_run_learns_what_to_remove_and_distils_in_the_rest_of_its_steps(tmp_pa
     assert steps(eight) == (2000, None)  # a checkpoint's 24 bytes of each, and eight processes
     monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 1.1e11)
     assert steps(one) == (2000, None)  # 16 bytes of each of 3.5B parameters, beside the intact model
-    for given in ("distill.steps=5", "distill.steps=0", "finetune.data=records.json", "sparsity.constraint=lagrangian"):
+    for given in (
+        "distill.steps=5",
+        "distill.steps=0",
+        "finetune.data=records.json",
+        "sparsity.constraint=lagrangian",
+        "loss.kl_weight=0",
+    ):
         assert steps(eight, given) == (2000, None)
     assert steps(eight, "train.steps=50") == steps(eight, "train.epochs=2") == (None, None)
     for free, wanted in ((1 << 37, (60, 60)), (1 << 36, (120, None))):
