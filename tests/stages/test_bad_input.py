@@ -102,7 +102,8 @@ def test_empty_data(settings, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["no weights", "damaged weights", "half the weights", "no tokenizer", "big tokenizer",
                                   "unsupported", "quantized", "adapter", "no such type",
-                                  "padding beyond the embedding", "no config", "no such rope",
+                                  "padding beyond the embedding", "no config", "no such rope", "a factor in words",
+                                  "a window in words", "no such activation",
                                   "a list of tokenizer settings"])  # fmt: skip
 def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
     broken = tmp_path / "model"
@@ -116,6 +117,9 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
         "adapter": "a LoRA adapter lies there", "no config": "no readable config.json",
         "no such type": "no readable config.json there (module 'torch' has no attribute 'auto')",
         "no such rope": "config.json has rope_type 'spiral', and the transformers that is installed knows default,",
+        "a factor in words": "config.json has factor 'two', where a number belongs: mend config.json",
+        "a window in words": "config.json has sliding_window '16', where a number belongs: mend config.json",
+        "no such activation": "cannot be loaded (no 'nope' in it)",
         "a list of tokenizer settings": "no usable tokenizer there ('list' object has no attribute 'get')",
         "padding beyond the embedding": "cannot be loaded (Padding_idx must be within num_embeddings)",
     }[kind]  # fmt: skip
@@ -136,6 +140,9 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
     elif kind in (changes := {"quantized": {"quantization_config": {"quant_method": "fp8"}},
                               "no such type": {"dtype": "auto"},
                               "no such rope": {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+                              "a factor in words": {"rope_parameters": {"rope_type": "linear", "factor": "two"}},
+                              "a window in words": {"sliding_window": "16"},
+                              "no such activation": {"hidden_act": "nope"},
                               "padding beyond the embedding": {"pad_token_id": VOCAB}}):  # fmt: skip
         config = json.loads((broken / "config.json").read_text())
         (broken / "config.json").write_text(json.dumps(config | changes[kind]))
