@@ -86,6 +86,8 @@ def read_any(path: str, config: ModelConfig, trust: bool = False) -> Known:
         )
     if (spec := _spec(folder)) is not None:
         check_dtype(spec, config.dtype)
+    if asking:  # before any of it is
+        log.warning("%s brings code of its own (auto_map in its %s), which is run", path, asking)
     try:
         return Known(AutoTokenizer.from_pretrained(path, trust_remote_code=bool(asking)), folder, asking)
     # Foreign files, and perhaps foreign code: whatever goes wrong in a model is told by its name.
@@ -118,8 +120,6 @@ def load_any(
 
 def load_weights(path: str, config: ModelConfig, known: Known, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The model of `load_any`, of which `read_any` knows the rest."""
-    if known.asking:
-        log.warning("%s brings code of its own (auto_map in its %s), which is run", path, known.asking)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
