@@ -377,6 +377,24 @@ def test_what_a_killed_process_left_goes_and_another_outputs_directory_stays(nam
     assert sorted(tmp_path.iterdir()) == [other, tmp_path / name]
 
 
+def test_of_two_at_once_into_one_place_both_end(tmp_path):
+    """The second took what the first was writing for left by a killed process, and the first told of a full disk."""
+    writes = (
+        "import sys; from pathlib import Path; from nuteprune.runs.checkpoint import atomic_directory\n"
+        f"with atomic_directory(Path({str(tmp_path / 'export')!r})) as directory:\n"
+        "    print('there', flush=True); sys.stdin.read(); (directory / 'file').write_text('first')"
+    )
+    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", writes], **piped) as first:
+        assert first.stdout.readline() == "there\n"
+        with atomic_directory(tmp_path / "export") as directory:
+            (directory / "file").write_text("second")
+        first.stdin.close()
+        assert first.wait() == 0
+    assert (tmp_path / "export" / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
 def test_a_result_that_a_killed_process_moved_aside_is_put_back(tmp_path):
     target, old = tmp_path / "export", tmp_path / ".export.old-1"
     old.mkdir()
