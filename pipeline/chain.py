@@ -24,6 +24,7 @@ from nuteprune.data.text import load_text
 from nuteprune.errors import UserError
 from nuteprune.evaluation.compare import checked as check_evaluation
 from nuteprune.exporting.gguf_model import gguf_architecture
+from nuteprune.masks import check_target
 from nuteprune.model.loading import read_base, read_config
 from nuteprune.parallel.sizes import total_parameters
 from nuteprune.planning.machine import Choice, Machine, choose, this_machine
@@ -141,7 +142,9 @@ def settle(
         choices = [Choice(key, value, "as this run began") for key, value in chosen_before(directory, config, given)]
     else:
         choices, plan = choose(config, given, machine, spec)
-    kept, lines = hold_out(with_choices(config, choices), given)
+    config = with_choices(config, choices)
+    check_target(spec, config.gates, config.sparsity.target, config.lora.targets)
+    kept, lines = hold_out(config, given)
     if begun:
         documents = load_config(directory).data.documents
         if kept and documents == config.data.documents:  # evaluate.text was named then

@@ -17,7 +17,7 @@ from nuteprune.errors import UserError
 from nuteprune.evaluation import generation, report
 from nuteprune.evaluation.generation import Continued
 from nuteprune.evaluation.measure import SIZES, environment, perplexity, sizes, window_spans
-from nuteprune.evaluation.models import USABLE, load_any, read_any, weight_bytes
+from nuteprune.evaluation.models import USABLE, Known, load_weights, read_any, weight_bytes
 from nuteprune.evaluation.protocol import ScoredText, scored_texts, short_names
 from nuteprune.evaluation.speed import SPEEDS, ceiling, speed, speed_ratio
 from nuteprune.evaluation.tasks import lm_eval_tasks, load_tasks, mean_accuracy
@@ -48,7 +48,7 @@ def evaluate_models(config: Config) -> dict:
     settings = config.evaluate
     paths, output = _model_paths(config), report_directory(config)
     device = discover().device
-    tasks, texts_of = checked(config, paths)
+    tasks, known = checked(config, paths)
     wanted = [weight_bytes(path, config.model) for path in paths] if settings.batch_sizes else []
     too_big = too_big_together(wanted, device)
     entries: list[dict[str, Any]] = []
@@ -60,11 +60,11 @@ def evaluate_models(config: Config) -> dict:
         entry |= part
         report.write_draft(draft, output)
 
-    for name, path, texts in zip(short_names(paths), paths, texts_of, strict=True):
-        model, tokenizer, folder = load_any(path, config.model, settings.trust_remote_code, device)
+    for name, path, (found, texts) in zip(short_names(paths), paths, known, strict=True):
+        model, tokenizer = load_weights(path, config.model, found, device), found.tokenizer
         streams.append(torch.cat([text.tokens for text in texts]))
         firsts.append(first_tokens(tokenizer))
-        entries.append({"name": name, "path": path, **sizes(model, folder), "perplexity": {},
+        entries.append({"name": name, "path": path, **sizes(model, found.folder), "perplexity": {},
                         "first_tokens": tokenizer.convert_ids_to_tokens(list(firsts[-1]))})  # fmt: skip
         for part in _quality(model, tokenizer, texts, tasks, continued, settings, config.tracking.progress, name):
             keep(entries[-1], part)
@@ -100,19 +100,20 @@ def evaluate_models(config: Config) -> dict:
     return written
 
 
-def checked(config: Config, paths: list[str]) -> tuple[list, list[list[ScoredText]]]:
-    """Tasks, and the texts in the tokens of each model; so that a mistake costs no evaluation and no earlier report,
-    it is found here, before weights are read. Raises as `evaluate_models`."""
+def checked(config: Config, paths: list[str]) -> tuple[list, list[tuple[Known, list[ScoredText]]]]:
+    """Tasks, and what is known of each model with the texts in its tokens; so that a mistake costs no evaluation and no
+    earlier report, it is found here, before weights are read. Raises as `evaluate_models`."""
     settings = config.evaluate
     check_reporters(config.tracking)
     check_repository(config.export)
-    tasks, texts_of = load_tasks(settings.tasks, settings.trust_remote_code), []
+    tasks, known = load_tasks(settings.tasks, settings.trust_remote_code), []
     for path in paths:
-        tokenizer, *_ = read_any(path, config.model, settings.trust_remote_code)
-        texts_of.append(scored_texts(settings, config.data, tokenizer))
-        for text in texts_of[-1]:
+        found = read_any(path, config.model, settings.trust_remote_code)
+        texts = scored_texts(settings, config.data, found.tokenizer)
+        for text in texts:
             window_spans(len(text.tokens), text.window, text.blocks, len(text.first))
-    return tasks, texts_of
+        known.append((found, texts))
+    return tasks, known
 
 
 def _quality(

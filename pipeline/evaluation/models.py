@@ -7,6 +7,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,9 +57,22 @@ def placement(size: int, device: torch.device) -> str | dict | None:
     return "auto"
 
 
-def read_any(path: str, config: ModelConfig, trust: bool = False) -> tuple[PreTrainedTokenizerBase, Path, str]:
-    """Of a model for evaluation the tokenizer, the directory of its files, and that one of them which asks to run code
-    of its own, empty where none does; its weights are not read. Arguments and errors as of `load_any`."""
+class Known(NamedTuple):
+    """What is known of a model for evaluation before its weights are read.
+
+    Attributes:
+        tokenizer: of its own.
+        folder: of its files.
+        asking: that one of them which asks to run code of its own, empty where none does.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    asking: str
+
+
+def read_any(path: str, config: ModelConfig, trust: bool = False) -> Known:
+    """A model for evaluation without its weights; arguments and errors as of `load_any`."""
     check_attention(config)
     try:
         folder = fetch(path)
@@ -72,8 +86,10 @@ def read_any(path: str, config: ModelConfig, trust: bool = False) -> tuple[PreTr
         )
     if (spec := _spec(folder)) is not None:
         check_dtype(spec, config.dtype)
+    if asking:  # before any of it is
+        log.warning("%s brings code of its own (auto_map in its %s), which is run", path, asking)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=bool(asking)), folder, asking
+        return Known(AutoTokenizer.from_pretrained(path, trust_remote_code=bool(asking)), folder, asking)
     # Foreign files, and perhaps foreign code: whatever goes wrong in a model is told by its name.
     except Exception as error:
         raise _unloadable(path, error) from error
@@ -98,13 +114,16 @@ def load_any(
         UserError: no whole model or no tokenizer there, code of its own that is not trusted, or a type that its family
             cannot compute in.
     """
-    tokenizer, folder, asking = read_any(path, config, trust)
-    if asking:
-        log.warning("%s brings code of its own (auto_map in its %s), which is run", path, asking)
+    known = read_any(path, config, trust)
+    return load_weights(path, config, known, device), known.tokenizer, known.folder
+
+
+def load_weights(path: str, config: ModelConfig, known: Known, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model of `load_any`, of which `read_any` knows the rest."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention,
-            trust_remote_code=bool(asking), output_loading_info=True,
+            trust_remote_code=bool(known.asking), output_loading_info=True,
             device_map=placement(weight_bytes(path, config), torch.device(device)),
         )  # fmt: skip
     except torch.OutOfMemoryError:
@@ -112,7 +131,7 @@ def load_any(
     except Exception as error:  # as above
         raise _unloadable(path, error) from error
     check_whole(path, info["missing_keys"])
-    return model.eval(), tokenizer, folder
+    return model.eval()
 
 
 def _unloadable(path: str, error: Exception) -> UserError:

@@ -126,16 +126,21 @@ def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
 
 
 def check_positions(config: PreTrainedConfig) -> None:
-    """Raise `UserError` for a `rope_type` that transformers does not know; some families have one for each kind of
-    layer."""
+    """Raise `UserError` for a `rope_type` that transformers does not know (some families have one for each kind of
+    layer), and for words in place of a number among its settings or as sliding window, which transformers lets pass."""
     rope = getattr(config, "rope_parameters", None) or {}
     known = ("default", *ROPE_INIT_FUNCTIONS)
-    for one in (rope, *rope.values()):
-        if isinstance(one, dict) and one.get("rope_type", "default") not in known:
+    for one in (rope, *rope.values(), {"sliding_window": getattr(config, "sliding_window", None)}):
+        if not isinstance(one, dict):
+            continue
+        if one.get("rope_type", "default") not in known:
             raise UserError(
                 f"config.json has rope_type '{one['rope_type']}', and the transformers that is installed knows "
                 f"{', '.join(known)}: mend config.json, or install a version that knows it"
             )
+        for name, value in one.items():
+            if isinstance(value, str) and name not in ("rope_type", "type"):
+                raise UserError(f"config.json has {name} '{value}', where a number belongs: mend config.json")
 
 
 def check_dtype(spec: ArchSpec, dtype: str, setting: str = "model.dtype") -> None:
@@ -169,7 +174,7 @@ def load_model(base: Base, device: torch.device | str = "cpu") -> PreTrainedMode
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, UnpicklingError, struct.error, RuntimeError, ValueError, ImportError,
-            AssertionError) as error:  # fmt: skip
+            AssertionError, KeyError, TypeError, ArithmeticError) as error:  # fmt: skip
         raise UserError(f"model.path {base.path}: the weights cannot be loaded ({first_line(error)})") from None
     check_whole(base.path, info["missing_keys"])
     head, embedding = model.lm_head.weight, model.model.embed_tokens.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -9,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def atomic_directory(target: Path, lender: Path | None = None, read: Facts | Non
     """Yield a temporary sibling directory; on success write its manifest, flush it to disk and rename it to `target`.
 
     An existing `target` is replaced only after the new one is complete; on an error nothing is left behind. What a
-    killed process moved aside is put back first.
+    killed process moved aside is put back first. Of two at once the one that ends last wins.
 
     Args:
         lender: a directory with a manifest, of which files may be hard links: those are not read again.
@@ -53,15 +54,17 @@ def atomic_directory(target: Path, lender: Path | None = None, read: Facts | Non
                 if kind == "old" and not target.exists():  # killed between the two renames
                     left.rename(target)
                 else:
-                    shutil.rmtree(left, ignore_errors=True)
+                    with suppress(OSError), _held(left):
+                        shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
-        yield temporary
-        write_manifest(temporary, lender=lender, read=read)
-        for path in [*temporary.rglob("*"), temporary]:
-            _fsync(path)
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
+        with _held(temporary):
+            yield temporary
+            write_manifest(temporary, lender=lender, read=read)
+            for path in [*temporary.rglob("*"), temporary]:
+                _fsync(path)
+            if target.exists():
+                target.rename(old)
+            temporary.rename(target)
         _fsync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
@@ -73,6 +76,25 @@ def atomic_directory(target: Path, lender: Path | None = None, read: Facts | Non
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """A block in which no other process deletes a half-written directory; `BlockingIOError` where another is in it.
+
+    Where the file system cannot lock a directory, as an NFS, nothing is held.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_of_the_disk(error: Exception) -> bool:

@@ -102,7 +102,8 @@ def test_empty_data(settings, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["no weights", "damaged weights", "half the weights", "no tokenizer", "big tokenizer",
                                   "unsupported", "quantized", "adapter", "no such type",
-                                  "padding beyond the embedding", "no config", "no such rope",
+                                  "padding beyond the embedding", "no config", "no such rope", "a factor in words",
+                                  "a window in words", "no such activation",
                                   "a list of tokenizer settings"])  # fmt: skip
 def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
     broken = tmp_path / "model"
@@ -116,6 +117,9 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
         "adapter": "a LoRA adapter lies there", "no config": "no readable config.json",
         "no such type": "no readable config.json there (module 'torch' has no attribute 'auto')",
         "no such rope": "config.json has rope_type 'spiral', and the transformers that is installed knows default,",
+        "a factor in words": "config.json has factor 'two', where a number belongs: mend config.json",
+        "a window in words": "config.json has sliding_window '16', where a number belongs: mend config.json",
+        "no such activation": "cannot be loaded (no 'nope' in it)",
         "a list of tokenizer settings": "no usable tokenizer there ('list' object has no attribute 'get')",
         "padding beyond the embedding": "cannot be loaded (Padding_idx must be within num_embeddings)",
     }[kind]  # fmt: skip
@@ -136,6 +140,9 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
     elif kind in (changes := {"quantized": {"quantization_config": {"quant_method": "fp8"}},
                               "no such type": {"dtype": "auto"},
                               "no such rope": {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+                              "a factor in words": {"rope_parameters": {"rope_type": "linear", "factor": "two"}},
+                              "a window in words": {"sliding_window": "16"},
+                              "no such activation": {"hidden_act": "nope"},
                               "padding beyond the embedding": {"pad_token_id": VOCAB}}):  # fmt: skip
         config = json.loads((broken / "config.json").read_text())
         (broken / "config.json").write_text(json.dumps(config | changes[kind]))
@@ -369,6 +376,24 @@ def test_what_a_killed_process_left_goes_and_another_outputs_directory_stays(nam
     with atomic_directory(tmp_path / name):
         assert not left.exists()
     assert sorted(tmp_path.iterdir()) == [other, tmp_path / name]
+
+
+def test_of_two_at_once_into_one_place_both_end(tmp_path):
+    """The second took what the first was writing for left by a killed process, and the first told of a full disk."""
+    writes = (
+        "import sys; from pathlib import Path; from nuteprune.runs.checkpoint import atomic_directory\n"
+        f"with atomic_directory(Path({str(tmp_path / 'export')!r})) as directory:\n"
+        "    print('there', flush=True); sys.stdin.read(); (directory / 'file').write_text('first')"
+    )
+    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", writes], **piped) as first:
+        assert first.stdout.readline() == "there\n"
+        with atomic_directory(tmp_path / "export") as directory:
+            (directory / "file").write_text("second")
+        first.stdin.close()
+        assert first.wait() == 0
+    assert (tmp_path / "export" / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
 def test_a_result_that_a_killed_process_moved_aside_is_put_back(tmp_path):

@@ -538,6 +538,18 @@ def test_a_model_that_transformers_cannot_build_is_one_line(settings, tmp_path, 
         evaluate.run(changed(settings, models=[str(folder)], tasks=[]))
 
 
+def test_the_tokenizer_of_each_model_is_read_once(settings, monkeypatch):
+    read, real = [], AutoTokenizer.from_pretrained
+
+    def counted(path, **options):
+        read.append(path)
+        return real(path, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", counted)
+    found = evaluate.run(changed(settings, batch_sizes=[], tasks=[], prompts=0))
+    assert read == [model["path"] for model in found["models"]]
+
+
 def test_an_added_token_in_the_text_that_has_no_embedding(settings, tokenizer, tmp_path, model):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)

@@ -115,6 +115,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
         ([str(model_dir), "--data", str(text), "finetune.data=a.json", "finetune.sparsity=0.2"],
          "fine-tune the student at 0.2 and export that at 0.3"),
         ([str(model_dir), "--data", str(text), "evaluate.text=none.txt"], "'none.txt' does not exist"),
+        ([str(model_dir), "--data", str(text), "--sparsity", "0.99", "gates.units=[ffn]"], "0.99 is out of reach"),
         ([str(model_dir), "--data", str(texts), "--out", str(texts / "runs" / "a")], "all of which is read as text"),
         ([str(model_dir), "--data", str(text), "--out", str(file / "x")], "is a file, or below one: choose"),
     ):  # fmt: skip

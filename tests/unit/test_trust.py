@@ -89,6 +89,10 @@ def test_code_beside_a_model_runs_only_when_asked_for(model_dir, marker, file, k
     model, tokenizer, _ = load_any(str(model_dir), MODEL, trust=True)
     assert marker.exists()
     assert type(tokenizer if key == "AutoTokenizer" else model).__name__.startswith("Evil")
+    caplog.clear()
+    (model_dir / "modeling_evil.py").write_text("raise OSError('gone')\n")  # told of before it has run
+    with pytest.raises(UserError, match="for evaluation: gone"):
+        load_any(str(model_dir), MODEL, trust=True)
     assert "code of its own" in caplog.text
 
 
