@@ -4,10 +4,10 @@ import random
 import string
 
 import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from nuteprune import arch
 from nuteprune.arch import PROJECTIONS, ArchSpec, read_spec
 from nuteprune.config import load_config
 from nuteprune.exporting import folding
@@ -16,12 +16,7 @@ from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.runs.rundir import save_run
 
-NAMES = {
-    "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "granite": "Granite",
-    "smollm3": "SmolLM3", "phi3": "Phi3", "olmo2": "Olmo2", "olmo3": "Olmo3", "gemma3_text": "Gemma3Text",
-    "qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral",
-}  # fmt: skip
-FAMILIES = tuple(NAMES)
+FAMILIES = tuple(arch.FAMILIES)
 SHAPES = ("uniform", "per_layer_ffn", "per_layer")
 EXPERTS = ("qwen3_moe", "mixtral")
 FAMILY_SHAPES = [(f, s) for f in FAMILIES for s in SHAPES]
@@ -47,13 +42,27 @@ EXTRA = {
     "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 5, "sliding_window": 7},
 }  # fmt: skip
+PLAIN = {
+    "mistral": {"sliding_window": None}, "qwen2": {"use_sliding_window": False, "sliding_window": None},
+    "qwen3": {"attention_bias": False},
+    "smollm3": {"no_rope_layer_interval": 4, "use_sliding_window": False, "sliding_window": None},
+    "phi3": {"sliding_window": None}, "olmo2": {"attention_bias": False}, "mixtral": {"sliding_window": None},
+}  # fmt: skip
+"""In place of those, what llama.cpp has."""
 BIASED_LLAMA = {"attention_bias": True, "mlp_bias": True}
 
 
-def base_model(family: str, tied: bool = False, seed: int = 0, **options) -> transformers.PreTrainedModel:
+def asked(request) -> tuple[str, ...]:
+    """The families of the chosen tests that take this fixture (`-k FAMILY`); all, where one of them names none."""
+    tests = [item for item in request.session.items if item.module is request.module]
+    calls = [getattr(item, "callspec", None) for item in tests if request.fixturename in item.fixturenames]
+    found = {call and call.params.get("family") for call in calls}
+    return tuple(family for family in FAMILIES if None in found or family in found)
+
+
+def base_model(family: str, tied: bool = False, seed: int = 0, **options) -> PreTrainedModel:
     """A tiny model whose every parameter is random: norms are not ones, biases not zeros."""
-    cls = getattr(transformers, NAMES[family] + "Config")
-    config = cls(**{**SIZES, **EXTRA[family], **options}, tie_word_embeddings=tied)
+    config = AutoConfig.for_model(family, **{**SIZES, **EXTRA.get(family, {}), **options}, tie_word_embeddings=tied)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

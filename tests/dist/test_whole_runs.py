@@ -7,7 +7,7 @@ import math
 import pytest
 import ranks
 from test_engine import metrics, same_curve
-from tiny import tiny_model, tiny_tokenizer
+from tiny import CONFIGS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from nuteprune.arch import read_spec
@@ -16,10 +16,10 @@ from nuteprune.stages import evaluate, export, finetune, prune, recover
 
 ON_TWO_RANKS = ("phi3", "olmo2", "gemma3", "qwen3_moe", "mixtral")
 """ZeRO-3 partitions modules of theirs that LLaMA, which test_engine.py has on two ranks, has not."""
-FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "granite", "smollm3", "olmo3",
-    *(pytest.param(name, marks=pytest.mark.xdist_group("ranks")) for name in ON_TWO_RANKS),
-)  # fmt: skip
+FAMILIES = [
+    pytest.param(name, marks=[pytest.mark.xdist_group("ranks")] if name in ON_TWO_RANKS else [])
+    for name in CONFIGS if "-" not in name
+]  # fmt: skip
 SIZES = {
     "qwen3_moe": {"moe_intermediate_size": 128, "num_experts": 8},
     "mixtral": {"intermediate_size": 128, "num_local_experts": 8},

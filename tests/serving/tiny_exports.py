@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from exporting import FAMILIES, SHAPES, base_model, some_gates, trained
+from exporting import FAMILIES, PLAIN, SHAPES, base_model, some_gates, trained
 
 from nuteprune.errors import UserError
 from nuteprune.masks import Gates
@@ -19,14 +19,8 @@ from nuteprune.stages import export
 SIZES = {
     "llama": {"hidden_size": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
     "mistral": {"sliding_window": 32},
-    "qwen2": {"use_sliding_window": False, "sliding_window": None, "hidden_size": 192},
-    "qwen3": {"attention_bias": False},
-    "smollm3": {"no_rope_layer_interval": 4, "use_sliding_window": False, "sliding_window": None},
-    "phi3": {"sliding_window": None},
-    "olmo2": {"attention_bias": False, "hidden_size": 192},
-    "olmo3": {"hidden_size": 192},
-    "qwen3_moe": {"hidden_size": 96},
-    "mixtral": {"sliding_window": None, "hidden_size": 96},
+    **{family: {"hidden_size": 192} for family in ("qwen2", "olmo2", "olmo3")},
+    **{family: {"hidden_size": 96} for family in ("qwen3_moe", "mixtral")},
 }
 HEAD_DIM = 32
 """The smallest that vLLM's attention takes."""
@@ -57,7 +51,8 @@ def main():
         for shape in SHAPES:
             place = Path(folder) / f"{family}-{shape}"
             place.mkdir(parents=True)
-            base = base_model(family, head_dim=HEAD_DIM, rms_norm_eps=1e-3, **SIZES.get(family, {}))
+            options = {**PLAIN.get(family, {}), **SIZES.get(family, {})}
+            base = base_model(family, head_dim=HEAD_DIM, rms_norm_eps=1e-3, **options)
             asked = {"gates.shape": shape, "export.output": place / "export", **dict(s.split("=") for s in settings)}
             config, *_ = trained(place, family, lambda s, k=shape: gates(s, k), base=base, **asked)
             try:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from exporting import (
     LAYERS,
     SHAPES,
     VOCAB,
+    asked,
     assert_close,
     base_model,
     loaded,
@@ -44,10 +46,10 @@ pytestmark = pytest.mark.xdist_group("export")
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory):
-    """Every family exported in all shapes: {(family, shape): (directory, wanted logits, gates)}."""
+def exports(tmp_path_factory, request):
+    """Each family exported in all shapes: {(family, shape): (directory, wanted logits, gates)}."""
     made = {}
-    for family, shape in FAMILY_SHAPES:
+    for family, shape in product(asked(request), SHAPES):
         tmp_path = tmp_path_factory.mktemp(f"{family}-{shape}")
         config, model, gates, lora = trained(tmp_path, family, lambda s, k=shape: some_gates(s, k),
                                              **{"gates.shape": shape})  # fmt: skip

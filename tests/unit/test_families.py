@@ -6,7 +6,7 @@ from tiny import CONFIGS, tiny_config, tiny_model
 from torch import nn
 
 from nuteprune.__main__ import main
-from nuteprune.arch import fuse, projections, read_spec, split_fused, stored
+from nuteprune.arch import FAMILIES, fuse, projections, read_spec, split_fused, stored
 from nuteprune.config import GateConfig, LoraConfig, LossConfig, ModelConfig
 from nuteprune.errors import UserError
 from nuteprune.evaluation.models import load_any
@@ -191,6 +191,10 @@ def test_half_a_gate_is_half_of_what_the_sublayer_adds(name):
         gates = Gates(ffn_sublayers=torch.full((spec.layers,), value))
         model.hidden(torch.arange(20)[None], build_view(spec, gates, {}, 1.0, torch.float32))
     torch.testing.assert_close(seen[1], (seen[0] + seen[2]) / 2)
+
+
+def test_every_family_has_a_tiny_model():
+    assert {tiny_config(name).model_type for name in CONFIGS} == {*FAMILIES}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
