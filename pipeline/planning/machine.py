@@ -160,7 +160,9 @@ def pruning_steps(steps: int) -> int:
     return max(min(PRUNING, steps // 2), steps // 10)
 
 
-def with_micro_batch(config: Config, spec: ArchSpec, world: World, zero: dict | None, steps: int) -> Config:
+def with_micro_batch(
+    config: Config, spec: ArchSpec, world: World, zero: dict | None, steps: int, distilling: bool = False
+) -> Config:
     """The run with `train.micro_batch` as planned for the memory that is free, where it is 0; collective.
 
     Args:
@@ -169,6 +171,7 @@ def with_micro_batch(config: Config, spec: ArchSpec, world: World, zero: dict | 
         world: this rank's place.
         zero: complete DeepSpeed settings, or None.
         steps: of the run.
+        distilling: whether it is distillation; its models are not loaded yet.
     """
     if config.train.micro_batch:
         return config
@@ -177,9 +180,10 @@ def with_micro_batch(config: Config, spec: ArchSpec, world: World, zero: dict | 
     if world.device.type == "cuda":
         free = float(torch.cuda.mem_get_info(world.device)[0])
     else:  # shared with a machine's other ranks, and with what a card's rank keeps on the host; the process is there
-        free = free_memory() / world.local_size - sum(host_memory(job, layout).values()) + PROCESS_BYTES
+        beside = 0 if distilling else sum(host_memory(job, layout).values()) - PROCESS_BYTES
+        free = free_memory() / world.local_size - beside
     free = max(0.0, min(world.gather(free)))
-    size = largest_micro_batch(job, layout, free)
+    size = largest_micro_batch(job, layout, free, distilling)
     if size < job.local_batch:
         log.info("%d of %d sequences at a time, as planned for %.1f GB", size, job.local_batch, free / 1e9)
     return replace(config, train=replace(config.train, micro_batch=size))

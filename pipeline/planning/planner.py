@@ -164,10 +164,18 @@ def estimate(job: Job, layout: Layout, kept: tuple[float, float]) -> Estimate:
     )  # fmt: skip
 
 
-def largest_micro_batch(job: Job, layout: Layout, room: float) -> int:
-    """The largest of a rank's batch and its halves with which a layout fits into `room` bytes; 1 where none does."""
+def largest_micro_batch(job: Job, layout: Layout, room: float, distilling: bool = False) -> int:
+    """The largest of a rank's batch and its halves with which a layout fits into `room` bytes; 1 where none does.
+
+    `distilling`: with the models of distillation in place of those of pruning, and activations as there.
+    """
+
+    def peak(size: int) -> float:
+        need = memory(job, replace(layout, micro_batch=size))
+        return (replace(need, resident=distillation_memory(job, layout)) if distilling else need).peak
+
     size = job.local_batch
-    while size > 1 and memory(job, replace(layout, micro_batch=size)).peak > USABLE * room:
+    while size > 1 and peak(size) > USABLE * room:
         size = -(-size // 2)
     return size
 

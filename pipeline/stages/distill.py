@@ -32,6 +32,7 @@ from nuteprune.model.whole import Distillation, Root
 from nuteprune.parallel.distributed import World, discover
 from nuteprune.parallel.sharding import fill, gathered_weights, read_shares, share_out, write_shares
 from nuteprune.parallel.zero import load_paired, zero_settings
+from nuteprune.planning.machine import with_micro_batch
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, Facts, atomic_directory, read_json, verify
 from nuteprune.runs.directories import DISTILLED, distill_directory
 from nuteprune.runs.fingerprint import fingerprint
@@ -120,10 +121,8 @@ class Distilling(Trainer):
     def build(cls, config: Config, world: World, trained: Run, base: Base, export: Path) -> Distilling:
         """Load both models and the batches, at step 0."""
         world.unhurried(lambda: check_export(export) if world.is_main else None)
-        whole = world.unhurried(lambda: load_small(export, config) if world.is_main else None)
         with world.together():
             zero = zero_settings(config, base.spec, world)
-            student = empty_small(export, config) if whole is None or world.size > 1 else whole.to(world.device)
         text = TrainingText(str(trained.directory), config.data, base)
         text_blocks = shared_blocks(text, world, config.train.batch_size)
         with world.together():
@@ -131,6 +130,10 @@ class Distilling(Trainer):
             read = math.ceil(trained.facts["steps"] * trained.config.train.batch_size / config.train.batch_size)
             stream = BatchStream(text_blocks, config.train.batch_size, config.seed, world.rank, world.size, read)
         schedule = Schedule.of(config, stream.steps_per_epoch)
+        config = with_micro_batch(config, base.spec, world, zero, schedule.total, distilling=True)
+        whole = world.unhurried(lambda: load_small(export, config) if world.is_main else None)
+        with world.together():
+            student = empty_small(export, config) if whole is None or world.size > 1 else whole.to(world.device)
         teacher = load_paired(base, replace(config.lora, targets=[], refit=0), world, zero)
         peak = world.from_main(None if whole is None else relative_rate(whole))
         root = Root(student)

@@ -252,6 +252,17 @@ def test_a_result_whose_record_is_cut_is_made_again(config, run_dir, text_file, 
     assert (distill.run(config) / "nuteprune.json").read_bytes() == whole
 
 
+def test_as_many_sequences_at_a_time_as_the_planner_finds_room_for(config, run_dir, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    for free, wanted in ((8 << 30, 4), (0, 1)):
+        shutil.rmtree(run_dir / "distill", ignore_errors=True)
+        monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda free=free: free)
+        distill.run(load_config(config, ["distill.steps=1"]))
+        state = json.loads((run_dir / "distill" / "checkpoints" / "step-00000000" / "state.json").read_text())
+        assert state["micro_batch"] == wanted
+    assert "1 of 4 sequences at a time, as planned for 0.0 GB" in caplog.text
+
+
 def test_what_is_said_of_training_and_loss_is_done_on_unread_text(config, run_dir, monkeypatch):
     seen = []
     forward = distill.Distilling.forward
