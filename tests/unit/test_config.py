@@ -93,7 +93,7 @@ def test_a_removed_setting_is_refused_by_name_with_what_took_its_place(key):
 
 
 def test_there_are_at_most_90_settings():
-    assert len(flatten(to_dict(Config()))) <= 90
+    assert len(flatten(to_dict(Config()))) <= 90, "a new setting takes the place of another one, see CONTRIBUTING.md"
 
 
 def test_the_papers_recipe_is_the_papers():
