@@ -13,6 +13,7 @@ import yaml
 
 from nuteprune.__main__ import main
 from nuteprune.config import STAGE_SECTIONS, Config, beyond_recipe, flatten, load_config, to_dict
+from nuteprune.config.said import INSTEAD
 from nuteprune.errors import UserError
 from nuteprune.masks.schedule import Schedule
 from nuteprune.runs.rundir import save_config
@@ -90,6 +91,10 @@ def test_a_removed_setting_is_refused_by_name_with_what_took_its_place(key):
     with pytest.raises(UserError, match=rf"{key} is no longer a setting: \w+") as told:
         load_config(None, [f"{key}=1"])
     assert "\n" not in str(told.value)
+
+
+def test_every_stage_behind_pruning_says_what_it_reads_instead():
+    assert {"prepare", "prune", *INSTEAD} == {*STAGE_SECTIONS}
 
 
 def test_there_are_at_most_90_settings():
