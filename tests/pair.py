@@ -7,11 +7,10 @@ from tiny import VOCAB, tiny_model
 
 from nuteprune.arch import read_spec
 from nuteprune.config import GateConfig, LoraConfig
-from nuteprune.masks import MaskSet
+from nuteprune.masks import KINDS, MaskSet
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
 
-ALL_UNITS = ["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers", "experts"]
 IDS = torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3))
 
 
@@ -28,7 +27,7 @@ class Pair:
         generator = torch.Generator().manual_seed(0)
         for factor in (factor for pair in self.model.lora().values() for factor in pair):
             factor.data.copy_(torch.empty(factor.shape).normal_(0, 0.3, generator=generator))  # the same on any device
-        self.masks = MaskSet(self.spec, GateConfig(units=ALL_UNITS, shape="per_layer"))
+        self.masks = MaskSet(self.spec, GateConfig(units=list(KINDS), shape="per_layer"))
         for la in self.masks.log_alpha.values():
             la.data.normal_(0, 2, generator=generator)
         self.masks = self.masks.to(device)

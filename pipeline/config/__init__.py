@@ -30,6 +30,7 @@ from nuteprune.config.fields import (
     TeacherConfig,
     TrackingConfig,
     TrainConfig,
+    Unit,
 )
 from nuteprune.config.loading import (
     beyond_recipe,

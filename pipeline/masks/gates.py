@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
+from nuteprune.config import Unit
 
-KINDS = ("heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers", "experts")
+KINDS: tuple[str, ...] = get_args(Unit)
 
 
 def unit_shape(spec: ArchSpec, kind: str) -> tuple[int, ...]:

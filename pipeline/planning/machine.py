@@ -15,6 +15,7 @@ import torch
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, flatten, load_config, to_dict
+from nuteprune.model.losses import learns_of_outputs
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.host import free_memory, multiplies_bfloat16, processor
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
@@ -121,7 +122,7 @@ def choose(
             return
         first = pruning_steps(steps)
         unwanted = {"distill.steps", "finetune.data", "sparsity.constraint"}.intersection(given)
-        if fits and config.loss.kl_weight and not unwanted:
+        if fits and learns_of_outputs(config.loss) and not unwanted:
             take("train.steps", first, f"{budget}, in which it learns what to remove")
             take("distill.steps", steps - first, "the rest of it: the small model's own weights learn")
         else:

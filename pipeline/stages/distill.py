@@ -27,6 +27,7 @@ from nuteprune.exporting.targets.gguf import write_anew
 from nuteprune.exporting.targets.stock import SHARD
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.loading import Base, in_float32, read_base
+from nuteprune.model.losses import learns_of_outputs
 from nuteprune.model.pairing import Losses
 from nuteprune.model.whole import Distillation, Root
 from nuteprune.parallel.distributed import World, discover
@@ -81,7 +82,7 @@ def summary(config: Config, result: Path) -> str:
 def settings(config: Config, trained: Run) -> Config:
     """The run's configuration with what this start says of the stage."""
     old, wanted = trained.config, config.distill
-    if not config.loss.kl_weight:
+    if not learns_of_outputs(config.loss):
         raise UserError("loss.kl_weight is 0: distill would learn nothing of the intact model; set it")
     steps = wanted.steps or int(trained.facts["steps"])
     return replace(

@@ -15,7 +15,7 @@ from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.model.layers import View
 from nuteprune.model.loading import read_base
-from nuteprune.model.losses import IGNORE
+from nuteprune.model.losses import IGNORE, without_layers
 from nuteprune.model.pairing import Answers, Losses
 from nuteprune.planning.machine import with_micro_batch
 from nuteprune.runs.directories import finetune_directory
@@ -57,7 +57,7 @@ def settings(config: Config, trained: Run, spec: ArchSpec) -> Config:
         data=replace(old.data, source=tune.data, seq_len=tune.seq_len),
         train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
                       micro_batch=tune.micro_batch, lora_lr=tune.lr),
-        loss=replace(config.loss, layer_weight=0.0, kl_weight=tune.distill or 1.0),
+        loss=replace(without_layers(config.loss), kl_weight=tune.distill or 1.0),
         lora=replace(old.lora, targets=[name for name in get_args(Projection) if name in spec.lora_targets], rank=rank,
                      alpha=rank * old.lora.scaling),
         teacher=replace(old.teacher, mode=constant_mode(bool(tune.distill))),

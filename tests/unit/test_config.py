@@ -13,6 +13,7 @@ import yaml
 
 from nuteprune.__main__ import main
 from nuteprune.config import STAGE_SECTIONS, Config, beyond_recipe, flatten, load_config, to_dict
+from nuteprune.config.said import INSTEAD
 from nuteprune.errors import UserError
 from nuteprune.masks.schedule import Schedule
 from nuteprune.runs.rundir import save_config
@@ -92,8 +93,12 @@ def test_a_removed_setting_is_refused_by_name_with_what_took_its_place(key):
     assert "\n" not in str(told.value)
 
 
+def test_every_stage_behind_pruning_says_what_it_reads_instead():
+    assert {"prepare", "prune", *INSTEAD} == {*STAGE_SECTIONS}
+
+
 def test_there_are_at_most_90_settings():
-    assert len(flatten(to_dict(Config()))) <= 90
+    assert len(flatten(to_dict(Config()))) <= 90, "a new setting takes the place of another one, see CONTRIBUTING.md"
 
 
 def test_the_papers_recipe_is_the_papers():

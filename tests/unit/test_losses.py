@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nuteprune.config import LossConfig
+from nuteprune.config.said import UNREAD
 from nuteprune.model.losses import IGNORE, TERMS, LayerTerm, OutputTerm, weights
 
 
@@ -46,3 +47,9 @@ def test_a_weight_of_0_turns_a_term_off(name):
     alone = weights(config, taught=False)
     assert all(not term.needs_teacher for term in alone)
     assert alone
+
+
+@pytest.mark.parametrize("stage", ["finetune", "distill"])
+@pytest.mark.parametrize("term", terms(LayerTerm))
+def test_a_stage_without_layer_terms_refuses_their_weights(stage, term):
+    assert f"loss.{term.name}_weight" in UNREAD[stage]

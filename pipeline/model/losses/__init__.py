@@ -3,6 +3,9 @@
 The paired forward, what is logged, TensorBoard's charts and the planner go by `TERMS`; none of them names a term.
 """
 
+from dataclasses import replace
+from typing import Any
+
 from nuteprune.config import LossConfig
 from nuteprune.model.losses.base import IGNORE, LayerTerm, OutputTerm, Term
 from nuteprune.model.losses.kl import Kl
@@ -16,3 +19,14 @@ def weights(config: LossConfig, taught: bool, answers: bool = False) -> dict[Ter
     """The terms of a step with their weights; arguments as of `Term.weight`."""
     found = {term: term.weight(config, taught, answers) for term in TERMS.values()}
     return {term: weight for term, weight in found.items() if weight}
+
+
+def without_layers(config: LossConfig) -> LossConfig:
+    """The same without layer terms."""
+    off: dict[str, Any] = {f"{name}_weight": 0.0 for name, term in TERMS.items() if isinstance(term, LayerTerm)}
+    return replace(config, **off)
+
+
+def learns_of_outputs(config: LossConfig) -> bool:
+    """Whether a term learns of the teacher's predictions."""
+    return any(term.needs_teacher for term in weights(without_layers(config), taught=True))
