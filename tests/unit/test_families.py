@@ -11,6 +11,7 @@ from nuteprune.config import GateConfig, LoraConfig, LossConfig, ModelConfig
 from nuteprune.errors import UserError
 from nuteprune.evaluation.models import load_any
 from nuteprune.exporting.folding import fold_model, plan_fold, small_config
+from nuteprune.exporting.gguf_families import ARCHITECTURES
 from nuteprune.exporting.gguf_model import gguf_architecture
 from nuteprune.exporting.small import exported_dtype
 from nuteprune.masks import Gates, Kept, MaskSet, Rounding, check_target, select_units, sparsity_of, unit_shape
@@ -72,7 +73,7 @@ def test_rotary_positions_of_its_own_stay_exact_in_the_stock_class(name, changes
     torch.testing.assert_close(small(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["granite", "smollm3", "phi3", "olmo3", "gemma3", "qwen3"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if tiny_config(name).model_type in ARCHITECTURES])
 def test_no_gguf_of_unequal_layers_where_llama_cpp_holds_none(name):
     config = tiny_config(name)
     with pytest.raises(UserError, match="only where all layers are alike"):
