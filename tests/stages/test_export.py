@@ -43,19 +43,6 @@ from nuteprune.stages import export
 pytestmark = pytest.mark.xdist_group("export")
 
 
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory):
-    """Every family exported in all shapes: {(family, shape): (directory, wanted logits, gates)}."""
-    made = {}
-    for family, shape in FAMILY_SHAPES:
-        tmp_path = tmp_path_factory.mktemp(f"{family}-{shape}")
-        config, model, gates, lora = trained(tmp_path, family, lambda s, k=shape: some_gates(s, k),
-                                             **{"gates.shape": shape})  # fmt: skip
-        directory = export.run(config)
-        made[family, shape] = (directory, masked_logits(model, gates, lora, some_ids()), gates)
-    return made
-
-
 @pytest.mark.parametrize(("family", "shape"), FAMILY_SHAPES)
 def test_logits_equal_the_masked_model(exports, family, shape):
     directory, wanted, _ = exports[family, shape]
