@@ -7,6 +7,7 @@ from pathlib import Path
 from nuteprune.config import load_config
 from nuteprune.runs.directories import distill_directory
 from nuteprune.stages import distill, evaluate, export, finetune, prune, recover
+from nuteprune.training import blocks
 
 PAGE = Path(__file__).parents[2] / "docs/monitoring.md"
 TABLE = re.compile(r"^(?P<stages>[^|\n][^\n]*)\n\n(?P<rows>(?:\|.*\n)+)", re.MULTILINE)
@@ -31,8 +32,9 @@ def logged(run_dir: Path, prefix: str) -> set[str]:
 
 
 def test_what_is_logged_is_defined_and_what_is_defined_is_logged(
-    run_dir, settings, text_file, records, model_dir, tmp_path
+    run_dir, settings, text_file, records, model_dir, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(blocks, "STEPS", 30)
     prune.run(load_config(None, ["recipe=paper", *settings, f"run_dir={tmp_path / 'paper'}", "train.steps=1"]))
     config = load_config(run_dir, [
         "recover.ladder=[0.2]", "recover.steps=1", f"finetune.data={records}", "finetune.steps=1",
