@@ -14,7 +14,7 @@ if "HF_MODULES_CACHE" not in os.environ:
     os.environ["HF_MODULES_CACHE"] = modules.name
 
 import pytest
-from tiny import SENTENCES, tiny_model, tiny_tokenizer
+from tiny import QUIET, SENTENCES, tiny_model, tiny_tokenizer
 
 from nuteprune.config import load_config
 from nuteprune.stages import export, prune
@@ -75,7 +75,7 @@ def settings(model_dir, text_file, tmp_path):
 def _short_run(run, model_dir, text_file):
     return [
         f"run_dir={run}", f"model.path={model_dir}", f"data.source={text_file}", "data.seq_len=32",
-        "train.steps=60", "train.batch_size=4", "gates.importance_tokens=256", "tracking.progress=false",
+        "train.steps=60", "train.batch_size=4", "gates.importance_tokens=256", *QUIET,
         "gates.ffn_multiple=1", "gates.hidden_multiple=1", "gates.shape=uniform",
     ]  # fmt: skip
 
@@ -89,7 +89,7 @@ def exported(tokenizer, text_file, tmp_path):
         tokenizer.save_pretrained(tmp_path / "model")
         settings = [f"run_dir={tmp_path / 'run'}", f"model.path={tmp_path / 'model'}", f"data.source={text_file}",
                     "data.seq_len=32", "train.steps=8", "train.batch_size=4", "gates.importance_tokens=256",
-                    "tracking.progress=false", "gates.ffn_multiple=1", f"sparsity.target={sparsity}"]  # fmt: skip
+                    *QUIET, "gates.ffn_multiple=1", f"sparsity.target={sparsity}"]  # fmt: skip
         if "moe" in family:
             settings += ["lora.targets=[q_proj,v_proj]", "gates.shape=per_layer"]
         prune.run(load_config(None, settings))

@@ -54,8 +54,8 @@ BIASED_LLAMA = {"attention_bias": True, "mlp_bias": True}
 
 def asked(request) -> tuple[str, ...]:
     """The families of the chosen tests that take this fixture (`-k FAMILY`); all, where one of them names none."""
-    tests = [item for item in request.session.items if item.module is request.module]
-    calls = [getattr(item, "callspec", None) for item in tests if request.fixturename in item.fixturenames]
+    tests = [item for item in request.session.items if request.fixturename in getattr(item, "fixturenames", ())]
+    calls = [getattr(item, "callspec", None) for item in tests]
     found = {call and call.params.get("family") for call in calls}
     return tuple(family for family in FAMILIES if None in found or family in found)
 

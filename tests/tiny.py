@@ -27,6 +27,8 @@ SENTENCES = [
     for where in ("in the evening", "near the harbour", "without losing anything", "for hours")
 ]
 VOCAB = 300
+QUIET = ("tracking.progress=false", "tracking.report_to=[]")
+"""Settings of a run whose curves nobody looks at: drawing them for TensorBoard takes longer than the steps."""
 
 SIZES = {
     "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 6,

@@ -24,8 +24,8 @@ from nuteprune.training.refit import STORED_BYTES, TIMES
 IMPORT_SECONDS = 6.0
 """CPU time of importing what prune needs, on the project's machine."""
 VARIANTS, COMPILE_SECONDS = 90, 0.35
-"""Kernels that a run compiles, and the CPU time of one: `tests/kernels/compile_for_cards.py` compiles 57 for sm_90 at
-one rank of LoRA, 117 for two cards in 41 s; down_proj's other rank adds the 33 that multiply matrices."""
+"""Kernels that a run compiles, and the CPU time of one: `tests/kernels/compile_for_cards.py` compiles 57 for sm_90 with
+`every` at one rank of LoRA, 117 for two cards in 41 s; down_proj's other rank adds the 33 that multiply matrices."""
 TUNING_SECONDS = 33 * 4 * 0.05
 """Each of those is timed for about four sizes of a model's projections, 25 ms and as much for starting it: assumed."""
 

@@ -1,7 +1,9 @@
 """Distillation on several ranks, which share out its weights, is that of one process."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import ranks
@@ -11,23 +13,40 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
+from nuteprune.parallel.distributed import RankLost
 from nuteprune.parallel.sharding import read_shares
 from nuteprune.runs.checkpoint import Checkpoints
-from nuteprune.stages import export
-from nuteprune.training import loop
+from nuteprune.stages import distill, export
+from nuteprune.training import blocks, loop
 from nuteprune.training.signals import Preempted
 
 pytestmark = pytest.mark.xdist_group("ranks")
 SETTINGS = ["distill.steps=6", "checkpoint.every=2"]
+FIT = 30
+"""Steps that each layer is fitted in, a tenth of what users have: they are rank 0's, whatever the ranks."""
 
 
-@pytest.fixture
-def one(run_dir):
-    """A run whose export was distilled by one process."""
-    export.run(load_config(run_dir, ["tracking.progress=false"]))
-    before = shutil.copytree(run_dir, run_dir.with_name("before"))
-    assert main(["distill", str(run_dir), *SETTINGS]) == 0
-    return before, run_dir
+def fit_briefly(_rank):
+    blocks.STEPS = FIT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief():
+    """As `fit_briefly` in the process of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "STEPS", FIT)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one(finished_run, tmp_path_factory):
+    """An exported run, and the same whose export was distilled by one process; to be copied, not written to."""
+    top = tmp_path_factory.mktemp("distilled")
+    before = shutil.copytree(finished_run, top / "before")
+    export.run(load_config(before, ["tracking.progress=false"]))
+    alone = shutil.copytree(before, top / "alone")
+    assert main(["distill", str(alone), *SETTINGS]) == 0
+    return before, alone
 
 
 def weights(run):
@@ -45,12 +64,20 @@ def check_alike(first, second):
     assert all(two[key].sub(tensor).abs().max() < 1e-3 for key, tensor in one.items())
 
 
-@pytest.mark.parametrize(("count", "deepspeed"), [(2, ""), (4, "zero2"), (2, "zero3")])
+@pytest.fixture(scope="module")
+def two(one, tmp_path_factory):
+    """The same, distilled by two ranks under ZeRO-3."""
+    several = shutil.copytree(one[0], tmp_path_factory.mktemp("two") / "several")
+    ranks.run(["distill", str(several), *SETTINGS, "deepspeed=zero3"], 2, several.with_name("logs"), fit_briefly)
+    return several
+
+
+@pytest.mark.parametrize(("count", "deepspeed"), [(2, ""), (4, "zero2")])
 def test_ranks_learn_what_one_process_learns(count, deepspeed, one, tmp_path):
     before, alone = one
     several = shutil.copytree(before, tmp_path / "several")
     command = ["distill", str(several), *SETTINGS, f"deepspeed={deepspeed}"]
-    ranks.run(command, count, tmp_path / "logs")
+    ranks.run(command, count, tmp_path / "logs", fit_briefly)
     check_alike(alone, several)
     # From the checkpoint behind step 4 on the same number of ranks: the same bits.
     whole = (several / "distill/model/model.safetensors").read_bytes()
@@ -60,6 +87,33 @@ def test_ranks_learn_what_one_process_learns(count, deepspeed, one, tmp_path):
     assert (several / "distill/model/model.safetensors").read_bytes() == whole
 
 
+def lose_one(rank):
+    """Let rank 1 be killed before its last step."""
+    fit_briefly(rank)
+    step = distill.Distilling.train_step
+
+    def killed(trainer):
+        if trainer.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(trainer)
+
+    if rank == 1:
+        distill.Distilling.train_step = killed
+
+
+def test_a_rank_killed_under_zero3_changes_no_bit(one, two, tmp_path):
+    before, alone = one
+    check_alike(alone, two)
+    several = shutil.copytree(before, tmp_path / "several")
+    command = ["distill", str(several), *SETTINGS, "deepspeed=zero3"]
+    ended = ranks.Group(command, 2, tmp_path / "logs", lose_one).wait()
+    assert [rank.code for rank in ended] == [RankLost.exit_code, -signal.SIGKILL], ended[0].text
+    ended = ranks.run(command, 2, tmp_path / "again")
+    assert "resumed at step 4" in ended[0].text
+    results = [run / "distill/model/model.safetensors" for run in (several, two)]
+    assert results[0].read_bytes() == results[1].read_bytes()
+
+
 @pytest.mark.parametrize(("family", "sparsity"), [("gemma3", 0.55), ("qwen3_moe", 0.375)])
 def test_models_of_other_shapes_are_shared_out_too(family, sparsity, exported, tmp_path):
     """A tied head, a layer that is wholly removed; experts in one tensor; recomputed activations."""
@@ -67,7 +121,7 @@ def test_models_of_other_shapes_are_shared_out_too(family, sparsity, exported, t
     several = shutil.copytree(alone, tmp_path / "several")
     command = [*SETTINGS, "train.activation_checkpointing=true"]
     assert main(["distill", str(alone), *command]) == 0
-    ranks.run(["distill", str(several), *command, "deepspeed=zero3"], 2, tmp_path / "logs")
+    ranks.run(["distill", str(several), *command, "deepspeed=zero3"], 2, tmp_path / "logs", fit_briefly)
     check_alike(alone, several)
 
 
@@ -82,10 +136,9 @@ def save_at_once(_rank):
     loop.run_steps = run_steps
 
 
-def test_a_checkpoint_goes_on_exactly_on_any_number_of_ranks(one, tmp_path):
-    before, alone = one
-    several = shutil.copytree(before, tmp_path / "several")
-    ranks.run(["distill", str(several), *SETTINGS, "deepspeed=zero3"], 2, tmp_path / "logs")
+def test_a_checkpoint_goes_on_exactly_on_any_number_of_ranks(one, two, tmp_path):
+    _, alone = one
+    several = shutil.copytree(two, tmp_path / "several")
     shutil.rmtree(several / "distill/model")
     written = several / "distill/checkpoints/step-00000004/shares"
     sizes = {file.stat().st_size for file in written.iterdir()}
@@ -112,8 +165,8 @@ def tensors(directory):
     return found
 
 
-def test_a_share_that_is_damaged_is_told_of(one, caplog):
-    _, alone = one
+def test_a_share_that_is_damaged_is_told_of(one, tmp_path, caplog):
+    alone = shutil.copytree(one[1], tmp_path / "alone")
     checkpoint = alone / "distill/checkpoints/step-00000004"
     (file,) = (checkpoint / "shares").iterdir()
     file.write_bytes(file.read_bytes()[:-5])

@@ -12,6 +12,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from tiny import QUIET
 
 from nuteprune.config import load_config
 from nuteprune.data.prepared import TrainingText
@@ -53,7 +54,7 @@ def overrides(model_dir, text_file):
     """
     return [
         f"model.path={model_dir}", f"data.source={text_file}", "data.seq_len=32", f"train.steps={STEPS}",
-        "train.batch_size=4", "train.micro_batch=1", "gates.importance_tokens=256", "tracking.progress=false",
+        "train.batch_size=4", "train.micro_batch=1", "gates.importance_tokens=256", *QUIET,
         "gates.ffn_multiple=1", "gates.hidden_multiple=1", "checkpoint.every=20", "checkpoint.keep=9",
         "gates.shape=uniform", "gates.units=[kv_groups,ffn,layers]", "train.lora_lr=1e-3",
         "lora.rank=8", "lora.alpha=8", "teacher.lag=5", "teacher.share=1",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ranks
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import QUIET, SENTENCES, tiny_model
 
 from nuteprune.config import load_config
 from nuteprune.stages import prune
@@ -32,14 +32,15 @@ def in_triton(rank: int) -> None:
     prune.Pruning.train_step = noting
 
 
-def test_one_rank_and_two_under_zero3_in_the_kernels_follow_the_torch_path(tokenizer, text_file, tmp_path):
-    model = tmp_path / "model"
+def test_one_rank_and_two_under_zero3_in_the_kernels_follow_the_torch_path(tokenizer, tmp_path):
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    text.write_text("\n".join(SENTENCES[:32]))  # all of which is read before the first step, in the interpreter
     tiny_model("llama", num_hidden_layers=1).save_pretrained(model)
     tokenizer.save_pretrained(model)
     settings = [
-        f"model.path={model}", f"data.source={text_file}", "data.seq_len=8", "train.steps=2", "train.batch_size=2",
+        f"model.path={model}", f"data.source={text}", "data.seq_len=8", "train.steps=2", "train.batch_size=2",
         "train.micro_batch=1", "gates.init=drop_rate", "gates.shape=per_layer", "gates.ffn_multiple=1",
-        "sparsity.target=0.3", "lora.targets=[q_proj,down_proj]", "tracking.progress=false",
+        "sparsity.target=0.3", "lora.targets=[q_proj,down_proj]", *QUIET,
     ]  # fmt: skip
     worlds = {"one": (1, []), "two": (2, ["deepspeed=zero3"])}
     for name, (size, own) in worlds.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ranks
 from test_engine import metrics
-from tiny import tiny_model
+from tiny import QUIET, tiny_model
 
 from nuteprune.config import load_config
 from nuteprune.stages import prune
@@ -31,7 +31,7 @@ def test_the_next_start_takes_half_the_sequences_with_the_same_losses(tokenizer,
     tokenizer.save_pretrained(base)
     settings = [
         f"model.path={base}", f"data.source={text_file}", "data.seq_len=256", "train.steps=1", "train.batch_size=16",
-        "gates.init=drop_rate", "lora.refit=0", "tracking.progress=false",
+        "gates.init=drop_rate", "lora.refit=0", *QUIET,
     ]  # fmt: skip
     command = ["prune", *settings, f"run_dir={tmp_path / 'two'}", "deepspeed=zero3"]
     ended = ranks.Group(command, 2, tmp_path / "first", limit).wait()

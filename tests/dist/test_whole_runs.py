@@ -7,7 +7,7 @@ import math
 import pytest
 import ranks
 from test_engine import metrics, same_curve
-from tiny import CONFIGS, tiny_model, tiny_tokenizer
+from tiny import CONFIGS, QUIET, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from nuteprune.arch import read_spec
@@ -38,7 +38,7 @@ def test_every_family_goes_all_the_way(family, text_file, records, tmp_path):
     overrides = [
         f"model.path={base}", f"data.source={text_file}", "data.seq_len=32", "train.steps=24", "train.batch_size=4",
         "train.micro_batch=1", "gates.importance_tokens=256", f"gates.units={units}", "gates.ffn_multiple=1",
-        f"lora.targets=[{','.join(spec.lora_targets)}]", "tracking.progress=false", "lora.refit=4",
+        f"lora.targets=[{','.join(spec.lora_targets)}]", *QUIET, "lora.refit=4",
         # A target between two teachers (0.39, 0.40), so that rounding records no other one.
         # With the rank and rate of a real run rounding alone grows beyond what is compared here.
         "sparsity.target=0.395", "gates.lr=0.1", "train.lora_lr=3e-4", "lora.rank=8", "lora.alpha=8",
@@ -54,7 +54,7 @@ def test_every_family_goes_all_the_way(family, text_file, records, tmp_path):
     config = load_config(run, [
         "recover.ladder=[0.2]", "recover.steps=1", f"finetune.data={records}", "finetune.steps=1",
         "finetune.seq_len=32", "finetune.batch_size=1", f"evaluate.text=[{text_file}]",
-        "evaluate.window=32", "evaluate.blocks=2", "evaluate.batch_sizes=[]", "deepspeed=",
+        "evaluate.window=32", "evaluate.blocks=2", "evaluate.batch_sizes=[]", "evaluate.prompts=0", "deepspeed=",
     ])  # fmt: skip
     recover.run(config)
     finetune.run(config)

@@ -1,7 +1,12 @@
-"""Compiles every kernel configuration for sm_80, sm_90 and gfx942 without a GPU; prints a JSON line per compilation.
+"""Compiles the kernels' configurations for sm_80, sm_90 and gfx942 without a GPU; prints a JSON line per compilation.
 
 Run in a process of its own: TRITON_INTERPRET must not be set. The calls are those that the launchers would make at the
 sizes of LLaMA-7B's down projection, through triton's own JIT and its specialisation; only the driver is a stand-in.
+
+    compile_for_cards.py CARD[,CARD…] TYPE VARIANT… [every]
+
+Every tile size is compiled with gates and bias (`FULL`), as `tuning.py` says, and with a sum; the other variants are
+in the last of their sizes, the largest. `every` compiles those in all sizes too.
 """
 
 import json
@@ -25,14 +30,17 @@ CARDS = {
     "90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),  # AMD MI300
 }
-# (gates and bias, a list of kept inputs, a list of kept outputs, inputs compact)
+# (gates and bias, a list of kept inputs, a list of kept outputs, inputs compact, rank)
 VARIANTS = {
-    "bare": (False, False, False, False),
-    "gates": (True, False, False, False),
-    "rows": (True, False, True, False),
-    "compact": (True, True, False, True),
-    "both": (True, True, True, False),
+    "bare": (False, False, False, False, 16),
+    "gates": (True, False, False, False, 16),
+    "rows": (True, False, True, False, 16),
+    "rows64": (True, False, True, False, 64),
+    "compact": (True, True, False, True, 16),
+    "both": (True, True, True, False, 16),
 }
+FULL = ("gates", "both")
+"""The one has all dense sizes, the other all scattered ones."""
 
 
 class Card:
@@ -100,9 +108,10 @@ def report(label: str, card: str, kernel, positional: tuple, keywords: dict) -> 
     sys.stdout.flush()
 
 
-def product_of_x(dtype: torch.dtype, variant: str, rank: int) -> tuple[Product, torch.Tensor]:
+def product_of_x(dtype: torch.dtype, variant: str, rank: int | None = None) -> tuple[Product, torch.Tensor]:
     """A product and its x on the meta device."""
-    gated, keep_in, keep_out, compact = VARIANTS[variant]
+    gated, keep_in, keep_out, compact, own_rank = VARIANTS[variant]
+    rank = rank or own_rank
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -114,16 +123,19 @@ def product_of_x(dtype: torch.dtype, variant: str, rank: int) -> tuple[Product, 
     return Product(meta(N, K), gates[0], *lora, *gates[1:], *lists, 0.5, compact, False), x
 
 
-def matmuls(cards: list[str], dtype: torch.dtype, variant: str, rank: int) -> None:
-    """Forward and dx, in every tile size that could be chosen."""
-    forward, x = product_of_x(dtype, variant, rank)
+def matmuls(cards: list[str], dtype: torch.dtype, variant: str, every: bool) -> None:
+    """Forward and dx, in every tile size that could be chosen or in the largest."""
+    forward, x = product_of_x(dtype, variant)
     for name, product, source in (("y", forward, x), ("dx", forward.back, x.new_empty(M, N))):
         y, u = launch.empty_output(product, source), launch.empty_u(product, source, lasting=True)
         for card in cards:
-            for config in tuning.options(dtype, product.scattered, int(card) if card.isdigit() else 0):
+            sizes = tuning.options(dtype, product.scattered, int(card) if card.isdigit() else 0)
+            for config in sizes:
                 for add in (False, True) if name == "dx" and not VARIANTS[variant][0] else (False,):
+                    if not (every or add or variant in FULL or config == sizes[-1]):
+                        continue
                     tiles = launch.Tiles(product, source, y, launch.fuses_u(product), config, add)
-                    label = f"{name} {dtype} {variant} r{rank} {tuple(config)}{' onto' * add}"
+                    label = f"{name} {dtype} {variant} {tuple(config)}{' onto' * add}"
                     arguments = tiles.arguments(product, source, u, y)
                     report(label, card, triton_kernels.matmul, arguments, tiles.options)
 
@@ -179,9 +191,7 @@ def main(card_names: str, dtype_name: str, *variants: str) -> None:
         assert len(cards) == 1
         torch.version.hip = "a build for ROCm"  # what the launchers ask torch for
     for variant in (v for v in variants if v in VARIANTS):
-        matmuls(cards, dtype, variant, rank=16)
-        if variant == "rows":
-            matmuls(cards, dtype, variant, rank=64)
+        matmuls(cards, dtype, variant, "every" in variants)
         small_kernels(cards, dtype, variant)
     if "pointwise" in variants:
         pointwise_kernels(cards, dtype)

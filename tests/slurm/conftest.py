@@ -99,7 +99,7 @@ def undisturbed(cluster, model_dir, text_file, tmp_path_factory):
     settings = tiny_settings(model_dir, text_file)
     settings["finetune"] = {"data": str(records), "seq_len": 128, "steps": 4, "batch_size": 4}
     settings["export"] = {"source": "pruned"}  # to be compared with runs that are not fine-tuned
-    settings["distill"] = {"steps": 60}
+    settings["distill"] = {"steps": 10}
     run = TinyRun(cluster, top, settings)
     jobs = run.submit(LAUNCHER="torchrun")
     cluster.wait_job(jobs["evaluate"], limit=900)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tiny import QUIET
 
 from nuteprune.bench import peers
 from nuteprune.config import load_config
@@ -46,7 +47,7 @@ def test_our_row_is_measured_anew(model_dir, text_file, tmp_path):
     """A run that is finished already would take no time."""
     args = argparse.Namespace(
         model=str(model_dir), train=text_file, test=[text_file], sparsity=0.3, steps=2, seed=0, blocks=1, out=tmp_path,
-        set=["data.seq_len=32", "gates.importance_tokens=64", "tracking.progress=false"], finetune=None,
+        set=["data.seq_len=32", "gates.importance_tokens=64", *QUIET], finetune=None,
     )  # fmt: skip
     written = set()
     for _ in range(2):

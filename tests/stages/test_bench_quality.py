@@ -6,14 +6,15 @@ import shutil
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import QUIET, tiny_model
 
 from nuteprune.bench import quality
 from nuteprune.evaluation.measure import compare, last_states, perplexity
+from nuteprune.training import blocks
 
 
 def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, records, tmp_path, capsys):
-    settings = ["gates.importance_tokens=1", "tracking.progress=false", "train.micro_batch=4", "finetune.steps=1",
+    settings = ["gates.importance_tokens=1", *QUIET, "train.micro_batch=4", "finetune.steps=1",
                 "finetune.seq_len=32", "finetune.batch_size=1", "data.seq_len=32"]  # fmt: skip
     arguments = ["--model", model_dir, "--train", text_file, "--test", text_file, "--sparsities", "0.4", "--variants",
                  "ours", "--steps", "30", "--seeds", "2", "--blocks", "1",
@@ -41,7 +42,7 @@ def test_rows_of_a_run_its_rungs_and_fine_tuning(model_dir, text_file, records, 
 def test_two_commands_fill_one_table(meanwhile, model_dir, text_file, tmp_path, monkeypatch):
     command = ["--model", model_dir, "--train", text_file, "--test", text_file, "--sparsities", "0.4", "--steps", "2",
                "--blocks", "1", "--out", tmp_path / "out", "--set", "gates.importance_tokens=1",
-               "--set", "tracking.progress=false", "--set", "data.seq_len=32"]  # fmt: skip
+               *(f"--set={setting}" for setting in QUIET), "--set", "data.seq_len=32"]  # fmt: skip
     command = list(map(str, command))
     place, name = (quality, "measure") if meanwhile == "a row is measured" else (quality.Scorer, "score")
     own = getattr(place, name)
@@ -64,8 +65,9 @@ def test_two_commands_fill_one_table(meanwhile, model_dir, text_file, tmp_path, 
     assert quality.lost(runs, runs[4:], "train") == quality.lost(runs, runs[2:3], "train")
 
 
-def test_a_distilled_row_spends_its_steps_on_both(model_dir, text_file, tmp_path):
-    settings = ("gates.importance_tokens=256", "tracking.progress=false", "data.seq_len=32")
+def test_a_distilled_row_spends_its_steps_on_both(model_dir, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "STEPS", 30)
+    settings = ("gates.importance_tokens=256", *QUIET, "data.seq_len=32")
     command = ["--model", model_dir, "--train", text_file, "--test", text_file, "--sparsities", "0.4", "--steps", "7",
                "--blocks", "1", "--out", tmp_path, "--variants", "ours", "distilled",
                *(f"--set={setting}" for setting in settings)]  # fmt: skip

@@ -28,10 +28,13 @@ from nuteprune.runs.students import open_run
 from nuteprune.stages import distill, export, prune
 from nuteprune.training import blocks
 
+FIT = blocks.STEPS
+
 
 @pytest.fixture
-def config(run_dir):
-    """The configuration of a short distillation of a finished run's export."""
+def config(run_dir, monkeypatch):
+    """The configuration of a short distillation of a finished run's export, whose layers are fitted in a few steps."""
+    monkeypatch.setattr(blocks, "STEPS", FIT // 10)
     config = load_config(run_dir, ["distill.steps=20", "tracking.progress=false", "checkpoint.every=5"])
     export.run(config)
     return config
@@ -116,6 +119,7 @@ def test_the_layers_alone_teach_nothing(config, run_dir):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2", "granite", "phi3", "smollm3", "qwen3_moe"])
 def test_fitted_layers_lead_the_stream_nearer_to_the_models(family, exported, monkeypatch):
+    monkeypatch.setattr(blocks, "STEPS", FIT // 3)
     run, fit_blocks, distances = exported(family, 0.375 if "moe" in family else 0.4), blocks.fit_blocks, []
 
     def distance(distillation, whole, ids):

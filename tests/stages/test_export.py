@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from exporting import (
     LAYERS,
     SHAPES,
     VOCAB,
-    asked,
     assert_close,
     base_model,
     loaded,
@@ -43,19 +41,6 @@ from nuteprune.runs.snapshot import Snapshot
 from nuteprune.stages import export
 
 pytestmark = pytest.mark.xdist_group("export")
-
-
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory, request):
-    """Each family exported in all shapes: {(family, shape): (directory, wanted logits, gates)}."""
-    made = {}
-    for family, shape in product(asked(request), SHAPES):
-        tmp_path = tmp_path_factory.mktemp(f"{family}-{shape}")
-        config, model, gates, lora = trained(tmp_path, family, lambda s, k=shape: some_gates(s, k),
-                                             **{"gates.shape": shape})  # fmt: skip
-        directory = export.run(config)
-        made[family, shape] = (directory, masked_logits(model, gates, lora, some_ids()), gates)
-    return made
 
 
 @pytest.mark.parametrize(("family", "shape"), FAMILY_SHAPES)

@@ -75,7 +75,7 @@ def test_the_rate_follows_the_weights_and_is_half_of_pruning(tuning):
 
 
 def test_answers_are_learned_with_the_gates_fixed(tuning, run_dir):
-    directory = finetune.run(tuning)
+    directory = finetune.run(load_config(tuning, ["tracking.report_to=[tensorboard]"]))
     assert directory == run_dir / "finetune" / "tuned"
     lines = metrics(run_dir / "finetune")
     assert len(lines) == 12

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import QUIET, tiny_model
 from transformers import AutoModelForCausalLM
 
 from nuteprune.arch import read_spec
@@ -32,7 +32,7 @@ def test_run_export_and_rung(family, shape, units, tokenizer, text_file, tmp_pat
         f"run_dir={run_dir}", f"model.path={base}", f"data.source={text_file}", "data.seq_len=32", "train.steps=16",
         "train.batch_size=2", "gates.importance_tokens=128", f"gates.units={units}", f"gates.shape={shape}",
         "gates.ffn_multiple=1", "lora.targets=[q_proj,k_proj,v_proj,o_proj]", "sparsity.target=0.3",
-        "tracking.progress=false",
+        *QUIET,
     ])  # fmt: skip
     prune.run(config)
     layouts = []

@@ -8,6 +8,7 @@ from nuteprune.config import LossConfig, load_config
 from nuteprune.model.losses import TERMS
 from nuteprune.runs.directories import distill_directory
 from nuteprune.stages import distill, evaluate, export, finetune, prune, recover
+from nuteprune.training import blocks
 
 PAGE = Path(__file__).parents[2] / "docs/monitoring.md"
 ON = [f"loss.{name}_weight=1" for name in TERMS]
@@ -35,8 +36,9 @@ def logged(run_dir: Path, prefix: str) -> set[str]:
 
 
 def test_what_is_logged_is_defined_and_what_is_defined_is_logged(
-    run_dir, settings, text_file, records, model_dir, tmp_path
+    run_dir, settings, text_file, records, model_dir, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(blocks, "STEPS", 30)
     prune.run(load_config(None, ["recipe=paper", *settings, *ON, f"run_dir={tmp_path / 'paper'}", "train.steps=1"]))
     config = load_config(run_dir, [
         "recover.ladder=[0.2]", "recover.steps=1", f"finetune.data={records}", "finetune.steps=1",

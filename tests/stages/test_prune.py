@@ -312,7 +312,7 @@ def test_a_signal_saves_and_the_next_start_ends_bit_identical(settings, finished
 def test_tensorboard_has_the_scalars_pictures_and_texts(settings, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = load_config(None, [*settings, "sparsity.constraint=lagrangian"])
+    config = load_config(None, [*settings, "sparsity.constraint=lagrangian", "tracking.report_to=[tensorboard]"])
     prune.run(config)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0})
     events.Reload()

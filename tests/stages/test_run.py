@@ -28,6 +28,7 @@ def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys, cap
                "evaluate.window=32", "evaluate.batch_sizes=[]", "evaluate.trust_remote_code=true",
                "model.dtype=float32", "data.text_field=content"]  # fmt: skip
     monkeypatch.setattr("nuteprune.planning.machine.CPU_STEPS", 8)
+    monkeypatch.setattr("nuteprune.training.blocks.STEPS", 30)
 
     def told_to_leave(*_args):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from exporting import (
     FAMILIES,
     FAMILY_SHAPES,
     SHAPES,
-    asked,
     assert_close,
     base_model,
     loaded,
@@ -24,36 +22,33 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nuteprune.stages import export
 
-pytestmark = pytest.mark.xdist_group("serving")
+pytestmark = pytest.mark.xdist_group("export")
 
 LONG = {"max_position_embeddings": 128, "rope_parameters": {
     "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, request):
+def served(exports, tmp_path_factory):
     """What a process without this project made of each family in all shapes, and of a LLaMA with scaled RoPE.
 
     {(family, shape): (directory, logits of the masked model, what the process gave)}
     """
-    made, wanted, jobs = {}, {}, []
     ids, long_ids = some_ids(), some_ids(length=100)
-    families = asked(request)
-    for family, shape in product((*families, *(("llama-long",) if "llama" in families else ())), SHAPES):
-        tmp_path = tmp_path_factory.mktemp(f"{family}-{shape}")
-        base = base_model("llama", **LONG) if family == "llama-long" else None
+    made = {key: (directory, wanted) for key, (directory, wanted, _) in exports.items()}
+    own = (("llama", "uniform"), *(("llama-long", shape) for shape in SHAPES))
+    for family, shape in own if own[0] in made else ():
+        long = family == "llama-long"
         # 40 is a multiple of the heads, so a LLaMA stays one; 37 makes a Mistral of it (see test_export).
-        hidden = 40 if family == "llama" else 37
         config, model, gates, lora = trained(
-            tmp_path, family.removesuffix("-long"), lambda s, k=shape, d=hidden: some_gates(s, k, hidden=d),
-            base=base, **{"gates.shape": shape},
+            tmp_path_factory.mktemp(f"{family}-{shape}"), "llama",
+            lambda s, k=shape, d=37 if long else 40: some_gates(s, k, hidden=d),
+            base=base_model("llama", **LONG) if long else None, **{"gates.shape": shape},
         )  # fmt: skip
-        directory = export.run(config)
-        checks = ["long"] if family == "llama-long" else ["lora"] if family in ("llama", "qwen2") else []
-        checks += ["gguf"] if (family, shape) == ("llama", "uniform") else []
-        jobs.append((str(directory), shape != "uniform", checks))
-        wanted[family, shape] = masked_logits(model, gates, lora, long_ids if "long" in checks else ids)
-        made[family, shape] = directory
+        made[family, shape] = (export.run(config), masked_logits(model, gates, lora, long_ids if long else ids))
+    checks = {(family, shape): ["lora"] for family in ("llama", "qwen2") for shape in SHAPES}
+    checks |= {("llama-long", shape): ["long"] for shape in SHAPES} | {("llama", "uniform"): ["lora", "gguf"]}
+    jobs = [(str(made[key][0]), key[1] != "uniform", checks.get(key, [])) for key in made]
     folder = tmp_path_factory.mktemp("alone")
     torch.save((jobs, ids, long_ids), folder / "jobs.pt")
     environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
@@ -64,7 +59,7 @@ def served(tmp_path_factory, request):
     assert done.returncode == 0, done.stderr
     assert "trust_remote_code" not in done.stdout + done.stderr  # nobody was asked
     out = torch.load(folder / "out.pt")
-    return {key: (directory, wanted[key], out[str(directory)]) for key, directory in made.items()}
+    return {key: (directory, wanted, out[str(directory)]) for key, (directory, wanted) in made.items()}
 
 
 @pytest.mark.parametrize(("family", "shape"), FAMILY_SHAPES)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import SENTENCES, tiny_model
+from tiny import QUIET, SENTENCES, tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -142,7 +142,7 @@ def test_the_result_is_pruned_and_exported(text_file, tmp_path):
     assert main(["trim", str(tmp_path / "model"), "--data", str(text_file), "--out", str(out), "data.seq_len=32"]) == 0
     settings = load_config(None, [f"run_dir={run}", f"model.path={out}", f"data.source={text_file}", "data.seq_len=32",
                                   "train.steps=4", "train.batch_size=4", "gates.importance_tokens=128",
-                                  "tracking.progress=false", "gates.ffn_multiple=1"])  # fmt: skip
+                                  *QUIET, "gates.ffn_multiple=1"])  # fmt: skip
     prune.run(settings)
     exported = export.run(settings)
     text = AutoTokenizer.from_pretrained(exported).decode(AutoTokenizer.from_pretrained(out)(RARE)["input_ids"][1:])
