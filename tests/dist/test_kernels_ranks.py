@@ -34,7 +34,7 @@ def in_triton(rank: int) -> None:
 
 def test_one_rank_and_two_under_zero3_in_the_kernels_follow_the_torch_path(tokenizer, tmp_path):
     model, text = tmp_path / "model", tmp_path / "text.txt"
-    text.write_text("\n".join(SENTENCES[:32]))  # all of which is read before the first step, in the interpreter
+    text.write_text("\n".join(SENTENCES[:16]))  # all of which is read before the first step, in the interpreter
     tiny_model("llama", num_hidden_layers=1).save_pretrained(model)
     tokenizer.save_pretrained(model)
     settings = [
