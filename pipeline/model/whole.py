@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from nuteprune.config import LossConfig
 from nuteprune.model.layers import build_view
-from nuteprune.model.losses import IGNORE, OutputTerm, weights
+from nuteprune.model.losses import IGNORE, output_weights
 from nuteprune.model.losses.head import head_loss
 from nuteprune.model.pairing import Losses, PairedModel
 
@@ -62,11 +62,10 @@ class Distillation:
         with self.computing():
             final = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
         labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE).flatten()
-        terms = {term: weight for term, weight in weights(self.loss, True).items() if isinstance(term, OutputTerm)}
         rows, others = (each.flatten(0, 1).to(dtype) / scale for each in (final, target))
         own = self.student.lm_head.weight.to(dtype)
         total, found = self.teacher.head.lend(
-            lambda weight: head_loss(rows, own, terms, self.loss, others, labels, weight)
+            lambda weight: head_loss(rows, own, output_weights(self.loss), self.loss, others, labels, weight)
         )
         return Losses(total, found)
 

@@ -27,6 +27,11 @@ def without_layers(config: LossConfig) -> LossConfig:
     return replace(config, **off)
 
 
+def output_weights(config: LossConfig) -> dict[OutputTerm, float]:
+    """The output terms beside a teacher with their weights: what distillation learns by."""
+    return {term: weight for term, weight in weights(config, taught=True).items() if isinstance(term, OutputTerm)}
+
+
 def learns_of_outputs(config: LossConfig) -> bool:
-    """Whether a term learns of the teacher's predictions."""
-    return any(term.needs_teacher for term in weights(without_layers(config), taught=True))
+    """Whether one of those learns of the teacher's predictions."""
+    return any(term.needs_teacher for term in output_weights(config))
