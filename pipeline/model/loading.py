@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import find_adapter_config_file
 
@@ -119,15 +120,21 @@ def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
             "they were made from, and quantize the export"
         )
     try:
-        check_positions(config)
+        check_settings(config)
         return config, read_spec(config)
     except UserError as error:
         raise UserError(f"model.path {path}: {error}") from None
 
 
-def check_positions(config: PreTrainedConfig) -> None:
-    """Raise `UserError` for a `rope_type` that transformers does not know (some families have one for each kind of
-    layer), and for words in place of a number among its settings or as sliding window, which transformers lets pass."""
+def check_settings(config: PreTrainedConfig) -> None:
+    """Raise `UserError` for what transformers lets pass: an activation or a `rope_type` that it does not know (some
+    families have one for each kind of layer), words in place of a number among its settings or as sliding window."""
+    for name in ("hidden_act", "hidden_activation"):
+        if (activation := getattr(config, name, None)) is not None and activation not in ACT2FN:
+            raise UserError(
+                f"config.json has {name} '{activation}', which the transformers that is installed does not know: "
+                "mend config.json, or install a version that knows it"
+            )
     rope = getattr(config, "rope_parameters", None) or {}
     known = ("default", *ROPE_INIT_FUNCTIONS)
     for one in (rope, *rope.values(), {"sliding_window": getattr(config, "sliding_window", None)}):

@@ -119,7 +119,7 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
         "no such rope": "config.json has rope_type 'spiral', and the transformers that is installed knows default,",
         "a factor in words": "config.json has factor 'two', where a number belongs: mend config.json",
         "a window in words": "config.json has sliding_window '16', where a number belongs: mend config.json",
-        "no such activation": "cannot be loaded (no 'nope' in it)",
+        "no such activation": "config.json has hidden_act 'nope', which the transformers that is installed",
         "a list of tokenizer settings": "no usable tokenizer there ('list' object has no attribute 'get')",
         "padding beyond the embedding": "cannot be loaded (Padding_idx must be within num_embeddings)",
     }[kind]  # fmt: skip
