@@ -1,4 +1,4 @@
-"""The triton kernels beside the projections: RMSNorm, rotary positions, the gated activation, the layer loss.
+"""The triton kernels beside the projections: RMSNorm, rotary positions, the gated activation.
 
 Each is one pass over its rows where eager torch makes five to twenty; sums and products are fp32, rounded once at the
 end. Letters: M tokens, D hidden, F FFN units, P head dimension. As in `triton_kernels`, only functions that triton
@@ -128,50 +128,3 @@ def gated_backward(grad, gate, up, d_gate, d_up, size, GELU: tl.constexpr, BLOCK
     u = tl.load(up + at, mask=ok, other=0.0).to(tl.float32)
     tl.store(d_gate + at, (g * u * slope).to(d_gate.dtype.element_ty), mask=ok)
     tl.store(d_up + at, (g * opened).to(d_up.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def distance(
-    student, teacher, gate, terms, scales, M, D, eps, stride_s, stride_t,
-    NORMALIZED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A layer loss's terms by token [M], and what the difference is multiplied with in the gradient of each.
-
-    Only dimensions whose gate is not 0 count; without a gate, all.
-    """
-    rows, cols, ok = _tile(M, D, ROWS, BLOCK)
-    s = tl.load(student + (rows * stride_s + cols), mask=ok, other=0.0).to(tl.float32)
-    t = tl.load(teacher + (rows * stride_t + cols), mask=ok, other=0.0).to(tl.float32)
-    count = D + 0.0
-    if gate is not None:
-        kept = tl.load(gate + cols, mask=cols < D, other=0.0).to(tl.float32) != 0.0
-        s = tl.where(kept, s, 0.0)
-        t = tl.where(kept, t, 0.0)
-        count = tl.maximum(tl.reduce(tl.where(kept, 1.0, 0.0), 1, _add)[:, None], 1.0)
-    d = s - t
-    term = tl.reduce(d * d, 1, _add)[:, None] / count
-    scale = 2.0 / count + 0.0 * term
-    if NORMALIZED:
-        larger = tl.maximum(tl.reduce(t * t, 1, _add), tl.reduce(s * s, 1, _add))[:, None] / count + eps
-        term /= larger
-        scale /= larger
-    tl.store(terms + rows, term, mask=rows < M)
-    tl.store(scales + rows, scale, mask=rows < M)
-
-
-@triton.jit
-def distance_backward(
-    grad, scales, student, teacher, gate, d_student, M, D, stride_g, stride_s, stride_t,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """d_student = grad·scale·(student − teacher) in the dimensions that count, 0 in the others; grad [M]."""
-    rows, cols, ok = _tile(M, D, ROWS, BLOCK)
-    s = tl.load(student + (rows * stride_s + cols), mask=ok, other=0.0).to(tl.float32)
-    t = tl.load(teacher + (rows * stride_t + cols), mask=ok, other=0.0).to(tl.float32)
-    factor = tl.load(grad + rows * stride_g, mask=rows < M, other=0.0)
-    factor *= tl.load(scales + rows, mask=rows < M, other=0.0)
-    d = (s - t) * factor
-    if gate is not None:
-        kept = tl.load(gate + cols, mask=cols < D, other=0.0).to(tl.float32) != 0.0
-        d = tl.where(kept, d, 0.0)
-    tl.store(d_student + (rows * D + cols), d.to(d_student.dtype.element_ty), mask=ok)

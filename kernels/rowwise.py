@@ -1,4 +1,4 @@
-"""RMSNorm, rotary positions and the layer loss as one kernel each way, with their autograd functions.
+"""RMSNorm and rotary positions as one kernel each way, with their autograd functions.
 
 For a GPU, where eager torch's many small operations on them cost the host more than the card. The specification is in
 `reference.py`; `applies` says where they can run.
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from nuteprune.kernels import pointwise
-from nuteprune.kernels.launch import start, tokens
+from nuteprune.kernels.launch import start
 from nuteprune.kernels.masked_lora import apply
 from nuteprune.kernels.tuning import INTERPRETING
 
-EPS = 1e-8
-"""Added to what the normalized layer loss divides by."""
 _TILE = 2048
 """Elements of the tile of a program that takes several rows."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,12 +39,11 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 @lru_cache
-def row_tiles(count: int, width: int, flag: str = "", value: bool = False) -> tuple[tuple[int], dict]:
-    """(grid, keyword arguments) of a kernel over `count` rows of `width`, with a flag of its own."""
+def row_tiles(count: int, width: int, **flags: bool) -> tuple[tuple[int], dict]:
+    """(grid, keyword arguments) of a kernel over `count` rows of `width`, with flags of its own."""
     block = 1 << max(width - 1, 0).bit_length()
     height = max(1, min(64, _TILE // block))
     warps = 4 if block * height <= _TILE else 8 if block <= 4 * _TILE else 16
-    flags = {flag: value} if flag else {}
     return (-(-count // height),), {**flags, "ROWS": height, "BLOCK": block, "num_warps": warps}
 
 
@@ -63,7 +60,7 @@ class RmsNorm(torch.autograd.Function):
         width, size = x.shape[-1], y.numel()
         if size:
             count = size // width
-            grid, tiles = row_tiles(count, width, "ROUND", rounds)
+            grid, tiles = row_tiles(count, width, ROUND=rounds)
             start(pointwise.rms_norm, grid, x, (source, weight, y, count, width, eps, offset, stride), tiles)
         if ctx is not None and ctx.needs_input_grad[0]:
             ctx.save_for_backward(source, weight)
@@ -142,37 +139,3 @@ def _turn_sizes(
     sizes += (angle_strides[0] if angles > 1 else 0, angle_strides[1])
     options = {"P": width, "HALF": half, "TRANSPOSED": transposed, "ROWS": height}
     return (-(-length // height), heads + others, batch), sizes, options
-
-
-class LayerDistance(torch.autograd.Function):
-    """Terms [M] by token of `losses.layer.layer_loss`, float32; the gradient goes to the student.
-
-    Arguments: student and teacher [..., D], the student's hidden gate [D] or None, whether the terms are normalized.
-    """
-
-    @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, gate: Tensor | None, normalized: bool) -> Tensor:
-        (s, stride_s), (t, stride_t) = as_rows(student), as_rows(teacher)
-        count, width = tokens(s) if s.dim() in (2, 3) else s.numel() // s.shape[-1], s.shape[-1]
-        terms, scales = (s.new_empty(count, dtype=torch.float32) for _ in range(2))
-        grid, tiles = row_tiles(count, width, "NORMALIZED", normalized)
-        call = (s, t, gate, terms, scales, count, width, EPS, stride_s, stride_t)
-        start(pointwise.distance, grid, s, call, tiles)
-        ctx.save_for_backward(s, t, gate, scales)
-        return terms
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        s, t, gate, scales = ctx.saved_tensors
-        (s, stride_s), (t, stride_t) = as_rows(s), as_rows(t)
-        d_student = s.new_empty(*s.shape)
-        count, width = scales.shape[0], s.shape[-1]
-        grid, tiles = row_tiles(count, width)
-        call = (grad, scales, s, t, gate, d_student, count, width, grad.stride(0), stride_s, stride_t)
-        start(pointwise.distance_backward, grid, s, call, tiles)
-        return d_student, None, None, None
-
-
-def layer_distances(student: Tensor, teacher: Tensor, gate: Tensor | None, normalized: bool) -> Tensor:
-    """Terms [M] of the layer loss by token, see `LayerDistance`."""
-    return apply(LayerDistance, student, teacher.detach(), None if gate is None else gate.detach(), normalized)

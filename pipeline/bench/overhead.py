@@ -33,7 +33,6 @@ from nuteprune.data.text import BatchStream
 from nuteprune.evaluation.measure import environment
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import Schedule
-from nuteprune.model.losses import TERMS
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.stages.prune import Pruning
@@ -52,7 +51,6 @@ KERNELS = {
     "triton_kernels.matmul": (6,), "triton_kernels.column_reduce": (), "triton_kernels.finish_reduce": (5,),
     "pointwise.rms_norm": (2,), "pointwise.rms_norm_backward": (3,), "pointwise.rotary": (4, 5),
     "pointwise.gated": (2,), "pointwise.gated_backward": (3, 4),
-    **{name: outputs for term in TERMS.values() for name, outputs in term.kernels.items()},
 }  # fmt: skip
 """Which of their arguments the kernels write that others than these kernels read (LoRA gradients are sums)."""
 BARS = {"sampled": 20, "settled": 10}

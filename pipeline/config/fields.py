@@ -185,11 +185,9 @@ class LossConfig:
     label_weight: float = opt(
         1.0, "Weight of the cross entropy of the text's next token beside a teacher (the paper: 0).", ge=0
     )
-    layer_weight: float = opt(0.9, "Weight of the layers' distance from the teacher's.", ge=0)
-    layer: Literal["normalized", "raw"] = opt(
-        "normalized", "A layer's distance is its squared error over the larger of both streams' mean squares, per "
-        "token, in the mean over layers; or (`raw`, the paper) its mean squared error, in the sum over layers."
-    )  # fmt: skip
+    layer_weight: float = opt(
+        0.0, "Weight of the mean squared error of each layer's output, summed over layers (the paper: 0.9).", ge=0
+    )
 
 
 @dataclass(frozen=True)

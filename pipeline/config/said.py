@@ -24,8 +24,8 @@ INSTEAD = {
 }  # fmt: skip
 """Of each stage what it reads in place of a setting of pruning."""
 UNREAD = {
-    "finetune": ("loss.label_weight", "loss.layer", "loss.layer_weight"),
-    "distill": ("train.lora_lr", "train.lora_optimizer", "loss.layer", "loss.layer_weight"),
+    "finetune": ("loss.label_weight", "loss.layer_weight"),
+    "distill": ("train.lora_lr", "train.lora_optimizer", "loss.layer_weight"),
 }
 """Of each stage what it does not read of sections that it reads: nothing takes its place."""
 

@@ -57,7 +57,7 @@ def overrides(model_dir, text_file):
         "train.batch_size=4", "train.micro_batch=1", "gates.importance_tokens=256", *QUIET,
         "gates.ffn_multiple=1", "gates.hidden_multiple=1", "checkpoint.every=20", "checkpoint.keep=9",
         "gates.shape=uniform", "gates.units=[kv_groups,ffn,layers]", "train.lora_lr=1e-3",
-        "lora.rank=8", "lora.alpha=8", "teacher.lag=5", "teacher.share=1",
+        "lora.rank=8", "lora.alpha=8", "teacher.lag=5", "teacher.share=1", "loss.layer_weight=0.1",
     ]  # fmt: skip
 
 

@@ -160,21 +160,19 @@ def small_kernels(cards: list[str], dtype: torch.dtype, variant: str) -> None:
 
 
 def pointwise_kernels(cards: list[str], dtype: torch.dtype) -> None:
-    """Norm, rotary positions, activation and layer loss, each way, at the sizes of LLaMA-7B and the widest hidden."""
+    """Norm, rotary positions and activation, each way, at the sizes of LLaMA-7B and the widest hidden."""
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     for width in (N, 16384):
-        x, weight, rows = meta(M, width), meta(width), meta(M, dtype=torch.float32)
+        x, weight = meta(M, width), meta(width)
         _, tiles = rowwise.row_tiles(M, width)
         q, angles = meta(1, 32, M, 128), meta(1, M, 128)
         turn = (q, q, angles, angles, q, q, M, 32, *[M * 128, 128, 32 * 128] * 4, 0, 128)
         calls = {
             "rms_norm": ((x, weight, x, M, width, 1e-6, 0.0, width), tiles | {"ROUND": True}),
             "rms_norm_backward": ((x, x, weight, x, M, width, 1e-6, 0.0, width, width), tiles),
-            "distance": ((x, x, rows, rows, rows, M, width, 1e-8, width, width), tiles | {"NORMALIZED": True}),
-            "distance_backward": ((rows, rows, x, x, rows, x, M, width, 0, width, width), tiles),
             "rotary": (turn, {"P": 128, "HALF": 64, "TRANSPOSED": True, "ROWS": 32}),
             "gated": ((x, x, x, M * width), {"GELU": True, "BLOCK": 1024}),
             "gated_backward": ((x, x, x, x, x, M * width), {"GELU": False, "BLOCK": 1024}),

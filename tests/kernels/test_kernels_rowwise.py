@@ -73,28 +73,6 @@ def test_rotary(angles, heads, groups, width, dtype):
     compare(lambda q, k: rowwise_kernels(q, k).rotary(q, k, cos, sin), right, [q, k])
 
 
-@pytest.mark.parametrize("kind", ["raw", "normalized"])
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layer_distances(dtype, gated, kind):
-    from nuteprune.config import LossConfig
-    from nuteprune.model.losses.layer import Layer, layer_loss
-
-    student, teacher = (drawn(2, 5, 33, dtype=dtype, seed=n) for n in (0, 1))
-    teacher[0, 0] *= 100
-    gate = (drawn(33, seed=3) > 0) * torch.rand(33).to(DEVICE) if gated else None
-
-    def terms(s):
-        return Layer().of_layer(s, teacher, gate, None, LossConfig(layer=kind))
-
-    compare(
-        lambda s: terms(s).mean(),
-        lambda s: layer_loss(s, teacher.double(), gate, kind),
-        [student],
-    )
-    assert terms(student).shape == (10,)
-
-
 def ffn_case(kind: str | None, dtype: torch.dtype) -> tuple[torch.Tensor, list[dict]]:
     """x, and the keyword arguments of gate, up and down, whose inner side has the given kind of gate."""
     shared = {"dtype": dtype, "bias": kind == "half"}

@@ -73,7 +73,7 @@ def refused(capsys, *arguments: str) -> str:
 )
 def test_settings(settings, tmp_path, capsys, override, message):
     extra = ["sparsity.target=0.7"] if "kv_groups" in override else []
-    extra += ["loss.layer_weight=0"] if "kl_weight" in override else []
+    extra += ["loss.label_weight=0"] if "kl_weight" in override else []
     line = refused(capsys, "prune", *settings, *extra, override)
     assert re.search(message, line), line
     assert not (tmp_path / "run").exists()
@@ -250,7 +250,7 @@ def test_a_setting_of_pruning_that_a_later_stage_would_ignore(settings, tmp_path
 
 @pytest.mark.parametrize(
     ("stage", "override"),
-    [("finetune", "loss.layer_weight=3.0"), ("distill", "train.lora_lr=0.5"), ("distill", "loss.layer=raw")],
+    [("finetune", "loss.layer_weight=3.0"), ("distill", "train.lora_lr=0.5"), ("distill", "loss.layer_weight=1.0")],
 )
 def test_a_setting_that_a_later_stage_does_not_read_at_all(settings, tmp_path, stage, override):
     (tmp_path / "run" / "pruned").mkdir(parents=True)

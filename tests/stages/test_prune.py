@@ -318,7 +318,7 @@ def test_tensorboard_has_the_scalars_pictures_and_texts(settings, tmp_path):
     events.Reload()
     tags = events.Tags()
     scalars = {
-        "loss", "layer_loss", "kl_loss", "label_loss", "expected_sparsity", "target_sparsity",
+        "loss", "kl_loss", "label_loss", "expected_sparsity", "target_sparsity",
         "teacher_sparsity", "tokens_per_s", "peak_memory_gb",
     }  # fmt: skip
     assert {tag for tag in tags["scalars"] if tag.startswith("prune/")} == {f"prune/{name}" for name in scalars}

@@ -114,7 +114,7 @@ def test_the_papers_recipe_is_the_papers():
     assert load_config(None, ["recipe=paper-masks"]).lora.targets == []
     assert config.sparsity.constraint == "lagrangian"
     assert (config.lora.rank, config.lora.scaling) == (8, 1)
-    assert (config.loss.layer, config.loss.layer_weight, config.loss.kl_weight) == ("raw", 0.9, 51.2)
+    assert (config.loss.layer_weight, config.loss.kl_weight) == (0.9, 51.2)
     assert config.loss.temperature == pytest.approx(2 / 3)
     assert (config.teacher.mode, config.teacher.interval, config.teacher.lag) == ("numerous", 0.01, 10)
 

@@ -128,7 +128,7 @@ def test_packed_records_give_the_loss_and_gradient_of_records_alone(name, attent
         ids, labels, positions = windows.unbind(1)
         view = build_view(spec, gates, paired.lora(), 1.0, torch.float32)
         teacher = build_view(spec, None, {}, 1.0, torch.float32)
-        loss = LossConfig(layer_weight=0.0, kl_weight=0.5)
+        loss = LossConfig(kl_weight=0.5)
         out = paired(ids, view, teacher, loss, Answers(labels, positions))
         out.total.backward()
         return out, torch.cat([p.grad.flatten() for pair in paired.lora().values() for p in pair])

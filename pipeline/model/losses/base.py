@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor
@@ -22,9 +22,6 @@ class Term:
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = True
-    kernels: ClassVar[Mapping[str, tuple[int, ...]]] = {}
-    """For bench/overhead.py: Triton kernels that it launches, as "module.name" below `kernels`, and which of their
-    arguments they write."""
 
     def weight(self, config: LossConfig, taught: bool, answers: bool) -> float:
         """Its weight in a step; where that is 0 it is not computed.
@@ -46,7 +43,7 @@ class LayerTerm(Term):
         self, student: Tensor, teacher: Tensor, hidden_gate: Tensor | None, norm: Callable[[Tensor], Tensor] | None,
         config: LossConfig,
     ) -> Tensor:  # fmt: skip
-        """Of one layer: a float32 scalar, or values by token, of which the mean counts; alike in all layers.
+        """Of one layer, a float32 scalar.
 
         Args:
             student: [B, T, D], with gradient.
@@ -56,7 +53,7 @@ class LayerTerm(Term):
         """
         raise NotImplementedError
 
-    def over_layers(self, layers: Tensor, config: LossConfig) -> Tensor:
+    def over_layers(self, layers: Tensor) -> Tensor:
         """The term, a scalar, of those of the layers [L]."""
         return layers.mean()
 
