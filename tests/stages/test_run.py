@@ -192,9 +192,9 @@ def test_a_run_learns_what_to_remove_and_distils_in_the_rest_of_its_steps(tmp_pa
         "distill.steps=0",
         "finetune.data=records.json",
         "sparsity.constraint=lagrangian",
-        "loss.kl_weight=0",
+        "loss.kl_weight=0 loss.layer_weight=0.9",
     ):
-        assert steps(eight, given) == (2000, None)
+        assert steps(eight, *given.split()) == (2000, None)
     assert steps(eight, "train.steps=50") == steps(eight, "train.epochs=2") == (None, None)
     for free, wanted in ((1 << 37, (60, 60)), (1 << 36, (120, None))):
         monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda free=free: free)
