@@ -73,7 +73,6 @@ def refused(capsys, *arguments: str) -> str:
 )
 def test_settings(settings, tmp_path, capsys, override, message):
     extra = ["sparsity.target=0.7"] if "kv_groups" in override else []
-    extra += ["loss.label_weight=0"] if "kl_weight" in override else []
     line = refused(capsys, "prune", *settings, *extra, override)
     assert re.search(message, line), line
     assert not (tmp_path / "run").exists()
