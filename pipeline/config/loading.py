@@ -118,9 +118,9 @@ def _consistent(config: Config) -> Config:
     """Checks over several fields; no ranks of `lora.refit` where no FFN unit leaves or down_proj has no LoRA."""
     taught = {key: weight for key, weight in vars(config.loss).items() if key.endswith("_weight")}
     del taught["label_weight"]
-    if not any(taught.values()):
+    if config.teacher.mode != "none" and not any(taught.values()):
         names = " and ".join(f"loss.{key}" for key in taught)
-        raise UserError(f"{names} are 0: nothing would be learned of a teacher; set one of them")
+        raise UserError(f"{names} are 0: nothing would be learned of a teacher; set one of them, or teacher.mode=none")
     if not ("down_proj" in config.lora.targets and "ffn" in config.gates.units):
         config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, refit=0))
     return config

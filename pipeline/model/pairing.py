@@ -216,7 +216,7 @@ class PairedModel(nn.Module):
         output = {term: weight for term, weight in terms.items() if isinstance(term, OutputTerm)}
         total, found = self._output_losses(final, p, output, input_ids, answers)
         for term, layers in p.terms.items():
-            found[term.name] = term.over_layers(torch.stack(layers) if layers else total.new_zeros(1))
+            found[term.name] = torch.stack(layers).sum() if layers else torch.zeros_like(total)
             total = terms[term] * found[term.name] + total
         return Losses(total, found)
 

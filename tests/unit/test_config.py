@@ -48,7 +48,8 @@ BEFORE = {
     "train.lora_schedule": "cosine", "train.lora_warmup": 0.03, "train.beta2": 0.999, "train.weight_decay": 0.0,
     "train.grad_clip": 1.0, "train.ranks": 0, "train.max_bad_steps": 10, "gates.init_drop_rate": 0.01,
     "gates.noise_end": 0.02, "gates.clamp": 0.0, "sparsity.schedule": "cubic", "sparsity.multiplier_lr": 0.1,
-    "loss.layer_reduction": "mean", "loss.chunk": 256, "recover.lr": 0.0, "finetune.unusable": "refuse",
+    "loss.layer": "normalized", "loss.layer_reduction": "mean", "loss.chunk": 256, "recover.lr": 0.0,
+    "finetune.unusable": "refuse",
     "checkpoint.resume": "auto", "tracking.log_every": 1, "tracking.image_every": 50, "export.ladder_per_layer": False,
     "export.ffn_multiple": 0, "export.hidden_multiple": 0, "export.tensor_parallel": 0, "export.hub_private": True,
     "export.shard_size": "5GB", "evaluate.text_field": "text", "evaluate.stride": 0, "evaluate.speed": True,
@@ -57,7 +58,8 @@ BEFORE = {
 BY_RECIPE = {
     "default": {},
     "paper": {"train.lora_schedule": "linear", "train.lora_warmup": 0.0, "gates.noise_end": 1.0,
-              "gates.clamp": 4.605170185988092, "sparsity.schedule": "linear", "loss.layer_reduction": "sum"},
+              "gates.clamp": 4.605170185988092, "sparsity.schedule": "linear", "loss.layer": "raw",
+              "loss.layer_reduction": "sum"},
     "taylor": {"gates.noise_end": 0.0},
 }  # fmt: skip
 
@@ -83,6 +85,12 @@ def test_a_run_of_the_last_version_opens_where_nothing_is_done_otherwise_now(rec
         load_config(path)
     path = saved_before(path, recipe, {"train.weight_decay": 0.1})
     with pytest.raises(UserError, match=r"config.yaml: train.weight_decay=0.1 is no longer a setting: LoRA has no"):
+        load_config(path)
+
+
+def test_a_run_that_learned_by_the_normalized_layer_term_is_refused(tmp_path):
+    path = saved_before(tmp_path / "config.yaml", "default", {"loss.layer_weight": 0.9})
+    with pytest.raises(UserError, match=r"config.yaml: loss.layer='normalized' is no longer a setting: what loss"):
         load_config(path)
 
 

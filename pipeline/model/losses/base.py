@@ -34,7 +34,7 @@ class Term:
 
 
 class LayerTerm(Term):
-    """A term of the student's and the teacher's residual stream behind each layer that the student has."""
+    """A term of the student's and the teacher's residual stream, summed over the layers that the student has."""
 
     kept: ClassVar[int]
     """For the planner: float32 tensors [B, T, D] that each layer keeps for the backward pass."""
@@ -52,10 +52,6 @@ class LayerTerm(Term):
             norm: behind the last layer the model's final norm, else None.
         """
         raise NotImplementedError
-
-    def over_layers(self, layers: Tensor) -> Tensor:
-        """The term, a scalar, of those of the layers [L]."""
-        return layers.mean()
 
 
 class OutputTerm(Term):

@@ -7,7 +7,7 @@ from nuteprune.model.losses.base import LayerTerm
 
 
 class Layer(LayerTerm):
-    """The paper's eq. 8: the mean squared error over tokens and kept hidden dimensions, in the sum over layers.
+    """The paper's eq. 8: the mean squared error over tokens and kept hidden dimensions.
 
     Behind the last layer it is of the normed streams, as in the authors' code: transformers calls those the last hidden
     state.
@@ -27,7 +27,3 @@ class Layer(LayerTerm):
             return squared.mean()
         kept = (hidden_gate.detach() != 0).float()
         return ((squared * kept).sum(-1) / kept.sum().clamp(min=1)).mean()
-
-    def over_layers(self, layers: Tensor) -> Tensor:
-        """The sum."""
-        return layers.sum()
