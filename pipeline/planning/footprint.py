@@ -1,4 +1,4 @@
-"""Memory of one pruning run by part, as arithmetic on its sizes: no weights, no device, no measurement.
+"""Memory of pruning and of distillation by part, as arithmetic on its sizes: no weights, no device, no measurement.
 
 Every figure follows from `ArchSpec`, the configuration and the cluster. What is assumed stands in the docstring of the
 function that assumes it, and in `costs.ASSUMPTIONS`, which the command prints. Units are bytes; GB is 1e9. Letters: D
@@ -37,13 +37,13 @@ class Memory:
         resident: held all the time.
         phases: on top of it, by what is at work: a layer, the output loss, refit between two steps.
         host: in host memory, at most.
-        rungs: there too, on rank 0 alone.
+        first: there too, on rank 0 alone.
     """
 
     resident: dict[str, float]
     phases: dict[str, dict[str, float]]
     host: dict[str, float]
-    rungs: float
+    first: dict[str, float]
 
     @property
     def fullest(self) -> str:
@@ -55,14 +55,17 @@ class Memory:
         """Bytes on the GPU at the fullest moment."""
         return sum(self.resident.values()) + sum(self.phases[self.fullest].values())
 
+    def node(self, ranks: int) -> float:
+        """Bytes of host memory of the first node, which has as many ranks."""
+        return sum(self.host.values()) * ranks + sum(self.first.values())
+
 
 def memory(job: Job, layout: Layout) -> Memory:
-    """Memory of one rank."""
+    """Memory of one rank while it prunes."""
     spec, s = job.spec, job.itemsize
     tokens = layout.micro_batch * job.config.data.seq_len
     weights = frozen_weights(job, layout)
-    layer = s * sum(layer_tensors(spec)) if layout.stage == 3 else 0
-    vocabulary = s * spec.vocab * spec.hidden if layout.stage == 3 else 0
+    layer, vocabulary = gathered(job, layout)
     per_layer = saved_per_token(job) if layout.checkpointing else 0
     resident = weights | lora_memory(job, layout)
     resident["gates and their optimizer"] = job.gate_units * FP32 * (4 if job.config.gates.optimizer == "adam" else 3)
@@ -85,7 +88,15 @@ def memory(job: Job, layout: Layout) -> Memory:
     }  # fmt: skip
     if job.refit_sizes:
         phases["refit fits a layer"] = {"G, what stays of it, its factor and a copy": 4 * FP32 * spec.ffn**2}
-    return Memory(resident, phases, host_memory(job, layout), rung_memory(job))
+    rungs = rung_memory(job)
+    first = {"snapshots that are rungs": rungs} if rungs else {}
+    return Memory(resident, phases, host_memory(job, layout), first)
+
+
+def gathered(job: Job, layout: Layout) -> tuple[int, int]:
+    """Bytes of a layer and of the output head of the intact model where they are gathered for their work, else 0."""
+    spec, s = job.spec, job.itemsize
+    return (s * sum(layer_tensors(spec)), s * spec.vocab * spec.hidden) if layout.stage == 3 else (0, 0)
 
 
 def pinned(tensors: list[int]) -> int:
@@ -168,8 +179,40 @@ def lora_memory(job: Job, layout: Layout) -> dict[str, float]:
     }
 
 
-def distillation_memory(job: Job, layout: Layout) -> dict[str, float]:
-    """Bytes of a rank's card while the export is distilled (stages/distill.py), without activations.
+def distillation_memory(job: Job, layout: Layout) -> Memory:
+    """Memory of one rank while the export is distilled (stages/distill.py)."""
+    spec, s = job.spec, job.itemsize
+    tokens = layout.micro_batch * job.config.data.seq_len
+    decoder = small_parameters(job)[1]
+    layer, vocabulary = gathered(job, layout)
+    a_layer = distilled_per_token(job)
+    saved, again = (FP32 * spec.hidden, a_layer) if layout.checkpointing else (a_layer, 0)
+    step = {
+        "activations of the student": spec.layers * saved * tokens,
+        "the intact model's output": s * spec.hidden * tokens,
+    }
+    phases = {
+        "the intact model runs": {
+            "gathered layers (3: at work, prefetched, its buffer)": 3 * layer,
+            "one layer at work": working_per_token(job) * tokens,
+            "its stream": 2 * s * spec.hidden * tokens,
+        },
+        "the output loss runs": step | {
+            "gathered head": vocabulary,
+            "the small model's head in the model's type": s * spec.vocab * spec.hidden if s != FP32 else 0,
+            "logits of one KL chunk": logits_chunk(job, tokens),
+            "final hidden states and their gradient": (FP32 + 2 * s) * spec.hidden * tokens,
+        },
+        "a layer learns": step | {
+            "one layer at work": (again + working_per_token(job)) * tokens,
+            "the gradient of its weights, also in the model's type": (FP32 + s) * decoder / spec.layers,
+        },
+    }  # fmt: skip
+    return Memory(distillation_weights(job, layout), phases, *distillation_host(job, layout))
+
+
+def distillation_weights(job: Job, layout: Layout) -> dict[str, float]:
+    """Bytes on a rank's card of both models and of what the optimizer keeps, while the export is distilled.
 
     Float32 weights of the small model, and of its decoder the gradient and AdamW's two moments, are shared out over the
     ranks; several ranks gather it in the compute type, two of its layers at a time under stage 3, and one keeps the
@@ -190,26 +233,29 @@ def distillation_memory(job: Job, layout: Layout) -> dict[str, float]:
     return parts | frozen_weights(job, layout)
 
 
-def distillation_host(job: Job, layout: Layout) -> dict[str, float]:
-    """Bytes of host memory of the first node while the export is distilled: of its two phases the one that takes more.
+def distillation_host(job: Job, layout: Layout) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes of host memory while the export is distilled, of a rank and on top of it of rank 0: those of the phase in
+    which the first node takes more.
 
-    While layers are fitted, rank 0 holds the small model and twice its stream in float32, and in the model's type the
-    target; each rank holds the intact model's stream. A checkpoint takes of each rank its share of the decoder's
-    weights and moments twice: copied from the card, and as the bytes of its file.
+    While layers are fitted, each rank holds the intact model's stream, and rank 0 the small model and twice its stream
+    in float32, and in the model's type the target. A checkpoint takes of each rank its share of the decoder's weights
+    and moments twice: copied from the card, and as the bytes of its file.
     """
-    spec, s, count = job.spec, job.itemsize, job.cluster.gpus_per_node
+    s, cluster = job.itemsize, job.cluster
     ends, decoder = small_parameters(job)
-    stream = spec.hidden * min(blocks.TOKENS, job.text)
-    fitting = {
-        "small model, float32 (rank 0)": FP32 * (ends + decoder),
-        "hidden states of the text": (2 * FP32 + s + count * s) * stream,
+    stream = job.spec.hidden * min(blocks.TOKENS, job.text)
+    fitting = {"the intact model's hidden states of the text": float(s * stream)}
+    first = {
+        "small model, float32": FP32 * (ends + decoder),
+        "its hidden states of the text, and the target": float((2 * FP32 + s) * stream),
     }
-    saving = {"a checkpoint's shares, copied and as a file": 2 * 3 * FP32 * decoder / job.cluster.ranks * count}
-    host = {
-        "processes: Python, libraries, CUDA": PROCESS_BYTES * count,
-        "offloaded weights (pinned)": offloaded_weights(job, layout) * count,
-    } | max(fitting, saving, key=lambda parts: sum(parts.values()))
-    return {name: float(size) for name, size in host.items() if size}
+    saving = {"a checkpoint's share, copied and as a file": 2 * 3 * FP32 * decoder / cluster.ranks}
+    phases: list[tuple[dict[str, float], dict[str, float]]] = [(fitting, first), (saving, {})]
+    own, alone = max(phases, key=lambda each: Memory({}, {}, *each).node(cluster.gpus_per_node))
+    host = {"process: Python, libraries, CUDA": PROCESS_BYTES}
+    if offloaded := offloaded_weights(job, layout):
+        host["offloaded weights (pinned)"] = float(offloaded)
+    return host | own, alone
 
 
 def small_parameters(job: Job) -> tuple[float, float]:
@@ -224,13 +270,13 @@ def saved_per_token(job: Job) -> float:
 
     The norms' float32 inputs (4D each); the normed inputs of q/k/v and gate/up (2sD); q, k, v after the rotation, the
     attention's output and log-sum-exp; gate, up, silu(gate) and their product (4sF); the rank-R products of LoRA. With
-    hidden or layer gates the outputs of o and down as well (2sD). Eager attention also keeps probabilities [H, T] in
-    float32 and in the compute type, and repeated keys and values. Qwen3 keeps float32 q and k for their norms. Where a
-    router chooses k experts, the FFN's part is kept for each of them, their outputs (ksD) and the tokens' order (24k).
+    hidden or layer gates the outputs of o and down as well (2sD); with eager attention its probabilities. Qwen3 keeps
+    float32 q and k for their norms. Where a router chooses k experts, the FFN's part is kept for each of them, their
+    outputs (ksD) and the tokens' order (24k).
     """
     spec, s, config = job.spec, job.itemsize, job.config
     queries, values = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    size = (
+    size: float = (
         FP32 * len(spec.norms) * spec.hidden
         + 2 * s * spec.hidden
         + s * (2 * queries + 2 * values)
@@ -245,8 +291,37 @@ def saved_per_token(job: Job) -> float:
     if {"hidden", "layers"} & set(config.gates.units):
         size += 2 * s * spec.hidden
     if config.model.attention == "eager":
-        size += spec.heads * config.data.seq_len * (FP32 + (s if s != FP32 else 0)) + 2 * s * (queries - values)
+        size += probabilities(job)
     return size
+
+
+def distilled_per_token(job: Job) -> float:
+    """Bytes per token that autograd keeps for one layer of the small model, whose own weights are in training.
+
+    Of heads and FFN units, as in `saved_per_token`, the share that is kept. Norms keep in float32 their inputs and what
+    they make of them (8D each). q/k/v and gate/up share their inputs in float32, and in a narrower type each has its
+    own. Experts compute in float32.
+    """
+    spec, s, share = job.spec, job.itemsize, 1 - job.config.sparsity.target
+    wide = spec.head_dim * (spec.heads + spec.kv_heads)
+    experts = spec.experts > 1
+    size: float = 2 * FP32 * len(spec.norms) * spec.hidden + s * spec.hidden * (2 if s == FP32 else 5)
+    size += share * (2 * s * wide + FP32 * spec.heads + 4 * (FP32 if experts else s) * spec.ffn * spec.top_k)
+    if experts:
+        size += (2 * FP32 * spec.hidden + 24) * spec.top_k
+    if spec.qk_norm:
+        size += share * (FP32 + s) * wide
+    if job.config.model.attention == "eager":
+        size += share * probabilities(job)
+    return size
+
+
+def probabilities(job: Job) -> float:
+    """Bytes per token that eager attention keeps: probabilities [H, T] in float32 and in the compute type, and repeated
+    keys and values."""
+    spec, s = job.spec, job.itemsize
+    repeated = 2 * s * spec.head_dim * (spec.heads - spec.kv_heads)
+    return spec.heads * job.config.data.seq_len * (FP32 + (s if s != FP32 else 0)) + repeated
 
 
 def activations(job: Job, checkpointing: bool) -> float:

@@ -19,7 +19,7 @@ from nuteprune.model.losses import learns_of_outputs
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.host import free_memory, multiplies_bfloat16, processor
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
-from nuteprune.planning.footprint import PROCESS_BYTES, distillation_host, distillation_memory, host_memory
+from nuteprune.planning.footprint import PROCESS_BYTES, distillation_memory, host_memory
 from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.planning.planner import Plan, largest_micro_batch, make_plan
 
@@ -37,8 +37,8 @@ GPU_STEPS = 2000
 PRUNING = 120
 """Steps in which a run learns what to remove before its export is distilled, if they are not more than half of all;
 a tenth of all where that is more."""
-WITHOUT_ACTIVATIONS = 0.7
-"""Share of a device's memory that distillation may take beside what its activations take."""
+CPU_SHARE = 0.7
+"""Share of a processor's free memory that distillation may take; checkpoints and other programs have the rest."""
 
 
 @dataclass(frozen=True)
@@ -116,33 +116,38 @@ def choose(
     if machine.bf16:
         take("model.dtype", "bfloat16", f"{machine.name} multiplies it, in half the memory")
     free_steps = not {"train.steps", "train.epochs"}.intersection(given)
+    unwanted = {"distill.steps", "finetune.data", "sparsity.constraint"}.intersection(given)
+    may_distil = free_steps and learns_of_outputs(config.loss) and not unwanted
 
     def take_steps(steps: int, budget: str, fits: bool) -> None:
-        if not free_steps:
-            return
         first = pruning_steps(steps)
-        unwanted = {"distill.steps", "finetune.data", "sparsity.constraint"}.intersection(given)
-        if fits and learns_of_outputs(config.loss) and not unwanted:
+        if may_distil and fits:
             take("train.steps", first, f"{budget}, in which it learns what to remove")
             take("distill.steps", steps - first, "the rest of it: the small model's own weights learn")
-        else:
+        elif free_steps:
             take("train.steps", steps, budget)
 
     if machine.card is None:
         for key, value in (("data.seq_len", CPU_SEQUENCE), ("train.batch_size", CPU_BATCH)):
             take(key, value, "a step of seconds on a CPU")
-        wanted = sum(distillation_memory(Job(spec, chosen(), Cluster(1, 1, UNNAMED)), Layout(0, 1, False)).values())
-        take_steps(CPU_STEPS, "a run of minutes to hours on a CPU", wanted < WITHOUT_ACTIVATIONS * free_memory())
+        alone = Job(spec, chosen(), Cluster(1, 1, UNNAMED))
+        wanted = distillation_memory(alone, Layout(0, 1, False)).peak
+        take_steps(CPU_STEPS, "a run of minutes to hours on a CPU", wanted < CPU_SHARE * free_memory())
         return choices, None
-    batch = config.train.batch_size
+    batch, cluster = config.train.batch_size, Cluster(1, machine.ranks, machine.card)
     take("train.batch_size", -(-batch // machine.ranks) * machine.ranks, "a multiple of the ranks")
-    # All steps, as if a step of distillation took as long as one of pruning.
-    planned = load_config(chosen(), [f"train.steps={GPU_STEPS}"] * free_steps)
-    plan = make_plan(Job(spec, planned, Cluster(1, machine.ranks, machine.card)))
-    layout, why = (
-        plan.chosen.layout,
-        f"planned: {plan.chosen.memory.peak / 1e9:.1f} GB of {machine.card.memory / 1e9:.0f}",
-    )
+
+    def planned(*steps: str) -> Plan:
+        return make_plan(Job(spec, load_config(chosen(), steps), cluster))
+
+    plan, fits = planned(*[f"train.steps={GPU_STEPS}"] * free_steps), False
+    if may_distil:
+        first = pruning_steps(GPU_STEPS)
+        both = planned(f"train.steps={first}", f"distill.steps={GPU_STEPS - first}")
+        host = both.chosen.distilling.node(machine.ranks)
+        fits = both.chosen.fits and both.chosen.layout.offload == plan.chosen.layout.offload and host < free_memory()
+        plan = both if fits else plan
+    layout, why = plan.chosen.layout, f"planned: {plan.chosen.peak / 1e9:.1f} GB of {machine.card.memory / 1e9:.0f}"
     take("train.micro_batch", layout.micro_batch, why)
     take("train.activation_checkpointing", layout.checkpointing, why)
     if layout.stage:
@@ -150,8 +155,6 @@ def choose(
         take(
             "deepspeed", name, f"{why}; {'the weights are shared out' if layout.stage == 3 else 'each card holds them'}"
         )
-    card, host = (sum(each(plan.job, layout).values()) for each in (distillation_memory, distillation_host))
-    fits = card < WITHOUT_ACTIVATIONS * machine.card.memory and host < free_memory()
     take_steps(GPU_STEPS, "the README's budget of a 7B model", fits)
     return choices, plan
 

@@ -13,8 +13,6 @@ from nuteprune.planning.costs import Timing, Traffic, mean_kept, timing, traffic
 from nuteprune.planning.footprint import (
     USABLE,
     Memory,
-    activations,
-    distillation_host,
     distillation_memory,
     memory,
 )
@@ -37,16 +35,14 @@ class Estimate:
     """A layout with its figures.
 
     Attributes:
-        distilling, distilling_host: bytes by part while the export is distilled, of one rank's card and of the first
-            node's host memory.
+        memory, distilling: of a rank while it prunes, and while the export is distilled.
         peak: bytes on a card at the fullest moment of pruning and, where the run has it, of distillation.
         fits: that is usable memory.
     """
 
     layout: Layout
     memory: Memory
-    distilling: dict[str, float]
-    distilling_host: dict[str, float]
+    distilling: Memory
     traffic: Traffic
     timing: Timing
     bill: Bill
@@ -82,10 +78,8 @@ class Plan:
     @property
     def node_memory(self) -> float:
         """Bytes of host memory of the first node, in that of pruning and distillation which takes more."""
-        need = self.chosen.memory
-        pruning = sum(need.host.values()) * self.job.cluster.gpus_per_node + need.rungs
-        distilling = sum(self.chosen.distilling_host.values()) if self.job.config.distill.steps else 0.0
-        return max(pruning, distilling)
+        stages = [self.chosen.memory] + [self.chosen.distilling] * bool(self.job.config.distill.steps)
+        return max(stage.node(self.job.cluster.gpus_per_node) for stage in stages)
 
     @property
     def limits(self) -> dict[str, int]:
@@ -153,29 +147,19 @@ def candidates(job: Job, zero: str) -> Iterator[Layout]:
 
 def estimate(job: Job, layout: Layout, kept: tuple[float, float]) -> Estimate:
     """All figures of one layout."""
-    need, step = memory(job, layout), timing(job, layout, kept)
-    saved = activations(job, layout.checkpointing) * layout.micro_batch * job.config.data.seq_len
-    distilling = distillation_memory(job, layout) | {"activations of the student, as in pruning": saved}
-    peak = max(need.peak, sum(distilling.values()) if job.config.distill.steps else 0.0)
+    need, distilling, step = memory(job, layout), distillation_memory(job, layout), timing(job, layout, kept)
+    peak = max(need.peak, distilling.peak if job.config.distill.steps else 0.0)
     fits = peak <= USABLE * job.cluster.card.memory
-    return Estimate(
-        layout, need, distilling, distillation_host(job, layout), traffic(job, layout), step,
-        bill(job, layout, step), peak, fits,
-    )  # fmt: skip
+    return Estimate(layout, need, distilling, traffic(job, layout), step, bill(job, layout, step), peak, fits)
 
 
 def largest_micro_batch(job: Job, layout: Layout, room: float, distilling: bool = False) -> int:
     """The largest of a rank's batch and its halves with which a layout fits into `room` bytes; 1 where none does.
 
-    `distilling`: with the models of distillation in place of those of pruning, and activations as there.
+    `distilling`: the export, instead of pruning.
     """
-
-    def peak(size: int) -> float:
-        need = memory(job, replace(layout, micro_batch=size))
-        return (replace(need, resident=distillation_memory(job, layout)) if distilling else need).peak
-
-    size = job.local_batch
-    while size > 1 and peak(size) > USABLE * room:
+    need, size = distillation_memory if distilling else memory, job.local_batch
+    while size > 1 and need(job, replace(layout, micro_batch=size)).peak > USABLE * room:
         size = -(-size // 2)
     return size
 

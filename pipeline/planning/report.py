@@ -7,7 +7,7 @@ from dataclasses import asdict
 from nuteprune.parallel.sizes import read_parameters, total_parameters
 from nuteprune.planning.bill import checkpoint_bytes, distillation_bytes
 from nuteprune.planning.costs import ASSUMPTIONS, passes, traffic
-from nuteprune.planning.footprint import USABLE
+from nuteprune.planning.footprint import USABLE, Memory
 from nuteprune.planning.job import Job, Layout
 from nuteprune.planning.planner import (
     TARGETS,
@@ -63,28 +63,29 @@ def layout_text(job: Job, layout: Layout) -> str:
 
 
 def memory_text(job: Job, chosen: Estimate) -> str:
-    """Memory of a rank by part, in GB."""
-    need = chosen.memory
-    usable = USABLE * job.cluster.card.memory / GB
-    lines = [f"memory of one rank: {need.peak / GB:.2f} GB of {usable:.2f} GB usable"]
-    groups = {"all the time": need.resident} | {f"while {name}": parts for name, parts in need.phases.items()}
-    for title, parts in groups.items():
-        fullest = title in ("all the time", f"while {need.fullest}")
-        lines.append(f"  {title}: {sum(parts.values()) / GB:.2f} GB{'' if fullest else ' (not the peak)'}")
-        lines += [f"    {size / GB:9.3f}  {name}" for name, size in parts.items() if size]
-    host, count = sum(need.host.values()), job.cluster.gpus_per_node
-    lines.append(f"  host memory: {host / GB:.2f} GB a rank, {(host * count + need.rungs) / GB:.2f} GB the first node")
-    lines += [f"    {size / GB:9.3f}  {name}" for name, size in need.host.items()]
-    lines += [f"    {need.rungs / GB:9.3f}  snapshots that are rungs (rank 0 alone)"] if need.rungs else []
+    """Memory of a rank by part, in GB, and what a run writes."""
     asked = "" if job.config.distill.steps else " (distill.steps=0: not part of this run)"
-    lines.append(f"  distilling the export: {sum(chosen.distilling.values()) / GB:.2f} GB{asked}")
-    lines += [f"    {size / GB:9.3f}  {name}" for name, size in chosen.distilling.items()]
-    lines.append(f"  host memory then: {sum(chosen.distilling_host.values()) / GB:.2f} GB the first node")
-    lines += [f"    {size / GB:9.3f}  {name}" for name, size in chosen.distilling_host.items()]
+    lines = stage_lines("memory of one rank", job, chosen.memory)
+    lines += stage_lines(f"while the export is distilled{asked}", job, chosen.distilling)
     written = checkpoint_bytes(job) | distillation_bytes(job)
     lines.append(f"  written to the disk over the run: {sum(written.values()) / GB:.2f} GB")
     lines += [f"    {size / GB:9.3f}  {name}" for name, size in written.items()]
     return "\n".join(lines)
+
+
+def stage_lines(name: str, job: Job, need: Memory) -> list[str]:
+    """Memory of a rank in one stage by part."""
+    usable = USABLE * job.cluster.card.memory / GB
+    lines = [f"{name}: {need.peak / GB:.2f} GB of {usable:.2f} GB usable"]
+    groups = {"all the time": need.resident} | {f"while {phase}": parts for phase, parts in need.phases.items()}
+    for title, parts in groups.items():
+        fullest = title in ("all the time", f"while {need.fullest}")
+        lines.append(f"  {title}: {sum(parts.values()) / GB:.2f} GB{'' if fullest else ' (not the peak)'}")
+        lines += [f"    {size / GB:9.3f}  {part}" for part, size in parts.items() if size]
+    host, node = sum(need.host.values()), need.node(job.cluster.gpus_per_node)
+    lines.append(f"  host memory: {host / GB:.2f} GB a rank, {node / GB:.2f} GB the first node")
+    lines += [f"    {size / GB:9.3f}  {part}" for part, size in need.host.items()]
+    return lines + [f"    {size / GB:9.3f}  {part} (rank 0 alone)" for part, size in need.first.items()]
 
 
 def traffic_text(job: Job, chosen: Estimate) -> str:
@@ -198,12 +199,8 @@ def as_dict(plan: Plan) -> dict:
         return {
             "layout": asdict(option.layout),
             "fits": option.fits,
-            "memory": asdict(option.memory)
-            | {
-                "peak": option.memory.peak,
-                "distillation": option.distilling,
-                "distillation_host": option.distilling_host,
-            },
+            "memory": asdict(option.memory) | {"peak": option.memory.peak},
+            "distilling": asdict(option.distilling) | {"peak": option.distilling.peak},
             "traffic": asdict(option.traffic) | {"ratio": option.traffic.ratio},
             "time": asdict(option.timing) | {"step": option.timing.step, "best": option.timing.best},
             "bill": asdict(option.bill) | {"total": option.bill.total, "best": option.bill.best},

@@ -183,6 +183,9 @@ def test_a_run_learns_what_to_remove_and_distils_in_the_rest_of_its_steps(tmp_pa
     eight, one = (Machine("H100", count, CARDS["h100"], bf16=True) for count in (8, 1))
     monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 1.1e11)
     assert steps(eight) == (200, 1800)
+    plan = choose(config, set(), eight, spec)[1]
+    assert plan.job.config.distill.steps == 1800
+    assert plan.chosen.distilling.peak < 0.9 * 80e9
     monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 1e11)
     assert steps(eight) == (2000, None)  # a checkpoint's 24 bytes of each, and eight processes
     monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 1.1e11)

@@ -14,6 +14,7 @@ from nuteprune.config import load_config
 from nuteprune.masks import MaskSet
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
+from nuteprune.model.whole import Distillation, Root
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.sizes import layer_tensors, total_parameters
 from nuteprune.parallel.zero import zero_settings
@@ -48,6 +49,7 @@ from nuteprune.planning.job import (
 from nuteprune.planning.machine import cluster_of, layout_of
 from nuteprune.planning.models import MODELS, named_spec
 from nuteprune.planning.planner import TABLE, candidates, deepspeed_settings, largest_micro_batch, lay_out
+from nuteprune.stages.distill import in_training
 
 TOTALS = {
     "llama-7b": 6_738_415_616,
@@ -188,13 +190,13 @@ def test_distillation_by_hand():
     ends = 2 * 128_256 * 4096
     decoder = 8_030_261_248 - ends - 6_979_321_856 / 2
     shares = (4 * ends + 16 * decoder) / 8
-    kept, again = (distillation_memory(job, Layout(stage, 1)) for stage in (2, 3))
+    kept, again = (distillation_memory(job, Layout(stage, 1)).resident for stage in (2, 3))
     assert sum(kept.values()) == pytest.approx(shares + 2 * (ends + decoder) + 2 * 8_030_261_248)
     gathered = again["two gathered layers and the ends"]
     assert gathered == pytest.approx(2 * (ends + 2 / 32 * decoder))
     one = Job(job.spec, job.config, Cluster(1, 1, CARDS["h100"]))
-    found = distillation_memory(one, Layout(0, 1)).values()
-    assert sum(found) == pytest.approx(8 * shares + 2 * decoder + 2 * 8_030_261_248)
+    found = distillation_memory(one, Layout(0, 1))
+    assert sum(found.resident.values()) == pytest.approx(8 * shares + 2 * decoder + 2 * 8_030_261_248)
 
 
 def test_host_memory_of_distillation_by_hand():
@@ -202,13 +204,16 @@ def test_host_memory_of_distillation_by_hand():
     run = job("llama-3.1-70b", 2)
     ends = 2 * 128_256 * 8192
     decoder = TOTALS["llama-3.1-70b"] - ends - 0.2 * run.spec.prunable
-    saving = {"a checkpoint's shares, copied and as a file": 2 * 12 * decoder / 2}
-    assert distillation_host(run, Layout(3, 1)) == {"processes: Python, libraries, CUDA": 8 * 3e9} | saving
-    offloaded = distillation_host(run, Layout(3, 1, offload=True))["offloaded weights (pinned)"]
-    assert offloaded == 8 * host_memory(run, Layout(3, 1, offload=True))["offloaded weights (pinned)"]
-    fitting = distillation_host(job("llama-3.1-70b", 16, 1), Layout(3, 1))
-    assert fitting["small model, float32 (rank 0)"] == 4 * (ends + decoder)
-    assert fitting["hidden states of the text"] == 12 * 8192 * 118_784  # twice in float32, twice in bfloat16
+    saving = {"a checkpoint's share, copied and as a file": 2 * 12 * decoder / 16}
+    process = {"process: Python, libraries, CUDA": 3e9}
+    assert distillation_host(run, Layout(3, 1)) == (process | saving, {})
+    assert distillation_memory(run, Layout(3, 1)).node(8) == 8 * (3e9 + sum(saving.values()))
+    offloaded = distillation_host(run, Layout(3, 1, offload=True))[0]["offloaded weights (pinned)"]
+    assert offloaded == host_memory(run, Layout(3, 1, offload=True))["offloaded weights (pinned)"]
+    rank, first = distillation_host(job("llama-3.1-70b", 16, 1), Layout(3, 1))
+    assert rank == process | {"the intact model's hidden states of the text": 2 * 8192 * 118_784}
+    assert first["small model, float32"] == 4 * (ends + decoder)
+    assert first["its hidden states of the text, and the target"] == 10 * 8192 * 118_784
 
 
 def test_zero2_keeps_weights_whole_and_offload_and_hpz_move_them():
@@ -244,14 +249,7 @@ def test_checkpointing_and_micro_batch_take_less_memory():
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_activations_are_what_autograd_saves(name, layer_weight, checkpointing, dtype):
     """Bytes of distinct tensors that one paired forward saves, held within 10% of the count."""
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "num_attention_heads": 8,
-        "head_dim": 8,
-        "num_hidden_layers": 6,
-    }
-    model = tiny_model(name, **sizes).to(getattr(torch, dtype))
+    model = tiny_model(name, **WIDE).to(getattr(torch, dtype))
     spec = read_spec(model.config)
     plan = job(
         spec, 1, 1, f"model.dtype={dtype}", "data.seq_len=64", "lora.refit=0", f"loss.layer_weight={layer_weight}"
@@ -260,21 +258,57 @@ def test_activations_are_what_autograd_saves(name, layer_weight, checkpointing, 
     gates = masks.sample(torch.Generator().manual_seed(0))
     student = build_view(spec, gates, paired.lora(), paired.scaling, paired.dtype)
     teacher = build_view(spec, None, {}, paired.scaling, paired.dtype)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    tokens, saved = 4 * 64, {}
+    saved = saved_bytes(lambda ids: paired(ids, student, teacher, plan.config.loss), model)
+    final = memory(plan, Layout(3, 4)).phases[HEAD]
+    counted = activations(plan, checkpointing) * TOKENS + final["final hidden states and their gradient"]
+    counted -= plan.itemsize * spec.hidden * TOKENS  # the normed states are there too, and not saved
+    assert counted == pytest.approx(saved, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "gemma3", "olmo2"])
+def test_activations_of_distillation_are_what_autograd_saves(name, checkpointing, dtype):
+    """Of a small model with half of the heads and FFN units."""
+    half = {"intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 1}
+    model = tiny_model(name, **WIDE).to(getattr(torch, dtype))
+    spec = read_spec(model.config)
+    plan = job(
+        spec, 1, 1, f"model.dtype={dtype}", "data.seq_len=64", "lora.refit=0", "sparsity.target=0.5",
+        f"train.activation_checkpointing={checkpointing}".lower(),
+    )  # fmt: skip
+    small = in_training(tiny_model(name, **WIDE | half), plan.config)
+    teacher = PairedModel(model, spec, replace(plan.config.lora, targets=[], refit=0))
+    losses = Distillation(Root(small), teacher, range(spec.layers), range(spec.hidden), plan.config.loss)
+    saved = saved_bytes(losses, model, small)
+    need = distillation_memory(plan, Layout(0, 4, checkpointing)).phases
+    counted = need["a layer learns"]["activations of the student"]
+    counted += (2 * 4 + plan.itemsize) * spec.hidden * TOKENS  # the last norm's
+    assert counted == pytest.approx(saved, rel=0.1)
+
+
+WIDE = {
+    "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 8, "head_dim": 8, "num_hidden_layers": 6,
+}  # fmt: skip
+TOKENS = 4 * 64
+
+
+def saved_bytes(forward, *models):
+    """Of distinct tensors that a forward pass saves, without the models' weights, also in another type."""
+    weights = {weight.untyped_storage().data_ptr() for model in models for weight in model.parameters()}
+    shapes = {shape for model in models for w in model.parameters() for shape in (w.shape, w.shape[::-1])}
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and storage.nbytes() > 8 * tokens:  # not LoRA, gates, indices
+        other = storage.data_ptr() not in weights and tensor.shape not in shapes
+        if other and storage.nbytes() > 8 * TOKENS:  # not LoRA, gates, indices
             saved[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        paired(torch.randint(0, 300, (4, 64)), student, teacher, plan.config.loss)
-    final = memory(plan, Layout(3, 4)).phases[HEAD]
-    counted = activations(plan, checkpointing) * tokens + final["final hidden states and their gradient"]
-    counted -= plan.itemsize * spec.hidden * tokens  # the normed states are there too, and not saved
-    assert counted == pytest.approx(sum(size for size, _ in saved.values()), rel=0.1)
+        forward(torch.randint(0, 300, (4, 64)))
+    return sum(size for size, _ in saved.values())
 
 
 def test_eager_attention_keeps_probabilities():
@@ -492,15 +526,17 @@ def test_micro_batches_above_and_below_the_configured_one_are_tried():
 
 
 def test_a_run_without_a_micro_batch_takes_the_largest_that_fits_its_settings_and_memory():
-    def largest(memory, deepspeed):
+    def largest(memory, deepspeed, distilling=False):
         run = job("llama-7b", 1, 8, "train.batch_size=96", f"deepspeed={deepspeed}")
         zero = zero_settings(run.config, run.spec, World(size=8, local_size=8))
-        return largest_micro_batch(run, layout_of(zero, False), memory)
+        return largest_micro_batch(run, layout_of(zero, False), memory, distilling)
 
     whole, shared = ([largest(memory, zero) for memory in (10e9, 24e9, 400e9)] for zero in ("", "zero3"))
     assert whole[0] == shared[0] == 1
     assert 1 <= whole[1] < shared[1] < 12
     assert whole[2] == shared[2] == 12
+    assert 1 == largest(40e9, "", distilling=True) < largest(40e9, "")
+    assert largest(400e9, "", distilling=True) == 12
 
 
 def test_a_layout_is_read_from_complete_deepspeed_settings():
@@ -530,10 +566,10 @@ def test_a_run_that_distils_fits_where_both_stages_do():
     """70B on two nodes of 8: with 120 steps of pruning alone weights stay on the cards, and an hour is enough."""
     steps = ["train.steps=120", "distill.steps=1080"]
     alone, both = lay_out(job("llama-3.1-70b", 2, 8, steps[0])), lay_out(job("llama-3.1-70b", 2, 8, *steps))
-    assert sum(alone.chosen.distilling.values()) > 0.9 * 80e9 >= sum(both.chosen.distilling.values())
+    assert alone.chosen.distilling.peak > 0.9 * 80e9 >= both.chosen.distilling.peak
     assert alone.chosen.peak == alone.chosen.memory.peak
     assert both.chosen.fits
-    assert both.node_memory == sum(both.chosen.distilling_host.values()) > alone.node_memory
+    assert both.node_memory == both.chosen.distilling.node(8) > alone.node_memory
     found = both.chosen.bill
     states = 6 * 12 * (TOTALS["llama-3.1-70b"] - 2 * 128_256 * 8192 - 0.2 * both.job.spec.prunable)  # of 0, 200, …
     assert found.distillation > 1080 * both.chosen.timing.step + 2 * states / 1e9
@@ -633,13 +669,13 @@ def test_command_says_what_distillation_takes(capsys):
     assert "DOES NOT FIT" in told
     for part in (
         "s  distillation: 1,080 steps, taken to be as long as pruning's",
-        "host memory then",
+        "while the export is distilled: ",
         "distilled model",
     ):
         assert part in told
     assert main([*flags, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["node_memory"] == sum(found["chosen"]["memory"]["distillation_host"].values())
+    assert found["node_memory"] == 8 * sum(found["chosen"]["distilling"]["host"].values())
     assert main(flags[:-1]) == 0
     assert "(distill.steps=0: not part of this run)" in capsys.readouterr().out
 
