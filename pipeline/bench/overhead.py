@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nuteprune.arch import read_spec
 from nuteprune.config import load_config
-from nuteprune.data.text import BatchStream
+from nuteprune.data.batches import BatchStream
 from nuteprune.evaluation.measure import environment
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import Schedule

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from nuteprune.bench.quality import Scorer, run_config
 from nuteprune.config import Config
+from nuteprune.data.batches import BatchStream
 from nuteprune.data.prepared import TrainingText
-from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.folding import exported_parameters

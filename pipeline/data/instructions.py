@@ -17,8 +17,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import FinetuneConfig
+from nuteprune.data.batches import check_ids
 from nuteprune.data.sequences import first_tokens
-from nuteprune.data.text import check_ids, read_rows
+from nuteprune.data.text import read_rows
 from nuteprune.errors import UserError, first_line
 from nuteprune.model.losses import IGNORE
 

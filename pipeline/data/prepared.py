@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from nuteprune.config import DataConfig
 from nuteprune.data.sequences import SequenceForm, sequence_form
-from nuteprune.data.text import packed_blocks
 from nuteprune.errors import UserError
 from nuteprune.model.loading import Base
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, read_json, verify
@@ -48,6 +47,8 @@ class TrainingText:
 
     def pack(self) -> torch.LongTensor:
         """Read and pack the text; raises as `packed_blocks`."""
+        from nuteprune.data.text import packed_blocks  # half a second, and one rank packs
+
         return packed_blocks(self.data, self.base.tokenizer, self.base.spec.vocab)
 
     def save(self, blocks: torch.LongTensor) -> Path:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from peft import LoraConfig, TaskType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -61,6 +60,8 @@ def save_adapter(directory: Path, lora: Mapping[str, tuple[Tensor, Tensor]], con
             tensors[f"{_peft_key(key)}.{name}.weight"] = tensor.detach().cpu().contiguous()
     metadata = {"format": "pt"} | ({"fused": json.dumps(found)} if found else {})
     save_file(tensors, directory / "adapter_model.safetensors", metadata=metadata)
+    from peft import LoraConfig, TaskType  # a quarter of a second, and one rank writes
+
     rank, alpha = config.lora.rank, config.lora.rank * config.lora.scaling
     LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=targets, bias="none", **patterns(lora, rank, alpha),

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nuteprune.config import Config
+from nuteprune.data.batches import BatchStream
 from nuteprune.data.prepared import TrainingText
-from nuteprune.data.text import BatchStream
 from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.exporting.card import CARD, RECORD, check_distilled, distilled_card
 from nuteprune.exporting.targets.gguf import write_anew

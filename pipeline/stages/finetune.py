@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, Projection
+from nuteprune.data.batches import BatchStream
 from nuteprune.data.instructions import packed_windows
-from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.model.layers import View
 from nuteprune.model.loading import read_base

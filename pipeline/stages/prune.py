@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nuteprune.config import Config, LossConfig
+from nuteprune.data.batches import BatchStream
 from nuteprune.data.prepared import TrainingText
-from nuteprune.data.text import BatchStream
 from nuteprune.errors import MachineError, UserError
 from nuteprune.masks import POINT, Gates, Kept, MaskSet, check_target, mean_counts, sparsity_of
 from nuteprune.masks.schedule import Schedule

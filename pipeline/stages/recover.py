@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nuteprune.config import Config
+from nuteprune.data.batches import BatchStream
 from nuteprune.data.prepared import TrainingText
-from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.model.loading import read_base
 from nuteprune.parallel.distributed import discover

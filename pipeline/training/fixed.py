@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config
-from nuteprune.data.text import BatchStream
+from nuteprune.data.batches import BatchStream
 from nuteprune.masks import MaskSet, sparsity_of
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.layers import View

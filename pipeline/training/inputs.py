@@ -6,8 +6,8 @@ import platform
 
 import torch
 
+from nuteprune.data.batches import check_split
 from nuteprune.data.prepared import TrainingText
-from nuteprune.data.text import check_split
 from nuteprune.errors import UserError
 from nuteprune.model.hub import fetch
 from nuteprune.parallel.distributed import World

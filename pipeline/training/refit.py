@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nuteprune.arch import projections
-from nuteprune.data.text import BatchStream
+from nuteprune.data.batches import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.masks import Gates
 from nuteprune.masks.schedule import Schedule

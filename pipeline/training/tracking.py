@@ -31,7 +31,6 @@ from nuteprune.config import Config, TrackingConfig, flatten, to_dict
 from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.model.losses import TERMS
 from nuteprune.runs.checkpoint import write_atomic
-from nuteprune.training.pictures import kept_picture
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +127,8 @@ class Tracker:
         """Draw what each layer keeps from gates [L, U] in 0..1 by kind, where a picture is shown at all."""
         if not gates or not (self._writer or self._modules):
             return
+        from nuteprune.training.pictures import kept_picture  # matplotlib takes half a second, and one rank draws
+
         image = Image.open(io.BytesIO(kept_picture(gates, PICTURE_WIDTH))).convert("RGB")
         tag = f"{self.stage}/kept"
         if self._writer is not None:

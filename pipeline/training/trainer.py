@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 
 from nuteprune.config import Config
-from nuteprune.data.text import BatchStream
+from nuteprune.data.batches import BatchStream
 from nuteprune.kernels.api import into_grad
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import Schedule

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from nuteprune.__main__ import main
 from nuteprune.arch import read_spec
 from nuteprune.config import load_config
+from nuteprune.data.batches import BatchStream
 from nuteprune.data.prepared import TrainingText
-from nuteprune.data.text import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.model.layers import build_view
 from nuteprune.model.loading import read_base

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nuteprune.config import DataConfig
-from nuteprune.data.text import BatchStream, load_text, packed_blocks, text_tokens
+from nuteprune.data.batches import BatchStream
+from nuteprune.data.text import load_text, packed_blocks, text_tokens
 from nuteprune.errors import UserError
 
 DOCUMENTS = ["a b c", "b c d e", "a"]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from nuteprune.arch import read_spec
 from nuteprune.config import LoraConfig, load_config
-from nuteprune.data.text import BatchStream
+from nuteprune.data.batches import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.masks import Gates
 from nuteprune.masks.schedule import Schedule
