@@ -6,19 +6,16 @@ command line. A user's mistake raises `nuteprune.errors.UserError` with one line
 
 from __future__ import annotations
 
+import gc
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nuteprune.config import Config, load_config
-from nuteprune.exporting import masked
-from nuteprune.exporting.masked import MaskedModel
-from nuteprune.stages import distill as distill_stage
-from nuteprune.stages import evaluate as evaluate_stage
-from nuteprune.stages import export as export_stage
-from nuteprune.stages import finetune as finetune_stage
-from nuteprune.stages import prepare as prepare_stage
-from nuteprune.stages import prune as prune_stage
-from nuteprune.stages import recover as recover_stage
+
+if TYPE_CHECKING:
+    from nuteprune.exporting.masked import MaskedModel
 
 Settings = Config | Mapping | str | Path | None
 
@@ -28,7 +25,7 @@ def prepare(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:
 
     Arguments and errors as of `prune`; returns the directory of the packed text.
     """
-    return prepare_stage.run(load_config(settings, overrides))
+    return _module("stages.prepare").run(load_config(settings, overrides))
 
 
 def prune(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:
@@ -46,7 +43,7 @@ def prune(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:
         TrainingFailed: too many steps in a row were not finite.
         Preempted: SIGTERM, SIGUSR1 or Ctrl-C came; the state is saved. No `Exception`, as `KeyboardInterrupt` is none.
     """
-    return prune_stage.run(load_config(settings, overrides))
+    return _module("stages.prune").run(load_config(settings, overrides))
 
 
 def recover(settings: Settings, overrides: Sequence[str] = ()) -> list[Path]:
@@ -54,7 +51,7 @@ def recover(settings: Settings, overrides: Sequence[str] = ()) -> list[Path]:
 
     Arguments and errors as of `prune`; returns the directories of the recovered rungs.
     """
-    return recover_stage.run(load_config(settings, overrides))
+    return _module("stages.recover").run(load_config(settings, overrides))
 
 
 def finetune(settings: Settings, overrides: Sequence[str] = ()) -> Path:
@@ -62,7 +59,7 @@ def finetune(settings: Settings, overrides: Sequence[str] = ()) -> Path:
 
     Arguments and errors as of `prune`; returns the directory of the fine-tuned student.
     """
-    return finetune_stage.run(load_config(settings, overrides))
+    return _module("stages.finetune").run(load_config(settings, overrides))
 
 
 def distill(settings: Settings, overrides: Sequence[str] = ()) -> Path:
@@ -70,7 +67,7 @@ def distill(settings: Settings, overrides: Sequence[str] = ()) -> Path:
 
     Arguments and errors as of `prune`; returns the directory of the model.
     """
-    return distill_stage.run(load_config(settings, overrides))
+    return _module("stages.distill").run(load_config(settings, overrides))
 
 
 def export(settings: Settings, overrides: Sequence[str] = ()) -> Path:
@@ -85,7 +82,7 @@ def export(settings: Settings, overrides: Sequence[str] = ()) -> Path:
         UserError: as `prune`; or a rung that the run never reached.
         ExportError: the small model does not compute what the masked model computes.
     """
-    return export_stage.run(load_config(settings, overrides))
+    return _module("stages.export").run(load_config(settings, overrides))
 
 
 def evaluate(settings: Settings, overrides: Sequence[str] = ()) -> dict:
@@ -93,7 +90,7 @@ def evaluate(settings: Settings, overrides: Sequence[str] = ()) -> dict:
 
     Returns the report that is written. Arguments and errors as of `prune`.
     """
-    return evaluate_stage.run(load_config(settings, overrides))
+    return _module("stages.evaluate").run(load_config(settings, overrides))
 
 
 def load_masked(settings: Settings, overrides: Sequence[str] = ()) -> MaskedModel:
@@ -101,4 +98,18 @@ def load_masked(settings: Settings, overrides: Sequence[str] = ()) -> MaskedMode
 
     Arguments as of `prune`; `export.sparsity`, `export.source` and `export.shape` choose the student.
     """
-    return masked.load(load_config(settings, overrides))
+    return _module("exporting.masked").load(load_config(settings, overrides))
+
+
+def _module(name: str) -> Any:
+    """A module with the libraries that it alone needs, imported when it is first called.
+
+    They make a million objects, which stay: to search those for garbage as they come is a fifth of a start.
+    """
+    wanted = gc.isenabled()
+    gc.disable()
+    try:
+        return importlib.import_module(f"nuteprune.{name}")
+    finally:
+        if wanted:
+            gc.enable()

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from nuteprune.config import FinetuneConfig
 from nuteprune.data.batches import check_ids
 from nuteprune.data.sequences import first_tokens
-from nuteprune.data.text import read_rows
 from nuteprune.errors import UserError, first_line
 from nuteprune.model.losses import IGNORE
 
@@ -91,6 +90,8 @@ def _records(file: Path) -> Iterable[dict]:
         with suppress(ValueError, RecursionError):  # lines of JSON, or nothing readable
             if isinstance(rows := json.loads(file.read_bytes()), list) and all(isinstance(row, dict) for row in rows):
                 return rows
+    from nuteprune.data.text import read_rows  # half a second, and an array of JSON needs none of it
+
     return read_rows(file, {})
 
 

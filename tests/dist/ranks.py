@@ -84,7 +84,9 @@ def free_port() -> int:
 def _context():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nuteprune.api", "nuteprune.__main__", "deepspeed"])
+    stages = [f"nuteprune.stages.{name}" for name in ("prune", "recover", "finetune", "distill")]
+    later = ["nuteprune.data.text", "nuteprune.training.pictures", "peft"]
+    context.set_forkserver_preload([*stages, *later, "nuteprune.__main__", "deepspeed"])
     return context
 
 

@@ -1,6 +1,7 @@
 """Imports go down only: who may import whom, read from the source."""
 
 import ast
+import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -77,3 +78,10 @@ def test_every_test_is_collected(pytestconfig):
     passed_over = pytestconfig.getini("norecursedirs")
     assert not [name for name in folders for pattern in passed_over if fnmatch(name, pattern)]
     assert len({file.name for file in files}) == len(files)
+
+
+def test_ranks_start_without_what_one_of_them_needs_at_times():
+    stages = ", ".join(f"nuteprune.stages.{name}" for name in ("prune", "recover", "finetune", "distill"))
+    told = f"import sys, {stages}; print(*(m for m in ('datasets', 'matplotlib', 'peft') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert not done.stdout.split()
