@@ -84,12 +84,12 @@ def _short_run(run, model_dir, text_file):
 def exported(tokenizer, text_file, tmp_path):
     """Prunes and exports a tiny model of a family: `exported("gemma3", 0.4)`; returns the run's directory."""
 
-    def make(family, sparsity):
+    def make(family, sparsity, *more):
         tiny_model(family).save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         settings = [f"run_dir={tmp_path / 'run'}", f"model.path={tmp_path / 'model'}", f"data.source={text_file}",
                     "data.seq_len=32", "train.steps=8", "train.batch_size=4", "gates.importance_tokens=256",
-                    *QUIET, "gates.ffn_multiple=1", f"sparsity.target={sparsity}"]  # fmt: skip
+                    *QUIET, "gates.ffn_multiple=1", f"sparsity.target={sparsity}", *more]  # fmt: skip
         if "moe" in family:
             settings += ["lora.targets=[q_proj,v_proj]", "gates.shape=per_layer"]
         prune.run(load_config(None, settings))

@@ -53,15 +53,18 @@ def weights(run):
     return load_file(run / "distill/model/model.safetensors")
 
 
-def check_alike(first, second):
-    """Two runs have the same losses and weights. Six steps move no weight far: losses tell whether they learned."""
+def check_alike(first, second, near=1e-4):
+    """Two runs have the same losses, up to a share `near`, and weights, up to ten times that.
+
+    Six steps move no weight far: losses tell whether they learned.
+    """
     losses = [[json.loads(line)["distill/loss"] for line in (run / "distill/metrics.jsonl").read_text().splitlines()]
               for run in (first, second)]  # fmt: skip
     assert len(losses[0]) == 6
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=near)
     one, two = weights(first), weights(second)
     assert one.keys() == two.keys()
-    assert all(two[key].sub(tensor).abs().max() < 1e-3 for key, tensor in one.items())
+    assert all(two[key].sub(tensor).abs().max() < 10 * near for key, tensor in one.items())
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +117,18 @@ def test_a_rank_killed_under_zero3_changes_no_bit(one, two, tmp_path):
     assert results[0].read_bytes() == results[1].read_bytes()
 
 
-@pytest.mark.parametrize(("family", "sparsity"), [("gemma3", 0.55), ("qwen3_moe", 0.375)])
-def test_models_of_other_shapes_are_shared_out_too(family, sparsity, exported, tmp_path):
-    """A tied head, a layer that is wholly removed; experts in one tensor; recomputed activations."""
-    alone = exported(family, sparsity)
+@pytest.mark.parametrize(
+    ("family", "sparsity", "dtype", "near"),
+    [("gemma3", 0.55, "float32", 1e-4), ("qwen3_moe", 0.375, "bfloat16", 2e-3)],  # half a unit in the last place
+)
+def test_models_of_other_shapes_are_shared_out_too(family, sparsity, dtype, near, exported, tmp_path):
+    """A tied head, a layer that is wholly removed; experts in one tensor; recomputed activations; a narrower type."""
+    alone = exported(family, sparsity, f"model.dtype={dtype}")
     several = shutil.copytree(alone, tmp_path / "several")
     command = [*SETTINGS, "train.activation_checkpointing=true"]
     assert main(["distill", str(alone), *command]) == 0
     ranks.run(["distill", str(several), *command, "deepspeed=zero3"], 2, tmp_path / "logs", fit_briefly)
-    check_alike(alone, several)
+    check_alike(alone, several, near)
 
 
 def save_at_once(_rank):
