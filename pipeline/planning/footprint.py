@@ -23,7 +23,7 @@ from nuteprune.training import blocks
 from nuteprune.training.refit import TIMES
 
 PROCESS_BYTES = 3e9
-"""Host memory of a rank before it holds anything: 0.6 GB of imports (measured without a card), the rest, for CUDA and
+"""Host memory of a rank before it holds anything: 0.5 GB of imports (measured without a card), the rest, for CUDA and
 NCCL, is assumed."""
 USABLE = 0.9
 """Share of the GPU's memory that tensors may fill; the rest is for CUDA, NCCL and fragmentation."""
