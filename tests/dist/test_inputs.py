@@ -16,12 +16,12 @@ def use(address: str, cache: Path, rank: int) -> None:
     """Make an address the hub's on a rank; on any but the first, text cannot be packed."""
     from huggingface_hub import constants
 
-    from nuteprune.data import prepared
+    from nuteprune.data import text
 
     constants.ENDPOINT, constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = address, str(cache), False
     constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     if rank:
-        prepared.packed_blocks = None
+        text.packed_blocks = None
 
 
 def test_a_download_may_take_longer_than_ranks_wait_for_each_other(settings, model_dir, tmp_path):

@@ -25,7 +25,7 @@ def test_prepared_text_is_what_would_be_packed(settings, text_file, monkeypatch)
     text = text_of(config)
     expected = text.pack()
     assert torch.equal(text.load(), expected)
-    monkeypatch.setattr("nuteprune.data.prepared.packed_blocks", None)  # not called any more
+    monkeypatch.setattr("nuteprune.data.text.packed_blocks", None)  # not called any more
     assert torch.equal(text.blocks(), expected)
     before = (directory / "manifest.json").stat().st_mtime_ns
     assert prepare.run(config) == directory
