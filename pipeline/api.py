@@ -102,7 +102,7 @@ def load_masked(settings: Settings, overrides: Sequence[str] = ()) -> MaskedMode
 
 
 def _module(name: str) -> Any:
-    """A module with the libraries that it alone needs, imported when it is first called.
+    """A module with the libraries that it alone needs, imported when it is first used.
 
     They make a million objects, which stay: to search those for garbage as they come is a fifth of a start.
     """

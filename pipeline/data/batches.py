@@ -11,15 +11,6 @@ import torch
 from nuteprune.errors import UserError
 
 
-def check_ids(largest: int, vocab_size: int) -> None:
-    """Raise `UserError` where the largest token id of a text is beyond the model's embedding."""
-    if largest >= vocab_size:
-        raise UserError(
-            f"the tokenizer gives id {largest} but the model has {vocab_size} embeddings: take the added token that it "
-            "stands for out of the text or, where the tokenizer is another model's, use the model's own"
-        )
-
-
 def check_split(batch_size: int, world: int) -> None:
     """Raise `UserError` where so many processes cannot share a batch evenly."""
     if batch_size % world:

@@ -17,8 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import FinetuneConfig
-from nuteprune.data.batches import check_ids
-from nuteprune.data.sequences import first_tokens
+from nuteprune.data.sequences import check_ids, first_tokens
 from nuteprune.errors import UserError, first_line
 from nuteprune.model.losses import IGNORE
 

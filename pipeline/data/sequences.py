@@ -1,4 +1,4 @@
-"""What a model's tokenizer puts around a text: how a sequence begins, and how a document ends.
+"""What a tokenizer puts around a text: how a sequence begins, and how a document ends; and ids beyond the model.
 
 A model is used on sequences that its tokenizer makes, so it is trained and scored on such sequences.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedTokenizerBase
+
+from nuteprune.errors import UserError
 
 _PROBE = "a"
 
@@ -43,3 +45,12 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         if whole[start : start + len(plain)] == plain:
             return tuple(whole[:start])
     return ()
+
+
+def check_ids(largest: int, vocab_size: int) -> None:
+    """Raise `UserError` where the largest token id of a text is beyond the model's embedding."""
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer gives id {largest} but the model has {vocab_size} embeddings: take the added token that it "
+            "stands for out of the text or, where the tokenizer is another model's, use the model's own"
+        )

@@ -1,7 +1,7 @@
 """Text: reading through `datasets`, and packing to blocks.
 
 Shape letters: N blocks, T tokens of a block, n tokens of a stream. `datasets` takes half a second to import: what every
-rank needs of a text is in `batches`.
+rank needs of a text is in `batches` and `sequences`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import DataConfig
-from nuteprune.data.batches import check_ids
-from nuteprune.data.sequences import sequence_form
+from nuteprune.data.sequences import check_ids, sequence_form
 from nuteprune.errors import UserError, first_line
 from nuteprune.model.hub import unreachable
 

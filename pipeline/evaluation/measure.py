@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from nuteprune.data.batches import check_ids
+from nuteprune.data.sequences import check_ids
 from nuteprune.errors import UserError
 from nuteprune.evaluation.head import Head
 from nuteprune.exporting.folding import exported_parameters

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nuteprune.masks.selection import BATCHES, MEASURED, is_measured
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.planning.costs import Timing, gather_seconds, launch_seconds, over_links, passes, traffic
-from nuteprune.planning.footprint import small_parameters
+from nuteprune.planning.distilling import small_parameters
 from nuteprune.planning.job import (
     FP32,
     Job,

@@ -19,7 +19,8 @@ from nuteprune.model.losses import learns_of_outputs
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.host import free_memory, multiplies_bfloat16, processor
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
-from nuteprune.planning.footprint import PROCESS_BYTES, distillation_memory, host_memory
+from nuteprune.planning.distilling import distillation_memory
+from nuteprune.planning.footprint import PROCESS_BYTES, host_memory
 from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.planning.planner import Plan, largest_micro_batch, make_plan
 

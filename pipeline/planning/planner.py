@@ -10,12 +10,8 @@ from nuteprune.config import Config, beyond_recipe
 from nuteprune.masks import check_target
 from nuteprune.planning.bill import Bill, bill, distillation_state
 from nuteprune.planning.costs import Timing, Traffic, mean_kept, timing, traffic
-from nuteprune.planning.footprint import (
-    USABLE,
-    Memory,
-    distillation_memory,
-    memory,
-)
+from nuteprune.planning.distilling import distillation_memory
+from nuteprune.planning.footprint import USABLE, Memory, memory
 from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.planning.models import named_spec
 

@@ -68,8 +68,8 @@ def memory_text(job: Job, chosen: Estimate) -> str:
     lines = stage_lines("memory of one rank", job, chosen.memory)
     lines += stage_lines(f"while the export is distilled{asked}", job, chosen.distilling)
     written = checkpoint_bytes(job) | distillation_bytes(job)
-    lines.append(f"  written to the disk over the run: {sum(written.values()) / GB:.2f} GB")
-    lines += [f"    {size / GB:9.3f}  {name}" for name, size in written.items()]
+    lines.append(f"written to the disk over the run: {sum(written.values()) / GB:.2f} GB")
+    lines += [f"  {size / GB:9.3f}  {name}" for name, size in written.items()]
     return "\n".join(lines)
 
 

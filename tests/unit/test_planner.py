@@ -30,10 +30,9 @@ from nuteprune.planning.costs import (
     timing,
     traffic,
 )
+from nuteprune.planning.distilling import distillation_host, distillation_memory
 from nuteprune.planning.footprint import (
     activations,
-    distillation_host,
-    distillation_memory,
     host_memory,
     logits_chunk,
     memory,
