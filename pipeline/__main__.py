@@ -9,7 +9,6 @@ import importlib
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import traceback
@@ -22,7 +21,7 @@ from nuteprune.flags import DISTRIBUTED, SHORTCUTS, parser
 from nuteprune.runs.log import quiet_libraries
 from nuteprune.runs.words import plain
 from nuteprune.training.memory import TooLarge, is_out_of_memory
-from nuteprune.training.signals import OF_A_CLUSTER, SIGNALS, Preempted, stop_signals
+from nuteprune.training.signals import Preempted, stop_signals
 
 BLAMED = "a fault of this machine, not of the settings: "
 OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
@@ -42,8 +41,7 @@ OUT_OF_MEMORY = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake), 75 (preempted, saved) or
-    130 (Ctrl-C where there is nothing to save).
+    """Run one stage; returns the exit code: 0, 1 (failed run), 2 (a user's mistake) or 75 (told to stop).
 
     Of several ranks the first speaks for all; only a rank that lost another says so itself.
     """
@@ -57,17 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.stage == "status":
         return show_status(args)
     try:
-        # Before anything that takes time: a job may be told to leave while it loads. Ctrl-C is Python's own where no
-        # step is taken.
-        with stop_signals(SIGNALS if args.stage in (*DISTRIBUTED, "run") else OF_A_CLUSTER):
+        with stop_signals():  # before anything that takes time: a job may be told to leave while it loads
             return run(args)
     except Preempted as stop:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"nuteprune: {stop}\n")
         return stop.exit_code
-    except KeyboardInterrupt:  # in a stage that takes no steps
-        sys.stderr.write("nuteprune: ended by Ctrl-C; start the same command again\n")
-        return 128 + signal.SIGINT
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 if not hasattr(signal, "SIGUSR1"):
     raise SystemExit("nuteprune: does not run on Windows itself: start it inside WSL")
 
-OF_A_CLUSTER = (signal.SIGTERM, signal.SIGUSR1)
-"""What SLURM sends before it ends a job."""
-SIGNALS = (*OF_A_CLUSTER, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What SLURM sends before it ends a job, and Ctrl-C."""
 
 
 class Preempted(BaseException):
@@ -63,14 +62,14 @@ class Stop:
 
 
 @contextmanager
-def stop_signals(numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[Stop]:
-    """Handle these signals by a `Stop` until the block ends; inside such a block, by that of the outer one."""
+def stop_signals() -> Iterator[Stop]:
+    """Handle `SIGNALS` by a `Stop` until the block ends; inside such a block, by that of the outer one."""
     outer = signal.getsignal(signal.SIGTERM)
     if isinstance(outer, Stop):
         yield outer
         return
     stop = Stop()
-    before, unraisable = {s: signal.signal(s, stop) for s in numbers}, sys.unraisablehook
+    before, unraisable = {s: signal.signal(s, stop) for s in SIGNALS}, sys.unraisablehook
 
     def quietly(found: sys.UnraisableHookArgs) -> None:
         """Say nothing of a `Preempted` that a finalizer swallowed: the loop finds the signal in `received`."""

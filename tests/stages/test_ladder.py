@@ -10,6 +10,7 @@ from nuteprune.config import load_config
 from nuteprune.errors import UserError
 from nuteprune.evaluation import ladder
 from nuteprune.runs.checkpoint import verify
+from nuteprune.training.signals import Preempted
 
 
 @pytest.fixture
@@ -48,10 +49,10 @@ def test_every_rung_is_exported_and_compared(arguments, run_dir, records, capsys
     assert scores == [p["perplexity"] for p in points]
 
     def end_here(_config):
-        raise KeyboardInterrupt
+        raise Preempted
 
     monkeypatch.setattr(ladder, "evaluate_models", end_here)
-    assert main([*arguments, "--ladder", "0.1"]) == 130
+    assert main([*arguments, "--ladder", "0.1"]) == 75
     assert main(["status", str(run_dir), "export.ladder=[0.1]", f"run_dir={run_dir}", "--tsv"]) == 0
     assert "export\tincomplete\t" in capsys.readouterr().out
 

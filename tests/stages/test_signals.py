@@ -82,21 +82,16 @@ def test_a_signal_while_it_loads_ends_with_a_line(start, settings, tmp_path, num
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    ("number", "code", "told"),
-    [
-        (signal.SIGINT, 130, "ended by Ctrl-C; start the same command again"),
-        (signal.SIGUSR1, 75, "SIGUSR1 outside of training: what was finished is kept, start again"),
-    ],
-)
-def test_a_signal_in_a_stage_without_steps_is_one_line(start, settings, text_file, tmp_path, number, code, told):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_in_a_stage_without_steps_is_one_line(start, settings, text_file, tmp_path, number):
     long = tmp_path / "long.txt"  # several seconds, so that no busy machine is done before the signal comes
     long.write_text(text_file.read_text() * 300)
     process = start("-m", "nuteprune", "prepare", *settings, f"data.source={long}")
     until(lambda: has_loaded(process, "tokenizers"), process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=HANG)
-    assert (process.returncode, errors.splitlines()[-1]) == (code, f"nuteprune: {told}")
+    told = f"nuteprune: {number.name} outside of training: what was finished is kept, start again"
+    assert (process.returncode, errors.splitlines()[-1]) == (75, told)
     assert "Traceback" not in errors
 
 
