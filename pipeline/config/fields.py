@@ -371,7 +371,7 @@ STAGE_SECTIONS = {
     "prune": ["model", "data", "sparsity", "gates", "train", "lora", "loss", "teacher", "checkpoint", "tracking"],
     "recover": ["recover", "model", "train", "export", "checkpoint", "tracking"],
     "finetune": ["finetune", "model", "train", "loss", "export", "checkpoint", "tracking"],
-    "export": ["export", "model"],
+    "export": ["export", "model", "evaluate", "tracking"],
     "distill": ["distill", "model", "train", "loss", "export", "checkpoint", "tracking"],
     "evaluate": ["evaluate", "model", "data", "export", "tracking"],
 }

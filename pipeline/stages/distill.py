@@ -66,6 +66,9 @@ def run(config: Config) -> Path:
     export = Path(config.export.output or trained.directory / "export")
     if not (export / RECORD).is_file():
         raise UserError(f"no exported model at {export}: run `nuteprune export {trained.directory}` first")
+    if read_json(export / RECORD).get("finetuned"):
+        raise UserError(f"{export} is fine-tuned on records, which distill would undo by its text: leave distill out, "
+                        f"or export anew with export.source=pruned")  # fmt: skip
     check_distilled(distill_directory(trained.directory) / DISTILLED, export)
     base = read_base(trained.config.model)
     result = train(settings(config, trained), Distilling, trained, base, export)

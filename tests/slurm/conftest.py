@@ -124,7 +124,7 @@ def tiny_settings(model_dir, text_file, **train) -> dict:
         "model": {"path": str(model_dir)},
         "deepspeed": "zero3",
         "data": {"source": str(text_file), "seq_len": 32},
-        "train": {"steps": 100, "batch_size": 4, **train},
+        "train": {"steps": 60, "batch_size": 4, **train},
         "gates": {"importance_tokens": 256, "ffn_multiple": 1, "hidden_multiple": 1},
         "checkpoint": {"every": 10},
         "tracking": {"report_to": [], "progress": False},

@@ -74,9 +74,9 @@ def test_interruptions_change_no_bit(undisturbed, tiny_run):
     # Not one restart without progress is allowed.
     prune = run.submit("--from", "prune", PRUNE_TIME="60", SIGNAL_SECONDS="120", MAX_RESTARTS="0")["prune"]
     assert not run.submit()  # queued and running jobs are not submitted twice
-    wait_for_step(run, 20)
+    wait_for_step(run, 10)
     os.kill(run.cluster.pid(prune, rank=1), signal.SIGKILL)
-    wait_for_step(run, 40)
+    wait_for_step(run, 20)
     leave_before_time_limit(run, prune)
     assert int(finished(run, prune)["Restarts"]) == 2
     log = run.log(f"prune-{prune}")
@@ -88,7 +88,7 @@ def test_interruptions_change_no_bit(undisturbed, tiny_run):
 def test_lost_node_is_survived_on_the_other_one(tiny_run):
     run = tiny_run()
     jobs = run.submit("--from", "prune", PRUNE_NODES="1-2")
-    wait_for_step(run, 20)
+    wait_for_step(run, 10)
     assert run.cluster.job(jobs["prune"])["NumNodes"] == "2"
     run.cluster.crash_node("node2")
     try:
@@ -127,7 +127,7 @@ def test_failing_stage_stops_the_chain_and_status_says_why(tiny_run):
 
 def test_sweep_as_an_array(tiny_run, tmp_path):
     """Its last element, whose id is the array's, loses a rank and is requeued alone."""
-    run = tiny_run(steps=60)
+    run = tiny_run(steps=30)
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text("- {sparsity.target: 0.2, train.steps: 10}\n- {sparsity.target: 0.3, distill.steps: 4}\n")
     printed = run.submit_text("--sweep", str(sweep), PRUNE_NODES="1")

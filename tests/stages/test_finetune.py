@@ -172,6 +172,9 @@ def test_the_export_takes_the_fine_tuned_student(tuning, run_dir, sparsity, caps
     assert main(["finetune", *arguments, "--data", str(records), "finetune.seq_len=128", "finetune.steps=3",
                  "finetune.batch_size=2"]) == 0  # fmt: skip
     assert main(["export", *arguments]) == 0
+    capsys.readouterr()
+    assert main(["distill", str(run_dir)]) == 2
+    assert "is fine-tuned on records, which distill would undo" in capsys.readouterr().err
     assert main(["export", *arguments, "--from", "pruned", f"export.output={run_dir / 'pruned-again'}"]) == 0
     before, after, again = (load_file(run_dir / name / "model.safetensors") for name in
                             ("before", "export", "pruned-again"))  # fmt: skip

@@ -115,6 +115,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
         ([str(model_dir), "--data", str(text), "recover.ladder=[0.1]"], "give recover.ladder to `nuteprune recover`"),
         ([str(model_dir), "--data", str(text), "finetune.data=a.json", "finetune.sparsity=0.2"],
          "fine-tune the student at 0.2 and export that at 0.3"),
+        ([str(model_dir), "--data", str(text), "finetune.data=a.json", "distill.steps=2"], "undoes what the records"),
         ([str(model_dir), "--data", str(text), "evaluate.text=none.txt"], "'none.txt' does not exist"),
         ([str(model_dir), "--data", str(text), "--sparsity", "0.99", "gates.units=[ffn]"], "0.99 is out of reach"),
         ([str(model_dir), "--data", str(texts), "--out", str(texts / "runs" / "a")], "all of which is read as text"),
@@ -182,7 +183,7 @@ def test_a_run_learns_what_to_remove_and_distils_in_the_rest_of_its_steps(tmp_pa
 
     eight, one = (Machine("H100", count, CARDS["h100"], bf16=True) for count in (8, 1))
     monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 1.1e11)
-    assert steps(eight) == (200, 1800)
+    assert steps(eight) == steps(eight, "sparsity.constraint=projection") == (200, 1800)
     plan = choose(config, set(), eight, spec)[1]
     assert plan.job.config.distill.steps == 1800
     assert plan.chosen.distilling.peak < 0.9 * 80e9
