@@ -20,10 +20,13 @@ import yaml
 from nuteprune import api
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, beyond_recipe, flatten, load_config, to_dict
-from nuteprune.data.text import load_text
+from nuteprune.data.text import JOINT, load_text
 from nuteprune.errors import UserError
 from nuteprune.evaluation.compare import checked as check_evaluation
 from nuteprune.exporting.gguf_model import gguf_architecture
+from nuteprune.exporting.gguf_quants import check_quantizer
+from nuteprune.exporting.gguf_vocab import vocabulary
+from nuteprune.exporting.small import output_directory
 from nuteprune.masks import check_target
 from nuteprune.model.loading import read_base, read_config
 from nuteprune.parallel.sizes import total_parameters
@@ -133,6 +136,9 @@ def checked(config: Config) -> tuple[Config, ArchSpec]:
     if config.export.gguf != "none":
         shape = config.gates.shape if config.export.shape == "as_trained" else config.export.shape
         gguf_architecture(spec, shape, architecture)
+        check_quantizer(config.export.gguf)
+        vocabulary(read_base(config.model).tokenizer)
+    output_directory(config.export.output, Path(config.run_dir), config.model.path)
     return config, spec
 
 
@@ -147,8 +153,9 @@ def settle(
         choices, plan = choose(config, given, machine, spec)
     config = with_choices(config, choices)
     check_target(spec, config.gates, config.sparsity.target, config.lora.targets)
-    kept, lines = hold_out(config, given)
-    if begun:
+    held = held_before(directory, given) if begun else None
+    kept, lines = held or hold_out(config, given)
+    if begun and not held:
         documents = load_config(directory).data.documents
         if kept and documents == config.data.documents:  # evaluate.text was named then
             kept, lines = [Choice("data.documents", documents, "as this run began, so none is held out")], ""
@@ -178,6 +185,19 @@ def chosen_before(directory: Path, config: Config, given: Collection[str]) -> li
     # The last three follow from the text again.
     own = {*given, "recipe", "run_dir", "data.documents", "evaluate.text", "evaluate.window"}
     return [(key, value) for key, value in began.items() if key not in own and now[key] != value]
+
+
+def held_before(directory: Path, given: Collection[str]) -> tuple[list[Choice], str] | None:
+    """What a run that has begun held out of its text, as `hold_out` has it; the text may be another by now, or gone."""
+    began, text = load_config(directory), directory / HELD_OUT
+    named = [Path(name).name for name in began.evaluate.text]
+    if named != [HELD_OUT] or not text.is_file() or {"data.documents", "evaluate.text"}.intersection(given):
+        return None
+    own = {
+        "data.documents": began.data.documents, "evaluate.text": [str(text)], "evaluate.window": began.evaluate.window
+    }  # fmt: skip
+    choices = [Choice(key, value, "as this run began") for key, value in own.items() if key not in given]
+    return choices, text.read_text(encoding="utf-8")
 
 
 def _on_all_cards(stage: str, settings: Path, ranks: int) -> None:
@@ -237,6 +257,8 @@ def hold_out(config: Config, given: Collection[str]) -> tuple[list[Choice], str]
             break
         held_out.insert(0, text)
         tokens += len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if held_out:  # as they are scored: across two documents line ends may merge into one token
+        tokens = len(tokenizer(JOINT.join(held_out), add_special_tokens=False, verbose=False)["input_ids"])
     short = tokens < evaluate.window
     if short and (tokens < SHORTEST or "evaluate.window" in given):
         log.warning(

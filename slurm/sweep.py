@@ -23,7 +23,7 @@ def main(path: str, *shared: str) -> str:
     lines: list[str] = []
     taken: dict[tuple[str, str], int] = {}
     for number, entry in enumerate(read_entries(Path(path)), 1):
-        words = [f"{key}={json.dumps(value)}" for key, value in entry.items()]
+        words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in entry.items()]
         try:
             entry_config = load_config(config, [*overrides, *words])
         except UserError as error:

@@ -58,7 +58,9 @@ def packed_windows(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, v
     windows = (
         pack([len(ids) for ids, _ in usable], config.seq_len) if config.pack else [[i] for i in range(len(usable))]
     )
-    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    # Not a token that was added behind the embedding's rows, as [PAD] often is. It is never learned from.
+    fills = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    fill = next((token for token in fills if token is not None and token < vocab_size), 0)
     log.info("%d records in %d windows of %d tokens, %.0f%% filled", len(usable), len(windows), config.seq_len,
              100 * sum(len(ids) for ids, _ in usable) / (len(windows) * config.seq_len))  # fmt: skip
     return torch.stack([_window([usable[i] for i in members], config.seq_len, fill) for members in windows])
@@ -135,7 +137,8 @@ def _usable(config: FinetuneConfig, examples: list[Example]) -> list[Example]:
     """The examples that can be learned from, with a word on the others; raises `UserError` where none is left."""
     empty = [n for n, (_, labels) in enumerate(examples, 1) if not any(label != IGNORE for label in labels[1:])]
     long = [n for n, (ids, _) in enumerate(examples, 1) if len(ids) > config.seq_len]
-    left = [example for n, example in enumerate(examples, 1) if n not in {*empty, *long}]
+    out = {*empty, *long}
+    left = [example for n, example in enumerate(examples, 1) if n not in out]
     if not left:
         raise UserError(f"{config.data}: no record has an answer and fits into {config.seq_len} tokens")
     for found, fault in ((empty, "have an empty answer"), (long, f"are longer than finetune.seq_len {config.seq_len}")):

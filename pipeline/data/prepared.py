@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -53,7 +54,8 @@ class TrainingText:
 
     def save(self, blocks: torch.LongTensor) -> Path:
         """Write blocks and what they were made with; returns the directory."""
-        facts = self._settings | {"sequence": sequence_form(self.base.tokenizer).as_dict(), "vocabulary": self._tokens}
+        facts = self._settings | {"sequence": sequence_form(self.base.tokenizer).as_dict(), "vocabulary": self._tokens,
+                                  "files": self._files}  # fmt: skip
         with atomic_directory(self.directory) as temporary:
             save_file({"blocks": blocks.to(torch.int32)}, temporary / "blocks.safetensors")
             (temporary / "prepared.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -77,7 +79,7 @@ class TrainingText:
             return None
         eos = self.base.tokenizer.eos_token_id
         before = SequenceForm(end=() if eos is None else (eos,)).as_dict()
-        packed = facts.pop("sequence", before)
+        packed, files = facts.pop("sequence", before), facts.pop("files", "")
         if facts.pop("vocabulary", self._tokens) != self._tokens or facts != self._settings:
             return None
         if packed != sequence_form(self.base.tokenizer).as_dict():
@@ -85,7 +87,26 @@ class TrainingText:
                 f"{self.directory} was packed by another version, without the tokenizer's own first token and "
                 "separator: remove it and run `nuteprune prepare` again with the same settings"
             )
+        if files and self._files not in ("", files):
+            log.warning(
+                "%s was written to since it was packed, and what was packed is trained on: remove %s to pack it anew",
+                self.data.source, self.directory,
+            )  # fmt: skip
         return blocks
+
+    @property
+    def _files(self) -> str:
+        """Of the sizes and times of the source's files, empty where there are none."""
+        source, files = Path(self.data.source), []
+        if source.is_file():
+            files = [source]
+        elif source.is_dir():
+            from nuteprune.data.text import text_files
+
+            with suppress(UserError):  # it holds no text any more
+                files = text_files(self.data.source)
+        found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return sha256(json.dumps(found).encode()).hexdigest() if found else ""
 
     @property
     def _tokens(self) -> str:

@@ -29,6 +29,8 @@ C4 = "allenai/c4"
 FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 TOKENIZE_BATCH = 256
 """Documents handed to the fast tokenizer at once: enough to keep its threads busy, little memory."""
+JOINT = "\n\n"
+"""Between the documents of a text that is scored."""
 
 
 def load_text(source: str, documents: int, text_field: str) -> datasets.Dataset:
@@ -49,7 +51,7 @@ def load_text(source: str, documents: int, text_field: str) -> datasets.Dataset:
     if source == "c4":
         texts = _c4_texts(documents)
     else:
-        texts = (text for file in _text_files(source) for text in _file_texts(file, text_field))
+        texts = (text for file in text_files(source) for text in _file_texts(file, text_field))
     kept = list(itertools.islice((text for text in texts if text), documents or None))
     if not kept:
         raise UserError(f"data source '{source}' holds no text: give a file with at least one document")
@@ -107,7 +109,7 @@ def text_tokens(
     Raises:
         UserError: see `load_text`.
     """
-    text = "\n\n".join(load_text(str(path), documents, text_field)["text"])
+    text = JOINT.join(load_text(str(path), documents, text_field)["text"])
     return torch.tensor(next(_token_ids([text], tokenizer)), dtype=torch.int64)
 
 
@@ -128,7 +130,7 @@ def _c4_texts(documents: int) -> Iterator[str]:
         ) from error
 
 
-def _text_files(source: str) -> list[Path]:
+def text_files(source: str) -> list[Path]:
     """The files of a local source in sorted order; other files in a directory are passed over."""
     path = Path(source)
     supported = ", ".join(FORMATS)
@@ -162,14 +164,13 @@ def _file_texts(file: Path, text_field: str) -> Iterator[str]:
 
 
 def read_rows(file: Path, options: dict) -> Iterator[dict]:
-    """The rows of one file, .jsonl line by line and others as `datasets` reads them, with failures told in one line; an
-    empty file has none."""
+    """The rows of one file, none of an empty one; `datasets` reads what is not JSON. Failures are told in one line."""
     if file.stat().st_size == 0:
         return
     with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
         try:
-            if file.suffix == ".jsonl":
-                yield from _json_lines(file)
+            if read := {".jsonl": _json_lines, ".json": _json_rows}.get(file.suffix):
+                yield from read(file)
                 return
             if file.suffix == ".parquet" and not parquet.read_metadata(file).num_rows:
                 return  # `datasets` would take its batches to be of no row
@@ -182,10 +183,21 @@ def read_rows(file: Path, options: dict) -> Iterator[dict]:
                 cache_dir=cache,
                 **options,
             )
-        except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        except (ValueError, OSError, RecursionError, StopIteration, datasets.exceptions.DatasetsError) as error:
             raise UserError(
                 f"cannot read {file} as {FORMATS[file.suffix]} ({first_line(error)}): mend or remove the file"
             ) from error
+
+
+def _json_rows(file: Path) -> Iterator[dict]:
+    """The objects of a .json file: those of a list, one alone, or one a line."""
+    try:
+        found = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except ValueError:
+        yield from _json_lines(file)
+        return
+    for number, row in enumerate(found if isinstance(found, list) else [found], 1):
+        yield _json_object(row, f"row {number}")
 
 
 def _json_lines(file: Path) -> Iterator[dict]:
@@ -197,12 +209,20 @@ def _json_lines(file: Path) -> Iterator[dict]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number}: {first_line(error)}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number}: no JSON object")
-            yield row
+            yield _json_object(row, f"line {number}")
+
+
+def _json_object(row: object, place: str) -> dict:
+    """`row`; raises `ValueError` where it is no object, or holds half of a surrogate pair, which is no text."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: no JSON object")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise ValueError(f"{place}: {first_line(error)}") from None
+    return row
 
 
 def _token_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

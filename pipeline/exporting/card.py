@@ -142,7 +142,7 @@ def base_licence(base: str) -> dict[str, str | list[str]]:
                        _raise_exceptions_for_gated_repo=False)  # fmt: skip
     if card is None:
         return {}
-    front = re.match(r"---\n(.*?)\n---", Path(card).read_text(encoding="utf-8"), re.DOTALL)
+    front = re.match(r"---\n(.*?)\n---", Path(card).read_text(encoding="utf-8-sig", errors="replace"), re.DOTALL)
     try:
         facts = yaml.safe_load(front[1]) if front else None
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -219,7 +219,7 @@ def _teachers(run: Run) -> str:
 
 def _data_name(source: str) -> str:
     """A local path is of no use to a reader, and may hold private names."""
-    return code(Path(source).name if Path(source).exists() else source).replace("|", "\\|")
+    return code(Path(source).name).replace("|", "\\|")
 
 
 def _table(fold: Fold) -> list[str]:

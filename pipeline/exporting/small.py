@@ -29,7 +29,6 @@ from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
 from nuteprune.runs.directories import DISTILLED, distill_directory
-from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import export_gates, newest_student, open_run
 
 log = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ def export_model(config: Config) -> Path:
     """
     check_repository(config.export)
     trained = open_run(config.run_dir, config.model)
-    output = output_directory(config, trained)
+    output = output_directory(config.export.output, trained.directory, trained.config.model.path)
     base = read_base(in_float32(trained.config.model))
     student = newest_student(config.export, trained, base.spec)
     shape = export_gates(config.export, trained).shape
@@ -80,12 +79,12 @@ def export_model(config: Config) -> Path:
     return output
 
 
-def output_directory(config: Config, trained: Run) -> Path:
-    """Where the model goes; raises `UserError` if something else than an earlier export is there."""
-    output = Path(config.export.output) if config.export.output else trained.directory / "export"
-    if output.resolve() == Path(trained.config.model.path).resolve():
+def output_directory(wanted: str, run_dir: Path, model: str) -> Path:
+    """Where the export of a run of `model` goes; raises `UserError` if something else than an earlier one is there."""
+    output = Path(wanted) if wanted else run_dir / "export"
+    if output.resolve() == Path(model).resolve():
         raise UserError(f"export.output {output} is the base model itself: choose another directory")
-    if output.resolve() == (distill_directory(trained.directory) / DISTILLED).resolve():
+    if output.resolve() == (distill_directory(run_dir) / DISTILLED).resolve():
         raise UserError(f"export.output {output} is the place of the distilled model: choose another directory")
     if output.name in ("", ".."):
         raise UserError(f"export.output {output} cannot be replaced as a whole: name a directory below it")

@@ -8,7 +8,9 @@ import math
 import shutil
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from nuteprune.data.batches import BatchStream
 from nuteprune.data.prepared import TrainingText
 from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.exporting.card import CARD, RECORD, check_distilled, distilled_card
+from nuteprune.exporting.gguf_quants import check_quantizer
 from nuteprune.exporting.targets.gguf import write_anew
 from nuteprune.exporting.targets.stock import SHARD
 from nuteprune.masks.schedule import Schedule
@@ -66,7 +69,9 @@ def run(config: Config) -> Path:
     export = Path(config.export.output or trained.directory / "export")
     if not (export / RECORD).is_file():
         raise UserError(f"no exported model at {export}: run `nuteprune export {trained.directory}` first")
-    if read_json(export / RECORD).get("finetuned"):
+    record = read_json(export / RECORD)
+    check_quantizer(record.get("gguf", "none"))
+    if record.get("finetuned"):
         raise UserError(f"{export} is fine-tuned on records, which distill would undo by its text: leave distill out, "
                         f"or export anew with export.source=pruned")  # fmt: skip
     check_distilled(distill_directory(trained.directory) / DISTILLED, export)
@@ -236,7 +241,7 @@ class Distilling(Trainer):
         tokens = self.total * config.train.batch_size * config.data.seq_len
         card = (self.export / CARD).read_text(encoding="utf-8")
         with atomic_directory(target) as temporary:
-            shutil.copytree(self.export, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_STALE))
+            _copy_files(self.export, temporary, _STALE)
             with tempfile.TemporaryDirectory(dir=temporary) as saved:
                 self.student.save_pretrained(saved, state_dict=self.weights, max_shard_size=SHARD)
                 for file in Path(saved).glob("model*.safetensors*"):
@@ -255,10 +260,19 @@ def add_gguf(result: Path, export: Path, base: Base) -> None:
     if kind in ("none", record.get("gguf", "none")):
         return
     with atomic_directory(result) as temporary:
-        shutil.copytree(result, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.gguf", MANIFEST))
+        _copy_files(result, temporary, ("*.gguf", MANIFEST))
         shutil.copyfile(export / "Modelfile", temporary / "Modelfile")
         write_anew(temporary, wanted["shape"], kind, base)
         (temporary / RECORD).write_text(json.dumps(record | {"gguf": kind}) + "\n", encoding="utf-8")
+
+
+def _copy_files(source: Path, target: Path, left_out: Sequence[str]) -> None:
+    """Copy what the files of a directory hold, not their modes: they may be read-only."""
+    for file in source.rglob("*"):
+        if file.is_file() and not any(fnmatch(file.name, pattern) for pattern in left_out):
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def check_export(export: Path) -> None:

@@ -11,7 +11,7 @@ from nuteprune.config import Config
 from nuteprune.data.instructions import packed_windows
 from nuteprune.data.prepared import TrainingText
 from nuteprune.errors import MachineError, UserError
-from nuteprune.model.hub import fetch
+from nuteprune.model.hub import fetch, weight_files
 from nuteprune.model.loading import read_base
 from nuteprune.runs.checkpoint import CheckpointError, read_json
 
@@ -51,7 +51,7 @@ def summary(config: Config, result: Path) -> str:
 
 
 def check_weights(directory: Path) -> int:
-    """Open every safetensors file, which finds those that are cut short; returns how many there are.
+    """Open every safetensors file, which finds those that are cut short; returns how many files of weights there are.
 
     Raises:
         UserError: there is none, one is damaged, or one that the index names is missing.
@@ -66,6 +66,8 @@ def check_weights(directory: Path) -> int:
         if missing:
             raise MachineError(f"{directory / min(missing)} is missing or damaged: fetch it again")
     if not files:
+        if pickled := weight_files(directory):
+            return len(pickled)
         raise UserError(f"model.path {directory}: config.json but no weights (*.safetensors) there")
     for name in sorted(files):
         try:

@@ -95,7 +95,8 @@ class Tracker:
             path = run_dir / "metrics.jsonl"
             if path.is_symlink():
                 raise UserError(f"{path} is a symbolic link, which is not written through: put a file there")
-            _drop_lines(path, stage, first_step or 0)
+            if first_step is not None:  # a stage that may run beside one in training only adds lines
+                _drop_lines(path, stage, first_step)
             self._metrics = path.open("a", encoding="utf-8")
             if "tensorboard" in names:
                 log.info("curves: %s", watch_command(run_dir))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import stat
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -47,12 +48,15 @@ def metrics(run_dir, key="distill/loss") -> list[float]:
 
 def test_all_weights_learn_and_the_model_loads_as_the_export_does(config, run_dir, monkeypatch):
     monkeypatch.setattr(distill, "RELATIVE_RATE", 1.5e-2)  # forty steps of a tiny model
+    for file in (*(run_dir / "export").iterdir(), run_dir / "export"):
+        file.chmod(0o555)  # as in a store that is not written to
     result = distill.run(load_config(config, ["distill.steps=40"]))
     assert result == run_dir / "distill" / "model"
     before, after = (load_file(d / "model.safetensors") for d in (run_dir / "export", result))
     assert before.keys() == after.keys()
     same = {key for key in before if torch.equal(before[key], after[key])}
     assert same == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert all(file.stat().st_mode & stat.S_IWUSR for file in (result, *result.iterdir()))
     entropy = metrics(run_dir, "distill/label_loss")  # a tiny teacher of random weights has only text to teach
     assert sum(entropy[-10:]) < 0.96 * sum(entropy[:10])
     assert {p.name for p in result.iterdir()} == {p.name for p in (run_dir / "export").iterdir()}

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
 from nuteprune.config import load_config
@@ -32,6 +33,28 @@ def test_prepared_text_is_what_would_be_packed(settings, text_file, monkeypatch)
     assert (directory / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_a_text_that_was_written_to_since_is_told(settings, text_file, tmp_path, caplog):
+    copy = tmp_path / "text.txt"
+    shutil.copy(text_file, copy)
+    config = load_config(None, [*settings, f"data.source={copy}"])
+    prepare.run(config)
+    before = text_of(config).load()
+    assert "written to" not in caplog.text
+    copy.write_text("brand new words " * 1000)
+    assert torch.equal(text_of(config).load(), before)
+    assert f"{copy} was written to since it was packed, and what was packed is trained on" in caplog.text
+
+
+def test_pickled_weights_are_weights(settings, model_dir, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = load_config(None, [*settings, f"model.path={model}"])
+    with pytest.raises(UserError, match="no weights"):
+        prepare.run(config)
+    torch.save(load_file(model_dir / "model.safetensors"), model / "pytorch_model.bin")
+    assert prepare.run(config).is_dir()
+
+
 def test_a_moved_run_exports_without_its_text(settings, text_file, tmp_path):
     copy = tmp_path / "text.txt"
     shutil.copy(text_file, copy)
@@ -40,7 +63,9 @@ def test_a_moved_run_exports_without_its_text(settings, text_file, tmp_path):
     prune.run(config)
     copy.unlink()
     moved = shutil.move(config.run_dir, tmp_path / "moved")
-    assert (export.run(load_config(moved)) / "model.safetensors").is_file()
+    exported = export.run(load_config(moved))
+    assert (exported / "model.safetensors").is_file()
+    assert "| Data | `text.txt`, " in (exported / "README.md").read_text()  # not where that was
 
 
 def test_other_settings_are_not_served_the_old_text(settings):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import yaml
@@ -12,6 +13,7 @@ from tiny import SENTENCES, tiny_config
 from nuteprune.__main__ import main
 from nuteprune.chain import hold_out, settle, with_choices
 from nuteprune.config import given_keys, load_config
+from nuteprune.data.text import text_tokens
 from nuteprune.model.loading import read_base
 from nuteprune.planning.cards import CARDS, UNNAMED
 from nuteprune.planning.machine import Choice, Machine, card_of, choose, pruning_steps
@@ -95,12 +97,43 @@ def test_what_is_held_out_fills_a_window_or_the_window_gives_way(model_dir, tmp_
     assert held_out(200, "evaluate.protocol=published") == held_out(200, "evaluate.text=[a.txt]") == nothing
 
 
+def test_the_window_counts_the_text_as_it_is_scored(model_dir, tokenizer, tmp_path):
+    """Its documents are joined by line ends, which may merge with theirs."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"\n{SENTENCES[n % 100]}\n"}) + "\n" for n in range(200)))
+    words = [f"model.path={model_dir}", f"run_dir={tmp_path}", f"data.source={text}"]
+    choices, lines = hold_out(load_config(None, words), given_keys(None, words))
+    alone = sum(len(tokenizer(json.loads(line)["text"])["input_ids"]) for line in lines.splitlines())
+    (tmp_path / "heldout.jsonl").write_text(lines)
+    scored = len(text_tokens(tmp_path / "heldout.jsonl", "text", tokenizer))
+    assert scored != alone
+    assert {choice.key: choice.value for choice in choices}["evaluate.window"] == scored
+
+
+def test_what_was_held_out_stays_so_whatever_becomes_of_the_text(model_dir, tmp_path):
+    run_dir, text = tmp_path / "run", tmp_path / "text.jsonl"
+    written = [json.dumps({"text": s}) + "\n" for s in SENTENCES * 5]
+    text.write_text("".join(written))
+    words = [f"model.path={model_dir}", f"run_dir={run_dir}", f"data.source={text}", "evaluate.window=64"]
+    config, machine = load_config(None, words), Machine("a processor")
+    spec = read_base(config.model).spec
+    first, _, held_out = settle(config, given_keys(None, words), machine, spec)
+    run_dir.mkdir()
+    (run_dir / "heldout.jsonl").write_text(held_out)
+    save_config(run_dir / "config.yaml", first)
+    text.write_text("".join(reversed(written)))
+    assert settle(config, given_keys(None, words), machine, spec)[::2] == (first, held_out)
+    text.unlink()
+    assert settle(config, given_keys(None, words), machine, spec)[::2] == (first, held_out)
+
+
 def test_a_directory_of_any_name_is_handed_on_as_it_is():
     path = "/runs/ü 漢 😀/heldout.jsonl"
     assert with_choices(load_config(None), [Choice("evaluate.text", [path], "")]).evaluate.text == [path]
 
 
-def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
+def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync", None)
     bare, file = tmp_path / "bare", tmp_path / "file"
     shutil.copytree(model_dir, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     file.touch()
@@ -116,6 +149,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys):
         ([str(model_dir), "--data", str(text), "finetune.data=a.json", "finetune.sparsity=0.2"],
          "fine-tune the student at 0.2 and export that at 0.3"),
         ([str(model_dir), "--data", str(text), "finetune.data=a.json", "distill.steps=2"], "undoes what the records"),
+        ([str(model_dir), "--data", str(text), f"export.output={texts}"], "not an earlier export"),
+        ([str(model_dir), "--data", str(text), "--gguf", "q4_k_m"], "llama.cpp makes K-quants, and is not there"),
         ([str(model_dir), "--data", str(text), "evaluate.text=none.txt"], "'none.txt' does not exist"),
         ([str(model_dir), "--data", str(text), "--sparsity", "0.99", "gates.units=[ffn]"], "0.99 is out of reach"),
         ([str(model_dir), "--data", str(texts), "--out", str(texts / "runs" / "a")], "all of which is read as text"),

@@ -83,6 +83,19 @@ def test_directory_is_read_in_sorted_order(tmp_path):
     assert load_text(str(tmp_path), 0, "text")["text"] == ["a", "b1", "b2", "c"]
 
 
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('[{"text": "2024-01-01"}, {"text": "a", "more": 1}]', ["2024-01-01", "a"]),
+        ('\ufeff{\n  "text": "a"\n}\n', ["a"]),
+        ('{"text": "2024-01-01"}\n{"text": "b"}\n', ["2024-01-01", "b"]),
+    ],
+)
+def test_a_json_file_is_a_list_an_object_or_lines(tmp_path, content, texts):
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    assert load_text(str(tmp_path / "a.json"), 0, "text")["text"] == texts
+
+
 def test_reading_local_files_shows_and_caches_nothing(jsonl, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     load_text(str(jsonl), 0, "text")
@@ -175,6 +188,10 @@ def one_line(pattern):
             r"cannot read .*a\.jsonl as json \(line 2: Expecting value.*mend",
         ),
         ("a.jsonl", b'{"text": 7}\n', r"row 1 holds no text in 'text' but int"),
+        ("a.json", b'[{"text": "a"}, {"text": 7}]', r"row 2 holds no text in 'text' but int"),
+        ("a.json", b'[null, {"text": "a"}]', r"cannot read .*a\.json as json \(row 1: no JSON object\): mend"),
+        ("a.json", b'[{"text": "\\ud83d"}]', r"\(row 1: 'utf-8' codec can't encode .*surrogates not"),
+        ("a.json", b'[{"text": "a"}, {"te', r"cannot read .*a\.json as json \(line 1: "),
         (
             "a.jsonl",
             b'{"text": "a"}\n{"text": "cut sh',

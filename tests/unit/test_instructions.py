@@ -100,6 +100,14 @@ def test_windows_hold_whole_records_and_only_answers_are_learned(tmp_path, token
     assert sorted(found) == sorted(wanted)
 
 
+def test_a_padding_token_without_a_row_in_the_embedding_is_not_used(tmp_path, tokenizer):
+    added = copy.deepcopy(tokenizer)
+    added.add_special_tokens({"pad_token": "[PAD]"})
+    config = FinetuneConfig(data=file_of(tmp_path, ALPACA), seq_len=512)
+    assert added.pad_token_id == VOCAB
+    assert packed_windows(config, added, VOCAB)[:, 0].max() < VOCAB
+
+
 def test_packing_fills_windows():
     lengths = [5, 9, 3, 10, 1, 2, 7, 8, 4, 6]
     windows = pack(lengths, 11)

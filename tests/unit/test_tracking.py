@@ -81,17 +81,20 @@ def test_resume_drops_what_is_done_again(tmp_path):
 
 
 def test_a_result_is_text_beside_the_curves_of_pruning(tmp_path):
-    with tracker(tmp_path, 2) as own:
-        own.log(1, {"loss": 1.0})
-    for perplexity in (9.0, 8.0):
-        with tracker(tmp_path, 1, None, stage="eval") as own:
-            own.table("report", f"|perplexity|{perplexity}|", {"perplexity": perplexity})
-    pruning, evaluation = lines(tmp_path)
-    assert pruning == {"step": 1, "total": 2, "prune/loss": 1.0}
-    assert evaluation == {"step": 0, "total": 1, "eval/perplexity": 8.0}
+    """Also where pruning goes on meanwhile."""
+    with tracker(tmp_path, 4) as pruning:
+        for step, perplexity in enumerate((9.0, 8.0)):
+            pruning.log(step, {"loss": 1.0})
+            with tracker(tmp_path, 1, None, stage="eval") as own:
+                own.table("report", f"|perplexity|{perplexity}|", {"perplexity": perplexity})
+        pruning.log(2, {"loss": 1.0})
+    assert [line["step"] for line in lines(tmp_path) if "prune/loss" in line] == [0, 1, 2]
+    assert [line for line in lines(tmp_path) if "prune/loss" not in line] == [
+        {"step": 0, "total": 1, "eval/perplexity": 9.0}, {"step": 0, "total": 1, "eval/perplexity": 8.0}
+    ]  # fmt: skip
     read = events(tmp_path)
     assert read.Tags()["scalars"] == ["prune/loss"]
-    assert [s.step for s in read.Scalars("prune/loss")] == [1]
+    assert [s.step for s in read.Scalars("prune/loss")] == [0, 1, 2]
     assert b"|perplexity|8.0|" in read.Tensors("eval/report/text_summary")[-1].tensor_proto.string_val[0]
 
 

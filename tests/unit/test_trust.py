@@ -332,6 +332,8 @@ def test_foreign_names_are_harmless_in_reports_and_cards(tmp_path):
     assert base_licence(str(tmp_path)) == {}
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     assert base_licence(str(tmp_path)) == {"license": "apache-2.0"}
+    (tmp_path / "README.md").write_bytes(b"\xef\xbb\xbf---\nlicense: mit\n---\nMod\xe8le")
+    assert base_licence(str(tmp_path)) == {"license": "mit"}
 
 
 def test_the_terminal_is_not_steered(tmp_path):
