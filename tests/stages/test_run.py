@@ -133,7 +133,7 @@ def test_a_directory_of_any_name_is_handed_on_as_it_is():
 
 
 def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp_py_sync._cffi_bindings", None)
     bare, file = tmp_path / "bare", tmp_path / "file"
     shutil.copytree(model_dir, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     file.touch()
