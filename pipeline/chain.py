@@ -191,7 +191,8 @@ def held_before(directory: Path, given: Collection[str]) -> tuple[list[Choice], 
     """What a run that has begun held out of its text, as `hold_out` has it; the text may be another by now, or gone."""
     began, text = load_config(directory), directory / HELD_OUT
     named = [Path(name).name for name in began.evaluate.text]
-    if named != [HELD_OUT] or not text.is_file() or {"data.documents", "evaluate.text"}.intersection(given):
+    said = {"data.documents", "evaluate.text", "evaluate.protocol"}.intersection(given)
+    if said or named != [HELD_OUT] or not text.is_file():
         return None
     own = {
         "data.documents": began.data.documents, "evaluate.text": [str(text)], "evaluate.window": began.evaluate.window

@@ -121,6 +121,9 @@ def test_what_was_held_out_stays_so_whatever_becomes_of_the_text(model_dir, tmp_
     run_dir.mkdir()
     (run_dir / "heldout.jsonl").write_text(held_out)
     save_config(run_dir / "config.yaml", first)
+    published = [*words, "evaluate.protocol=published"]
+    now = settle(load_config(None, published), given_keys(None, published), machine, spec)
+    assert (now[0].data.documents, now[0].evaluate.text, now[2]) == (first.data.documents, [], "")
     text.write_text("".join(reversed(written)))
     assert settle(config, given_keys(None, words), machine, spec)[::2] == (first, held_out)
     text.unlink()
