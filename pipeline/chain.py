@@ -153,14 +153,7 @@ def settle(
         choices, plan = choose(config, given, machine, spec)
     config = with_choices(config, choices)
     check_target(spec, config.gates, config.sparsity.target, config.lora.targets)
-    held = held_before(directory, given) if begun else None
-    kept, lines = held or hold_out(config, given)
-    if begun and not held:
-        documents = load_config(directory).data.documents
-        if kept and documents == config.data.documents:  # evaluate.text was named then
-            kept, lines = [Choice("data.documents", documents, "as this run began, so none is held out")], ""
-        elif not kept and "data.documents" not in given:
-            kept = [Choice("data.documents", documents, "as this run began")]
+    kept, lines = held_before(directory, config, given) if begun else hold_out(config, given)
     choices += kept
     log.info("%s", table(machine, choices))
     words = spec.vocab * spec.hidden * (1 if spec.tied else 2) / total_parameters(spec)
@@ -187,18 +180,21 @@ def chosen_before(directory: Path, config: Config, given: Collection[str]) -> li
     return [(key, value) for key, value in began.items() if key not in own and now[key] != value]
 
 
-def held_before(directory: Path, given: Collection[str]) -> tuple[list[Choice], str] | None:
-    """What a run that has begun held out of its text, as `hold_out` has it; the text may be another by now, or gone."""
-    began, text = load_config(directory), directory / HELD_OUT
-    named = [Path(name).name for name in began.evaluate.text]
+def held_before(directory: Path, config: Config, given: Collection[str]) -> tuple[list[Choice], str]:
+    """`hold_out` of a run that has begun: what it held out then, since the text may be another by now, or gone."""
+    began, text, why = load_config(directory), directory / HELD_OUT, "as this run began"
+    documents, named = began.data.documents, [Path(name).name for name in began.evaluate.text]
     said = {"data.documents", "evaluate.text", "evaluate.protocol"}.intersection(given)
-    if said or named != [HELD_OUT] or not text.is_file():
-        return None
-    own = {
-        "data.documents": began.data.documents, "evaluate.text": [str(text)], "evaluate.window": began.evaluate.window
-    }  # fmt: skip
-    choices = [Choice(key, value, "as this run began") for key, value in own.items() if key not in given]
-    return choices, text.read_text(encoding="utf-8")
+    if named == [HELD_OUT] and text.is_file() and not said:
+        own = {"data.documents": documents, "evaluate.text": [str(text)], "evaluate.window": began.evaluate.window}
+        choices = [Choice(key, value, why) for key, value in own.items() if key not in given]
+        return choices, text.read_text(encoding="utf-8")
+    kept, lines = hold_out(config, given)
+    if kept and documents == config.data.documents:  # evaluate.text was named then
+        return [Choice("data.documents", documents, f"{why}, so none is held out")], ""
+    if not kept and "data.documents" not in given:
+        kept = [Choice("data.documents", documents, why)]
+    return kept, lines
 
 
 def _on_all_cards(stage: str, settings: Path, ranks: int) -> None:
