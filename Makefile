@@ -20,7 +20,7 @@ TEXT := models/demo-text/heldout.txt
 # DeepSpeed builds its operators where they are needed, never at installation.
 export DS_BUILD_OPS = 0
 
-.PHONY: help venv demo models demo-slurm test coverage test-lowest bench bench-kernels gpu-check bench-quality bench-overhead bench-engines bench-quants bench-peers chaos check-vllm check-llamacpp check-torchao check-transformers docs site site-links picture lint lock format clean
+.PHONY: help venv demo models demo-slurm test coverage test-lowest bench-kernels gpu-check bench-quality bench-engines chaos check-vllm check-llamacpp check-torchao check-transformers docs site site-links picture lint lock format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -54,24 +54,14 @@ test-lowest: ## the unit tests with the lowest versions that setup.py allows (to
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --no-deps --editable .
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) tests/unit
 
-bench: $(VENV) $(FETCHED) ## time a training step against sparsity
-	$(BIN)/python -m nuteprune.bench.steps
-
 bench-kernels: $(VENV) ## time the masked LoRA projections against eager torch, peft and the bare GEMM
-	$(BIN)/python -m nuteprune.kernels.bench
+	$(BIN)/python -m benchmarks.kernels
 
 bench-quality: $(VENV) $(FETCHED) $(TEXT) ## quality against baselines; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt BENCH_ARGS="--seeds 3"
-	$(BIN)/python -m nuteprune.bench.quality --train "$(TRAIN)" --test $(TEST) $(TEXT) --held-out $(HELD_OUT) $(BENCH_ARGS)
-
-bench-peers: $(VENV) $(FETCHED) ## quality, time and memory beside torch-pruning; TRAIN=c4.jsonl TEST=wikitext2_raw_test.txt
-	test -d .venv-peers/$(TORCHPRUNING) || $(BIN)/pip install --quiet --no-deps --target .venv-peers/$(TORCHPRUNING) torch-pruning==$(TORCHPRUNING)
-	PYTHONPATH=.venv-peers/$(TORCHPRUNING) $(BIN)/python -m nuteprune.bench.peers --train "$(TRAIN)" --test $(TEST) $(BENCH_ARGS)
-
-bench-overhead: $(VENV) ## what a step costs beside its kernels: dispatches, waits for the device, CPU time
-	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.overhead $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.quality --train "$(TRAIN)" --test $(TEST) $(TEXT) --held-out $(HELD_OUT) $(BENCH_ARGS)
 
 gpu-check: $(VENV) $(FETCHED) $(TEXT) ## all that only a GPU can tell, as runs/gpu-check/report.md, in nine minutes; PARTS=a,b: these anew
-	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.gpu_check $(if $(PARTS),--parts $(PARTS))
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_check $(if $(PARTS),--parts $(PARTS))
 
 chaos: $(VENV) ## count the faults that the same command recovers from; CHAOS_ARGS="--faults 12 --short"
 	PYTHONPATH=tests:tests/dist OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/chaos/campaign.py $(CHAOS_ARGS)
@@ -82,7 +72,6 @@ CHECKED = $(or $(EXPORT),.check/*/export)
 HAVE = $(if $(EXPORT),$(addsuffix /$1,$(EXPORT)),.check/.made)
 LLAMACPP ?= llama-cpp-py-sync==0.11739
 TORCHAO ?= 0.18.0
-TORCHPRUNING ?= 1.6.1
 TRANSFORMERS ?= 5.16.1 5.19.0 5.24.0
 VLLM := .venv-vllm/.installed
 IMPL ?= transformers auto
@@ -95,10 +84,7 @@ LLAMA_BENCH ?= .venv-llamabench/bin/llama-batched-bench
 	@touch $@
 
 bench-engines: $(EXPORT:%=%/model.gguf) $(VENV) $(VLLM) $(LLAMA_BENCH) ## speed of exports in vLLM and llama.cpp by their own benchmarks; EXPORT="DIR DIR" of one model (--gguf f16)
-	$(BIN)/python -m nuteprune.bench.engines --vllm .venv-vllm/bin/python --llamacpp $(LLAMA_BENCH) $(BENCH_ARGS) $(EXPORT)
-
-bench-quants: $(VENV) ## bytes, perplexity and tokens/s in llama.cpp of an EXPORT=DIR and its base in f16, q8_0, q4_k_m; BENCH_ARGS="--windows 8"
-	OMP_NUM_THREADS=1 $(BIN)/python -m nuteprune.bench.quants $(BENCH_ARGS) $(EXPORT)
+	$(BIN)/python -m benchmarks.engines --vllm .venv-vllm/bin/python --llamacpp $(LLAMA_BENCH) $(BENCH_ARGS) $(EXPORT)
 
 check-vllm: $(call HAVE,config.json) $(VLLM) ## hold exports in vLLM's CPU build against transformers; EXPORT=DIR (default: tiny models of all families and shapes), IMPL=auto, TP=2
 	for impl in $(IMPL); do \

@@ -30,7 +30,7 @@ GATHERS = {
 embedding is frozen, the head's gradient is computed in the forward pass (losses/head.py): neither is gathered again."""
 DISPATCHES, LAUNCHES = 84, 66
 """Of one layer and micro-batch, teacher, student and backward: operations sent through torch's dispatcher, and launches
-of the kernels, as `make bench-overhead` counts them with settled gates."""
+of the kernels, as tests/overhead.py counts them with settled gates."""
 HOST_SECONDS, TRITON_SECONDS = 24e-6, 30e-6
 """CPU time of each of them with launches stubbed, and triton's own for a launch on top: docs/results.md, "What a step
 costs beside its kernels"."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import QUIET, tiny_model
 
-from nuteprune.bench import quality
+from benchmarks import quality
 from nuteprune.evaluation.measure import compare, last_states, perplexity
 from nuteprune.training import blocks
 

@@ -5,7 +5,7 @@ from argparse import Namespace
 import gguf
 import pytest
 
-from nuteprune.bench.engines import file_type, table
+from benchmarks.engines import file_type, table
 
 
 def rows(model, *seconds):

@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 
+from benchmarks import gpu_check
+from benchmarks.gpu_parts import PARTS
+from benchmarks.gpu_place import Place
 from nuteprune.__main__ import main
-from nuteprune.bench import gpu_check
-from nuteprune.bench.gpu_parts import PARTS
-from nuteprune.bench.gpu_place import Place
 from nuteprune.config import load_config
 from nuteprune.errors import UserError
 from nuteprune.parallel import device, host

@@ -1,8 +1,7 @@
 """What a step costs beside its kernels, counted with launches stubbed: waits for the card, and dispatches a layer."""
 
 import pytest
-
-from nuteprune.bench.overhead import BARS, counts
+from overhead import BARS, counts
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
 

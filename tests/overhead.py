@@ -1,25 +1,17 @@
-"""What a step costs beside its kernels, on tiny layers with kernel launches stubbed: `make bench-overhead`.
+"""What a step costs beside its kernels, on tiny layers with kernel launches stubbed.
 
 Counted in the prune stage's own step, while gates are sampled and once they are settled: operations sent through
-torch's dispatcher, launches of our own kernels, places at which the host would wait for a card, and the CPU time of one
-thread. The widths are so
-small that computing them takes no time, so the CPU time is what a card waits for where its kernels are short.
+torch's dispatcher, launches of our own kernels, and places at which the host would wait for a card.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
 import os
-import statistics
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +22,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from nuteprune.arch import read_spec
 from nuteprune.config import load_config
 from nuteprune.data.batches import BatchStream
-from nuteprune.evaluation.measure import environment
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.pairing import PairedModel
@@ -153,7 +144,7 @@ def stubbed_launches() -> Iterator[None]:
         del os.environ["NUTEPRUNE_KERNELS"]
 
 
-def trainer(layers: int, phase: str, batch: int = 1, dtype: str = "bfloat16") -> Pruning:
+def trainer(layers: int, phase: str, batch: int = 1) -> Pruning:
     """The prune stage of a tiny random model, at the first step of a phase, taught by a snapshot."""
     torch.manual_seed(0)
     hf_model = AutoModelForCausalLM.from_config(
@@ -167,10 +158,10 @@ def trainer(layers: int, phase: str, batch: int = 1, dtype: str = "bfloat16") ->
             max_position_embeddings=64,
             tie_word_embeddings=False,
         )
-    ).to(getattr(torch, dtype))
+    ).to(torch.bfloat16)
     spec = read_spec(hf_model.config)
     config = load_config(None, [
-        f"train.steps={STEPS}", f"train.batch_size={batch}", "train.micro_batch=1", f"model.dtype={dtype}",
+        f"train.steps={STEPS}", f"train.batch_size={batch}", "train.micro_batch=1", "model.dtype=bfloat16",
         "sparsity.target=0.5", "gates.units=[ffn]",  # no layer loses a sublayer: each costs the same
         "gates.ffn_multiple=1", "data.seq_len=16", "tracking.progress=false",
     ])  # fmt: skip
@@ -205,67 +196,3 @@ def counts(layers: int, phase: str, batch: int = 1) -> OperationCounts:
         with OperationCounts() as found, counted_copies(found):
             step(made)
     return found
-
-
-def cpu_seconds(layers: int, phase: str, steps: int = 7) -> float:
-    """Median CPU time of a step of one micro-batch.
-
-    In float32: attention is computed, which a card would do, and its backward pass alone takes a CPU 2 ms a layer in
-    bfloat16.
-    """
-    made, times = trainer(layers, phase, dtype="float32"), []
-    with stubbed_launches():
-        for _ in range(steps + 3):
-            began = time.process_time()
-            step(made)
-            times.append(time.process_time() - began)
-    return statistics.median(times[3:])
-
-
-def measure(layers: int, phase: str) -> dict:
-    """Dispatches of a step of one micro-batch and of each further one, host syncs, CPU time."""
-    one, two = counts(layers, phase), counts(layers, phase, batch=2)
-    return {
-        "layers": layers,
-        "phase": phase,
-        "dispatches": one.operations.total(),
-        "further": two.operations.total() - one.operations.total(),
-        "launches": two.launches.total() - one.launches.total(),
-        "syncs": one.waits.total(),
-        "waits": dict(one.waits.most_common()),
-        "seconds": cpu_seconds(layers, phase),
-        "most": dict(one.operations.most_common(12)),
-    }
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| layers | gates | dispatches, one micro-batch | each further one | its launches | host syncs | CPU time, s |",
-        "|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {r['layers']} | {r['phase']} | {r['dispatches']:,} | {r['further']:,} | {r['launches']:,} | {r['syncs']} | "
-        f"{r['seconds']:.3f} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Count, measure and print; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[40, 80])
-    parser.add_argument("--json", type=Path, default=Path("runs/bench/overhead.json"))
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    rows = [measure(layers, phase) for layers in args.layers for phase in PHASES]
-    sys.stdout.write(table(rows) + "\n")
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"environment": environment(World().device), "rows": rows}, indent=1)
-    args.json.write_text(text + "\n", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""A random model of given sizes, made on the GPU where there is one: `python -m nuteprune.bench.random_model`."""
+"""A random model of given sizes, made on the GPU where there is one: `python -m benchmarks.random_model`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Time and peak memory of the masked LoRA projection against eager torch, peft and the bare GEMM.
 
-python -m nuteprune.kernels.bench [--quick] [--others NAME …] [--json PATH]
+python -m benchmarks.kernels [--quick] [--others NAME …] [--json PATH]
 
 On a GPU: the projections of LLaMA-7B, LLaMA-13B and Llama-3.1-8B in bf16, triton. Elsewhere: smaller ones in fp32
 through the torch path, so that the bench itself is known to work; the columns that need a GPU say "not measured".
@@ -195,7 +195,7 @@ def markdown(facts: dict, table: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m nuteprune.kernels.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one rank, and few repeats or one model")
     parser.add_argument("--json", type=Path, help="also write everything that was measured to this file")
     parser.add_argument("--others", nargs="*", default=OTHERS, help=f"beside ours and gemm ({', '.join(OTHERS)})")

@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 
-from nuteprune.bench.gpu_place import MET, MISSED, NUTEPRUNE, PYTHON, SKIPPED, TOLD, Line, Place, alike, kill, tail
+from benchmarks.gpu_place import MET, MISSED, NUTEPRUNE, PYTHON, SKIPPED, TOLD, Line, Place, alike, kill, tail
 from nuteprune.parallel.device import named, unseen_gpu
 from nuteprune.planning.machine import card_of
 
@@ -57,7 +57,7 @@ def kernel_times(place: Place) -> Iterator[Line]:
     """The masked LoRA projection against the bare GEMM."""
     record = place.out / "kernels.json"
     flags = ["--quick", "--others"]  # none
-    wrong = place.run("kernels", *PYTHON, "nuteprune.kernels.bench", "--json", str(record), *flags)
+    wrong = place.run("kernels", *PYTHON, "benchmarks.kernels", "--json", str(record), *flags)
     if wrong:
         yield Line("kernel times", "a table", wrong, MISSED)
         return

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from nuteprune.bench.gpu_parts import PARTS
-from nuteprune.bench.gpu_place import MET, MISSED, SKIPPED, Line, Place
+from benchmarks.gpu_parts import PARTS
+from benchmarks.gpu_place import MET, MISSED, SKIPPED, Line, Place
+from benchmarks.kernels import machine
 from nuteprune.evaluation.measure import environment
-from nuteprune.kernels.bench import machine
 
 
 def check(name: str, place: Place) -> dict:

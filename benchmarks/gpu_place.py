@@ -72,7 +72,7 @@ class Place:
         """Make a random model `name` below `models`; returns what went wrong."""
         flags = [word for flag, size in sizes.items() for word in (f"--{flag}", str(size))]
         made = str(self.models / name)
-        command = (*PYTHON, "nuteprune.bench.random_model", made, "--tokenizer", self.model, *flags)
+        command = (*PYTHON, "benchmarks.random_model", made, "--tokenizer", self.model, *flags)
         return self.run(f"make-{name}", *command)
 
     def settings(self, run: str, model: str, *settings: str) -> list[str]:
