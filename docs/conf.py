@@ -3,7 +3,7 @@
 project = "NutePrune"
 extensions = ["myst_parser"]
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/*.md", "kernels/*.md", "slurm/*.md"]
+include_patterns = ["*.md", "docs/*.md", "docs/experiments/*.md", "kernels/*.md", "slurm/*.md"]
 html_theme = "furo"
 html_title = project
 html_copy_source = False
