@@ -22,13 +22,14 @@ setup(
     package_dir={"nuteprune": "pipeline"},
     packages=["nuteprune", *(f"nuteprune.{name}" for name in (*find_packages("pipeline"), *LINKED))],
     package_data={
-        "nuteprune": ["recipes/*.yaml"],
+        "nuteprune": ["py.typed", "recipes/*.yaml"],
         "nuteprune.evaluation.tasks": ["*.yaml", "*.jsonl"],
         "nuteprune.ds_configs": ["*.json"],
         "nuteprune.slurm": ["*.sh", "*.sbatch", "*.md", "clusters/*.env"],
     },
     install_requires=[
         "accelerate>=1.1",  # which transformers wants
+        "argcomplete>=3.5",  # completion in shells
         "datasets>=4.8.5",  # before, a column of mixed types in JSONL ends the reading of the others
         "deepspeed>=0.19.2",  # before, a dry run fails
         "gguf>=0.17.1",  # before, its import needs sentencepiece, which it does not bring
@@ -44,6 +45,7 @@ setup(
         "torch>=2.11",  # before, a dry run lacks a fake broadcast
         "tqdm>=4.66",
         "transformers>=5.19",  # before, a model with code of its own is not loaded
+        "zstandard>=0.23",  # fsspec reads .zst through it
         # No triton: torch's builds for CUDA and ROCm bring theirs, and PyPI's would overwrite that of ROCm's.
     ],
     extras_require={

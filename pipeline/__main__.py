@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import errno
-import importlib
 import json
 import logging
 import os
@@ -15,10 +14,11 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from nuteprune.config import Config, check_said, given_keys, load_config
+from nuteprune import api
+from nuteprune.config import check_said, given_keys, load_config
 from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.flags import DISTRIBUTED, SHORTCUTS, parser
-from nuteprune.runs.log import quiet_libraries
+from nuteprune.runs.log import hush, start_log
 from nuteprune.runs.words import plain
 from nuteprune.training.memory import TooLarge, is_out_of_memory
 from nuteprune.training.signals import Preempted, stop_signals
@@ -45,10 +45,14 @@ def main(argv: list[str] | None = None) -> int:
 
     Of several ranks the first speaks for all; only a rank that lost another says so itself.
     """
-    words = sys.argv[1:] if argv is None else argv
-    args, rest = parser().parse_known_args(words)
+    words, known = sys.argv[1:] if argv is None else argv, parser()
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(known)
+    args, rest = known.parse_known_args(words)
     if any(word.startswith("-") for word in rest):
-        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+        known.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides += rest  # settings may stand before and behind --config
     if args.stage == "submit":
         return submit(words[1:], args.example)
@@ -64,39 +68,35 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`main` from a parsed command line of any stage but status."""
-    quiet_libraries()
-    from nuteprune.parallel.distributed import RankLost, discover
-
+    """`main` from a parsed command line of any stage but submit and status."""
+    start_log()
     rank = os.environ.get("RANK", "0")
     is_main = rank == "0" or not rank.isdecimal()
+    dry, several = getattr(args, "dry_run", False), api.several_ranks()
     try:
-        world = discover(computes=args.stage in (*DISTRIBUTED, "evaluate") and not getattr(args, "dry_run", False))
-        is_main = world.is_main
-        if not is_main:
-            logging.getLogger("nuteprune").setLevel(logging.ERROR)
-        if world.size > 1 and args.stage not in DISTRIBUTED:
-            raise UserError(f"{args.stage} runs in one process, not in {world.size}: start it without a launcher")
-        config = read_settings(args)
-        check_said(args.stage, config, settings_of(args)[1])
-        if getattr(args, "dry_run", False):
-            from nuteprune.stages import plan
-
-            sys.stdout.write(plan.dry_run(config, args) + "\n")
-            return 0
+        if several:  # before anything that may be wrong: the first one tells it
+            is_main = join(args.stage)
+        source, overrides = settings_of(args)
+        config, given = load_config(source, overrides), given_keys(source, overrides)
+        check_said(args.stage, config, overrides)
+        api.check_at_once(args.stage, config)
         if args.stage == "plan":
-            from nuteprune.stages import plan
-
-            typed = args.config is not None or any(o.startswith("model.dtype=") for o in args.overrides)
-            text, fits = plan.run(config, args, typed)
+            text, fits = api.module("stages.plan").run(config, args, "model.dtype" in given)
             sys.stdout.write(text + "\n")
             return 0 if fits else 1
-        if args.stage == "trim":
-            from nuteprune.stages import trim
-
-            sys.stdout.write(plain(trim.run(config, args.out, args.tokens)) + "\n")
-            return 0
-        text = run_chain(config, args) if args.stage == "run" else run_stage(args.stage, config)
+        hush()
+        if not several:
+            join(args.stage, computes=args.stage in (*DISTRIBUTED, "evaluate") and not dry)
+        if dry:
+            text = api.module("stages.plan").dry_run(config, args)
+        elif args.stage == "trim":
+            text = api.module("stages.trim").run(config, args.out, args.tokens)
+        elif args.stage == "run":
+            config, report = api.module("chain").run(config, given)
+            text = api.module("stages.evaluate").summary(config, report)
+        else:
+            stage = api.module(f"stages.{args.stage}")
+            text = stage.summary(config, stage.run(config))
         if is_main:
             sys.stdout.write(plain(text) + "\n")
     except UserError as error:
@@ -117,10 +117,23 @@ def run(args: argparse.Namespace) -> int:
             return 1
         if not type(error).__module__.startswith("nuteprune."):
             raise
-        if is_main or isinstance(error, (RankLost, TooLarge)):
+        if is_main or isinstance(error, TooLarge) or type(error).__name__ == "RankLost":
             sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return getattr(error, "exit_code", 1)
     return 0
+
+
+def join(stage: str, computes: bool = True) -> bool:
+    """Find this process among the ranks of its launcher; returns whether it is the one that speaks."""
+    hush()
+    from nuteprune.parallel.distributed import discover
+
+    world = discover(computes)
+    if not world.is_main:
+        logging.getLogger("nuteprune").setLevel(logging.ERROR)
+    if world.size > 1 and stage not in DISTRIBUTED:
+        raise UserError(f"{stage} runs in one process, not in {world.size}: start it without a launcher")
+    return world.is_main
 
 
 def submit(words: list[str], example: bool) -> int:
@@ -146,18 +159,13 @@ def show_status(args: argparse.Namespace) -> int:
     try:
         if lost:
             raise UserError(f"no directory {lost[0]}: give that of a run, which it has from its first start on")
-        found = status.run(read_settings(args))
+        found = status.run(load_config(*settings_of(args)))
     except UserError as error:
         sys.stderr.write(f"nuteprune: {plain(str(error))}\n")
         return 2
     sys.stdout.write(plain(status.table(found) if args.tsv else json.dumps(found, indent=2) if args.json else
                            status.text(found)) + "\n")  # fmt: skip
     return 0
-
-
-def read_settings(args: argparse.Namespace) -> Config:
-    """The configuration of a parsed command line."""
-    return load_config(*settings_of(args))
 
 
 def settings_of(args: argparse.Namespace) -> tuple[str | None, list[str]]:
@@ -179,22 +187,6 @@ def is_setting(word: str) -> bool:
     """Whether a word is `key.sub=value`: a path may have an = too, as those of a sweep's runs have."""
     key, sign, _ = word.partition("=")
     return bool(sign) and "/" not in key
-
-
-def run_chain(config: Config, args: argparse.Namespace) -> str:
-    """Run all stages; returns what the command line prints at the end."""
-    from nuteprune import chain
-
-    return chain.run(config, given_keys(*settings_of(args)))
-
-
-def run_stage(name: str, config: Config) -> str:
-    """Run a stage; returns what the command line prints at its end."""
-    # Imported here, so that --help answers at once.
-    from nuteprune import api
-
-    result = getattr(api, name)(config)
-    return importlib.import_module(f"nuteprune.stages.{name}").summary(config, result)
 
 
 def cli() -> NoReturn:

@@ -1,23 +1,83 @@
-"""The calls of the Python API, which the command line uses too.
+"""The calls of the Python API, which do what the commands of their names do.
 
 Each takes the settings as a YAML file, the directory of a run, a nested dict, or a `Config`, and overrides as on the
-command line. A user's mistake raises `nuteprune.errors.UserError` with one line that says how to mend it.
+command line. A user's mistake raises `nuteprune.errors.UserError` with one line that says how to mend it. Environment,
+logging, warnings, signal handlers, threads and random generators are behind each call what they were before it.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
-from collections.abc import Mapping, Sequence
+import json
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nuteprune.config import Config, load_config
+from nuteprune.config import Config, given_keys, load_config
+from nuteprune.data.text import check_source
+from nuteprune.errors import UserError
+from nuteprune.flags import parser
+from nuteprune.runs.directories import check_pruned
+from nuteprune.runs.lock import check_free
+from nuteprune.runs.log import hush
 
 if TYPE_CHECKING:
     from nuteprune.exporting.masked import MaskedModel
 
 Settings = Config | Mapping | str | Path | None
+PLACES = {"run": ("chain", "run"), "load_masked": ("exporting.masked", "load")}
+"""Module and function of the calls that are no stage."""
+
+
+class Report(dict):
+    """The report of `evaluate`; shown as its table."""
+
+    def __repr__(self) -> str:
+        return module("evaluation.report").table(self)
+
+
+def run(settings: Settings = None, overrides: Sequence[str] = ()) -> Report:
+    """All stages one after the other, with settings chosen for this machine; goes on where it stopped.
+
+    Arguments and errors as of `prune`; returns the report of the last stage, whose last model is the small one.
+    """
+    return Report(_call("run", settings, overrides, given_keys(settings, overrides))[1])
+
+
+def plan(settings: Settings = None, overrides: Sequence[str] = (), **flags: Any) -> dict:
+    """Memory, traffic and time of a run on a cluster, from the model's config.json alone.
+
+    Args:
+        settings, overrides: as of `prune`.
+        flags: those of `nuteprune plan`, such as `gpu="h100"`, with _ for -.
+
+    Returns:
+        The plan as `nuteprune plan --json` prints it.
+    """
+    args = parser().parse_args(["plan", "--json"])
+    if unknown := flags.keys() - vars(args).keys():
+        raise UserError(f"plan has no flag {min(unknown)}: `nuteprune plan --help` lists them")
+    vars(args).update(flags)
+    typed = "model.dtype" in given_keys(settings, overrides)
+    return json.loads(_call("plan", settings, overrides, args, typed)[0])
+
+
+def trim(settings: Settings, overrides: Sequence[str] = (), *, out: str | Path, tokens: int = 0) -> Path:
+    """Copy the model `model.path` with only those tokens in its vocabulary that the text `data.source` uses.
+
+    Args:
+        settings, overrides: as of `prune`.
+        out: directory of the result, which is returned.
+        tokens: at most so many, the most frequent ones; 0: all that the text has.
+    """
+    _call("trim", settings, overrides, str(out), tokens)
+    return Path(out)
 
 
 def prepare(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:
@@ -25,7 +85,7 @@ def prepare(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:
 
     Arguments and errors as of `prune`; returns the directory of the packed text.
     """
-    return _module("stages.prepare").run(load_config(settings, overrides))
+    return _call("prepare", settings, overrides)
 
 
 def prune(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:
@@ -43,7 +103,7 @@ def prune(settings: Settings = None, overrides: Sequence[str] = ()) -> Path:
         TrainingFailed: too many steps in a row were not finite.
         Preempted: SIGTERM, SIGUSR1 or Ctrl-C came; the state is saved. No `Exception`, as `KeyboardInterrupt` is none.
     """
-    return _module("stages.prune").run(load_config(settings, overrides))
+    return _call("prune", settings, overrides)
 
 
 def recover(settings: Settings, overrides: Sequence[str] = ()) -> list[Path]:
@@ -51,7 +111,7 @@ def recover(settings: Settings, overrides: Sequence[str] = ()) -> list[Path]:
 
     Arguments and errors as of `prune`; returns the directories of the recovered rungs.
     """
-    return _module("stages.recover").run(load_config(settings, overrides))
+    return _call("recover", settings, overrides)
 
 
 def finetune(settings: Settings, overrides: Sequence[str] = ()) -> Path:
@@ -59,7 +119,7 @@ def finetune(settings: Settings, overrides: Sequence[str] = ()) -> Path:
 
     Arguments and errors as of `prune`; returns the directory of the fine-tuned student.
     """
-    return _module("stages.finetune").run(load_config(settings, overrides))
+    return _call("finetune", settings, overrides)
 
 
 def distill(settings: Settings, overrides: Sequence[str] = ()) -> Path:
@@ -67,7 +127,7 @@ def distill(settings: Settings, overrides: Sequence[str] = ()) -> Path:
 
     Arguments and errors as of `prune`; returns the directory of the model.
     """
-    return _module("stages.distill").run(load_config(settings, overrides))
+    return _call("distill", settings, overrides)
 
 
 def export(settings: Settings, overrides: Sequence[str] = ()) -> Path:
@@ -82,15 +142,15 @@ def export(settings: Settings, overrides: Sequence[str] = ()) -> Path:
         UserError: as `prune`; or a rung that the run never reached.
         ExportError: the small model does not compute what the masked model computes.
     """
-    return _module("stages.export").run(load_config(settings, overrides))
+    return _call("export", settings, overrides)
 
 
-def evaluate(settings: Settings, overrides: Sequence[str] = ()) -> dict:
+def evaluate(settings: Settings, overrides: Sequence[str] = ()) -> Report:
     """Compare the base model, a run's export and what `distill` made of that, or `evaluate.models`.
 
     Returns the report that is written. Arguments and errors as of `prune`.
     """
-    return _module("stages.evaluate").run(load_config(settings, overrides))
+    return Report(_call("evaluate", settings, overrides))
 
 
 def load_masked(settings: Settings, overrides: Sequence[str] = ()) -> MaskedModel:
@@ -98,10 +158,82 @@ def load_masked(settings: Settings, overrides: Sequence[str] = ()) -> MaskedMode
 
     Arguments as of `prune`; `export.sparsity`, `export.source` and `export.shape` choose the student.
     """
-    return _module("exporting.masked").load(load_config(settings, overrides))
+    return _call("load_masked", settings, overrides)
 
 
-def _module(name: str) -> Any:
+def _call(name: str, settings: Settings, overrides: Sequence[str], *more: Any) -> Any:
+    """What the function behind a call returns for these settings and further arguments."""
+    config = load_config(settings, overrides)
+    check_at_once(name, config)
+    place, function = PLACES.get(name, (f"stages.{name}", "run"))
+    with _as_it_was():
+        return getattr(module(place), function)(config, *more)
+
+
+def check_at_once(stage: str, config: Config) -> None:
+    """Raise `UserError` for what can be known without torch, whose import takes seconds.
+
+    Not in one of several ranks, which may differ in what they see: they find it later, together.
+    """
+    if several_ranks():
+        return
+    from nuteprune.model.hub import check_model  # a tenth of a second
+
+    run_dir = Path(config.run_dir)
+    if stage in ("prepare", "prune", "run", "trim"):
+        if config.run_dir:
+            check_free(run_dir, stage)
+        check_model(config.model.path)
+        if not config.run_dir or not (run_dir / "prepared").is_dir():  # the text may have gone since
+            check_source(config.data.source)
+    elif stage in ("recover", "finetune", "export", "distill", "load_masked"):
+        check_pruned(config.run_dir)
+        check_free(run_dir, stage)
+
+
+def several_ranks() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    sizes = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    return any(os.environ.get(name, "1") not in ("", "1") for name in sizes)
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """A block behind which the process is as before it; what libraries say is kept low in it."""
+    environment, loggers = dict(os.environ), [logging.root, *logging.root.manager.loggerDict.values()]
+    spoken = [(each, each.level, each.handlers[:], each.propagate)
+              for each in loggers if isinstance(each, logging.Logger)]  # fmt: skip
+    with warnings.catch_warnings():
+        import numpy as np
+        import torch
+        from huggingface_hub import constants
+        from transformers.utils import logging as transformers_logging
+
+        bars, offline = transformers_logging.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE
+        threads = torch.get_num_threads()
+        python, numpy, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        hush()
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(host)
+            if cards:
+                torch.cuda.set_rng_state_all(cards)
+            torch.set_num_threads(threads)
+            constants.HF_HUB_OFFLINE = offline
+            if bars:
+                transformers_logging.enable_progress_bar()
+            for logger, level, handlers, propagate in spoken:
+                logger.setLevel(level)  # which forgets what it has worked out of levels
+                logger.handlers[:], logger.propagate = handlers, propagate
+            os.environ.clear()
+            os.environ.update(environment)
+
+
+def module(name: str) -> Any:
     """A module with the libraries that it alone needs, imported when it is first used.
 
     They make a million objects, which stay: to search those for garbage as they come is a fifth of a start.

@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import yaml
 
-from nuteprune import api
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, beyond_recipe, flatten, load_config, to_dict
 from nuteprune.data.text import JOINT, load_text
@@ -72,8 +71,8 @@ class StageFailed(RuntimeError):
         self.exit_code = exit_code
 
 
-def run(config: Config, given: Collection[str]) -> str:
-    """Prepare, prune, fine-tune where there are records, export, distil and evaluate; returns what to print at the end.
+def run(config: Config, given: Collection[str]) -> tuple[Config, dict]:
+    """Prepare, prune, fine-tune where there are records, export, distil and evaluate; returns settings and report.
 
     A stage of training that is finished already returns at once, so the same command goes on where it stopped. The
     settings that were chosen for this machine are shown first, and written to `run.yaml` in the run's directory.
@@ -98,7 +97,6 @@ def run(config: Config, given: Collection[str]) -> str:
     make_directory(config)
     tune, distill = ["finetune"] * bool(config.finetune.data), ["distill"] * bool(config.distill.steps)
     stages = ["prepare", "prune", *tune, "export", *distill, "evaluate"]
-    told = ""
     with stop_signals() as stop, alone(directory, "run"):
         if held_out:
             write_atomic(directory / HELD_OUT, held_out.encode())
@@ -110,9 +108,8 @@ def run(config: Config, given: Collection[str]) -> str:
             if machine.ranks > 1 and stage in ("prune", "finetune", "distill"):
                 _on_all_cards(stage, directory / SETTINGS, machine.ranks)
             else:
-                result = getattr(api, stage)(config)
-                told = importlib.import_module(f"nuteprune.stages.{stage}").summary(config, result)
-    return told
+                result = importlib.import_module(f"nuteprune.stages.{stage}").run(config)
+    return config, result
 
 
 def checked(config: Config) -> tuple[Config, ArchSpec]:

@@ -79,9 +79,19 @@ PLAN_FLAGS: dict[str, tuple[str | float, str]] = {
 DRY_RUN_FLAGS = ("--world-size", "--gpus-per-node", "--gpu", "--gpu-memory")
 
 
+class Version(argparse.Action):
+    """Prints the version, which is looked for only then."""
+
+    def __call__(self, parser, *_) -> None:
+        from importlib.metadata import version
+
+        parser.exit(message=f"nuteprune {version('nuteprune')}\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     top = argparse.ArgumentParser(prog="nuteprune", description="Structured pruning with numerous teachers.")
+    top.add_argument("--version", action=Version, nargs=0, help="print the version and end")
     # The deepspeed launcher adds it; the variable LOCAL_RANK says the same.
     top.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = top.add_subparsers(dest="stage", required=True, metavar="STAGE")
@@ -122,7 +132,17 @@ def _settings(
     file: str = "YAML file with the run's settings",
 ) -> None:  # fmt: skip
     command.add_argument("--config", help=file)
-    command.add_argument("overrides", nargs="*", metavar=words, help=meaning)
+    overrides = command.add_argument("overrides", nargs="*", metavar=words, help=meaning)
+    overrides.completer = complete  # type: ignore[attr-defined]  # argcomplete's
+
+
+def complete(prefix: str, **_) -> list[str]:
+    """Settings and directories that begin like a word, for the completion of a shell."""
+    from argcomplete.completers import DirectoriesCompleter
+
+    from nuteprune.config import flatten, load_config, to_dict
+
+    return [f"{key}=" for key in flatten(to_dict(load_config(None)))] + list(DirectoriesCompleter()(prefix))
 
 
 def _shortcuts(command: argparse.ArgumentParser, stage: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
 Unit = Literal["heads", "kv_groups", "ffn", "hidden", "attn_sublayers", "ffn_sublayers", "layers", "experts"]
@@ -334,7 +334,7 @@ class EvaluateConfig:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config:
     """The run."""
 
@@ -361,6 +361,17 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __repr__(self) -> str:
+        """What differs from the defaults of the fields."""
+        changed: dict[str, Any] = {}
+        for name, default in vars(Config()).items():
+            own, inner = getattr(self, name), vars(default) if is_dataclass(default) else None
+            if inner is not None:
+                changed |= {f"{name}.{key}": value for key, value in vars(own).items() if value != inner[key]}
+            elif own != default:
+                changed[name] = own
+        return f"Config({', '.join(f'{key}={value!r}' for key, value in changed.items())})"
 
 
 ASKED_EACH_TIME = (("evaluate", "trust_remote_code"),)

@@ -18,12 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import FinetuneConfig
 from nuteprune.data.sequences import check_ids, first_tokens
+from nuteprune.data.text import FORMATS, kind_of, read_rows
 from nuteprune.errors import UserError, first_line
 from nuteprune.model.losses import IGNORE
 
 log = logging.getLogger(__name__)
 
-FORMATS = {"alpaca": ("instruction", "output"), "messages": ("messages",), "completion": ("prompt", "completion")}
+FORMS = {"alpaca": ("instruction", "output"), "messages": ("messages",), "completion": ("prompt", "completion")}
 """The keys that tell a record's form."""
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -69,8 +70,9 @@ def packed_windows(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, v
 def worded(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Part]]:
     """Each record as alternating prompts and answers; an empty answer comes as one without text."""
     file = Path(config.data)
-    if not file.is_file() or file.suffix not in (".json", ".jsonl", ".parquet"):
-        raise UserError(f"finetune.data '{config.data}': give an existing .json, .jsonl or .parquet file of records")
+    if not file.is_file() or kind_of(file) in ("", "text"):
+        known = ", ".join(suffix for suffix, kind in FORMATS.items() if kind != "text")
+        raise UserError(f"finetune.data '{config.data}': give an existing file of records ({known}, also compressed)")
     if config.template == "chat" and not tokenizer.chat_template:
         raise UserError("finetune.template=chat: the tokenizer has no chat template; use finetune.template=alpaca")
     chat = bool(tokenizer.chat_template) and config.template != "alpaca"
@@ -91,8 +93,6 @@ def _records(file: Path) -> Iterable[dict]:
         with suppress(ValueError, RecursionError):  # lines of JSON, or nothing readable
             if isinstance(rows := json.loads(file.read_bytes()), list) and all(isinstance(row, dict) for row in rows):
                 return rows
-    from nuteprune.data.text import read_rows  # half a second, and an array of JSON needs none of it
-
     return read_rows(file, {})
 
 
@@ -150,9 +150,9 @@ def _usable(config: FinetuneConfig, examples: list[Example]) -> list[Example]:
 
 def _wording(file: Path, row: dict, chat: bool, tokenizer) -> Callable[[dict], list[Part]]:
     """How records like `row` are worded."""
-    form = next((form for form, keys in FORMATS.items() if all(row.get(key) is not None for key in keys)), None)
+    form = next((form for form, keys in FORMS.items() if all(row.get(key) is not None for key in keys)), None)
     if form is None:
-        wanted = ", or ".join(" and ".join(keys) for keys in FORMATS.values())
+        wanted = ", or ".join(" and ".join(keys) for keys in FORMS.values())
         given = ", ".join(key for key, value in row.items() if value is not None) or "none"
         raise UserError(f"{file}: record 1 must have the keys {wanted}; it has {given}")
     if form == "messages" and not chat:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from nuteprune.config import DataConfig
 from nuteprune.data.sequences import SequenceForm, sequence_form
+from nuteprune.data.text import on_hub, packed_blocks, sources, text_files
 from nuteprune.errors import UserError
 from nuteprune.model.loading import Base
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError, atomic_directory, read_json, verify
@@ -48,8 +49,6 @@ class TrainingText:
 
     def pack(self) -> torch.LongTensor:
         """Read and pack the text; raises as `packed_blocks`."""
-        from nuteprune.data.text import packed_blocks  # half a second, and one rank packs
-
         return packed_blocks(self.data, self.base.tokenizer, self.base.spec.vocab)
 
     def save(self, blocks: torch.LongTensor) -> Path:
@@ -97,14 +96,10 @@ class TrainingText:
     @property
     def _files(self) -> str:
         """Of the sizes and times of the source's files, empty where there are none."""
-        source, files = Path(self.data.source), []
-        if source.is_file():
-            files = [source]
-        elif source.is_dir():
-            from nuteprune.data.text import text_files
-
-            with suppress(UserError):  # it holds no text any more
-                files = text_files(self.data.source)
+        files: list[Path] = []
+        with suppress(UserError):  # it holds no text any more
+            for place, _ in sources(self.data.source):
+                files += [] if on_hub(place) else text_files(place)
         found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return sha256(json.dumps(found).encode()).hexdigest() if found else ""
 

@@ -6,10 +6,12 @@ A model is used on sequences that its tokenizer makes, so it is trained and scor
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from nuteprune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PROBE = "a"
 

@@ -1,7 +1,7 @@
 """Text: reading through `datasets`, and packing to blocks.
 
-Shape letters: N blocks, T tokens of a block, n tokens of a stream. `datasets` takes half a second to import: what every
-rank needs of a text is in `batches` and `sequences`.
+Shape letters: N blocks, T tokens of a block, n tokens of a stream. torch and `datasets`, which take seconds to import,
+are imported where they are used: a mistake in a path is told before.
 """
 
 from __future__ import annotations
@@ -10,52 +10,112 @@ import contextlib
 import glob
 import itertools
 import json
+import re
 import tempfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-
-import datasets
-import numpy as np
-import torch
-from pyarrow import parquet
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from nuteprune.config import DataConfig
 from nuteprune.data.sequences import check_ids, sequence_form
 from nuteprune.errors import UserError, first_line
-from nuteprune.model.hub import unreachable
 
-C4 = "allenai/c4"
-FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+if TYPE_CHECKING:
+    import datasets
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+C4 = "allenai/c4:en:train"
+FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".csv": "csv"}
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.+-]+){1,2}")
+"""A data set of the hub: its name, its configuration where it has several, and its split."""
 TOKENIZE_BATCH = 256
 """Documents handed to the fast tokenizer at once: enough to keep its threads busy, little memory."""
 JOINT = "\n\n"
 """Between the documents of a text that is scored."""
 
 
-def load_text(source: str, documents: int, text_field: str) -> datasets.Dataset:
+def load_text(source: str, documents: int, text_field: str, setting: str = "data.source") -> datasets.Dataset:
     """The documents of a source, in order, in the column `text`; empty documents are left out.
 
     Local files are read as a stream, so nothing is written to the `datasets` cache in the user's home.
 
     Args:
-        source: `c4` (the hub's allenai/c4, English, train split), a .jsonl/.json/.txt/.parquet file, or a directory of
-            those, read in sorted order. A .txt file is one document.
+        source: a file of `FORMATS`, also compressed, a directory of those or a pattern (`*`), read in sorted order; or
+            a data set of the hub as NAME:SPLIT or NAME:CONFIGURATION:SPLIT, `c4` for allenai/c4:en:train. A .txt file
+            is one document. Several stand between commas and are read one after the other, or with a weight behind
+            each (`a.jsonl:3,b.jsonl:1`) in turns, three documents of the one for each of the other, until one ends.
         documents: at most this many documents; 0 takes all.
-        text_field: column that holds the text in JSONL and parquet files.
+        text_field: column that holds the text in files that have columns.
+        setting: where the source is named, for messages.
 
     Raises:
         UserError: nothing there, an unsupported suffix, an unreadable or malformed file, a missing text column, no
             text at all, or a hub that cannot be reached.
     """
-    if source == "c4":
-        texts = _c4_texts(documents)
-    else:
-        texts = (text for file in text_files(source) for text in _file_texts(file, text_field))
+    import datasets
+
+    check_source(source, setting)
+    parts = sources(source)
+    streams = [_texts(place, documents, text_field, setting) for place, _ in parts]
+    weights = [weight for _, weight in parts]
+    texts = _in_turns(streams, weights) if all(weights) else itertools.chain(*streams)
     kept = list(itertools.islice((text for text in texts if text), documents or None))
     if not kept:
-        raise UserError(f"data source '{source}' holds no text: give a file with at least one document")
+        raise UserError(f"{setting} '{source}' holds no text: give a file with at least one document")
     return datasets.Dataset.from_dict({"text": kept})
+
+
+def sources(source: str) -> list[tuple[str, float]]:
+    """The parts of a source and their weights, 0 where none is given; a path that is there is one part."""
+    if Path(source).exists():
+        return [(source, 0.0)]
+    parts = [re.fullmatch(r"(.*?)(?::(\d*\.?\d+))?", part.strip()) for part in source.split(",")]
+    return [(part[1], float(part[2] or 0)) for part in parts if part]
+
+
+def check_source(source: str, setting: str = "data.source") -> None:
+    """Raise `UserError` for a source of which a part is not there; of one on the hub only the form is looked at."""
+    parts = sources(source)
+    if len({weight > 0 for _, weight in parts}) > 1:
+        raise UserError(f"{setting} '{source}': give each part a weight above 0 (a.jsonl:3,b.jsonl:1), or none")
+    for place, _ in parts:
+        if not on_hub(place):
+            text_files(place, setting)
+
+
+def on_hub(place: str) -> bool:
+    """Whether a part of a source is a data set of the hub."""
+    return not Path(place).exists() and (place == "c4" or ON_HUB.fullmatch(place) is not None)
+
+
+def text_files(place: str, setting: str = "data.source") -> list[Path]:
+    """The files of a local part of a source in sorted order; other files in a directory are passed over."""
+    path, supported = Path(place), f"{', '.join(FORMATS)}, also with {', '.join(COMPRESSED)} behind"
+    if place and path.is_dir():
+        files = sorted(file for file in path.rglob("*") if kind_of(file) and file.is_file())
+        if not files:
+            raise UserError(f"no text files in {place}: put files there of these kinds: {supported}")
+        return files
+    found = [path] if path.exists() else [Path(name) for name in glob.glob(place, recursive=True)]
+    files = sorted(file for file in found if file.is_file())
+    if not files:
+        raise UserError(
+            f"{setting} '{place}' does not exist: give a file ({supported}), a directory, a pattern, or a data set of "
+            "the hub as NAME:SPLIT (or c4)"
+        )
+    for file in files:
+        if not kind_of(file):
+            raise UserError(f"cannot read {file}: suffix '{file.suffix}' is not one of {supported}")
+    return files
+
+
+def kind_of(file: Path) -> str:
+    """What `FORMATS` has for a file's suffix, behind which that of a compression may stand; empty for another."""
+    return FORMATS.get(Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix, "")
 
 
 def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.LongTensor:
@@ -74,6 +134,9 @@ def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_
     Raises:
         UserError: see `load_text`; fewer tokens than one block; a token id the model has no embedding for.
     """
+    import numpy as np
+    import torch
+
     documents, form = load_text(config.source, config.documents, config.text_field), sequence_form(tokenizer)
     pieces: list[np.ndarray] = []
     for ids in _token_ids(documents["text"], tokenizer):
@@ -84,7 +147,7 @@ def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_
     count = len(stream) // length
     if count == 0:
         raise UserError(
-            f"data source '{config.source}' has {len(stream)} tokens, less than one block of {config.seq_len}: "
+            f"data.source '{config.source}' has {len(stream)} tokens, less than one block of {config.seq_len}: "
             "give more text or lower data.seq_len"
         )
     check_ids(int(stream.max()), vocab_size)
@@ -93,8 +156,9 @@ def packed_blocks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_
 
 
 def text_tokens(
-    path: str | Path, text_field: str, tokenizer: PreTrainedTokenizerBase, documents: int = 0
-) -> torch.LongTensor:
+    path: str | Path, text_field: str, tokenizer: PreTrainedTokenizerBase, documents: int = 0,
+    setting: str = "evaluate.text",
+) -> torch.LongTensor:  # fmt: skip
     """The tokens `[n]` of a text source as one long stream without special tokens, as perplexity wants them.
 
     Documents (a .txt file is one) are joined by an empty line and tokenised as one string. Each window over them begins
@@ -105,61 +169,72 @@ def text_tokens(
         text_field: column that holds the text in JSONL and parquet files.
         tokenizer: tokenizer of the model to be scored.
         documents: at most this many documents; 0 takes all.
+        setting: where the source is named, for messages.
 
     Raises:
         UserError: see `load_text`.
     """
-    text = JOINT.join(load_text(str(path), documents, text_field)["text"])
+    import torch
+
+    text = JOINT.join(load_text(str(path), documents, text_field, setting)["text"])
     return torch.tensor(next(_token_ids([text], tokenizer)), dtype=torch.int64)
 
 
-def _c4_texts(documents: int) -> Iterator[str]:
-    """The first documents of C4's English train split, streamed from the hub."""
-    if documents == 0:
+def _in_turns(streams: Sequence[Iterator[str]], weights: Sequence[float]) -> Iterator[str]:
+    """Documents of several streams in the ratio of their weights, until the one whose turn it is has ended."""
+    taken = [0] * len(streams)
+    while True:
+        turn = min(range(len(streams)), key=lambda i: (taken[i] + 1) / weights[i])
+        taken[turn] += 1
+        if (text := next(streams[turn], None)) is None:
+            return
+        yield text
+
+
+def _texts(place: str, documents: int, text_field: str, setting: str) -> Iterator[str]:
+    """The documents of one part of a source."""
+    if on_hub(place):
+        yield from _column(place, _hub_rows(place, documents, setting), text_field)
+        return
+    for file in text_files(place, setting):
+        text_file = kind_of(file) == "text"
+        # Windows begins a text file with a mark, which is no part of the text.
+        options = {"sample_by": "document", "encoding": "utf-8-sig"} if text_file else {}
+        yield from _column(str(file), read_rows(file, options), "text" if text_file else text_field)
+
+
+def _hub_rows(place: str, documents: int, setting: str) -> Iterator[dict]:
+    """The first rows of a data set of the hub, streamed."""
+    import datasets
+
+    from nuteprune.model.hub import unreachable
+
+    if place == "c4" and documents == 0:
         raise UserError("c4 has 365 million documents: set data.documents to the number wanted")
-    if why := unreachable():
-        raise UserError(f"cannot read {C4} from the hub ({why}): give a local path in data.source")
+    *name, split = (C4 if place == "c4" else place).split(":")
+    why = unreachable()
     try:
-        rows = datasets.load_dataset(C4, "en", split="train", streaming=True)
-        for row in rows.take(documents):
-            yield row["text"]
+        if why:
+            raise ConnectionError(why)
+        rows = datasets.load_dataset(*name, split=split, streaming=True)
+        yield from rows.take(documents) if documents else rows
     # The hub's client lets through what its HTTP library raises, and that library changes with its version.
     except Exception as error:
         raise UserError(
-            f"cannot read {C4} from the hub ({first_line(error)}): give a local path in data.source"
+            f"cannot read {name[0]} from the hub ({first_line(error)}): give a local path in {setting}"
         ) from error
 
 
-def text_files(source: str) -> list[Path]:
-    """The files of a local source in sorted order; other files in a directory are passed over."""
-    path = Path(source)
-    supported = ", ".join(FORMATS)
-    if source and path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in FORMATS and file.is_file())
-        if not files:
-            raise UserError(f"no text files in {source}: put {supported} files there")
-        return files
-    if not path.is_file():
-        raise UserError(f"data source '{source}' does not exist: give `c4`, a file ({supported}) or a directory")
-    if path.suffix not in FORMATS:
-        raise UserError(f"cannot read {source}: suffix '{path.suffix}' is not one of {supported}")
-    return [path]
-
-
-def _file_texts(file: Path, text_field: str) -> Iterator[str]:
-    """The texts of one file; a null counts as an empty text, and so does a row behind the first without the column."""
-    text_file = FORMATS[file.suffix] == "text"
-    field = "text" if text_file else text_field
-    # Windows begins a text file with a mark, which is no part of the text.
-    options = {"sample_by": "document", "encoding": "utf-8-sig"} if text_file else {}
-    for number, row in enumerate(read_rows(file, options), 1):
+def _column(place: str, rows: Iterator[dict], field: str) -> Iterator[str]:
+    """The texts of rows; a null counts as an empty text, and so does a row behind the first without the column."""
+    for number, row in enumerate(rows, 1):
         if number == 1 and field not in row:
             raise UserError(
-                f"{file} has no column '{field}' in its first row: set data.text_field to one of its columns "
+                f"{place} has no column '{field}' in its first row: set data.text_field to one of its columns "
                 f"({', '.join(row)})"
             )
         if not isinstance(text := row.get(field), str | None):
-            raise UserError(f"{file}: row {number} holds no text in '{field}' but {type(text).__name__}")
+            raise UserError(f"{place}: row {number} holds no text in '{field}' but {type(text).__name__}")
         yield text or ""
 
 
@@ -167,15 +242,19 @@ def read_rows(file: Path, options: dict) -> Iterator[dict]:
     """The rows of one file, none of an empty one; `datasets` reads what is not JSON. Failures are told in one line."""
     if file.stat().st_size == 0:
         return
+    import datasets
+    from pyarrow import parquet
+
+    kind = kind_of(file)
     with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
         try:
-            if read := {".jsonl": _json_lines, ".json": _json_rows}.get(file.suffix):
-                yield from read(file)
+            if kind == "json":
+                yield from _json_rows(file) if ".json" in file.suffixes else _json_lines(file)
                 return
             if file.suffix == ".parquet" and not parquet.read_metadata(file).num_rows:
                 return  # `datasets` would take its batches to be of no row
             yield from datasets.load_dataset(
-                FORMATS[file.suffix],
+                kind,
                 # A path is a pattern for `datasets`; brackets in a name are meant literally.
                 data_files=glob.escape(str(file)),
                 split="train",
@@ -183,16 +262,23 @@ def read_rows(file: Path, options: dict) -> Iterator[dict]:
                 cache_dir=cache,
                 **options,
             )
-        except (ValueError, OSError, RecursionError, StopIteration, datasets.exceptions.DatasetsError) as error:
-            raise UserError(
-                f"cannot read {file} as {FORMATS[file.suffix]} ({first_line(error)}): mend or remove the file"
-            ) from error
+        except (ValueError, OSError, RecursionError, StopIteration, EOFError, zlib.error,
+                datasets.exceptions.DatasetsError) as error:  # fmt: skip
+            raise UserError(f"cannot read {file} as {kind} ({first_line(error)}): mend or remove the file") from error
+
+
+def _opened(file: Path) -> AbstractContextManager:
+    """A file's bytes, uncompressed."""
+    import fsspec
+
+    return fsspec.filesystem("file").open(str(file), "rb", compression="infer")
 
 
 def _json_rows(file: Path) -> Iterator[dict]:
     """The objects of a .json file: those of a list, one alone, or one a line."""
     try:
-        found = json.loads(file.read_bytes().decode("utf-8-sig"))
+        with _opened(file) as content:
+            found = json.loads(content.read().decode("utf-8-sig"))
     except ValueError:
         yield from _json_lines(file)
         return
@@ -203,7 +289,7 @@ def _json_rows(file: Path) -> Iterator[dict]:
 def _json_lines(file: Path) -> Iterator[dict]:
     """The objects of a .jsonl file. `datasets` would refuse a key that it first meets late, make dates of texts that
     look like one, and end the process at a null; raises `ValueError` with the line that is no JSON object."""
-    with file.open("rb") as lines:
+    with _opened(file) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -241,6 +327,8 @@ def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
     """Keep `datasets` from logging what is about to be raised as one line."""
+    import datasets
+
     level = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:

@@ -47,6 +47,9 @@ def evaluate_models(config: Config) -> dict:
     """
     settings = config.evaluate
     paths, output = _model_paths(config), report_directory(config)
+    if not settings.text and settings.protocol == "own":
+        source = config.data.source
+        log.warning("evaluate.text is empty: perplexity is of the training text (%s), not held out", source)
     device = discover().device
     tasks, known = checked(config, paths)
     wanted = [weight_bytes(path, config.model) for path in paths] if settings.batch_sizes else []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from nuteprune.data.sequences import check_ids
@@ -24,6 +24,7 @@ from nuteprune.exporting.folding import exported_parameters
 from nuteprune.model.hub import weight_files
 from nuteprune.model.losses import IGNORE
 from nuteprune.parallel.host import processor
+from nuteprune.runs.log import no_bar
 
 PASS_BYTES = 8 * 2**20
 """Of logits that are compared in one go: what is made of them stays in a CPU's cache."""
@@ -58,7 +59,7 @@ def perplexity(
     head, total, count = Head(model), 0.0, 0
     # What has nothing before it cannot be predicted.
     scored = window - max(1, len(first))
-    for begin, end in tqdm(spans, desc=progress, unit="block", disable=progress is None):
+    for begin, end in tqdm(spans, desc=progress, unit="block", disable=no_bar(progress is not None)):
         total += _nll_sum(head, _window(first, tokens[begin:end], model.device), scored)
         count += scored
     nll = total / count

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import DataConfig, EvaluateConfig
 from nuteprune.data.sequences import first_tokens
-from nuteprune.data.text import FORMATS, read_rows, text_tokens
+from nuteprune.data.text import kind_of, read_rows, text_tokens
 from nuteprune.errors import UserError, first_line
 from nuteprune.runs.directories import DISTILLED, distill_directory
 
@@ -58,8 +58,7 @@ def scored_texts(settings: EvaluateConfig, data: DataConfig, tokenizer: PreTrain
         found = {name: text_tokens(text, data.text_field, tokenizer)
                  for name, text in zip(short_names(settings.text), settings.text, strict=True)}  # fmt: skip
     else:
-        log.warning("evaluate.text is empty: perplexity is of the training text (%s), not held out", data.source)
-        tokens = text_tokens(data.source, data.text_field, tokenizer, data.documents)
+        tokens = text_tokens(data.source, data.text_field, tokenizer, data.documents, "data.source")
         found = {Path(data.source).name: tokens}
     how = (settings.window, settings.blocks, first_tokens(tokenizer))
     return [ScoredText(name, tokens, *how) for name, tokens in found.items()]
@@ -91,7 +90,7 @@ def _joined(file: Path, field: str) -> str:
     """The text of a file: JSON and parquet by their rows, others as they stand or in WikiText's form, a row a line."""
     if not file.is_file():
         raise UserError(f"evaluate.text '{file}' is no file: name WikiText-2's raw test set")
-    if FORMATS.get(file.suffix, "text") != "text":
+    if kind_of(file) not in ("", "text"):
         try:
             return "\n\n".join(row[field] for row in read_rows(file, {}))
         except (KeyError, TypeError):

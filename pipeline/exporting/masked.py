@@ -17,7 +17,7 @@ from nuteprune.parallel.distributed import discover
 from nuteprune.runs.students import newest_student, open_run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MaskedModel:
     """A student over its base model.
 
@@ -32,6 +32,9 @@ class MaskedModel:
     tokenizer: PreTrainedTokenizerBase
     _model: PairedModel
     _view: View
+
+    def __repr__(self) -> str:
+        return f"MaskedModel({self._model.spec.family}, {self.sparsity:.1%} of the prunable parameters removed)"
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from nuteprune.arch import ArchSpec
@@ -29,6 +29,7 @@ from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs.checkpoint import MANIFEST, atomic_directory
 from nuteprune.runs.directories import DISTILLED, distill_directory
+from nuteprune.runs.log import no_bar
 from nuteprune.runs.students import export_gates, newest_student, open_run
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def write_model(
     """
     fold, before = plan.fold, base.num_parameters()
     wanted = masked_logits(base, plan, tokens)
-    model = fold_model(base, plan.small, fold, partial(tqdm, desc="folding layers", unit="layer", disable=None))
+    model = fold_model(base, plan.small, fold, partial(tqdm, desc="folding layers", unit="layer", disable=no_bar()))
     save = partial(target.write, directory, plan)
     save(model)
     del model

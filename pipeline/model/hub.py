@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
 import time
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.utils import get_session
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from nuteprune.errors import UserError, first_line
 
@@ -19,6 +22,8 @@ log = logging.getLogger(__name__)
 PATIENCE = 5.0
 """Seconds in which the hub, or a name server, has to answer."""
 WEIGHTS, PICKLED = "*.safetensors", "*.bin"
+POINTER = b"version https://git-lfs"
+"""How a file begins that git-lfs has put in the place of a large one."""
 FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 TWICE = ["consolidated*", "original/*"]
 """Weights that some repositories hold a second time, in a form that transformers does not read."""
@@ -37,9 +42,8 @@ def unreachable() -> str:
         return ""
     if _last is None or time.monotonic() - _last[0] > 60:
         _go(offline=False)
-        why = _ask()
-        _go(offline=bool(why))
-        _last = time.monotonic(), why
+        _last = time.monotonic(), _ask()
+    _go(offline=bool(_last[1]))
     return _last[1]
 
 
@@ -72,6 +76,63 @@ def weight_files(folder: Path) -> list[Path]:
         if files:
             return files
     return []
+
+
+def check_model(path: str) -> Path:
+    """The directory of a model's config.json, that of a hub id in the hub's cache; imports no torch.
+
+    Raises:
+        UserError: no path, no such directory or model, or a directory that holds something else than a model to prune.
+    """
+    if not path:
+        raise UserError("model.path is empty: set it to a model directory or a hub id")
+    if Path(path).exists():
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent  # a config.json
+        adapter = (Path(path) / "adapter_config.json").is_file()
+    else:
+        try:
+            validate_repo_id(path)
+        except HFValidationError:
+            raise UserError(f"model.path {path}: there is no such directory") from None
+        why, adapter = unreachable(), False
+        try:
+            with suppress(EntryNotFoundError):
+                adapter = bool(hf_hub_download(path, "adapter_config.json"))
+            folder = Path(path) if adapter else Path(hf_hub_download(path, "config.json")).parent
+        except Exception as error:  # the client lets through what its HTTP library raises
+            raise UserError(
+                f"model.path {path}: neither a directory here nor a model the hub would give "
+                f"({why or first_line(error)})"
+            ) from None
+    if adapter:
+        raise UserError(
+            f"model.path {path}: a LoRA adapter lies there (adapter_config.json): merge it into its model with "
+            "merge_and_unload() of peft, and prune what that saves"
+        )
+    if folder != Path(path):
+        return folder
+    for file in (folder / "config.json", folder / "tokenizer.json", *weight_files(folder)):
+        if file.is_file() and _begins(file, POINTER):
+            raise UserError(
+                f"model.path {path}: {file.name} is a pointer of git-lfs, not the file: run `git lfs pull` there"
+            )
+    if not (folder / "config.json").is_file():
+        gguf = next(folder.glob("*.gguf"), None)
+        also = f" but a GGUF: take the model that {gguf.name} was made from, as safetensors" if gguf else ""
+        raise UserError(f"model.path {path}: no readable config.json there{also}")
+    with suppress(OSError, ValueError, LookupError, TypeError):  # told where it is read
+        kind, record = (json.loads((folder / name).read_bytes()) for name in ("config.json", "nuteprune.json"))
+        if kind["model_type"].startswith("nuteprune_"):
+            raise UserError(
+                f"model.path {path}: an export whose layers differ in width, which cannot be pruned again: prune its "
+                f"base {record['base']} at a higher sparsity"
+            )
+    return folder
+
+
+def _begins(file: Path, head: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(head)) == head
 
 
 def fetch(path: str) -> Path:

@@ -25,12 +25,11 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import find_adapter_config_file
 
 from nuteprune.arch import ArchSpec, read_spec
 from nuteprune.config import ModelConfig
 from nuteprune.errors import UserError, first_line
-from nuteprune.model.hub import PICKLED, WEIGHTS, fetch, unreachable
+from nuteprune.model.hub import PICKLED, WEIGHTS, check_model, fetch
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,10 @@ class Base:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"model.path {self.path}: no usable tokenizer there ({first_line(error)})") from None
+            raise UserError(
+                f"model.path {self.path}: no usable tokenizer there ({first_line(error)}): copy tokenizer.json "
+                "and tokenizer_config.json of the model that it was made from"
+            ) from None
         if tokenizer.vocab_size > self.spec.vocab:
             raise UserError(
                 f"model.path {self.path}: the tokenizer has {tokenizer.vocab_size} tokens but the model only "
@@ -95,25 +97,13 @@ def read_base(settings: ModelConfig) -> Base:
 
 def read_config(path: str) -> tuple[PreTrainedConfig, ArchSpec]:
     """transformers' configuration of a model and its `ArchSpec`; raises `UserError` as `read_base` does."""
-    if not path:
-        raise UserError("model.path is empty: set it to a model directory or a hub id")
-    silent = "" if Path(path).exists() else unreachable()
+    check_model(path)
     try:
-        if not Path(path).is_file() and find_adapter_config_file(path):
-            raise UserError(
-                f"model.path {path}: a LoRA adapter lies there (adapter_config.json): merge it into its model with "
-                "merge_and_unload() of peft, and prune what that saves"
-            )
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
             StrictDataclassError) as error:  # fmt: skip
-        if Path(path).exists():
-            told = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
-            raise UserError(f"model.path {path}: no readable config.json there ({told})") from None
-        raise UserError(
-            f"model.path {path}: neither a directory here nor a model the hub would give "
-            f"({silent or first_line(error)})"
-        ) from None
+        told = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
+        raise UserError(f"model.path {path}: no readable config.json there ({told})") from None
     if quantized := getattr(config, "quantization_config", None):
         raise UserError(
             f"model.path {path}: its weights are quantized ({quantized.get('quant_method')}): prune the model that "

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nuteprune.errors import UserError
+
 TUNED = "tuned"
 """Name of the student below the directory in which it was trained on."""
 DISTILLED = "model"
 """Name of the model below the directory in which it was distilled."""
+
+
+def check_pruned(run_dir: str | Path) -> Path:
+    """The directory of a run's finished student; raises `UserError` where there is none."""
+    if not str(run_dir):
+        raise UserError("run_dir is empty: set it to the directory of a finished prune run")
+    pruned = Path(run_dir) / "pruned"
+    if not pruned.is_dir():
+        raise UserError(f"{run_dir} holds no finished prune run (no `pruned` directory): run `nuteprune prune` first")
+    return pruned
 
 
 def finetune_directory(run_dir: Path, target: float, sparsity: float) -> Path:

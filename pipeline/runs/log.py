@@ -1,9 +1,10 @@
-"""The log on stderr."""
+"""The log on stderr, and what libraries say beside it."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 from nuteprune.runs.words import plain
@@ -18,15 +19,24 @@ class PlainFormatter(logging.Formatter):
 
 
 def quiet_libraries() -> None:
+    """`start_log` and `hush`, for programs that import torch anyway."""
+    start_log()
+    hush()
+
+
+def start_log() -> None:
     """Our own log on stderr; of the libraries only warnings and worse."""
     handler = logging.StreamHandler()
     handler.setFormatter(PlainFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("nuteprune").setLevel(logging.INFO)
+
+
+def hush() -> None:
+    """Keep libraries from telling what is no concern of a user; imports torch and transformers."""
     # DeepSpeed calls a name that torch has renamed.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Imported here, so that --help answers at once.
     import torch
     from huggingface_hub import utils as hub
     from transformers.utils import logging as transformers_logging
@@ -38,3 +48,8 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed, which transformers imports, warns that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def no_bar(shown: bool = True) -> bool:
+    """`disable` of a progress bar: bars are for a terminal or a notebook, and fill a log file with returns."""
+    return not (shown and (sys.stderr.isatty() or "ipykernel" in sys.modules))

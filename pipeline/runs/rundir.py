@@ -18,9 +18,10 @@ from torch import Tensor
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import ASKED_EACH_TIME, Config, load_config, to_dict
-from nuteprune.errors import MachineError, UserError, first_line
+from nuteprune.errors import MachineError, first_line
 from nuteprune.masks import Gates
 from nuteprune.runs.checkpoint import CheckpointError, atomic_directory, read_json, verify, write_atomic
+from nuteprune.runs.directories import check_pruned
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.runs.fused import BLOCKS, fuse_lora, patterns, unfuse_lora
 from nuteprune.runs.snapshot import Snapshot
@@ -141,11 +142,7 @@ def save_run(
 
 def load_run(directory: str | Path) -> Run:
     """Read a finished prune stage; raises `UserError` (one line) where it is missing, unfinished or damaged."""
-    if not str(directory):
-        raise UserError("run_dir is empty: set it to the directory of a finished prune run")
-    pruned = Path(directory) / "pruned"
-    if not pruned.is_dir():
-        raise UserError(f"{directory} holds no finished prune run (no `pruned` directory): run `nuteprune prune` first")
+    pruned = check_pruned(directory)
     try:
         verify(pruned)
         gates, scores = load_gates(pruned / "gates.safetensors")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nuteprune.config import Config, LossConfig
 from nuteprune.data.batches import BatchStream
@@ -26,6 +26,7 @@ from nuteprune.model.pairing import Losses
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import load_paired, zero_settings
 from nuteprune.planning.machine import with_micro_batch
+from nuteprune.runs.log import no_bar
 from nuteprune.runs.rundir import save_run
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.importance import initial_log_alpha, taylor_importance
@@ -207,7 +208,7 @@ class Pruning(Masked):
         model, losses = self.model, []
         batches = [self.stream.batch(self.step + i).to(self.world.device) for i in range(BATCHES)]
         shown = self.config.tracking.progress and self.world.is_main
-        for gates in tqdm(structures, "measuring structures", leave=False, disable=not shown):
+        for gates in tqdm(structures, "measuring structures", leave=False, disable=no_bar(shown)):
             if self.world.any(bool(self.stop.received)):
                 raise Preempted(f"{self.stop.name} at step {self.step}, while structures were measured: saved")
             view = model.student(gates.to(self.world.device))

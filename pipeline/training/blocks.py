@@ -17,11 +17,12 @@ import torch
 from accelerate.utils import send_to_device
 from torch import LongTensor, Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from nuteprune.model.whole import Distillation
 from nuteprune.parallel.distributed import World
+from nuteprune.runs.log import no_bar
 from nuteprune.training.engine import LossScale
 from nuteprune.training.gram import TOKENS_AT_ONCE, Streams
 
@@ -69,7 +70,7 @@ def fit_blocks(
         _advance(layer, parts, arguments[index], device, computing)
         layer.to(whole.device)
 
-    with tqdm(total=sum(narrowed), desc="layers", unit="layer", leave=False, disable=not shown) as bar:
+    with tqdm(total=sum(narrowed), desc="layers", unit="layer", leave=False, disable=no_bar(shown)) as bar:
         for index, known in enumerate(distillation.layers):
             while passed < known:
                 passed += 1

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import LongTensor, Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nuteprune.arch import projections
 from nuteprune.model.layers import activate, build_view
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import gathered
+from nuteprune.runs.log import no_bar
 
 TOKENS_AT_ONCE = 4096
 """That go through a layer, and into a product: enough that adding the product to G costs nothing beside it."""
@@ -73,7 +74,9 @@ def measure_grams(
         keep: called on every rank for each of `layers`, with G (float32) where `owner_of` names it.
     """
     streams, count = Streams(model, ids_NT, world), layers[-1] + 1
-    with tqdm(total=count * len(streams.parts), desc="FFN units", unit="batch", leave=False, disable=not shown) as bar:
+    with tqdm(
+        total=count * len(streams.parts), desc="FFN units", unit="batch", leave=False, disable=no_bar(shown)
+    ) as bar:
 
         def before_part() -> None:
             halt()

@@ -24,16 +24,20 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
+from tqdm import tqdm as plain_tqdm
+from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nuteprune.config import Config, TrackingConfig, flatten, to_dict
 from nuteprune.errors import MachineError, UserError, first_line
 from nuteprune.model.losses import TERMS
 from nuteprune.runs.checkpoint import write_atomic
+from nuteprune.runs.log import no_bar
 
 log = logging.getLogger(__name__)
 
+LINE = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"
+"""Of a progress bar in a log."""
 CHARTS = {
     "loss": ("loss", *(f"{name}_loss" for name in TERMS)),
     "sparsity": ("expected_sparsity", "target_sparsity", "teacher_sparsity"),
@@ -193,18 +197,25 @@ class Tracker:
 
 
 @contextmanager
-def progress_bar(name: str, unit: str, total: int, done: int = 0, shown: bool = True) -> Iterator[tqdm]:
-    """A bar on stderr, with log lines above it; it counts from now on, and is a dummy unless `shown`."""
-    # A log file wants a line now and then, a terminal a living bar.
-    interval = 0.5 if sys.stderr.isatty() else 10
-    bar = tqdm(
-        total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True, mininterval=interval, disable=not shown
-    )
-    if not shown:
-        yield bar
+def progress_bar(name: str, unit: str, total: int, done: int = 0, shown: bool = True) -> Iterator[plain_tqdm]:
+    """A bar in a terminal or a notebook, with log lines above it, else a line of the log each half a minute; it counts
+    from now on, and is a dummy unless `shown`."""
+    counted: dict[str, Any] = {"total": total, "initial": done, "desc": name, "unit": unit, "disable": not shown}
+    if no_bar(shown):
+        with plain_tqdm(**counted, mininterval=30, maxinterval=60, file=_Lines(), bar_format=LINE) as bar:
+            yield bar
         return
-    with logging_redirect_tqdm(), bar:
+    with logging_redirect_tqdm(), tqdm(**counted, mininterval=0.5, dynamic_ncols=True) as bar:
         yield bar
+
+
+class _Lines(io.TextIOBase):
+    """A file for a bar, each state of which becomes a line of the log."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            log.info("%s", text.strip())
+        return len(text)
 
 
 def _start(name: str, config: Config) -> Any:

@@ -45,8 +45,20 @@ def test_settings_in_every_form_give_the_same(tmp_path, settings):
 
 
 def test_importing_the_package_is_light_and_offers_its_calls():
-    code = "import sys, nuteprune; print(sorted(nuteprune.__all__), 'torch' in sys.modules)"
+    code = "import sys, nuteprune; print(dir(nuteprune), 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out == "['distill', 'evaluate', 'export', 'finetune', 'load_masked', 'prune', 'recover'] False\n"
+    assert out == f"{sorted({*nuteprune.__all__, '__version__'})} False\n"
     with pytest.raises(AttributeError, match="no attribute 'merge'"):
         nuteprune.merge  # noqa: B018  the access itself raises
+
+
+@pytest.mark.parametrize("deepspeed", ["", "zero3"])
+def test_a_notebook_goes_on_with_other_libraries(settings, model_dir, text_file, tmp_path, deepspeed):
+    """Each call leaves the process as it found it; one process does all of it."""
+    script, more = Path(__file__).with_name("notebook_alone.py"), [*settings, "train.steps=4", f"deepspeed={deepspeed}"]
+    done = subprocess.run([sys.executable, script, tmp_path / "run", model_dir, text_file, *more],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    told = done.stdout.splitlines()
+    assert [line for line in told if " changed " in line] == []
+    assert told[-1:] == ["all went well"], done.stderr[-3000:]
+    assert "accelerator" not in done.stderr

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save, save_file
 from tiny import VOCAB, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from nuteprune import api
 from nuteprune.__main__ import main
 from nuteprune.config import check_said, load_config
 from nuteprune.errors import UserError
@@ -62,9 +61,9 @@ def refused(capsys, *arguments: str) -> str:
         ("no_equals_sign", "write it as key.sub=value"),
         ("model.path=", "model.path is empty"),
         ("run_dir=", "run_dir is empty"),
-        ("model.path=/nowhere/model", "/nowhere/model: neither a directory here nor a model the hub would give"),
+        ("model.path=/nowhere/model", "/nowhere/model: there is no such directory"),
         ("data.source=/nowhere/text.jsonl", "/nowhere/text.jsonl"),
-        ("data.source=", "data source '' does not exist"),
+        ("data.source=", "data.source '' does not exist"),
         ("gates.units=[kv_groups]", "at most .* of this model; add units to gates.units or lower the target"),
         ("data.seq_len=100000", "100000"),
         ("recipe=3", "recipe '3' not found"),
@@ -263,7 +262,7 @@ def test_a_refused_fine_tuning_leaves_no_directory(run_dir, records, tmp_path, m
     monkeypatch.chdir(tmp_path)
     before = sorted(run_dir.rglob("*"))
     for words, told in (
-        ([], "finetune.data '': give an existing .json"),
+        ([], "finetune.data '': give an existing file of records (.json"),
         (["--data", "none.json", "--sparsity", "0.1"], "finetune.data 'none.json': give an existing .json"),
         (["--data", str(records), "--sparsity", "0.9"], "the run never got there"),
         (["--data", str(records), "deepspeed=none"], "deepspeed 'none': no such file"),
@@ -441,7 +440,7 @@ def test_out_of_memory_is_one_line_with_what_to_lower(settings, capsys, monkeypa
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has a total …")
         torch.empty(1 << 50)
 
-    monkeypatch.setattr(api, "prune", too_much)
+    monkeypatch.setattr(prune, "run", too_much)
     assert main(["prune", *settings]) == 1
     told = capsys.readouterr().err.strip()
     assert "\n" not in told

@@ -173,8 +173,8 @@ def one_line(pattern):
 @pytest.mark.parametrize(
     ("name", "content", "pattern"),
     [
-        ("absent.jsonl", None, r"does not exist: give `c4`, a file"),
-        ("a.csv", b"text\na\n", r"suffix '\.csv' is not one of \.jsonl, \.json, \.txt, \.parquet"),
+        ("absent.jsonl", None, r"data\.source .* does not exist: give a file"),
+        ("a.tsv", b"text\na\n", r"suffix '\.tsv' is not one of \.jsonl, \.json, \.txt, \.parquet, \.csv"),
         ("a.jsonl", b"", r"holds no text: give a file with at least one document"),
         ("a.txt", b"", r"holds no text"),
         ("a.jsonl", b"\n\n", r"holds no text"),
@@ -218,8 +218,8 @@ def test_a_parquet_file_without_rows_is_as_an_empty_file(tmp_path):
 
 
 def test_directory_without_text_files(tmp_path):
-    (tmp_path / "a.csv").write_text("a")
-    with one_line(re.escape(f"no text files in {tmp_path}: put .jsonl")):
+    (tmp_path / "a.tsv").write_text("a")
+    with one_line(re.escape(f"no text files in {tmp_path}: put files there of these kinds: .jsonl")):
         load_text(str(tmp_path), 0, "text")
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 ROOMS = (
     "errors", "kernels", "config", "arch", "masks", "model", "runs", "data", "parallel", "training", "exporting",
-    "evaluation", "planning", "stages", "api", "chain", "flags", "__main__",
+    "evaluation", "planning", "stages", "chain", "flags", "api", "__main__",
 )  # fmt: skip
 """From the bottom up: a room imports from rooms before it, never from those behind it."""
 
@@ -40,7 +40,11 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path):
     if path == ROOT / "pipeline/__init__.py":  # importing the package imports nothing until a call is used
-        assert imported(path) == {"nuteprune.api"}
+        assert {name.rpartition(".")[0] for name in imported(path)} <= {
+            "nuteprune",
+            "nuteprune.api",
+            "importlib.metadata",
+        }
         assert not any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(path.read_text()).body)
         return
     own = room(path)
