@@ -44,10 +44,14 @@ class ModelConfig:
 class DataConfig:
     """The text that it is pruned on."""
 
-    source: str = opt("c4", "`c4` is streamed from the hub; a path names a .jsonl, .txt or .parquet file, or a "
-                            "directory of those.")  # fmt: skip
+    source: str = opt(
+        "c4", "A .jsonl, .json, .txt, .parquet or .csv file (.gz, .zst, .bz2, .xz behind it), a directory or a pattern "
+        "(`*`) of those, or a data set of the hub as NAME:SPLIT or NAME:CONFIGURATION:SPLIT (`c4`: its "
+        "allenai/c4:en:train). "
+        "Several stand between commas; weights (a.jsonl:3,b.jsonl:1) mix their documents until one ends."
+    )  # fmt: skip
     documents: int = opt(20_000, "At most this many documents are read; 0: all.", ge=0)
-    text_field: str = opt("text", "The column that holds the text in JSONL and parquet files, those of `evaluate` too.")
+    text_field: str = opt("text", "The column that holds the text in files that have columns, those of `evaluate` too.")
     seq_len: int = opt(512, "Tokens of a training sequence, which documents are packed into.", ge=8)
 
 
@@ -307,7 +311,7 @@ class EvaluateConfig:
         "", "Directory of report.html, report.md and report.json; empty: `evaluate` below the run's directory."
     )
     text: list[str] = opt(
-        [], "Texts for perplexity (.txt, .jsonl, .parquet), such as WikiText-2; empty: the text of training."
+        [], "Texts for perplexity, each as `data.source`, such as WikiText-2; empty: the text of training."
     )
     protocol: Literal["own", "published"] = opt(
         "own", "`published` scores WikiText-2's raw test set (`evaluate.text`; empty: the hub's) in windows of 2,048 "
