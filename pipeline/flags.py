@@ -30,6 +30,8 @@ SHORTCUTS = {
         "--out": "run_dir",
         "--gguf": "export.gguf",
     },
+    "prepare": {"--data": "data.source"},
+    "prune": {"--sparsity": "sparsity.target", "--data": "data.source"},
     "recover": {"--ladder": "recover.ladder", "--sparsity": "recover.ladder"},
     "finetune": {"--data": "finetune.data", "--sparsity": "finetune.sparsity"},
     "export": {

@@ -112,4 +112,9 @@ def read_model(model: str) -> tuple[object, ArchSpec]:
         return config, read_spec(config)
     if not path.exists() and (path.suffix == ".json" or model.startswith((".", "/", "~")) or len(path.parts) > 2):
         raise UserError(f"--model {model}: there is no such file or directory")
-    return read_config(model)
+    try:
+        return read_config(model)
+    except UserError as error:
+        if path.exists():
+            raise
+        raise UserError(f"{error}; known without the hub: {', '.join(MODELS)}") from None

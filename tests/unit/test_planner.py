@@ -719,6 +719,7 @@ MISTAKES = [
     (["--nodes", "3"], "train.batch_size 16 cannot be split over 24 ranks (3 x 8): set train.batch_size=24"),
     (["--model", "./nowhere/config.json"], "--model ./nowhere/config.json: there is no such file"),
     (["--model", ""], "--model or model.path is missing"),
+    (["--model", "llama-3.1-700b"], "known without the hub: llama-7b, llama-13b"),
     (["sparsity.target=0.999", "gates.units=[ffn]"], "sparsity.target 0.999 is out of reach"),
     (["data.documents=0"], "set train.steps"),
 ]
