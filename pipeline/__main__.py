@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         source, overrides = settings_of(args)
         config, given = load_config(source, overrides), given_keys(source, overrides)
         check_said(args.stage, config, overrides)
-        api.check_at_once(args.stage, config)
+        if not dry:  # which knows sizes of models that are not here
+            api.check_at_once(args.stage, config)
         if args.stage == "plan":
             text, fits = api.module("stages.plan").run(config, args, "model.dtype" in given)
             sys.stdout.write(text + "\n")

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -183,6 +184,8 @@ def check_at_once(stage: str, config: Config) -> None:
     if stage in ("prepare", "prune", "run", "trim"):
         if config.run_dir:
             check_free(run_dir, stage)
+        if stage == "run" and not config.model.path:
+            raise UserError("run: name a model, e.g. `nuteprune run HuggingFaceTB/SmolLM2-135M --sparsity 0.3`")
         check_model(config.model.path)
         if not config.run_dir or not (run_dir / "prepared").is_dir():  # the text may have gone since
             check_source(config.data.source)
@@ -200,7 +203,8 @@ def several_ranks() -> bool:
 @contextmanager
 def _as_it_was() -> Iterator[None]:
     """A block behind which the process is as before it; what libraries say is kept low in it."""
-    environment, loggers = dict(os.environ), [logging.root, *logging.root.manager.loggerDict.values()]
+    hook, environment = sys.excepthook, dict(os.environ)
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     spoken = [(each, each.level, each.handlers[:], each.propagate)
               for each in loggers if isinstance(each, logging.Logger)]  # fmt: skip
     with warnings.catch_warnings():
@@ -229,6 +233,7 @@ def _as_it_was() -> Iterator[None]:
             for logger, level, handlers, propagate in spoken:
                 logger.setLevel(level)  # which forgets what it has worked out of levels
                 logger.handlers[:], logger.propagate = handlers, propagate
+            sys.excepthook = hook  # a process group has one of its own
             os.environ.clear()
             os.environ.update(environment)
 

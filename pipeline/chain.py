@@ -114,8 +114,6 @@ def run(config: Config, given: Collection[str]) -> tuple[Config, dict]:
 
 def checked(config: Config) -> tuple[Config, ArchSpec]:
     """The settings with the run's directory, and the model's architecture; what cannot be is refused here."""
-    if not config.model.path:
-        raise UserError("run: name a model, e.g. `nuteprune run HuggingFaceTB/SmolLM2-135M --sparsity 0.3`")
     for stage, ladder in (("export", config.export.ladder), ("recover", config.recover.ladder)):
         if ladder:
             raise UserError(f"run exports one model: give {stage}.ladder to `nuteprune {stage}` behind it")

@@ -263,7 +263,7 @@ def test_a_refused_fine_tuning_leaves_no_directory(run_dir, records, tmp_path, m
     before = sorted(run_dir.rglob("*"))
     for words, told in (
         ([], "finetune.data '': give an existing file of records (.json"),
-        (["--data", "none.json", "--sparsity", "0.1"], "finetune.data 'none.json': give an existing .json"),
+        (["--data", "none.json", "--sparsity", "0.1"], "finetune.data 'none.json': give an existing file of records"),
         (["--data", str(records), "--sparsity", "0.9"], "the run never got there"),
         (["--data", str(records), "deepspeed=none"], "deepspeed 'none': no such file"),
     ):

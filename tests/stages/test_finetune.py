@@ -209,7 +209,7 @@ def test_another_base_model_is_refused(tuning, run_dir, tmp_path, capsys):
         assert main([stage, str(run_dir), f"model.path={other}", f"finetune.data={tuning.finetune.data}"]) == 2
         assert "is not the base model that was pruned" in capsys.readouterr().err
         assert main([stage, str(run_dir), "model.path=/nowhere/model", f"finetune.data={tuning.finetune.data}"]) == 2
-        assert "nuteprune: model.path /nowhere/model: neither a directory here" in capsys.readouterr().err
+        assert "nuteprune: model.path /nowhere/model: there is no such directory" in capsys.readouterr().err
 
 
 def test_a_directory_that_is_no_run_is_one_line(tmp_path, capsys):

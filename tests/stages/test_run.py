@@ -36,7 +36,7 @@ def test_one_command_from_a_model_to_its_report(model_dir, tmp_path, capsys, cap
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr("nuteprune.api.export", told_to_leave)
+        patch.setattr("nuteprune.stages.export.run", told_to_leave)
         assert main(command) == 75
     assert "SIGTERM outside of training: what was finished is kept" in capsys.readouterr().err
     pruned = (out / "pruned" / "manifest.json").stat().st_mtime_ns

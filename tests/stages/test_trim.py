@@ -112,7 +112,7 @@ def test_the_most_frequent_tokens_stay(text_file, tmp_path, capsys):
         (["--out", str(tmp_path / "x"), "--tokens", "64"], "--tokens 64 is too few: its special tokens, alphabet"),
         ([], "--out is missing"),
         (["--out", str(tmp_path / "model")], "holds files that are no earlier result"),
-        (["--out", str(tmp_path / "x"), "model.path=" + str(tmp_path / "none")], "neither a directory here"),
+        (["--out", str(tmp_path / "x"), "model.path=" + str(tmp_path / "none")], "there is no such directory"),
     ):
         assert main([*command, *words]) == 2
         lines = capsys.readouterr().err.splitlines()

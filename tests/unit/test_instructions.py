@@ -157,7 +157,7 @@ def test_packed_records_give_the_loss_and_gradient_of_records_alone(name, attent
 
 
 MISTAKES = {
-    "no file": (None, {}, "give an existing .json"),
+    "no file": (None, {}, "give an existing file of records"),
     "no form": ([{"text": "a"}], {}, "record 1 must have the keys instruction and output, or messages, or .* has text"),
     "missing key": ([ALPACA, ALPACA | {"output": None}], {}, "record 2 has no text in 'output'"),
     "no template": ([ALPACA], {"template": "chat"}, "tokenizer has no chat template; use finetune.template=alpaca"),
