@@ -31,6 +31,7 @@ from nuteprune.model.loading import read_base, read_config
 from nuteprune.parallel.sizes import total_parameters
 from nuteprune.planning.machine import Choice, Machine, choose, this_machine
 from nuteprune.runs.checkpoint import write_atomic
+from nuteprune.runs.directories import LEFT_OUT
 from nuteprune.runs.lock import alone
 from nuteprune.stages import prune
 from nuteprune.stages.trim import RECORD
@@ -89,6 +90,7 @@ def run(config: Config, given: Collection[str]) -> tuple[Config, dict]:
     config, spec = checked(config)
     machine, directory = this_machine(), Path(config.run_dir)
     config, choices, held_out = settle(config, given, machine, spec)
+    left_out = [choice.why for choice in choices if choice.key == "distill.steps" and not choice.value]
     head = f"# nuteprune run --config {directory / SETTINGS}\n"
     settings = beyond_recipe(config, {*given, *(choice.key for choice in choices)})
     check_directory(config, prune.Pruning.free)
@@ -100,6 +102,8 @@ def run(config: Config, given: Collection[str]) -> tuple[Config, dict]:
     with stop_signals() as stop, alone(directory, "run"):
         if held_out:
             write_atomic(directory / HELD_OUT, held_out.encode())
+        if left_out and not (directory / LEFT_OUT).exists():
+            write_atomic(directory / LEFT_OUT, json.dumps({"distill": left_out[0]}).encode())
         write_atomic(directory / SETTINGS, (head + yaml.safe_dump(settings, sort_keys=False)).encode())
         for number, stage in enumerate(stages, 1):
             if stop.received:  # in the last step of the one before

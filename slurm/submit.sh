@@ -126,10 +126,10 @@ if [[ $sweep ]]; then
     exit
 fi
 
-# Without --from, what stands before a stage that is complete or under way is not needed any more.
+# Without --from, what stands before a stage that is done or under way is not needed any more.
 first=$from
 if [[ ! $from ]]; then
-    first=$(awk -F'\t' '$2 ~ /^(complete|pending|running)$/ { print $1 }' <<<"$state" | tail -n 1)
+    first=$(awk -F'\t' '$2 ~ /^(done|pending|running)$/ { print $1 }' <<<"$state" | tail -n 1)
     first=${first:-${stages[0]}}
 fi
 
@@ -142,12 +142,12 @@ for stage in "${stages[@]}"; do
     if [[ $kind != "$last" ]]; then waits=${group:-$waits} group='' last=$kind; fi
     if [[ $status == pending || $status == running ]]; then
         [[ $dry ]] || echo "$stage: job $job is $status already"
-    elif [[ $status == complete && ! $from ]]; then
-        [[ $dry ]] || echo "$stage: complete"
+    elif [[ $status == done && ! $from ]]; then
+        [[ $dry ]] || echo "$stage: done"
         continue
     elif [[ ! $reached ]]; then
         [[ $from || $stage == prepare ]] ||
-            echo "$stage: not submitted, $first behind it is complete or under way (add --from $stage)" >&2
+            echo "$stage: not submitted, $first behind it is done or under way (add --from $stage)" >&2
         continue
     else
         resources "$kind"

@@ -10,6 +10,8 @@ TUNED = "tuned"
 """Name of the student below the directory in which it was trained on."""
 DISTILLED = "model"
 """Name of the model below the directory in which it was distilled."""
+LEFT_OUT = "left-out.json"
+"""Name of a file in a run's directory: of each stage that `nuteprune run` leaves out, why."""
 
 
 def check_pruned(run_dir: str | Path) -> Path:

@@ -8,13 +8,22 @@ import re
 import statistics
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 from nuteprune.config import Config
 from nuteprune.errors import UserError
-from nuteprune.runs import jobs
-from nuteprune.runs.directories import DISTILLED, TUNED, distill_directory, finetune_directory, recover_directory
+from nuteprune.runs import jobs, lock
+from nuteprune.runs.checkpoint import CheckpointError, read_json
+from nuteprune.runs.directories import (
+    DISTILLED,
+    LEFT_OUT,
+    TUNED,
+    distill_directory,
+    finetune_directory,
+    recover_directory,
+)  # fmt: skip
 
 TRAINING = ("prune", "recover", "finetune", "distill")
 """Stages that take steps."""
@@ -29,9 +38,10 @@ def run(config: Config) -> dict:
     """The state of the run in `config.run_dir`.
 
     Returns:
-        `run_dir`, and `stages`: by name a dict with `state` (complete, pending, running, incomplete, or SLURM's word
-        for a job that failed, in small letters), `job`, and where there are any `progress` and `error`. A stage that
-        was started or submitted, which the run's settings do not ask for, has `asked` (False).
+        `run_dir`, `sparsity` (the target), `next` (the command that goes on), and `stages`: by name a dict with
+        `state` (not started, pending, running, stopped, done, failed, left out, or SLURM's word for a job that failed,
+        in small letters), `path` of the result, `job`, and where there are any `progress`, `error` and `why`. A stage
+        that was started or submitted, which the run's settings do not ask for, has `asked` (False).
 
     Raises:
         UserError: no run directory is named.
@@ -46,7 +56,37 @@ def run(config: Config) -> dict:
         found[stage] = _stage(run_dir, stage, output, numbers.get(stage))
         if stage not in asked:
             found[stage]["asked"] = False
-    return {"run_dir": str(run_dir), "stages": found}
+    left = {stage: each for stage, each in found.items() if each["state"] != "done" and each.get("asked", True)}
+    if left and all(each["job"] is None for each in found.values()):
+        _of_the_whole_run(run_dir, next(iter(left.values())))
+    reasons: dict[str, str] = {}
+    with suppress(CheckpointError):
+        reasons = read_json(run_dir / LEFT_OUT)
+    found |= {stage: {"state": "left out", "path": "", "job": None, "why": str(why), "asked": False}
+              for stage, why in reasons.items() if stage in ORDER and stage not in found}  # fmt: skip
+    places = sorted(found, key=lambda stage: ORDER.index(_kind(stage)))
+    return {
+        "run_dir": str(run_dir), "sparsity": config.sparsity.target, "next": _next(run_dir, left),
+        "stages": {stage: found[stage] for stage in places},
+    }  # fmt: skip
+
+
+def _of_the_whole_run(run_dir: Path, stage: dict) -> None:
+    """Tell of `nuteprune run`, which has a lock of its own, what it does to the first stage that is not done."""
+    said, held = lock.found(run_dir, "run")
+    if held:
+        stage["state"] = "running"
+    elif said.startswith(lock.FAILED):
+        stage |= {"state": "failed", "error": said.removeprefix(lock.FAILED)}
+
+
+def _next(run_dir: Path, left: dict[str, dict]) -> str:
+    left = {stage: each for stage, each in left.items() if stage != "prepare"}  # `prune` prepares by itself
+    if not left or any(each["state"] in ("running", "pending") for each in left.values()):
+        return ""
+    if (settings := run_dir / "run.yaml").is_file():
+        return f"nuteprune run --config {settings}"
+    return f"nuteprune {_kind(next(iter(left)))} {run_dir}"
 
 
 def outputs(config: Config) -> dict[str, Path]:
@@ -82,14 +122,23 @@ def _kind(stage: str) -> str:
 
 def _stage(run_dir: Path, stage: str, output: Path, number: str | None) -> dict:
     job = jobs.find(number) if number else jobs.SlurmJob("")
-    complete = (output / "manifest.json").is_file()
-    state = job.standing or ("complete" if complete else job.state.lower() if job.failed else "incomplete")
-    found = {"state": state, "job": vars(job) if number else None}
-    kind = _kind(stage)
-    if kind in TRAINING and state != "complete":
-        found["progress"] = progress(output.parent, kind)
-    if job.failed and not complete:
+    done, kind = (output / "manifest.json").is_file(), _kind(stage)
+    said, held = lock.found(output.parent, kind) if kind in TRAINING else ("", False)
+    fault = said.removeprefix(lock.FAILED) if said.startswith(lock.FAILED) else ""
+    steps = progress(output.parent, kind) if kind in TRAINING and not done else None
+    state = job.standing or (
+        "done" if done else "running" if held else job.state.lower() if job.failed else "failed" if fault
+        else "stopped" if steps or (said and kind in TRAINING) else "not started"
+    )  # fmt: skip
+    found = {"state": state, "path": str(output), "job": vars(job) if number else None}
+    if steps:
+        if state != "running":
+            del steps["seconds_left"]
+        found["progress"] = steps
+    if job.failed and not done:
         found["error"] = jobs.first_error(run_dir, job)
+    elif state == "failed":
+        found["error"] = fault
     return found
 
 
@@ -130,7 +179,8 @@ def _entries(path: Path) -> list[dict]:
 
 def text(status: dict) -> str:
     """The status for people."""
-    lines, width = [status["run_dir"]], max(9, *map(len, status["stages"]))
+    lines = [f"{status['run_dir']}, sparsity {status['sparsity']:.0%}"]
+    width = max(9, *map(len, status["stages"]))
     for stage, found in status["stages"].items():
         job = found["job"]
         words = [f"  {stage:<{width}} {found['state']:<11}"]
@@ -139,12 +189,13 @@ def text(status: dict) -> str:
             words += [f"on {job['nodes']}"] if job["nodes"] else []
             words += [f"({job['reason']})"] if job["reason"] else []
             words += [f"restarts: {job['restarts']}"] if job["restarts"] else []
+        words += [found["path"]] if found["state"] == "done" else [found["why"]] if "why" in found else []
         lines.append(" ".join(words).rstrip())
         if found.get("progress"):
             lines += [f"  {'':<{width}} {line}" for line in _progress_text(found["progress"])]
         if found.get("error"):
-            lines.append(f"  {'':<{width}} first error: {found['error']}")
-    return "\n".join(lines)
+            lines.append(f"  {'':<{width}} error: {found['error']}")
+    return "\n".join([*lines, f"next: {status['next']}"] if status["next"] else lines)
 
 
 def _progress_text(found: dict) -> list[str]:
@@ -154,7 +205,8 @@ def _progress_text(found: dict) -> list[str]:
         parts.append(f"sparsity {found['expected_sparsity']:.1%} (target {found['target_sparsity']:.1%})")
         parts.append(f"teacher {teacher}")
     parts.append(f"{found['tokens_per_s']:,.0f} tokens/s")
-    parts.append(f"{timedelta(seconds=found['seconds_left'])} left")
+    if "seconds_left" in found:
+        parts.append(f"{timedelta(seconds=found['seconds_left'])} left")
     saved = "none yet" if found["checkpoint"] is None else f"step {found['checkpoint']:,}"
     ago = timedelta(seconds=found["last_step_seconds_ago"])
     return [", ".join(parts), f"last step {ago} ago; last checkpoint: {saved}"]

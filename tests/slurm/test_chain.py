@@ -42,9 +42,9 @@ def test_whole_chain_in_order(undisturbed):
     done = [finished(run, jobs[stage]) for stage in STAGES]
     assert all(before["EndTime"] <= after["StartTime"] for before, after in pairwise(done))
     status = run.status()["stages"]
-    assert [status[stage]["state"] for stage in STAGES] == ["complete"] * len(STAGES)
+    assert [status[stage]["state"] for stage in STAGES] == ["done"] * len(STAGES)
     assert [status[stage]["job"]["number"] for stage in STAGES] == list(jobs.values())
-    assert run.submit_text().splitlines() == [f"{stage}: complete" for stage in STAGES]
+    assert run.submit_text().splitlines() == [f"{stage}: done" for stage in STAGES]
     assert (run.run_dir / "evaluate" / "report.md").is_file()
 
 
@@ -120,7 +120,7 @@ def test_failing_stage_stops_the_chain_and_status_says_why(tiny_run):
     assert run.cluster.wait_job(jobs["evaluate"])["JobState"] == "CANCELLED"
     stages = run.status()["stages"]
     assert {stage: found["state"] for stage, found in stages.items()} == {
-        "prepare": "incomplete", "prune": "failed", "export": "cancelled", "evaluate": "cancelled",
+        "prepare": "not started", "prune": "failed", "export": "cancelled", "evaluate": "cancelled",
     }  # fmt: skip
     assert "sparsity.target 0.99 is out of reach" in stages["prune"]["error"]
 

@@ -111,8 +111,8 @@ def test_a_stage_asked_for_after_the_chain_was_complete_is_named(files, tmp_path
         (tmp_path / "run" / stage / "manifest.json").write_text("{}")
     done = submit(*files, f"run_dir={tmp_path}/run", "distill.steps=100")
     assert done.returncode == 0
-    assert done.stdout.splitlines() == ["prune: complete", "export: complete", "evaluate: complete"]
-    told = "distill: not submitted, evaluate behind it is complete or under way (add --from distill)\n"
+    assert done.stdout.splitlines() == ["prune: done", "export: done", "evaluate: done"]
+    told = "distill: not submitted, evaluate behind it is done or under way (add --from distill)\n"
     assert done.stderr == told
     done = submit(*files, f"run_dir={tmp_path}/run", "distill.steps=100", "--dry-run", "--from", "distill")
     assert [line.split()[3][11:] for line in done.stdout.splitlines()] == ["run-distill", "run-evaluate"]

@@ -7,6 +7,7 @@ import pytest
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.runs import jobs
+from nuteprune.runs.lock import alone
 from nuteprune.stages import prune, status
 
 
@@ -26,15 +27,36 @@ def test_progress_of_a_real_run(settings, tmp_path, capsys):
     run_dir = tmp_path / "run"
     prune.run(load_config(None, [*settings, "train.steps=6", "checkpoint.every=2"]))
     assert main(["status", str(run_dir)]) == 0
-    assert "prune     complete" in capsys.readouterr().out
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"{run_dir}, sparsity 20%"
+    assert told[2:5] == [
+        f"  prune     done        {run_dir / 'pruned'}",
+        "  export    not started",
+        "  evaluate  not started",
+    ]
+    assert told[5:] == [f"next: nuteprune export {run_dir}"]
     (run_dir / "pruned" / "manifest.json").unlink()  # as if it were still at work
     assert main(["status", str(run_dir), "--json"]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]
     found = stages["prune"]["progress"]
-    assert (found["step"], found["total"], found["checkpoint"], found["seconds_left"]) == (6, 6, 4, 0)
+    assert (found["step"], found["total"], found["checkpoint"]) == (6, 6, 4)
+    assert "seconds_left" not in found
     assert found["expected_sparsity"] == pytest.approx(0.2, abs=0.02)
     assert found["tokens_per_s"] > 0
-    assert (stages["prepare"], stages["export"]["state"]) == ({"state": "incomplete", "job": None}, "incomplete")
+    assert [stages[stage]["state"] for stage in ("prepare", "prune", "export")] == [
+        "not started",
+        "stopped",
+        "not started",
+    ]
+    with alone(run_dir, "prune"):
+        assert main(["status", str(run_dir)]) == 0
+        assert "prune     running" in (told := capsys.readouterr().out)
+        assert "0:00:00 left" in told
+    with pytest.raises(OSError, match="no space"), alone(run_dir, "prune"):
+        raise OSError("no space")
+    assert main(["status", str(run_dir)]) == 0
+    assert "error: no space" in capsys.readouterr().out.partition("prune     failed")[2]
+    (run_dir / ".prune.lock").unlink()
     assert main(["status", str(run_dir)]) == 0
     assert f"step 6 of 6, sparsity {found['expected_sparsity']:.1%} (target 20.0%)" in capsys.readouterr().out
 
@@ -55,7 +77,7 @@ def test_records_of_another_form_are_left_out(tmp_path, capsys):
     (run / "checkpoints" / "step-old").mkdir(parents=True)
     (run / "jobs.tsv").write_bytes(b"prune\t\xff\n")
     assert main(["status", str(run)]) == 0
-    assert "step 4 of 9, 5 tokens/s, 0:00:10 left" in capsys.readouterr().out
+    assert "step 4 of 9, 5 tokens/s\n" in capsys.readouterr().out
 
 
 def test_table_for_the_shell(tmp_path, capsys):
@@ -63,8 +85,8 @@ def test_table_for_the_shell(tmp_path, capsys):
     written(tmp_path / "run" / "prepared" / "manifest.json", "{}")
     assert main(["status", str(tmp_path / "run"), "--tsv"]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert rows == [["run_dir", str(tmp_path / "run")], ["prepare", "complete", "7"], ["prune", "incomplete", "9"],
-                    ["export", "incomplete", ""], ["evaluate", "incomplete", ""]]  # fmt: skip
+    assert rows == [["run_dir", str(tmp_path / "run")], ["prepare", "done", "7"], ["prune", "not started", "9"],
+                    ["export", "not started", ""], ["evaluate", "not started", ""]]  # fmt: skip
 
 
 def test_stages_that_were_started_by_hand(tmp_path, capsys):
@@ -78,8 +100,8 @@ def test_stages_that_were_started_by_hand(tmp_path, capsys):
     assert main(["status", str(run_dir), "--json"]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]
     assert {stage: found["state"] for stage, found in stages.items()} == {
-        "prepare": "incomplete", "prune": "incomplete", "recover-0.1": "incomplete", "finetune-0.1": "complete",
-        "export": "incomplete", "distill": "incomplete", "evaluate": "incomplete",
+        "prepare": "not started", "prune": "not started", "recover-0.1": "not started", "finetune-0.1": "done",
+        "export": "not started", "distill": "stopped", "evaluate": "not started",
     }  # fmt: skip
     assert list(stages) == ["prepare", "prune", "recover-0.1", "finetune-0.1", "export", "distill", "evaluate"]
     assert (stages["distill"]["progress"]["step"], stages["distill"]["asked"]) == (4, False)
@@ -117,6 +139,21 @@ def test_a_run_of_a_sweep_is_named_as_submit_does(tmp_path, capsys, begun):
     told = capsys.readouterr().out
     assert told.startswith(f"run_dir\t{run_dir}\n")
     assert ("finetune" in told) == begun
+
+
+def test_what_a_whole_run_does_and_leaves_out(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    written(run_dir / "run.yaml", "")
+    written(run_dir / "left-out.json", json.dumps({"distill": "needs 31 GB, 22 are free"}))
+    written(run_dir / "pruned" / "manifest.json", "{}")
+    written(run_dir / "prepared" / "manifest.json", "{}")
+    with alone(run_dir, "run"):
+        assert main(["status", str(run_dir)]) == 0
+        assert "  export    running\n" in capsys.readouterr().out
+    assert main(["status", str(run_dir)]) == 0
+    told = capsys.readouterr().out
+    assert "  distill   left out    needs 31 GB, 22 are free\n" in told
+    assert told.endswith(f"next: nuteprune run --config {run_dir / 'run.yaml'}\n")
 
 
 def test_no_run_is_named(capsys):
