@@ -172,6 +172,9 @@ def show_status(args: argparse.Namespace) -> int:
 def settings_of(args: argparse.Namespace) -> tuple[str | None, list[str]]:
     """A configuration's file or directory and its overrides, as a parsed command line has them."""
     if args.stage in ("run", "trim"):
+        models = [word for word in args.overrides if not is_setting(word)]
+        if len(models) > 1:
+            raise UserError(f"give one model: {' and '.join(models)} are {len(models)}")
         args.overrides = [word if is_setting(word) else f"model.path={word}" for word in args.overrides]
     runs = [word for word in args.overrides if not is_setting(word) and os.path.isdir(word)]
     if len(runs) + (args.config is not None) > 1:

@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nuteprune.config import Config, given_keys, load_config
-from nuteprune.data.text import check_source
+from nuteprune.config import Config, deepspeed_path, given_keys, load_config
+from nuteprune.data.text import check_records, check_source
 from nuteprune.errors import UserError
 from nuteprune.flags import parser
-from nuteprune.runs.directories import check_pruned
+from nuteprune.runs.directories import check_place, check_pruned
 from nuteprune.runs.lock import check_free
 from nuteprune.runs.log import hush
 
@@ -178,20 +178,47 @@ def check_at_once(stage: str, config: Config) -> None:
     """
     if several_ranks():
         return
-    from nuteprune.model.hub import check_model  # a tenth of a second
+    from nuteprune.model.hub import check_model, check_tokenizer  # a tenth of a second
 
     run_dir = Path(config.run_dir)
+    if config.deepspeed:
+        deepspeed_path(config.deepspeed)
     if stage in ("prepare", "prune", "run", "trim"):
         if config.run_dir:
+            check_place(run_dir)
             check_free(run_dir, stage)
-        if stage == "run" and not config.model.path:
-            raise UserError("run: name a model, e.g. `nuteprune run HuggingFaceTB/SmolLM2-135M --sparsity 0.3`")
+        elif stage in ("prepare", "prune"):
+            raise UserError("run_dir is empty: set it to the directory this run may write to")
+        if stage == "run":
+            check_run(config)
         check_model(config.model.path)
+        check_tokenizer(config.model.path)
         if not config.run_dir or not (run_dir / "prepared").is_dir():  # the text may have gone since
             check_source(config.data.source)
-    elif stage in ("recover", "finetune", "export", "distill", "load_masked"):
+    if stage == "run":
+        for text in config.evaluate.text:
+            check_source(text, "evaluate.text")
+    if stage == "finetune" or (stage in ("run", "prepare") and config.finetune.data):
+        check_records(config.finetune.data)
+    if stage in ("recover", "finetune", "export", "distill", "load_masked"):
         check_pruned(config.run_dir)
         check_free(run_dir, stage)
+
+
+def check_run(config: Config) -> None:
+    """Raise `UserError` for settings of which `run` can make no chain of stages."""
+    if not config.model.path:
+        raise UserError("run: name a model, e.g. `nuteprune run HuggingFaceTB/SmolLM2-135M --sparsity 0.3`")
+    for stage, ladder in (("export", config.export.ladder), ("recover", config.recover.ladder)):
+        if ladder:
+            raise UserError(f"run exports one model: give {stage}.ladder to `nuteprune {stage}` behind it")
+    final = config.sparsity.target
+    tuned, exported = config.finetune.sparsity or final, config.export.sparsity or final
+    if config.finetune.data and tuned != exported:
+        raise UserError(f"run would fine-tune the student at {tuned:g} and export that at {exported:g}: set both alike")
+    if config.finetune.data and config.distill.steps and config.export.source != "pruned":
+        raise UserError("run would distil the fine-tuned model, which undoes what the records taught: leave out "
+                        "distill.steps or finetune.data, or set export.source=pruned")  # fmt: skip
 
 
 def several_ranks() -> bool:

@@ -19,8 +19,8 @@ import yaml
 
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, beyond_recipe, flatten, load_config, to_dict
+from nuteprune.data.instructions import worded
 from nuteprune.data.text import JOINT, load_text
-from nuteprune.errors import UserError
 from nuteprune.evaluation.compare import checked as check_evaluation
 from nuteprune.exporting.gguf_model import gguf_architecture
 from nuteprune.exporting.gguf_quants import check_quantizer
@@ -118,20 +118,12 @@ def run(config: Config, given: Collection[str]) -> tuple[Config, dict]:
 
 def checked(config: Config) -> tuple[Config, ArchSpec]:
     """The settings with the run's directory, and the model's architecture; what cannot be is refused here."""
-    for stage, ladder in (("export", config.export.ladder), ("recover", config.recover.ladder)):
-        if ladder:
-            raise UserError(f"run exports one model: give {stage}.ladder to `nuteprune {stage}` behind it")
-    final = config.sparsity.target
-    tuned, exported = config.finetune.sparsity or final, config.export.sparsity or final
-    if config.finetune.data and tuned != exported:
-        raise UserError(f"run would fine-tune the student at {tuned:g} and export that at {exported:g}: set both alike")
-    if config.finetune.data and config.distill.steps and config.export.source != "pruned":
-        raise UserError("run would distil the fine-tuned model, which undoes what the records taught: leave out "
-                        "distill.steps or finetune.data, or set export.source=pruned")  # fmt: skip
     if not config.run_dir:
         name = f"{Path(config.model.path).name}-{config.sparsity.target:.0%}".rstrip("%")
         config = load_config(config, [f"run_dir=runs/{name}"])
     architecture, spec = read_config(config.model.path)  # its type is not chosen yet
+    if config.finetune.data:
+        next(worded(config.finetune, read_base(config.model).tokenizer))
     if config.export.gguf != "none":
         shape = config.gates.shape if config.export.shape == "as_trained" else config.export.shape
         gguf_architecture(spec, shape, architecture)

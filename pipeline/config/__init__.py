@@ -33,7 +33,9 @@ from nuteprune.config.fields import (
     Unit,
 )
 from nuteprune.config.loading import (
+    DS_CONFIGS,
     beyond_recipe,
+    deepspeed_path,
     file_settings,
     given_keys,
     load_config,

@@ -15,7 +15,7 @@ from nuteprune.config.removed import REMOVED, check_removed, refuse_removed
 from nuteprune.config.values import build, check_keys, flatten, merge, to_dict
 from nuteprune.errors import UserError
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES, DS_CONFIGS = (Path(__file__).parents[1] / name for name in ("recipes", "ds_configs"))
 YAML_LIMIT = 1 << 20
 """Bytes of a YAML file that is read: every field with its comments has a hundredth of that."""
 
@@ -142,6 +142,15 @@ def recipe_path(name: str) -> Path:
             return path
     known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
     raise UserError(f"recipe '{name}' not found: use one of {known}, or the path of a YAML file")
+
+
+def deepspeed_path(name: str) -> Path:
+    """The JSON file of DeepSpeed settings given by name or path."""
+    path = next((p for p in (DS_CONFIGS / f"{name}.json", Path(name)) if p.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
+        raise UserError(f"deepspeed '{name}': no such file; use one of {known}, or the path of a JSON file")
+    return path
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -74,7 +74,7 @@ def check_keys(cls: type, tree: dict, source: str, prefix: str) -> None:
     names = [f.name for f in dataclasses.fields(cls)]
     for key, value in tree.items():
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1) or _elsewhere(str(key))
+            near = _elsewhere(str(key)) or difflib.get_close_matches(str(key), names, n=1)
             hint = f"; did you mean '{prefix + near[0] if near[0] in names else near[0]}'?" if near else ""
             raise UserError(f"{source}: unknown key '{prefix}{key}'{hint}")
         if dataclasses.is_dataclass(hints[key]):
@@ -163,7 +163,9 @@ def _bounded(value: Any, f: dataclasses.Field, key: str) -> Any:
     for each in value if isinstance(value, list) else [value]:
         if not all(holds(each, limit) for _, holds, limit in bounds):
             wanted = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
-            raise UserError(f"{key}: must be {wanted}, got {each!r}")
+            share = isinstance(each, float) and f.metadata.get("lt") == 1 <= each < 100
+            hint = f"; did you mean {each / 100:g}?" if share else ""
+            raise UserError(f"{key}: must be {wanted}, got {each:g}{hint}")
         if isinstance(each, float) and not math.isfinite(each):
             raise UserError(f"{key}: must be a finite number, got {each!r}")
     return value

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nuteprune.config import FinetuneConfig
 from nuteprune.data.sequences import check_ids, first_tokens
-from nuteprune.data.text import FORMATS, kind_of, read_rows
+from nuteprune.data.text import check_records, read_rows
 from nuteprune.errors import UserError, first_line
 from nuteprune.model.losses import IGNORE
 
@@ -69,10 +69,7 @@ def packed_windows(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, v
 
 def worded(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Part]]:
     """Each record as alternating prompts and answers; an empty answer comes as one without text."""
-    file = Path(config.data)
-    if not file.is_file() or kind_of(file) in ("", "text"):
-        known = ", ".join(suffix for suffix, kind in FORMATS.items() if kind != "text")
-        raise UserError(f"finetune.data '{config.data}': give an existing file of records ({known}, also compressed)")
+    file = check_records(config.data)
     if config.template == "chat" and not tokenizer.chat_template:
         raise UserError("finetune.template=chat: the tokenizer has no chat template; use finetune.template=alpaca")
     chat = bool(tokenizer.chat_template) and config.template != "alpaca"

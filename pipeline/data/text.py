@@ -87,6 +87,15 @@ def check_source(source: str, setting: str = "data.source") -> None:
             text_files(place, setting)
 
 
+def check_records(path: str) -> Path:
+    """The file of instruction records `finetune.data`; raises `UserError` where it is none."""
+    file = Path(path)
+    if not file.is_file() or kind_of(file) in ("", "text"):
+        known = ", ".join(suffix for suffix, kind in FORMATS.items() if kind != "text")
+        raise UserError(f"finetune.data '{path}': give an existing file of records ({known}, also compressed)")
+    return file
+
+
 def on_hub(place: str) -> bool:
     """Whether a part of a source is a data set of the hub."""
     return not Path(place).exists() and (place == "c4" or ON_HUB.fullmatch(place) is not None)

@@ -25,6 +25,8 @@ WEIGHTS, PICKLED = "*.safetensors", "*.bin"
 POINTER = b"version https://git-lfs"
 """How a file begins that git-lfs has put in the place of a large one."""
 FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+TOKENIZERS = ["*token*", "vocab.*", "*.model", "*.tiktoken"]
+"""Files of which a directory with a tokenizer has one."""
 TWICE = ["consolidated*", "original/*"]
 """Weights that some repositories hold a second time, in a form that transformers does not read."""
 _last: tuple[float, str] | None = None
@@ -128,6 +130,15 @@ def check_model(path: str) -> Path:
                 f"base {record['base']} at a higher sparsity"
             )
     return folder
+
+
+def check_tokenizer(path: str) -> None:
+    """Raise `UserError` for a directory of a model without the files of a tokenizer."""
+    if Path(path).is_dir() and not any(file.is_file() for name in TOKENIZERS for file in Path(path).glob(name)):
+        raise UserError(
+            f"model.path {path}: no tokenizer there: copy tokenizer.json and tokenizer_config.json of the model that "
+            "it was made from"
+        )
 
 
 def _begins(file: Path, head: bytes) -> bool:

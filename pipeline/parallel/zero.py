@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import torch.distributed
 from torch import Tensor
 
 from nuteprune.arch import ArchSpec
-from nuteprune.config import Config, LoraConfig
+from nuteprune.config import Config, LoraConfig, deepspeed_path
 from nuteprune.errors import UserError
 from nuteprune.model.loading import Base, load_model
 from nuteprune.model.pairing import PairedDecoderLayer, PairedModel
@@ -27,7 +26,6 @@ from nuteprune.parallel.distributed import World, keep_freed_memory
 from nuteprune.parallel.shards import load_partitioned
 from nuteprune.parallel.sizes import zero3_sizes
 
-DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 _OURS = {
     "optimizer": "the run has its own optimizers: see train.lora_lr and gates.optimizer",
     "scheduler": "the run has its own schedule: see train.lora_optimizer",
@@ -43,10 +41,7 @@ _READ_AT_2 = {
 
 def read_deepspeed(name: str) -> dict:
     """The DeepSpeed settings of a name in ds_configs/ or a JSON file; raises `UserError` for one that cannot work."""
-    path = next((p for p in (DS_CONFIGS / f"{name}.json", Path(name)) if p.is_file()), None)
-    if path is None:
-        known = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
-        raise UserError(f"deepspeed '{name}': no such file; use one of {known}, or the path of a JSON file")
+    path = deepspeed_path(name)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

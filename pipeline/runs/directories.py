@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from nuteprune.errors import UserError
+from nuteprune.errors import MachineError, UserError
 
 TUNED = "tuned"
 """Name of the student below the directory in which it was trained on."""
@@ -22,6 +23,15 @@ def check_pruned(run_dir: str | Path) -> Path:
     if not pruned.is_dir():
         raise UserError(f"{run_dir} holds no finished prune run (no `pruned` directory): run `nuteprune prune` first")
     return pruned
+
+
+def check_place(run_dir: Path) -> None:
+    """Raise `UserError` where a run's directory is none and cannot be made."""
+    there = next(place for place in (run_dir, *run_dir.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(f"run_dir {run_dir} is a file, or below one: choose another directory")
+    if there != run_dir and not os.access(there, os.W_OK | os.X_OK):
+        raise MachineError(f"run_dir {run_dir} cannot be made: {there} cannot be written to")
 
 
 def finetune_directory(run_dir: Path, target: float, sparsity: float) -> Path:

@@ -6,7 +6,6 @@ A stage is a `Trainer`: it says what one step computes and what its state and it
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import sys
 import time
@@ -25,6 +24,7 @@ from nuteprune.parallel.device import named
 from nuteprune.parallel.distributed import World, connected, discover
 from nuteprune.parallel.host import multiplies_bfloat16
 from nuteprune.runs.checkpoint import CheckpointError, Checkpoints, atomic_directory, verify
+from nuteprune.runs.directories import check_place
 from nuteprune.runs.lock import alone
 from nuteprune.runs.rundir import save_config
 from nuteprune.training.determinism import deterministic
@@ -111,12 +111,7 @@ def check_directory(config: Config, free: tuple[str, ...]) -> None:
     begun = (run_dir / "config.yaml").is_file()
     if config.data.source and not begun and source.is_dir() and run_dir.resolve().is_relative_to(source.resolve()):
         raise UserError(f"run_dir {run_dir} is below {source}, all of which is read as text: choose another directory")
-    with _writing_to(run_dir):
-        there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
-        if not there.is_dir():
-            raise NotADirectoryError
-    if there != run_dir and not os.access(there, os.W_OK | os.X_OK):
-        raise MachineError(f"run_dir {run_dir} cannot be made: {there} cannot be written to")
+    check_place(run_dir)
 
 
 def make_directory(config: Config) -> None:

@@ -109,7 +109,7 @@ def test_model_directory(settings, model_dir, tmp_path, capsys, kind):
     weights = broken / "model.safetensors"
     expected = {
         "no weights": "no weights", "damaged weights": "weights cannot be loaded", "half the weights": "are missing",
-        "no tokenizer": "no usable tokenizer", "big tokenizer": "do not belong together",
+        "no tokenizer": "no tokenizer there", "big tokenizer": "do not belong together",
         "unsupported": "'gpt2' is not supported: use one of llama, mistral, qwen2, qwen3",
         "quantized": "its weights are quantized (fp8): prune the model that they were made from",
         "adapter": "a LoRA adapter lies there", "no config": "no readable config.json",

@@ -7,11 +7,11 @@ import torch
 from tiny import tiny_config
 
 from nuteprune.arch import read_spec
-from nuteprune.config import load_config
+from nuteprune.config import DS_CONFIGS, load_config
 from nuteprune.errors import UserError
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.sizes import layer_tensors
-from nuteprune.parallel.zero import DS_CONFIGS, read_deepspeed, zero_settings
+from nuteprune.parallel.zero import read_deepspeed, zero_settings
 
 SPEC = read_spec(tiny_config("llama-bias"))
 WORLD = World(rank=1, size=8, local_rank=1, local_size=4)
