@@ -190,7 +190,14 @@ class PairedModel(nn.Module):
         """The student's LoRA parameters by "layer.projection"; they are none of this module's `parameters()`."""
         return self.update.lora
 
-    def forward(
+    def forward(self, *given: Any) -> Losses:
+        """What `losses` makes of them; or what a callable, given alone, returns.
+
+        ZeRO-3 gathers weights around this module's forward, and fetches ahead in the order of the one before.
+        """
+        return given[0]() if callable(given[0]) else self.losses(*given)
+
+    def losses(
         self, input_ids: Tensor, student: View, teacher: View | None, loss: LossConfig, answers: Answers | None = None
     ) -> Losses:
         """Distil the student from the teacher on one batch, or fit the next token where there is no teacher.
@@ -246,7 +253,10 @@ class PairedModel(nn.Module):
 
     def hidden(self, input_ids: Tensor, view: View) -> Tensor:
         """Final hidden states [B, T, D] of one view, after the last norm."""
-        embedded = self.model.get_input_embeddings()(input_ids)
+        return self.behind(self.model.get_input_embeddings()(input_ids), view)
+
+    def behind(self, embedded: Tensor, view: View) -> Tensor:
+        """The same of the tokens' embeddings [B, T, D]."""
         return self._stream(_masked(embedded, view.hidden), _Pass(view))
 
     def embedded(self, input_ids: Tensor) -> Tensor:

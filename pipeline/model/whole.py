@@ -32,6 +32,13 @@ class Root(nn.Module):
         return work()
 
 
+def without_ends(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its token embeddings and output head."""
+    model.set_input_embeddings(nn.Identity())
+    model.set_output_embeddings(nn.Identity())
+    return model
+
+
 class Distillation:
     """The losses of a small model beside the intact one: the output terms of the paired forward.
 
@@ -41,33 +48,43 @@ class Distillation:
         layers: which of the teacher's layers each of the student's is.
         hidden: which of the teacher's hidden dimensions the student has.
         loss: weights and forms of the terms.
+        shared: the student is without its ends, which are the teacher's.
     """
 
     def __init__(
-        self, root: Root, teacher: PairedModel, layers: Sequence[int], hidden: Sequence[int], loss: LossConfig
-    ):
+        self, root: Root, teacher: PairedModel, layers: Sequence[int], hidden: Sequence[int], loss: LossConfig,
+        shared: bool = False,
+    ):  # fmt: skip
         spec = teacher.spec
         self.root, self.student, self.teacher, self.layers, self.loss = root, root.model, teacher, layers, loss
         self.view = build_view(spec, None, {}, teacher.scaling, teacher.dtype)
         self.hidden = None if len(hidden) == spec.hidden else torch.tensor(hidden)
+        self.shared = shared
 
     def __call__(self, ids: Tensor) -> Losses:
         """Losses of token ids [B, T]."""
-        return self.root(lambda: self._losses(ids))
+        return self.teacher(lambda: self.root(lambda: self._losses(ids)))
 
     def _losses(self, ids: Tensor) -> Losses:
         dtype, scale = self.teacher.dtype, self.teacher.spec.logits_scaling
         with torch.no_grad():
-            target = self.teacher.hidden(ids, self.view)
+            embedded = self.teacher.model.get_input_embeddings()(ids)
+            target = self.teacher.behind(embedded, self.view)
+            own = self.embedded(embedded, ids)
         with self.computing():
-            final = self.student.model(input_ids=ids, use_cache=False).last_hidden_state
+            final = self.student.model(inputs_embeds=own, use_cache=False).last_hidden_state
         labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE).flatten()
         rows, others = (each.flatten(0, 1).to(dtype) / scale for each in (final, target))
-        own = self.student.lm_head.weight.to(dtype)
+        terms = output_weights(self.loss)
+        head = None if self.shared else self.student.lm_head.weight.to(dtype)
         total, found = self.teacher.head.lend(
-            lambda weight: head_loss(rows, own, output_weights(self.loss), self.loss, others, labels, weight)
+            lambda weight: head_loss(rows, weight if head is None else head, terms, self.loss, others, labels, weight)
         )
         return Losses(total, found)
+
+    def embedded(self, intact: Tensor, ids: Tensor) -> Tensor:
+        """The student's embeddings of token ids [B, T], in the teacher's type, given the intact model's."""
+        return intact if self.shared else self.student.get_input_embeddings()(ids).to(self.teacher.dtype)
 
     def computing(self) -> AbstractContextManager:
         """A block in which the student computes in the teacher's type."""

@@ -128,7 +128,7 @@ def _stage(run_dir: Path, stage: str, output: Path, number: str | None) -> dict:
     steps = progress(output.parent, kind) if kind in TRAINING and not done else None
     state = job.standing or (
         "done" if done else "running" if held else job.state.lower() if job.failed else "failed" if fault
-        else "stopped" if steps or (said and kind in TRAINING) else "not started"
+        else "stopped" if steps or output.is_dir() or (said and kind in TRAINING) else "not started"
     )  # fmt: skip
     found = {"state": state, "path": str(output), "job": vars(job) if number else None}
     if steps:

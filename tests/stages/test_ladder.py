@@ -54,7 +54,7 @@ def test_every_rung_is_exported_and_compared(arguments, run_dir, records, capsys
     monkeypatch.setattr(ladder, "evaluate_models", end_here)
     assert main([*arguments, "--ladder", "0.1"]) == 75
     assert main(["status", str(run_dir), "export.ladder=[0.1]", f"run_dir={run_dir}", "--tsv"]) == 0
-    assert "export\tincomplete\t" in capsys.readouterr().out
+    assert "export\tstopped\t" in capsys.readouterr().out
 
 
 def test_a_rung_that_was_never_reached_stops_the_ladder_before_anything_is_exported(arguments, run_dir, capsys):
