@@ -4,7 +4,7 @@ torch's FSDP2 does it, as ZeRO-3 does (Rajbhandari et al. 2020, section 5): each
 forward and its backward pass, and each rank keeps its share of float32 weights, of their averaged gradient and of
 whatever an optimizer makes of them. Under ZeRO-2 the gathered weights stay from the forward to the backward pass.
 
-What reads and writes checkpoints also takes a model that one process holds whole.
+All of it also takes a model that one process holds whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nuteprune.runs.checkpoint import CheckpointError, Facts, facts
 
 
 def share_out(root: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype, again: bool) -> None:
-    """Share a model's weights out over the ranks; they hold nothing yet, `fill` comes next.
+    """Share a model's weights out over the ranks, or make room for all of them on one; `fill` comes next.
 
     Args:
         root: calls `layers`; what they do not hold it gathers itself, from its forward to its backward pass.
@@ -38,25 +38,31 @@ def share_out(root: nn.Module, layers: Iterable[nn.Module], world: World, dtype:
         dtype: of the gathered weights; shares and gradients are float32.
         again: gather a layer's weights once more for its backward pass, instead of keeping them.
     """
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    empty = {weight for weight in root.parameters() if not weight.numel()}
-    for module in (*layers, root):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again, ignored_params=empty)
+    if world.size > 1:
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        empty = {weight for weight in root.parameters() if not weight.numel()}
+        for module in (*layers, root):
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again, ignored_params=empty)
+    buffers = [buffer.clone() for buffer in root.buffers()]
     root.to_empty(device=world.device)
+    for buffer, value in zip(root.buffers(), buffers, strict=True):
+        buffer.copy_(value)
 
 
 @torch.no_grad()
-def fill(model: nn.Module, whole: nn.Module | None, world: World) -> None:
-    """Give a shared out model the weights and buffers of a whole one, which rank 0 has; collective."""
-    own = dict(whole.named_parameters()) | dict(whole.named_buffers()) if whole is not None else {}
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        full = own[name].to(value) if own else torch.empty(value.shape, dtype=value.dtype, device=world.device)
-        if isinstance(value, DTensor):
-            value.copy_(distribute_tensor(full, value.device_mesh, value.placements))
-        elif value.numel():
-            torch.distributed.broadcast(full, src=0)
-            value.copy_(full)
+def fill(weights: Mapping[str, Tensor], whole: Mapping[str, Tensor], world: World) -> None:
+    """Give weights their values, which rank 0 has by the same names; each rank has its share of them. Collective."""
+    for name, weight in weights.items():
+        full = torch.empty(weight.shape, dtype=weight.dtype, device=world.device)
+        if world.is_main:
+            full.copy_(whole[name])
+        if isinstance(weight, DTensor):
+            weight.copy_(distribute_tensor(full, weight.device_mesh, weight.placements))
+        elif weight.numel():
+            if world.size > 1:
+                torch.distributed.broadcast(full, src=0)
+            weight.copy_(full)
 
 
 @torch.no_grad()

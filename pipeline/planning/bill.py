@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nuteprune.masks.selection import BATCHES, MEASURED, is_measured
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.planning.costs import Timing, gather_seconds, launch_seconds, over_links, passes, traffic
-from nuteprune.planning.distilling import small_parameters
+from nuteprune.planning.distilling import small_parameters, vocabulary_parameters
 from nuteprune.planning.job import (
     FP32,
     Job,
@@ -212,6 +212,6 @@ def distillation_bytes(job: Job) -> dict[str, float]:
     states = 1 + (steps - 1) // every if every else 0
     parts = {
         f"states of distillation ({states})": states * distillation_state(job),
-        "distilled model": job.itemsize * sum(small_parameters(job)),
+        "distilled model": job.itemsize * (vocabulary_parameters(job) + small_parameters(job)[1]),
     }
     return {name: size for name, size in parts.items() if size}

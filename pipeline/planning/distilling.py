@@ -15,29 +15,41 @@ from nuteprune.planning.footprint import (
 )
 from nuteprune.planning.job import FP32, Job, Layout
 from nuteprune.training import blocks
+from nuteprune.training.gram import TOKENS_AT_ONCE
 
 
 def distillation_memory(job: Job, layout: Layout) -> Memory:
     """Memory of one rank while the export is distilled (stages/distill.py)."""
     spec, s = job.spec, job.itemsize
     tokens = layout.micro_batch * job.config.data.seq_len
-    decoder = small_parameters(job)[1]
+    ends, decoder = small_parameters(job)
     layer, vocabulary = gathered(job, layout)
-    a_layer = distilled_per_token(job)
-    saved, again = (FP32 * spec.hidden, a_layer) if layout.checkpointing else (a_layer, 0)
+    stream = FP32 if spec.experts > 1 else s  # experts give float32 to one that is narrower
+    a_layer = distilled_per_token(job, stream)
+    saved, again = (stream * spec.hidden, a_layer) if layout.checkpointing else (a_layer, 0)
+    text = s * spec.hidden * min(blocks.TOKENS, job.text)
     step = {
         "activations of the student": spec.layers * saved * tokens,
         "the intact model's output": s * spec.hidden * tokens,
     }
+    learned = f"the decoder's gradient and moments (1/{job.cluster.ranks})"
+    step[learned] = 3 * FP32 * decoder / job.cluster.ranks
     phases = {
+        "layers are fitted": {
+            "gathered layer, and its buffer": 2 * layer,
+            "hidden states of the text: the intact model's, the target, the small model's": 3 * text,
+            "a layer of the small model, its gradient and moments": 4 * FP32 * decoder / spec.layers,
+            "one layer at work": (a_layer + working_per_token(job)) * max(blocks.STEP_TOKENS, TOKENS_AT_ONCE),
+        },
         "the intact model runs": {
+            learned: step[learned],
             "gathered layers (3: at work, prefetched, its buffer)": 3 * layer,
             "one layer at work": working_per_token(job) * tokens,
             "its stream": 2 * s * spec.hidden * tokens,
         },
         "the output loss runs": step | {
             "gathered head": vocabulary,
-            "the small model's head in the model's type": s * spec.vocab * spec.hidden if s != FP32 else 0,
+            "the small model's head in the model's type": s * ends / (1 if spec.tied else 2) if s != FP32 else 0,
             "logits of one KL chunk": logits_chunk(job, tokens),
             "final hidden states and their gradient": (FP32 + 2 * s) * spec.hidden * tokens,
         },
@@ -50,17 +62,16 @@ def distillation_memory(job: Job, layout: Layout) -> Memory:
 
 
 def distillation_weights(job: Job, layout: Layout) -> dict[str, float]:
-    """Bytes on a rank's card of both models and of what the optimizer keeps, while the export is distilled.
+    """Bytes on a rank's card of both models, while the export is distilled.
 
-    Float32 weights of the small model, and of its decoder the gradient and AdamW's two moments, are shared out over the
-    ranks; several ranks gather it in the compute type, two of its layers at a time under stage 3, and one keeps the
-    decoder's copy in that type from forward to backward. The intact model is held as in pruning.
+    Float32 weights of the small model are shared out over the ranks; several gather it in the compute type, two of its
+    layers at a time under stage 3, and one keeps the decoder's copy in that type from forward to backward. The intact
+    model is held as in pruning.
     """
     spec, ranks = job.spec, job.cluster.ranks
     ends, decoder = small_parameters(job)
     parts = {
         f"small model, float32 (1/{ranks})": FP32 * (ends + decoder) / ranks,
-        f"its decoder's gradient and moments (1/{ranks})": 3 * FP32 * decoder / ranks,
     }
     if ranks > 1 and layout.stage == 3:
         parts["two gathered layers and the ends"] = job.itemsize * (ends + decoder * min(2 / spec.layers, 1))
@@ -75,20 +86,14 @@ def distillation_host(job: Job, layout: Layout) -> tuple[dict[str, float], dict[
     """Bytes of host memory while the export is distilled, of a rank and on top of it of rank 0: those of the phase in
     which the first node takes more.
 
-    While layers are fitted, each rank holds the intact model's stream, and rank 0 the small model and twice its stream
-    in float32, and in the model's type the target. A checkpoint takes of each rank its share of the decoder's weights
-    and moments twice: copied from the card, and as the bytes of its file.
+    While layers are fitted, rank 0 holds the exported model in float32. A checkpoint takes of each rank its share of
+    the decoder's weights and moments twice: copied from the card, and as the bytes of its file.
     """
-    s, cluster = job.itemsize, job.cluster
-    ends, decoder = small_parameters(job)
-    stream = job.spec.hidden * min(blocks.TOKENS, job.text)
-    fitting = {"the intact model's hidden states of the text": float(s * stream)}
-    first = {
-        "small model, float32": FP32 * (ends + decoder),
-        "its hidden states of the text, and the target": float((2 * FP32 + s) * stream),
-    }
+    cluster = job.cluster
+    decoder = small_parameters(job)[1]
+    first = {"small model, float32": FP32 * (vocabulary_parameters(job) + decoder)}
     saving = {"a checkpoint's share, copied and as a file": 2 * 3 * FP32 * decoder / cluster.ranks}
-    phases: list[tuple[dict[str, float], dict[str, float]]] = [(fitting, first), (saving, {})]
+    phases: list[tuple[dict[str, float], dict[str, float]]] = [({}, first), (saving, {})]
     own, alone = max(phases, key=lambda each: Memory({}, {}, *each).node(cluster.gpus_per_node))
     host = {"process: Python, libraries, CUDA": PROCESS_BYTES}
     if offloaded := offloaded_weights(job, layout):
@@ -97,23 +102,33 @@ def distillation_host(job: Job, layout: Layout) -> tuple[dict[str, float], dict[
 
 
 def small_parameters(job: Job) -> tuple[float, float]:
-    """Parameters of the small model: of its embedding and head, and of its decoder."""
-    spec = job.spec
-    ends = spec.vocab * spec.hidden * (1 if spec.tied else 2)
-    return ends, total_parameters(spec) - ends - job.config.sparsity.target * spec.prunable
+    """Parameters of the small model: of the embedding and head that are its own, and of its decoder.
+
+    Where the hidden size is kept, the intact model's serve both.
+    """
+    spec, ends = job.spec, vocabulary_parameters(job)
+    own = ends if "hidden" in job.config.gates.units else 0
+    return own, total_parameters(spec) - ends - job.config.sparsity.target * spec.prunable
 
 
-def distilled_per_token(job: Job) -> float:
+def vocabulary_parameters(job: Job) -> int:
+    """Parameters of the embedding and head of the intact model."""
+    return job.spec.vocab * job.spec.hidden * (1 if job.spec.tied else 2)
+
+
+def distilled_per_token(job: Job, stream: int) -> float:
     """Bytes per token that autograd keeps for one layer of the small model, whose own weights are in training.
 
-    Of heads and FFN units, as in `saved_per_token`, the share that is kept. Norms keep in float32 their inputs and what
-    they make of them (8D each). q/k/v and gate/up share their inputs in float32, and in a narrower type each has its
+    `stream`: bytes of an element of its hidden states.
+
+    Of heads and FFN units, as in `saved_per_token`, the share that is kept. Norms keep their inputs in float32 and what
+    they make of them. q/k/v and gate/up share their inputs in float32, and in a narrower type each has its
     own. Experts compute in float32.
     """
     spec, s, share = job.spec, job.itemsize, 1 - job.config.sparsity.target
     wide = spec.head_dim * (spec.heads + spec.kv_heads)
     experts = spec.experts > 1
-    size: float = 2 * FP32 * len(spec.norms) * spec.hidden + s * spec.hidden * (2 if s == FP32 else 5)
+    size: float = (FP32 + stream) * len(spec.norms) * spec.hidden + s * spec.hidden * (2 if s == FP32 else 5)
     size += share * (2 * s * wide + FP32 * spec.heads + 4 * (FP32 if experts else s) * spec.ffn * spec.top_k)
     if experts:
         size += (2 * FP32 * spec.hidden + 24) * spec.top_k

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nuteprune.config import Config
@@ -32,7 +34,7 @@ from nuteprune.masks.schedule import Schedule
 from nuteprune.model.loading import Base, in_float32, read_base
 from nuteprune.model.losses import learns_of_outputs
 from nuteprune.model.pairing import Losses
-from nuteprune.model.whole import Distillation, Root
+from nuteprune.model.whole import Distillation, Root, without_ends
 from nuteprune.parallel.distributed import World, discover
 from nuteprune.parallel.sharding import fill, gathered_weights, read_shares, share_out, write_shares
 from nuteprune.parallel.zero import load_paired, zero_settings
@@ -105,9 +107,8 @@ class Distilling(Trainer):
 
     Args:
         parts: of `Trainer`.
-        losses: of both models.
+        losses: of both models; the student's weights are filled in by `start` or `load`.
         export: the exported model.
-        whole: on rank 0 that model, until its layers are fitted; with one rank it is the one in training.
         base: the intact one.
     """
 
@@ -118,9 +119,9 @@ class Distilling(Trainer):
     remedy = "with model.dtype=float32"
     free = ("recover", "finetune", "export", "checkpoint", "tracking", "evaluate")  # `inputs` knows the export
 
-    def __init__(self, *parts, losses: Distillation, export: Path, whole: PreTrainedModel | None, base: Base):
+    def __init__(self, *parts, losses: Distillation, export: Path, base: Base):
         super().__init__(*parts)
-        self.losses, self.student, self.export, self.whole, self.base = losses, losses.student, export, whole, base
+        self.losses, self.student, self.export, self.base = losses, losses.student, export, base
         self.partitioned |= self.world.size > 1
         self.resumed = False
         self.weights: dict[str, Tensor] = {}
@@ -140,25 +141,24 @@ class Distilling(Trainer):
             stream = BatchStream(text_blocks, config.train.batch_size, config.seed, world.rank, world.size, read)
         schedule = Schedule.of(config, stream.steps_per_epoch)
         config = with_micro_batch(config, base.spec, world, zero, schedule.total, distilling=True)
-        whole = world.unhurried(lambda: load_small(export, config) if world.is_main else None)
         with world.together():
-            student = empty_small(export, config) if whole is None or world.size > 1 else whole.to(world.device)
-        teacher = load_paired(base, replace(config.lora, targets=[], refit=0), world, zero)
-        peak = world.from_main(None if whole is None else relative_rate(whole))
-        root = Root(student)
-        if world.size > 1:
-            again = zero is not None and zero["zero_optimization"]["stage"] == 3
-            share_out(root, student.model.layers, world, teacher.dtype, again)
-            student.tie_weights()
-            fill(student, whole, world)
-        engine = WeightsEngine(student, schedule, teacher.dtype, peak)
+            student = empty_small(export, config)
         kept = read_json(export / RECORD)["kept"]
-        losses = Distillation(root, teacher, kept["layers"], kept["hidden"], config.loss)
+        # Where all hidden dimensions stay, and have no gates that could scale them, both models have the same ends.
+        shared = len(kept["hidden"]) == base.spec.hidden and "hidden" not in config.gates.units
+        if shared:
+            without_ends(student)
+        teacher = load_paired(base, replace(config.lora, targets=[], refit=0), world, zero)
+        root = Root(student)
+        again = zero is not None and zero["zero_optimization"]["stage"] == 3
+        share_out(root, student.model.layers, world, teacher.dtype, again)
+        if not shared:
+            student.tie_weights()
+        engine = WeightsEngine(student, schedule, teacher.dtype)
+        losses = Distillation(root, teacher, kept["layers"], kept["hidden"], config.loss, shared)
         count = sum(weight.numel() for weight in engine.weights.values())
-        log.info("distilling %s parameters: %d sequences, %d steps, rate %g", f"{count:,}", len(text_blocks),
-                 schedule.total, peak)  # fmt: skip
-        return cls(config, world, teacher, engine, stream, schedule, losses=losses, export=export, whole=whole,
-                   base=base)  # fmt: skip
+        log.info("distilling %s parameters: %d sequences, %d steps", f"{count:,}", len(text_blocks), schedule.total)
+        return cls(config, world, teacher, engine, stream, schedule, losses=losses, export=export, base=base)
 
     @cached_property
     def inputs(self) -> dict[str, str | None]:
@@ -167,15 +167,20 @@ class Distilling(Trainer):
 
     def start(self) -> None:
         """Fit the layers whose FFN has lost units, each by itself, in a new run, and save what that took long for."""
-        resumed, self.whole, whole = self.resumed, None, self.whole
-        if resumed:
-            return
-        self._fit(whole)
-        if self.world.size > 1:
-            fill(self.student, whole, self.world)
-        del whole
-        if self.config.checkpoint.every:
+        world, named = self.world, dict(self.student.named_parameters())
+        if self.resumed:
+            frozen = {name: weight for name, weight in named.items() if not weight.requires_grad}
+            fill(frozen, self._ends() if frozen and world.is_main else {}, world)
+        else:
+            whole = world.unhurried(lambda: load_small(self.export, self.config) if world.is_main else None)
+            self._fit(whole)
+            fill(named, {} if whole is None else dict(whole.named_parameters()), world)
+            del whole
+        self.engine.peak = self.engine.peak or relative_rate(self.student, world)
+        log.info("learning rate %g", self.engine.peak)
+        if self.config.checkpoint.every and not self.resumed:
             save_checkpoint(self)
+            self._forget_fitted()
 
     def _fit(self, whole: PreTrainedModel | None) -> None:
         length, spec = self.config.data.seq_len, self.model.spec
@@ -187,7 +192,30 @@ class Distilling(Trainer):
         narrowed = [len(kept[index]) < spec.ffn_units for index in self.losses.layers]
         log.info("fitting %d layers on %d tokens", sum(narrowed), ids.numel())
         shown = self.config.tracking.progress and self.world.is_main
-        blocks.fit_blocks(self.losses, whole, ids, narrowed, self.world, shown, self.halt)
+        saved = self._fitted if self.world.is_main else Path()
+        blocks.fit_blocks(self.losses, whole, ids, narrowed, self.world, shown, self.halt, saved)
+
+    @property
+    def _fitted(self) -> Path:
+        """Where fitted layers lie until a checkpoint has them; named by what they depend on."""
+        known = [*self.inputs.values(), self.config.seed, self.config.data.seq_len, self.config.model.dtype,
+                 blocks.TOKENS, blocks.STEPS]  # fmt: skip
+        name = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
+        return Path(self.config.run_dir) / f"fitted-{name}"
+
+    def _forget_fitted(self) -> None:
+        if self.world.is_main:
+            for directory in Path(self.config.run_dir).glob("fitted-*"):
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def _ends(self) -> dict[str, Tensor]:
+        """Token embeddings and output head of the export, by name, as its files have them."""
+        names = {"model.embed_tokens.weight", "lm_head.weight"}
+        found: dict[str, Tensor] = {}
+        for file in sorted(self.export.glob("model*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                found |= {name: opened.get_tensor(name) for name in names.intersection(opened.keys())}
+        return found
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step."""
@@ -218,13 +246,16 @@ class Distilling(Trainer):
         """Write the counters; the shares are moved there."""
         save_config(directory / "config.yaml", self.config)
         self._written.rename(directory / _SHARES)
-        (directory / "state.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
+        state = counters | {"rate": self.engine.peak}
+        (directory / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def load(self, directory: Path) -> dict[str, float]:
         """Restore in place what `save` wrote, on each rank by itself; returns the counters."""
         self.resumed = True
         read_shares(self.engine.state(), directory / _SHARES)
-        return json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        counters = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        self.engine.peak = counters.pop("rate", 0.0)
+        return counters
 
     def before_finish(self) -> None:
         """Gather the weights."""
@@ -234,6 +265,7 @@ class Distilling(Trainer):
     def finish(self) -> Path:
         """Write the model: the export's files, with these weights."""
         config, target = self.config, Path(self.config.run_dir) / self.output
+        weights = self._ends() | self.weights
         record = read_json(self.export / RECORD) | {
             "distilled": self.total,
             "distilled_from": fingerprint(str(self.export)),
@@ -243,13 +275,14 @@ class Distilling(Trainer):
         with atomic_directory(target) as temporary:
             _copy_files(self.export, temporary, _STALE)
             with tempfile.TemporaryDirectory(dir=temporary) as saved:
-                self.student.save_pretrained(saved, state_dict=self.weights, max_shard_size=SHARD)
+                self.student.save_pretrained(saved, state_dict=weights, max_shard_size=SHARD)
                 for file in Path(saved).glob("model*.safetensors*"):
                     file.rename(temporary / file.name)
             if (kind := record.get("gguf", "none")) != "none":
                 write_anew(temporary, record["shape"], kind, self.base)
             (temporary / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
             (temporary / CARD).write_text(distilled_card(card, self.total, tokens), encoding="utf-8")
+        self._forget_fitted()
         return target
 
 
@@ -318,8 +351,15 @@ def in_training(student: PreTrainedModel, config: Config) -> PreTrainedModel:
     return student
 
 
-def relative_rate(student: PreTrainedModel) -> float:
-    """`RELATIVE_RATE` times the root mean square of the decoder's matrices, to two digits."""
-    weights = [weight for weight in student.model.layers.parameters() if weight.dim() > 1]
-    squares = sum(float(weight.detach().double().square().sum()) for weight in weights)
-    return float(f"{RELATIVE_RATE * math.sqrt(squares / sum(weight.numel() for weight in weights)):.1e}")
+@torch.no_grad()
+def relative_rate(student: PreTrainedModel, world: World) -> float:
+    """`RELATIVE_RATE` times the root mean square of the decoder's matrices, to two digits. Collective."""
+    squares, count = torch.zeros((), dtype=torch.float64, device=world.device), 0
+    for weight in student.model.layers.parameters():
+        if weight.dim() > 1 and weight.numel():
+            own = weight.to_local() if isinstance(weight, DTensor) else weight
+            squares += torch.linalg.vector_norm(own, dtype=torch.float32).double().square() / (
+                1 if isinstance(weight, DTensor) else world.size
+            )
+            count += weight.numel()
+    return float(f"{RELATIVE_RATE * math.sqrt(float(world.sum(squares)) / count):.1e}")

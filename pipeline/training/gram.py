@@ -34,9 +34,13 @@ class Streams:
         model: the paired model.
         ids_NT: token ids of this rank; every rank has as many.
         world: the ranks of the run.
+        place: where the hidden states wait.
+        keep: whether this rank has any; it gathers weights for the others in any case.
     """
 
-    def __init__(self, model: PairedModel, ids_NT: LongTensor, world: World):
+    def __init__(
+        self, model: PairedModel, ids_NT: LongTensor, world: World, place: torch.device | str = "cpu", keep: bool = True
+    ):
         self.model, self.device = model, world.device
         self.view = build_view(model.spec, None, {}, model.scaling, model.dtype)
         self.parts: list[Tensor] = []
@@ -45,7 +49,8 @@ class Streams:
             embedded = model.embedded(ids.to(self.device))
             if len(ids) not in self._arguments:
                 self._arguments[len(ids)] = model.layer_arguments(embedded)
-            self.parts.append(embedded.cpu())
+            if keep:
+                self.parts.append(embedded.to(place, copy=True))
 
     def through(self, index: int, before_part: Callable[[], None]) -> Iterator[Tensor]:
         """Let all of the text through a layer; yields what comes out of it [N, T, D], part by part. Collective."""

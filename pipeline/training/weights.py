@@ -22,14 +22,16 @@ class WeightsEngine:
         model: in training; gradients of its shared out weights come averaged over the ranks.
         schedule: the run's steps, with learning rates.
         dtype: compute type of the forward pass.
-        peak: learning rate at its highest.
+
+    Attributes:
+        peak: learning rate at its highest; to be set before the first step.
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, dtype: torch.dtype, peak: float):
-        self.schedule, self.peak, self.scale = schedule, peak, LossScale(dtype)
+    def __init__(self, model: nn.Module, schedule: Schedule, dtype: torch.dtype):
+        self.schedule, self.peak, self.scale = schedule, 0.0, LossScale(dtype)
         # A parameter without elements, of a layer that has lost all units, has no share to train.
         self.weights = {n: weight for n, weight in model.named_parameters() if weight.requires_grad and weight.numel()}
-        self.adamw = torch.optim.AdamW(self.weights.values(), lr=peak, betas=_BETAS, weight_decay=0.0, fused=True)
+        self.adamw = torch.optim.AdamW(self.weights.values(), betas=_BETAS, weight_decay=0.0, fused=True)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""
@@ -38,7 +40,8 @@ class WeightsEngine:
     def step(self, step: int) -> StepResult:
         """Clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
         gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        torch._foreach_div_(gradients, self.scale.value)
+        if self.scale.value != 1:
+            torch._foreach_div_(gradients, self.scale.value)
         self.adamw.param_groups[0]["lr"] = self.peak * self.schedule.lora_share(step)
         found = nn.utils.clip_grad_norm_(self.weights.values(), LARGEST_NORM)
         norm = float(found.full_tensor() if isinstance(found, DTensor) else found)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import ranks
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+import nuteprune
 from nuteprune.__main__ import main
 from nuteprune.config import load_config
 from nuteprune.parallel.distributed import RankLost
@@ -88,6 +90,51 @@ def test_ranks_learn_what_one_process_learns(count, deepspeed, one, tmp_path):
     ended = ranks.run(command, count, tmp_path / "again")
     assert "resumed at step 4" in ended[0].text
     assert (several / "distill/model/model.safetensors").read_bytes() == whole
+
+
+def watch_gathers(rank):
+    """Leave beside the run how many weights DeepSpeed gathered in each step, and whether it knows their order."""
+    fit_briefly(rank)
+    step, seen = distill.Distilling.train_step, []
+
+    def watched(trainer):
+        from deepspeed.comm import comm
+
+        backend, gathered = comm.cdb, []
+        original = backend.all_gather_into_tensor
+
+        def gather(*args, **named):
+            gathered.append((named["output_tensor"] if named else args[0]).numel())
+            return original(*args, **named)
+
+        backend.all_gather_into_tensor = gather
+        try:
+            found = step(trainer)
+        finally:
+            backend.all_gather_into_tensor = original
+        (engine,) = trainer.model.partitioning
+        known = engine.optimizer.get_param_coordinator().is_complete_trace()
+        seen.append((sum(gathered), known))
+        Path(trainer.config.run_dir, f"gathers-{rank}.json").write_text(json.dumps(seen))
+        return found
+
+    distill.Distilling.train_step = watched
+
+
+def test_the_intact_models_weights_are_gathered_once_and_ahead(one, model_dir, tmp_path):
+    several = shutil.copytree(one[0], tmp_path / "several")
+    file = tmp_path / "small.json"  # nothing stays whole between steps
+    zero = json.loads((Path(nuteprune.__file__).parent / "ds_configs/zero3.json").read_text())
+    zero["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    file.write_text(json.dumps(zero))
+    command = ["distill", str(several), *SETTINGS, f"deepspeed={file}", "train.micro_batch=2"]
+    ranks.run(command, 2, tmp_path / "logs", watch_gathers)
+    whole = sum(each.numel() for each in load_file(model_dir / "model.safetensors").values())
+    for rank in range(2):
+        seen = json.loads((several / "distill" / f"gathers-{rank}.json").read_text())
+        assert len(seen) == 6
+        assert all(known for _, known in seen[1:])
+        assert {count for count, _ in seen[1:]} == {whole}
 
 
 def lose_one(rank):

@@ -3,7 +3,6 @@
 import json
 import shutil
 import stat
-from contextlib import nullcontext
 from dataclasses import replace
 
 import gguf
@@ -28,6 +27,7 @@ from nuteprune.runs.checkpoint import verify
 from nuteprune.runs.students import open_run
 from nuteprune.stages import distill, export, prune
 from nuteprune.training import blocks
+from nuteprune.training.signals import Preempted
 
 FIT = blocks.STEPS
 
@@ -195,29 +195,29 @@ def test_a_start_that_died_after_the_fit_is_not_fitted_again(config, run_dir, mo
     assert (distill.run(config) / "model.safetensors").read_bytes() == wanted
 
 
-def test_a_layer_of_too_large_gradients_is_fitted_at_a_smaller_scale(model_dir):
-    """Of its loss, which float16 starts with 4,096 times as large; the first steps are left out."""
-    layer = AutoModelForCausalLM.from_pretrained(model_dir).model.layers[0].mlp
-    whole = torch.nn.Module()
-    whole.mlp, whole.self_attn = layer, torch.nn.Linear(1, 1)
-    whole.forward = lambda stream: Overflowing.apply(layer(stream))
-    before = layer.up_proj.weight.clone()
-    stream = torch.randn(4, 8, layer.hidden_size)
-    blocks._fit(whole, stream, torch.randn_like(stream), {4: {}}, 0, stream.device, nullcontext, torch.float16)
-    assert layer.up_proj.weight.isfinite().all()
-    assert not torch.equal(layer.up_proj.weight, before)
+def test_layers_that_were_fitted_before_a_signal_are_kept(config, run_dir, monkeypatch):
+    config = load_config(config, ["distill.steps=2"])
+    wanted = (distill.run(config) / "model.safetensors").read_bytes()
+    shutil.rmtree(run_dir / "distill")
+    fit, fitted = blocks._fit, []
 
+    def ends_in_the_third(layer, *rest):
+        if len(fitted) == 2:
+            raise Preempted
+        fitted.append(layer)
+        fit(layer, *rest)
 
-class Overflowing(torch.autograd.Function):
-    """The identity, whose gradient has the range of float16 a hundredfold narrower."""
-
-    @staticmethod
-    def forward(ctx, values):
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return (gradient * 1e6).half().float() / 1e6
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "_fit", ends_in_the_third)
+        with pytest.raises(Preempted):
+            distill.run(config)
+    names = sorted(file.name for file in (run_dir / "distill").glob("fitted-*/*"))
+    assert names == ["layer-0000.safetensors", "layer-0001.safetensors"]
+    again = []
+    monkeypatch.setattr(blocks, "_fit", lambda layer, *rest: again.append(layer) or fit(layer, *rest))
+    assert (distill.run(config) / "model.safetensors").read_bytes() == wanted
+    assert len(again) == len(AutoModelForCausalLM.from_pretrained(run_dir / "export").model.layers) - 2
+    assert not list((run_dir / "distill").glob("fitted-*"))
 
 
 def test_a_finished_run_stays_the_same_whatever_is_said_of_distillation(run_dir):
