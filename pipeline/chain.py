@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def run(config: Config, given: Collection[str]) -> tuple[Config, dict]:
         if held_out:
             write_atomic(directory / HELD_OUT, held_out.encode())
         if left_out and not (directory / LEFT_OUT).exists():
-            write_atomic(directory / LEFT_OUT, json.dumps({"distill": left_out[0]}).encode())
+            write_atomic(directory / LEFT_OUT, json.dumps({"distill": left_out[0].removeprefix("left out: ")}).encode())
         write_atomic(directory / SETTINGS, (head + yaml.safe_dump(settings, sort_keys=False)).encode())
         for number, stage in enumerate(stages, 1):
             if stop.received:  # in the last step of the one before
@@ -192,10 +193,14 @@ def _on_all_cards(stage: str, settings: Path, ranks: int) -> None:
     """Run a stage, and again where one of the ranks learned that it takes too many sequences at a time."""
     launch = [sys.executable, "-c", LAUNCH, "--standalone", f"--nproc_per_node={ranks}"]
     command = [*launch, "-m", "nuteprune", stage, "--config", str(settings)]
+    # As many threads a rank as it has cores; torchrun would give it one.
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (psutil.cpu_count(logical=False) or 1) // ranks))
     limits = None
     while limits != (limits := set(settings.parent.rglob(f"{LIMIT}*"))):
         # In a session of its own, so that a Ctrl-C comes here alone.
-        with subprocess.Popen(command, start_new_session=True) as launched:
+        with subprocess.Popen(
+            command, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": threads}
+        ) as launched:
             try:
                 code = launched.wait()
             except Preempted:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nuteprune.masks.selection import BATCHES, MEASURED, is_measured
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.planning.costs import Timing, gather_seconds, launch_seconds, over_links, passes, traffic
-from nuteprune.planning.distilling import small_parameters, vocabulary_parameters
+from nuteprune.planning.distilling import moments, small_parameters, vocabulary_parameters
 from nuteprune.planning.job import (
     FP32,
     Job,
@@ -197,8 +197,8 @@ def checkpoint_bytes(job: Job) -> dict[str, float]:
 
 
 def distillation_state(job: Job) -> float:
-    """Bytes of a checkpoint of distillation: the decoder's weights and two moments in float32."""
-    return 3 * FP32 * small_parameters(job)[1]
+    """Bytes of a checkpoint of distillation: the decoder's weights in float32, and their two moments."""
+    return (FP32 + moments(job)) * small_parameters(job)[1]
 
 
 def distillation_bytes(job: Job) -> dict[str, float]:

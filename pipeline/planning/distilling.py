@@ -33,7 +33,7 @@ def distillation_memory(job: Job, layout: Layout) -> Memory:
         "the intact model's output": s * spec.hidden * tokens,
     }
     learned = f"the decoder's gradient and moments (1/{job.cluster.ranks})"
-    step[learned] = 3 * FP32 * decoder / job.cluster.ranks
+    step[learned] = (FP32 + moments(job)) * decoder / job.cluster.ranks
     phases = {
         "layers are fitted": {
             "gathered layer, and its buffer": 2 * layer,
@@ -92,7 +92,7 @@ def distillation_host(job: Job, layout: Layout) -> tuple[dict[str, float], dict[
     cluster = job.cluster
     decoder = small_parameters(job)[1]
     first = {"small model, float32": FP32 * (vocabulary_parameters(job) + decoder)}
-    saving = {"a checkpoint's share, copied and as a file": 2 * 3 * FP32 * decoder / cluster.ranks}
+    saving = {"a checkpoint's share, copied and as a file": 2 * (FP32 + moments(job)) * decoder / cluster.ranks}
     phases: list[tuple[dict[str, float], dict[str, float]]] = [({}, first), (saving, {})]
     own, alone = max(phases, key=lambda each: Memory({}, {}, *each).node(cluster.gpus_per_node))
     host = {"process: Python, libraries, CUDA": PROCESS_BYTES}
@@ -109,6 +109,11 @@ def small_parameters(job: Job) -> tuple[float, float]:
     spec, ends = job.spec, vocabulary_parameters(job)
     own = ends if "hidden" in job.config.gates.units else 0
     return own, total_parameters(spec) - ends - job.config.sparsity.target * spec.prunable
+
+
+def moments(job: Job) -> int:
+    """Bytes of AdamW's two moments of a weight, which are kept in bfloat16 where that is the model's type."""
+    return 2 * (2 if job.config.model.dtype == "bfloat16" else FP32)
 
 
 def vocabulary_parameters(job: Job) -> int:

@@ -20,7 +20,7 @@ from nuteprune.parallel.distributed import World
 from nuteprune.parallel.host import free_memory, multiplies_bfloat16, processor
 from nuteprune.planning.cards import CARDS, UNNAMED, Card
 from nuteprune.planning.distilling import distillation_memory
-from nuteprune.planning.footprint import PROCESS_BYTES, host_memory
+from nuteprune.planning.footprint import PROCESS_BYTES, USABLE, host_memory
 from nuteprune.planning.job import Cluster, Job, Layout
 from nuteprune.planning.planner import Plan, largest_micro_batch, make_plan
 
@@ -120,9 +120,11 @@ def choose(
     unwanted = config.sparsity.constraint != "projection" or {"distill.steps", "finetune.data"}.intersection(given)
     may_distil = free_steps and learns_of_outputs(config.loss) and not unwanted
 
-    def take_steps(steps: int, budget: str, fits: bool) -> None:
+    def take_steps(steps: int, budget: str, lacking: str) -> None:
         first = pruning_steps(steps)
-        if may_distil and fits:
+        if may_distil and lacking:
+            choices.append(Choice("distill.steps", 0, f"left out: {lacking}"))
+        if may_distil and not lacking:
             take("train.steps", first, f"{budget}, in which it learns what to remove")
             take("distill.steps", steps - first, "the rest of it: the small model's own weights learn")
         elif free_steps:
@@ -132,8 +134,9 @@ def choose(
         for key, value in (("data.seq_len", CPU_SEQUENCE), ("train.batch_size", CPU_BATCH)):
             take(key, value, "a step of seconds on a CPU")
         alone = Job(spec, chosen(), Cluster(1, 1, UNNAMED))
-        wanted = distillation_memory(alone, Layout(0, 1, False)).peak
-        take_steps(CPU_STEPS, "a run of minutes to hours on a CPU", wanted < CPU_SHARE * free_memory())
+        wanted, free = distillation_memory(alone, Layout(0, 1, False)).peak, CPU_SHARE * free_memory()
+        lacking = f"needs {wanted / 1e9:.1f} GB of memory, {free / 1e9:.1f} may be taken" if wanted >= free else ""
+        take_steps(CPU_STEPS, "a run of minutes to hours on a CPU", lacking)
         return choices, None
     batch, cluster = config.train.batch_size, Cluster(1, machine.ranks, machine.card)
     take("train.batch_size", -(-batch // machine.ranks) * machine.ranks, "a multiple of the ranks")
@@ -141,13 +144,19 @@ def choose(
     def planned(*steps: str) -> Plan:
         return make_plan(Job(spec, load_config(chosen(), steps), cluster))
 
-    plan, fits = planned(*[f"train.steps={GPU_STEPS}"] * free_steps), False
+    plan, lacking = planned(*[f"train.steps={GPU_STEPS}"] * free_steps), ""
     if may_distil:
         first = pruning_steps(GPU_STEPS)
         both = planned(f"train.steps={first}", f"distill.steps={GPU_STEPS - first}")
-        host = both.chosen.distilling.node(machine.ranks)
-        fits = both.chosen.fits and both.chosen.layout.offload == plan.chosen.layout.offload and host < free_memory()
-        plan = both if fits else plan
+        best, host, free = both.chosen, both.chosen.distilling.node(machine.ranks), free_memory()
+        if not best.fits or best.layout.offload != plan.chosen.layout.offload:
+            least = min(each.distilling.peak for each in both.tried if not each.layout.offload)
+            usable = USABLE * machine.card.memory
+            lacking = f"needs {least / 1e9:.0f} GB a card, {usable / 1e9:.0f} may be taken"
+        elif host >= free:
+            lacking = f"needs {host / 1e9:.0f} GB of host memory, {free / 1e9:.0f} are free"
+        else:
+            plan = both
     layout, why = plan.chosen.layout, f"planned: {plan.chosen.peak / 1e9:.1f} GB of {machine.card.memory / 1e9:.0f}"
     take("train.micro_batch", layout.micro_batch, why)
     take("train.activation_checkpointing", layout.checkpointing, why)
@@ -156,7 +165,7 @@ def choose(
         take(
             "deepspeed", name, f"{why}; {'the weights are shared out' if layout.stage == 3 else 'each card holds them'}"
         )
-    take_steps(GPU_STEPS, "the README's budget of a 7B model", fits)
+    take_steps(GPU_STEPS, "the README's budget of a 7B model", lacking)
     return choices, plan
 
 

@@ -203,7 +203,7 @@ def test_a_checkpoint_goes_on_exactly_on_any_number_of_ranks(one, two, tmp_path)
     four = several / "distill/again/step-00000004/shares"
     assert len(list(four.iterdir())) == 4
     first, second = (tensors(directory) for directory in (written, four))
-    assert {name.rpartition(":")[2] for name in first} == {"weight", "exp_avg", "exp_avg_sq", "step"}
+    assert {name.rpartition(":")[2] for name in first} == {"weight", "exp_avg", "exp_avg_sq", "steps"}
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
     assert main(command) == 0
     check_alike(alone, several)

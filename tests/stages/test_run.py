@@ -220,15 +220,18 @@ def test_a_run_learns_what_to_remove_and_distils_in_the_rest_of_its_steps(tmp_pa
         return found.get("train.steps"), found.get("distill.steps")
 
     eight, one = (Machine("H100", count, CARDS["h100"], bf16=True) for count in (8, 1))
-    monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 1.1e11)
+    monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 9e10)
     assert steps(eight) == steps(eight, "sparsity.constraint=projection") == (200, 1800)
     plan = choose(config, set(), eight, spec)[1]
     assert plan.job.config.distill.steps == 1800
     assert plan.chosen.distilling.peak < 0.9 * 80e9
-    monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 1e11)
-    assert steps(eight) == (2000, None)  # a checkpoint's 24 bytes of each, and eight processes
-    monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 1.1e11)
-    assert steps(one) == (2000, None)  # 16 bytes of each of 3.5B parameters, beside the intact model
+    assert steps(one) == (200, 1800)  # 14 bytes of each of 3.5B parameters, beside the intact model
+    small = Machine("A100", 1, CARDS["a100-40"], bf16=True)
+    left_out = [choice.why for choice in choose(config, set(), small, spec)[0] if choice.key == "distill.steps"]
+    assert left_out == ["left out: needs 60 GB a card, 36 may be taken"]
+    monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 7e10)
+    assert steps(eight) == (2000, 0)  # a checkpoint's 16 bytes of each, and eight processes
+    monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda: 9e10)
     for given in (
         "distill.steps=5",
         "distill.steps=0",
@@ -238,7 +241,7 @@ def test_a_run_learns_what_to_remove_and_distils_in_the_rest_of_its_steps(tmp_pa
     ):
         assert steps(eight, *given.split()) == (2000, None)
     assert steps(eight, "train.steps=50") == steps(eight, "train.epochs=2") == (None, None)
-    for free, wanted in ((1 << 37, (60, 60)), (1 << 36, (120, None))):
+    for free, wanted in ((1 << 37, (60, 60)), (1 << 35, (120, 0))):
         monkeypatch.setattr("nuteprune.planning.machine.free_memory", lambda free=free: free)
         assert steps(Machine("a processor")) == wanted
     assert [pruning_steps(count) for count in (40, 600, 1200, 3000)] == [20, 120, 120, 300]

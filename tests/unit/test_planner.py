@@ -195,7 +195,7 @@ def test_distillation_by_hand():
         assert sum(kept.resident.values()) == pytest.approx(shares + 2 * (own + decoder) + 2 * 8_030_261_248)
         assert again.resident["two gathered layers and the ends"] == pytest.approx(2 * (own + 2 / 32 * decoder))
         learned = [phase.get("the decoder's gradient and moments (1/8)") for phase in kept.phases.values()]
-        assert learned == [None, *[pytest.approx(12 * decoder / 8)] * 3]
+        assert learned == [None, *[pytest.approx(8 * decoder / 8)] * 3]
         one = distillation_memory(replace(job, cluster=Cluster(1, 1, CARDS["h100"])), Layout(0, 1))
         assert sum(one.resident.values()) == pytest.approx(8 * shares + 2 * decoder + 2 * 8_030_261_248)
 
@@ -205,7 +205,7 @@ def test_host_memory_of_distillation_by_hand():
     run = job("llama-3.1-70b", 2)
     ends = 2 * 128_256 * 8192
     decoder = TOTALS["llama-3.1-70b"] - ends - 0.2 * run.spec.prunable
-    saving = {"a checkpoint's share, copied and as a file": 2 * 12 * decoder / 16}
+    saving = {"a checkpoint's share, copied and as a file": 2 * 8 * decoder / 16}
     process = {"process: Python, libraries, CUDA": 3e9}
     assert distillation_host(run, Layout(3, 1)) == (process | saving, {})
     assert distillation_memory(run, Layout(3, 1)).node(8) == 8 * (3e9 + sum(saving.values()))
@@ -570,7 +570,7 @@ def test_a_run_that_distils_fits_where_both_stages_do():
     assert both.chosen.fits
     assert both.node_memory == both.chosen.distilling.node(8) > alone.node_memory
     found = both.chosen.bill
-    states = 6 * 12 * (TOTALS["llama-3.1-70b"] - 2 * 128_256 * 8192 - 0.2 * both.job.spec.prunable)  # of 0, 200, …
+    states = 6 * 8 * (TOTALS["llama-3.1-70b"] - 2 * 128_256 * 8192 - 0.2 * both.job.spec.prunable)  # of 0, 200, …
     assert found.distillation > 1080 * both.chosen.timing.step + 2 * states / 1e9
     assert found.total == found.pruning + found.distillation
     assert alone.limits["hours"] == 1
