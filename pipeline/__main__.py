@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         if not dry:  # which knows sizes of models that are not here
             api.check_at_once(args.stage, config)
         if args.stage == "plan":
-            text, fits = api.module("stages.plan").run(config, args, "model.dtype" in given)
+            args.config = source
+            text, fits = api.module("stages.plan").run(config, args, given)
             sys.stdout.write(text + "\n")
             return 0 if fits else 1
         hush()
@@ -171,11 +172,13 @@ def show_status(args: argparse.Namespace) -> int:
 
 def settings_of(args: argparse.Namespace) -> tuple[str | None, list[str]]:
     """A configuration's file or directory and its overrides, as a parsed command line has them."""
-    if args.stage in ("run", "trim"):
+    if args.stage in ("run", "trim", "plan"):
         models = [word for word in args.overrides if not is_setting(word)]
+        if args.stage == "plan":
+            models = [word for word in models if not os.path.isfile(os.path.join(word, "config.yaml"))]
         if len(models) > 1:
             raise UserError(f"give one model: {' and '.join(models)} are {len(models)}")
-        args.overrides = [word if is_setting(word) else f"model.path={word}" for word in args.overrides]
+        args.overrides = [f"model.path={word}" if word in models else word for word in args.overrides]
     runs = [word for word in args.overrides if not is_setting(word) and os.path.isdir(word)]
     if len(runs) + (args.config is not None) > 1:
         raise UserError("give one run directory or one --config")

@@ -64,9 +64,8 @@ def plan(settings: Settings = None, overrides: Sequence[str] = (), **flags: Any)
     args = parser().parse_args(["plan", "--json"])
     if unknown := flags.keys() - vars(args).keys():
         raise UserError(f"plan has no flag {min(unknown)}: `nuteprune plan --help` lists them")
-    vars(args).update(flags)
-    typed = "model.dtype" in given_keys(settings, overrides)
-    return json.loads(_call("plan", settings, overrides, args, typed)[0])
+    vars(args).update(flags, config=settings if isinstance(settings, str | Path) else None)
+    return json.loads(_call("plan", settings, overrides, args, given_keys(settings, overrides))[0])
 
 
 def trim(settings: Settings, overrides: Sequence[str] = (), *, out: str | Path, tokens: int = 0) -> Path:
@@ -181,8 +180,9 @@ def check_at_once(stage: str, config: Config) -> None:
     from nuteprune.model.hub import check_model, check_tokenizer  # a tenth of a second
 
     run_dir = Path(config.run_dir)
-    if config.deepspeed:
-        deepspeed_path(config.deepspeed)
+    for name in (config.deepspeed, config.distill.deepspeed):
+        if name:
+            deepspeed_path(name)
     if stage in ("prepare", "prune", "run", "trim"):
         if config.run_dir:
             check_place(run_dir)

@@ -31,6 +31,7 @@ from nuteprune.masks import check_target
 from nuteprune.model.loading import read_base, read_config
 from nuteprune.parallel.sizes import total_parameters
 from nuteprune.planning.machine import Choice, Machine, choose, this_machine
+from nuteprune.planning.report import stages_text
 from nuteprune.runs.checkpoint import write_atomic
 from nuteprune.runs.directories import LEFT_OUT
 from nuteprune.runs.lock import alone
@@ -155,7 +156,7 @@ def settle(
             "text never uses", 100 * words,
         )  # fmt: skip
     if plan is not None:
-        log.info("planned: %.1f hours", plan.hours)
+        log.info("planned, never measured on a card:\n%s", stages_text(plan))
     return with_choices(config, choices), choices, lines
 
 

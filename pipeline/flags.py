@@ -30,6 +30,7 @@ SHORTCUTS = {
         "--out": "run_dir",
         "--gguf": "export.gguf",
     },
+    "plan": {"--sparsity": "sparsity.target", "--data": "data.source"},
     "prepare": {"--data": "data.source"},
     "prune": {"--sparsity": "sparsity.target", "--data": "data.source"},
     "recover": {"--ladder": "recover.ladder", "--sparsity": "recover.ladder"},
@@ -57,9 +58,9 @@ DISTRIBUTED = ("prune", "recover", "finetune", "distill")
 """Stages that several ranks run together."""
 MODEL_WORDS = "directory or hub id of the model (for model.path=MODEL), and settings"
 OVERRIDES = "directory of a run (for --config RUN/config.yaml), and settings that win over the file"
-PLAN = "memory, traffic, time and settings of a prune run on a cluster, from config.json alone"
+PLAN = "whether a run fits on a cluster, how long it takes and its settings, from the model's config.json alone"
+PLANNED = "directory, config.json, hub id or a name such as llama-3.1-70b, for model.path"
 PLAN_FLAGS: dict[str, tuple[str | float, str]] = {
-    "--model": ("", "directory, config.json, hub id, or a name such as llama-3.1-70b (default: model.path)"),
     "--nodes": (1, "nodes"),
     "--gpus-per-node": (8, "GPUs of a node"),
     "--gpu": (
@@ -75,7 +76,7 @@ PLAN_FLAGS: dict[str, tuple[str | float, str]] = {
     "--mfu": (0.4, "share of that peak which is reached"),
     "--disk-bandwidth": ("1GB/s", "of the file system that model and checkpoints lie in"),
     "--tokens-per-document": (427.0, "assumed length, to count the steps of an epoch (427: mean of C4)"),
-    "--out": ("", "directory for plan.yaml and deepspeed.json"),
+    "--out": ("", "directory for plan.yaml and the DeepSpeed files that it names"),
 }
 """Flags of `plan`: default and meaning."""
 DRY_RUN_FLAGS = ("--world-size", "--gpus-per-node", "--gpu", "--gpu-memory")
@@ -156,11 +157,10 @@ def _plan(command: argparse.ArgumentParser) -> None:
     for flag, (default, meaning) in PLAN_FLAGS.items():
         _with_default(command, flag, default, meaning)
     command.add_argument("--zero", choices=("auto", "2", "3"), default="auto", help="ZeRO stage (auto: the faster)")
-    command.add_argument(
-        "--table", action="store_true", help="well-known models on one card, a node and two, at 20%% and 50%%"
-    )
+    command.add_argument("--verbose", action="store_true", help="all figures, other layouts and what is assumed")
     command.add_argument("--json", action="store_true", help="print JSON")
-    _settings(command, "key.sub=value", "settings that win over the file")
+    _settings(command, "MODEL | key.sub=value", f"{PLANNED}; directory of a run; settings")
+    _shortcuts(command, "plan")
 
 
 def _dry_run(command: argparse.ArgumentParser) -> None:

@@ -274,6 +274,7 @@ class DistillConfig:
         "chooses the steps.",
         ge=0,
     )
+    deepspeed: str = opt("", "As `deepspeed`, for this stage, which takes more memory; empty: that of the run.")
 
 
 @dataclass(frozen=True)

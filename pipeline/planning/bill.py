@@ -1,4 +1,4 @@
-"""What a run takes beside its steps: starting, importance, refit, structures, checkpoints; and the sum of it all.
+"""What each stage of a run takes: its steps, and all that comes before, between and behind them.
 
 Each cost has one function, with its formula. Where gathers of weights take part, none hides behind compute.
 Units and letters as in costs.py; N tokens, L layers, Q ranks of refit's pair, n ranks of the run.
@@ -13,11 +13,9 @@ from nuteprune.masks.selection import BATCHES, MEASURED, is_measured
 from nuteprune.parallel.sizes import layer_tensors, partitioned, persistence_threshold, total_parameters
 from nuteprune.planning.costs import Timing, gather_seconds, launch_seconds, over_links, passes, traffic
 from nuteprune.planning.distilling import moments, small_parameters, vocabulary_parameters
-from nuteprune.planning.job import (
-    FP32,
-    Job,
-    Layout,
-)
+from nuteprune.planning.footprint import USABLE
+from nuteprune.planning.job import FP32, Job, Layout
+from nuteprune.training import blocks
 from nuteprune.training.gram import TOKENS_AT_ONCE
 from nuteprune.training.refit import STORED_BYTES, TIMES
 
@@ -28,64 +26,118 @@ VARIANTS, COMPILE_SECONDS = 90, 0.35
 `every` at one rank of LoRA, 117 for two cards in 41 s; down_proj's other rank adds the 33 that multiply matrices."""
 TUNING_SECONDS = 33 * 4 * 0.05
 """Each of those is timed for about four sizes of a model's projections, 25 ms and as much for starting it: assumed."""
+STARTING = IMPORT_SECONDS + VARIANTS * COMPILE_SECONDS + TUNING_SECONDS
+
+
+EXPORT_SECONDS = 6e-9
+"""CPU time of one parameter of the intact model in `export`, which folds and checks what it wrote: assumed."""
 
 
 @dataclass(frozen=True)
 class Bill:
-    """Seconds of a run.
+    """Seconds of one stage.
 
     Attributes:
-        preparation: by part, what is done so that the steps can be taken.
-        steps: all steps.
-        checkpoints: those between the steps and the result, on rank 0, for which the others wait.
-        distillation: of the export, all of it; 0 where `distill.steps` is.
+        parts: by name; they add up.
         hidden: by how much the steps are shorter where every gather of weights hides behind compute.
     """
 
-    preparation: dict[str, float]
-    steps: float
-    checkpoints: float
-    distillation: float
-    hidden: float
-
-    @property
-    def pruning(self) -> float:
-        """Of them those of the prune stage."""
-        return sum(self.preparation.values()) + self.steps + self.checkpoints
+    parts: dict[str, float]
+    hidden: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.pruning + self.distillation
+        return sum(self.parts.values())
 
     @property
     def best(self) -> float:
         return self.total - self.hidden
 
-    @property
-    def shares(self) -> tuple[float, float]:
-        """Preparation's part of the total, and of `best`."""
-        prepared = sum(self.preparation.values())
-        return prepared / self.total, prepared / self.best
 
-
-def bill(job: Job, layout: Layout, timing: Timing) -> Bill:
-    """The seconds of a run in one layout, given those of its steps."""
+def pruning_bill(job: Job, layout: Layout, timing: Timing) -> Bill:
+    """The seconds of the prune stage in one layout, given those of its steps."""
+    steps = job.steps * timing.step
     parts = {
         "loading the model": loading_seconds(job, layout),
-        "starting, compiling kernels": IMPORT_SECONDS + VARIANTS * COMPILE_SECONDS + TUNING_SECONDS,
+        "starting, compiling kernels": STARTING,
         "importance of units": importance_seconds(job, layout),
         "refit: reading the text": reading_seconds(job, layout),
         "refit: fits while units leave": fitting_seconds(job, layout),
         "measuring structures": MEASURED * BATCHES / 4 * timing.step if is_measured(job.config.gates) else 0.0,
+        f"{job.steps:,} steps": steps,
+        "checkpoints and result": written_seconds(job, checkpoint_bytes(job)),
     }
-    saved = sum(checkpoint_bytes(job).values())
-    return Bill(
-        {name: seconds for name, seconds in parts.items() if seconds},
-        job.steps * timing.step,
-        2 * saved / job.cluster.disk,  # written, and read again for its hash
-        distillation_seconds(job, layout, timing),
-        (job.steps + job.config.distill.steps) * (timing.step - timing.best),
+    return Bill({name: seconds for name, seconds in parts.items() if seconds}, job.steps * (timing.step - timing.best))
+
+
+def distillation_bill(job: Job, layout: Layout, timing: Timing) -> Bill:
+    """The seconds of the distill stage in one layout, given those of its steps."""
+    count = job.config.distill.steps
+    steps = count * timing.step
+    parts = {
+        "loading both models": loading_seconds(job, layout)
+        + job.itemsize * (vocabulary_parameters(job) + small_parameters(job)[1]) / job.cluster.disk,
+        "starting, compiling kernels": STARTING,
+        "fitting layers": blocks_seconds(job, layout),
+        f"{count:,} steps": steps,
+        "checkpoints and result": written_seconds(job, distillation_bytes(job)),
+    }
+    return Bill(parts, count * (timing.step - timing.best))
+
+
+def written_seconds(job: Job, written: dict[str, float]) -> float:
+    """Seconds of what a stage writes, and reads again for its hash."""
+    return 2 * sum(written.values()) / job.cluster.disk
+
+
+def export_seconds(job: Job) -> float:
+    """The base from the disk, folded on a thread of the CPU, and the small model written and read for its hash."""
+    small = vocabulary_parameters(job) + small_parameters(job)[1]
+    return (
+        IMPORT_SECONDS + job.itemsize * (total_parameters(job.spec) + 2 * small) / job.cluster.disk
+        + EXPORT_SECONDS * total_parameters(job.spec)
+    )  # fmt: skip
+
+
+def evaluation_seconds(job: Job) -> float:
+    """Both models from the disk and on one card, which decodes what the report measures, a token at a time.
+
+    Speed: two batch sizes, five repeats and two turns to warm up, of `evaluate.new_tokens`; `evaluate.prompts` are
+    continued by 64 tokens, eight at a time. A token reads the weights once, from host memory where the card does not
+    hold them, and waits for a third of a step's launches. Held-out text is small beside that.
+    """
+    spec, evaluate, card = job.spec, job.config.evaluate, job.cluster.card
+    decoded = 7 * len(evaluate.batch_sizes) * evaluate.new_tokens + math.ceil(evaluate.prompts / 8) * 64
+    seconds = IMPORT_SECONDS
+    for parameters in (total_parameters(spec), vocabulary_parameters(job) + small_parameters(job)[1]):
+        size = job.itemsize * parameters
+        rate = card.bandwidth if size <= USABLE * card.memory else card.host
+        seconds += size / job.cluster.disk + decoded * max(size / rate, launch_seconds(spec) / 3)
+    return seconds
+
+
+def blocks_seconds(job: Job, layout: Layout) -> float:
+    """The fit of the layers (training/blocks.py) on one card, for which the others wait.
+
+    FLOP: 2 a weight of both models for each token of the text, 6 a weight of the small one for each token of a layer's
+    steps. AdamW reads and writes 32 bytes a weight and step; a step launches 2/3 of what a layer of pruning does.
+    A layer comes from host memory and goes back in float32; under ZeRO-3 the teacher's is gathered, and the result is
+    sent to the ranks that own it.
+    """
+    spec, c = job.spec, job.cluster
+    decoder, share = small_parameters(job)[1], 1 - job.config.sparsity.target
+    tokens = min(blocks.TOKENS, job.text)
+    flop = (
+        2 * tokens * (1 + share) * spec.prunable_read
+        + 6 * blocks.STEPS * blocks.STEP_TOKENS * share * spec.prunable_read
     )
+    launches = blocks.STEPS * launch_seconds(spec) * 2 / 3
+    work = max(flop / job.flops + blocks.STEPS * 32 * decoder / c.card.bandwidth, launches)
+    moved = 2 * FP32 * decoder / c.card.host
+    if c.ranks > 1:
+        gathered_once = job.itemsize * spec.prunable if layout.stage == 3 else 0.0
+        moved += gather_seconds(*over_links(gathered_once + FP32 * decoder, c), c)
+    return work + moved
 
 
 def loading_seconds(job: Job, layout: Layout) -> float:
@@ -95,13 +147,6 @@ def loading_seconds(job: Job, layout: Layout) -> float:
     if layout.stage == 3:
         intra, inter = over_links(size, job.cluster)
     return size / job.cluster.disk + size / job.cluster.card.host + gather_seconds(intra, inter, job.cluster)
-
-
-def distillation_seconds(job: Job, layout: Layout, timing: Timing) -> float:
-    """Loading, steps and what is written, read again for its hash: an estimate, which takes a step to be as long as one
-    of pruning and leaves the fit of the layers out."""
-    steps, saved = job.config.distill.steps, sum(distillation_bytes(job).values())
-    return loading_seconds(job, layout) + steps * timing.step + 2 * saved / job.cluster.disk if steps else 0.0
 
 
 def importance_seconds(job: Job, layout: Layout) -> float:

@@ -25,9 +25,13 @@ from nuteprune.runs.snapshot import Snapshot
 GATHERS = {
     "paired": {"layers": 2, "embedding": 1, "head": 1},
     "separate": {"layers": 3, "embedding": 2, "head": 2},
+    "distilling": {"layers": 1, "embedding": 1, "head": 1},
 }
-"""Times a micro-batch gathers each weight. Layers: forward (teacher and student together, or each) and backward. The
-embedding is frozen, the head's gradient is computed in the forward pass (losses/head.py): neither is gathered again."""
+"""Times a micro-batch gathers each weight of the intact model. Layers: forward (teacher and student together, or each)
+and backward; in distillation the teacher has no backward. The embedding is frozen, the head's gradient is computed in
+the forward pass (losses/head.py): neither is gathered again."""
+HEAD_TENSORS = 61
+"""Float32 tensors of a chunk's logits [chunk, V] that the output loss reads or writes: counted in losses/head.py."""
 DISPATCHES, LAUNCHES = 84, 66
 """Of one layer and micro-batch, teacher, student and backward: operations sent through torch's dispatcher, and launches
 of the kernels, as tests/overhead.py counts them with settled gates."""
@@ -49,6 +53,9 @@ ASSUMPTIONS = (
     "measured, 3/7 for each); in brackets the hours where every gather hides; how much does is not known before a run",
     "products reach --mfu of the card's peak, or what its memory delivers of the weights, if that takes longer",
     "backward of a frozen weight is dx only (1x its forward); removed units cost nothing (mean kept share)",
+    f"the output loss moves {HEAD_TENSORS} float32 tensors of the size of its logits; a step of distillation launches "
+    "as many kernels as one of pruning",
+    "export folds on one thread of the CPU; evaluation reads the weights once for each token that it decodes",
 )
 
 
@@ -150,12 +157,18 @@ def timing(job: Job, layout: Layout, kept: tuple[float, float]) -> Timing:
     """Step time from bandwidths and FLOP/s; `kept` as from `mean_kept`."""
     t, c = traffic(job, layout), job.cluster
     return Timing(
-        compute=max(step_flops(job, layout.checkpointing, kept) / c.ranks / job.flops, read_seconds(job, layout, kept)),
+        compute=max(step_flops(job, layout.checkpointing, kept) / c.ranks / job.flops, read_seconds(job, layout, kept))
+        + head_seconds(job),
         gather=gather_seconds(t.intra, t.inter, c),
         launch=passes(job, layout) * launch_seconds(job.spec) * (4 / 3 if layout.checkpointing else 1),
         offload=t.host / c.card.host,
         reduce=gather_seconds(t.reduce_intra, t.reduce_inter, c),
     )
+
+
+def head_seconds(job: Job) -> float:
+    """Time in which a card's memory reads and writes the logits of a step's tokens (`HEAD_TENSORS`)."""
+    return HEAD_TENSORS * FP32 * job.spec.vocab * job.tokens / job.cluster.ranks / job.cluster.card.bandwidth
 
 
 def gather_seconds(intra: float, inter: float, cluster: Cluster) -> float:

@@ -1,8 +1,18 @@
-"""Memory of distillation by part: as `footprint` for pruning, with its units and letters."""
+"""Memory, traffic and time of distillation: as `footprint` and `costs` for pruning, with their units and letters."""
 
 from __future__ import annotations
 
 from nuteprune.parallel.sizes import total_parameters
+from nuteprune.planning.costs import (
+    Timing,
+    Traffic,
+    gather_seconds,
+    head_seconds,
+    launch_seconds,
+    over_links,
+    passes,
+    traffic,
+)
 from nuteprune.planning.footprint import (
     PROCESS_BYTES,
     Memory,
@@ -99,6 +109,49 @@ def distillation_host(job: Job, layout: Layout) -> tuple[dict[str, float], dict[
     if offloaded := offloaded_weights(job, layout):
         host["offloaded weights (pinned)"] = float(offloaded)
     return host | own, alone
+
+
+def distillation_traffic(job: Job, layout: Layout) -> Traffic:
+    """Bytes that a step of distillation moves.
+
+    Of each micro-batch: the intact model's weights once under ZeRO-3, the small model's in the compute type (under
+    ZeRO-3 for backward again), and its gradient in float32 to the ranks that own it, half of an all-reduce.
+    """
+    teacher, (ends, decoder) = traffic(job, layout, "distilling"), small_parameters(job)
+    several, count = job.cluster.ranks > 1, passes(job, layout)
+    student = job.itemsize * (ends + decoder * (2 if layout.stage == 3 else 1)) * count if several else 0.0
+    intra, inter = over_links(student, job.cluster)
+    reduced = over_links(FP32 * decoder * count if several else 0.0, job.cluster)
+    return Traffic(
+        teacher.gathered + student, teacher.base, teacher.intra + intra, teacher.inter + inter, teacher.host, *reduced
+    )
+
+
+def distillation_timing(job: Job, layout: Layout) -> Timing:
+    """Time of a step of distillation.
+
+    FLOP of a token: 2 a weight of the intact model, 6 of the small one (8 with checkpointing), causal attention of
+    both, 6·V·D of the head. The card's memory besides: on one card a copy of the small model in the compute type a
+    micro-batch, and once a step, of each weight that a rank owns, twice its gradient, weight and two moments, read and
+    written.
+    """
+    spec, config, c, count = job.spec, job.config, job.cluster, passes(job, layout)
+    decoder, moved = small_parameters(job)[1], distillation_traffic(job, layout)
+    share = 1.0 if "experts" in config.gates.units else 1 - config.sparsity.target
+    attention, again = spec.layers * 2 * config.data.seq_len * spec.heads * spec.head_dim, int(layout.checkpointing)
+    intact = 2 * spec.prunable_read + attention
+    small = share * ((6 + 2 * again) * spec.prunable_read + (3.5 + again) * attention)
+    compute = job.tokens * (intact + small + 6 * spec.vocab * spec.hidden) / c.ranks / job.flops
+    read = count * job.itemsize * spec.prunable * (1 + share * (2 + again)) / c.card.bandwidth
+    copied = count * (FP32 + job.itemsize) * decoder if c.ranks == 1 and job.itemsize != FP32 else 0.0
+    updated = 2 * (4 * FP32 + 2 * moments(job)) * decoder / c.ranks
+    return Timing(
+        compute=max(compute, read) + head_seconds(job) + (copied + updated) / c.card.bandwidth,
+        gather=gather_seconds(moved.intra, moved.inter, c),
+        launch=count * launch_seconds(spec) * (4 / 3 if again else 1),
+        offload=moved.host / c.card.host,
+        reduce=gather_seconds(moved.reduce_intra, moved.reduce_inter, c),
+    )
 
 
 def small_parameters(job: Job) -> tuple[float, float]:

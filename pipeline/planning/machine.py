@@ -22,7 +22,7 @@ from nuteprune.planning.cards import CARDS, UNNAMED, Card
 from nuteprune.planning.distilling import distillation_memory
 from nuteprune.planning.footprint import PROCESS_BYTES, USABLE, host_memory
 from nuteprune.planning.job import Cluster, Job, Layout
-from nuteprune.planning.planner import Plan, largest_micro_batch, make_plan
+from nuteprune.planning.planner import Plan, make_plan, within
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ GPU_STEPS = 2000
 PRUNING = 120
 """Steps in which a run learns what to remove before its export is distilled, if they are not more than half of all;
 a tenth of all where that is more."""
+DAY = 24 * 3600
+"""Seconds of distillation at most that a run begins by itself."""
 CPU_SHARE = 0.7
 """Share of a processor's free memory that distillation may take; checkpoints and other programs have the rest."""
 
@@ -91,7 +93,7 @@ def card_of(name: str) -> Card:
 
 
 def choose(
-    config: Config, given: Collection[str], machine: Machine, spec: ArchSpec
+    config: Config, given: Collection[str], machine: Machine, spec: ArchSpec, cluster: Cluster | None = None
 ) -> tuple[list[Choice], Plan | None]:
     """Settings for a run on a machine that its user leaves open, and the plan that they follow.
 
@@ -100,6 +102,7 @@ def choose(
         given: keys of those that the user set (`given_keys`).
         machine: where the run goes.
         spec: its model.
+        cluster: of the plan, instead of this machine, whose free host memory does not count then.
 
     Raises:
         UserError: as `make_plan`.
@@ -138,35 +141,41 @@ def choose(
         lacking = f"needs {wanted / 1e9:.1f} GB of memory, {free / 1e9:.1f} may be taken" if wanted >= free else ""
         take_steps(CPU_STEPS, "a run of minutes to hours on a CPU", lacking)
         return choices, None
-    batch, cluster = config.train.batch_size, Cluster(1, machine.ranks, machine.card)
-    take("train.batch_size", -(-batch // machine.ranks) * machine.ranks, "a multiple of the ranks")
+    batch, free = config.train.batch_size, math.inf if cluster else free_memory()
+    cluster = cluster or Cluster(1, machine.ranks, machine.card)
+    take("train.batch_size", -(-batch // cluster.ranks) * cluster.ranks, "a multiple of the ranks")
 
     def planned(*steps: str) -> Plan:
         return make_plan(Job(spec, load_config(chosen(), steps), cluster))
 
     plan, lacking = planned(*[f"train.steps={GPU_STEPS}"] * free_steps), ""
+    usable = USABLE * machine.card.memory
     if may_distil:
         first = pruning_steps(GPU_STEPS)
         both = planned(f"train.steps={first}", f"distill.steps={GPU_STEPS - first}")
-        best, host, free = both.chosen, both.chosen.distilling.node(machine.ranks), free_memory()
-        if not best.fits or best.layout.offload != plan.chosen.layout.offload:
-            least = min(each.distilling.peak for each in both.tried if not each.layout.offload)
-            usable = USABLE * machine.card.memory
+        stage = both.stages[1]
+        best, host = stage.chosen, stage.chosen.memory.node(cluster.gpus_per_node)
+        if not best.fits or best.bill.total > DAY:
+            least = min(each.peak for each in stage.tried if not each.layout.offload)
             lacking = f"needs {least / 1e9:.0f} GB a card, {usable / 1e9:.0f} may be taken"
+            if best.fits:
+                lacking += f"; with offloaded weights it would take {best.bill.total / 3600:.0f} hours"
         elif host >= free:
             lacking = f"needs {host / 1e9:.0f} GB of host memory, {free / 1e9:.0f} are free"
         else:
             plan = both
-    layout, why = plan.chosen.layout, f"planned: {plan.chosen.peak / 1e9:.1f} GB of {machine.card.memory / 1e9:.0f}"
-    take("train.micro_batch", layout.micro_batch, why)
-    take("train.activation_checkpointing", layout.checkpointing, why)
-    if layout.stage:
-        name = "zero3_offload" if layout.offload else f"zero{layout.stage}"
-        take(
-            "deepspeed", name, f"{why}; {'the weights are shared out' if layout.stage == 3 else 'each card holds them'}"
-        )
+    for key, stage in zip(("deepspeed", "distill.deepspeed"), plan.stages, strict=False):
+        why = f"planned: {stage.chosen.peak / 1e9:.1f} GB of {machine.card.memory / 1e9:.0f}; "
+        why += "the weights are shared out" if stage.chosen.layout.stage == 3 else "each card holds them"
+        if (name := zero_name(stage.chosen.layout)) != (zero_name(plan.pruning.layout) if key != "deepspeed" else ""):
+            take(key, name, why)
     take_steps(GPU_STEPS, "the README's budget of a 7B model", lacking)
     return choices, plan
+
+
+def zero_name(layout: Layout) -> str:
+    """The name of a layout's DeepSpeed settings; empty without."""
+    return f"zero{layout.stage}{'_offload' if layout.offload else ''}" if layout.stage else ""
 
 
 def pruning_steps(steps: int) -> int:
@@ -175,9 +184,10 @@ def pruning_steps(steps: int) -> int:
 
 
 def with_micro_batch(
-    config: Config, spec: ArchSpec, world: World, zero: dict | None, steps: int, distilling: bool = False
+    config: Config, spec: ArchSpec, world: World, zero: dict | None, steps: int, stage: str = "prune"
 ) -> Config:
-    """The run with `train.micro_batch` as planned for the memory that is free, where it is 0; collective.
+    """The run with micro-batch and activation checkpointing as planned for the memory that is free, where
+    `train.micro_batch` is 0; collective.
 
     Args:
         config: the run.
@@ -185,22 +195,25 @@ def with_micro_batch(
         world: this rank's place.
         zero: complete DeepSpeed settings, or None.
         steps: of the run.
-        distilling: whether it is distillation; its models are not loaded yet.
+        stage: "distill", whose models are not loaded yet, or any other, which is planned as pruning is.
     """
     if config.train.micro_batch:
         return config
-    job = Job(spec, replace(config, train=replace(config.train, steps=steps)), cluster_of(world))
-    layout = layout_of(zero, config.train.activation_checkpointing)
+    cluster = cluster_of(world)
+    job = Job(spec, replace(config, train=replace(config.train, steps=steps)), cluster)
+    layout, card = layout_of(zero, config.train.activation_checkpointing), cluster.card
     if world.device.type == "cuda":
-        free = float(torch.cuda.mem_get_info(world.device)[0])
+        free, card = float(torch.cuda.mem_get_info(world.device)[0]), card_of(torch.cuda.get_device_name(world.device))
     else:  # shared with a machine's other ranks, and with what a card's rank keeps on the host; the process is there
-        beside = 0 if distilling else sum(host_memory(job, layout).values()) - PROCESS_BYTES
+        beside = 0 if stage == "distill" else sum(host_memory(job, layout).values()) - PROCESS_BYTES
         free = free_memory() / world.local_size - beside
     free = max(0.0, min(world.gather(free)))
-    size = largest_micro_batch(job, layout, free, distilling)
-    if size < job.local_batch:
-        log.info("%d of %d sequences at a time, as planned for %.1f GB", size, job.local_batch, free / 1e9)
-    return replace(config, train=replace(config.train, micro_batch=size))
+    layout = within(stage, replace(job, cluster=replace(cluster, card=replace(card, memory=free))), layout)
+    size, again = layout.micro_batch, layout.checkpointing
+    if size < job.local_batch or again > config.train.activation_checkpointing:
+        more = ", each layer computed again" if again > config.train.activation_checkpointing else ""
+        log.info("%d of %d sequences at a time%s, as planned for %.1f GB", size, job.local_batch, more, free / 1e9)
+    return replace(config, train=replace(config.train, micro_batch=size, activation_checkpointing=again))
 
 
 def cluster_of(world: World) -> Cluster:

@@ -59,7 +59,7 @@ MODELS = {
                               "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
                               "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000},
 }  # fmt: skip
-"""Sizes of public models, by the name `--model` takes: enough of their config.json to plan without it, in bfloat16."""
+"""Sizes of public models, by the name `nuteprune plan` takes: enough of their config.json to plan, in bfloat16."""
 HUB = {
     "huggyllama/llama-7b": "llama-7b",
     "huggyllama/llama-13b": "llama-13b",
@@ -104,14 +104,14 @@ def read_model(model: str) -> tuple[object, ArchSpec]:
     """
     if not model:
         known = ", ".join(MODELS)
-        raise UserError(f"--model or model.path is missing: a directory, a config.json, a hub id or one of {known}")
+        raise UserError(f"name a model: a directory, a config.json, a hub id or one of {known}")
     path = Path(model)
     name = model.lower() if path.exists() else HUB.get(model, model.lower())
     if name in MODELS:
         config = named_config(name)
         return config, read_spec(config)
     if not path.exists() and (path.suffix == ".json" or model.startswith((".", "/", "~")) or len(path.parts) > 2):
-        raise UserError(f"--model {model}: there is no such file or directory")
+        raise UserError(f"model.path: {model}: there is no such file or directory")
     try:
         return read_config(model)
     except UserError as error:

@@ -1,49 +1,68 @@
-"""Chooses how a run is laid out on a cluster so that it fits, and writes the settings for it."""
+"""Chooses how each stage of a run is laid out on a cluster so that it fits, and writes the settings for it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from nuteprune.config import Config, beyond_recipe
+from nuteprune.config import beyond_recipe
 from nuteprune.masks import check_target
-from nuteprune.planning.bill import Bill, bill, distillation_state
+from nuteprune.planning.bill import (
+    Bill,
+    checkpoint_bytes,
+    distillation_bill,
+    distillation_bytes,
+    distillation_state,
+    evaluation_seconds,
+    export_seconds,
+    pruning_bill,
+)
 from nuteprune.planning.costs import Timing, Traffic, mean_kept, timing, traffic
-from nuteprune.planning.distilling import distillation_memory
+from nuteprune.planning.distilling import distillation_memory, distillation_timing, distillation_traffic
 from nuteprune.planning.footprint import USABLE, Memory, memory
-from nuteprune.planning.job import Cluster, Job, Layout
-from nuteprune.planning.models import named_spec
+from nuteprune.planning.job import Job, Layout
 
 ALIKE = 1.02
-"""Layouts whose runs take this much longer than the fastest one's at most count as equally fast."""
+"""Layouts in which a stage takes this much longer than in the fastest one at most count as equally fast."""
 LIMIT, HOST_LIMIT = 1.5, 1.25
 """What a job asks for, over the planned hours and host memory."""
 SIGNAL = 300
 """Seconds before a job's time limit at which it is told to save, at least."""
-TABLE = ("llama-3.2-1b", "llama-3.1-8b", "llama-13b", "qwen3-32b", "llama-3.1-70b", "qwen3-30b-a3b")
-TARGETS = (0.2, 0.5)
-"""Models and sparsities of the table."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A layout with its figures.
-
-    Attributes:
-        memory, distilling: of a rank while it prunes, and while the export is distilled.
-        peak: bytes on a card at the fullest moment of pruning and, where the run has it, of distillation.
-        fits: that is usable memory.
-    """
+    """A stage in one layout: memory of a rank, traffic and time of a step, seconds of the stage; whether it fits."""
 
     layout: Layout
     memory: Memory
-    distilling: Memory
     traffic: Traffic
     timing: Timing
     bill: Bill
-    peak: float
     fits: bool
+
+    @property
+    def peak(self) -> float:
+        """Bytes on a card at the fullest moment."""
+        return self.memory.peak
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage of training.
+
+    Attributes:
+        name: "prune" or "distill".
+        steps: how many it takes.
+        tried: all layouts, the fastest first.
+        chosen: the one to take; where none fits, the smallest.
+    """
+
+    name: str
+    steps: int
+    tried: list[Estimate]
+    chosen: Estimate
 
 
 @dataclass(frozen=True)
@@ -52,41 +71,74 @@ class Plan:
 
     Attributes:
         job: the run.
-        kept: mean kept share of student and teacher.
-        tried: all layouts, the fastest first.
-        chosen: the one to take; where none fits, the smallest.
+        kept: mean kept share of student and teacher while it prunes.
+        stages: those that all ranks run, in their order.
+        beside: seconds of the others, by name, and of waiting for them.
     """
 
     job: Job
     kept: tuple[float, float]
-    tried: list[Estimate]
-    chosen: Estimate
+    stages: list[StagePlan]
+    beside: dict[str, float]
+
+    @property
+    def pruning(self) -> Estimate:
+        """What was chosen to prune."""
+        return self.stages[0].chosen
+
+    @property
+    def distilling(self) -> Estimate | None:
+        """What was chosen to distil the export, where the run does."""
+        return self.stages[1].chosen if len(self.stages) > 1 else None
+
+    @property
+    def fits(self) -> bool:
+        return all(stage.chosen.fits for stage in self.stages)
+
+    @property
+    def peak(self) -> float:
+        """Bytes on a card at the fullest moment of the run."""
+        return max(stage.chosen.peak for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, if no gather of weights hides behind compute."""
+        return sum(stage.chosen.bill.total for stage in self.stages) + sum(self.beside.values())
+
+    @property
+    def best(self) -> float:
+        """The same, if every gather does."""
+        return self.seconds - sum(stage.chosen.bill.hidden for stage in self.stages)
 
     @property
     def hours(self) -> float:
-        """Wall-clock hours of the run, if no gather of weights hides behind compute."""
-        return self.chosen.bill.total / 3600
+        return self.seconds / 3600
 
     @property
     def gpu_hours(self) -> float:
+        """All cards are there in every stage."""
         return self.hours * self.job.cluster.ranks
 
     @property
     def node_memory(self) -> float:
-        """Bytes of host memory of the first node, in that of pruning and distillation which takes more."""
-        stages = [self.chosen.memory] + [self.chosen.distilling] * bool(self.job.config.distill.steps)
-        return max(stage.node(self.job.cluster.gpus_per_node) for stage in stages)
+        """Bytes of host memory of the first node, in the stage that takes most."""
+        return max(stage.chosen.memory.node(self.job.cluster.gpus_per_node) for stage in self.stages)
+
+    @property
+    def written(self) -> dict[str, float]:
+        """Bytes that the run writes, by part; all of it stays on the disk but older states."""
+        return checkpoint_bytes(self.job) | distillation_bytes(self.job)
 
     @property
     def limits(self) -> dict[str, int]:
-        """What a job of pruning or distillation asks for.
+        """What a job of one of the stages asks for.
 
         `hours`, `gigabytes` of a node's host memory, and how many `signal_seconds` before the hours end a step and a
         checkpoint, which is written and read again for its hash, have to begin.
         """
-        longest = max(self.chosen.bill.pruning, self.chosen.bill.distillation)
-        state = distillation_state(self.job) if self.job.config.distill.steps else 0.0
-        saving = 2 * state / self.job.cluster.disk + self.chosen.timing.step
+        longest = max(stage.chosen.bill.total for stage in self.stages)
+        state = distillation_state(self.job) if self.distilling else 0.0
+        saving = 2 * state / self.job.cluster.disk + max(stage.chosen.timing.step for stage in self.stages)
         return {
             "hours": math.ceil(LIMIT * longest / 3600),
             "gigabytes": math.ceil(HOST_LIMIT * self.node_memory / 1e9),
@@ -101,7 +153,7 @@ def make_plan(job: Job, zero: str = "auto") -> Plan:
 
 
 def lay_out(job: Job, zero: str = "auto") -> Plan:
-    """The layout of a run: of those that fit and are about the fastest (`ALIKE`), the one that takes least memory.
+    """The layout of each stage: of those that fit and are about the fastest (`ALIKE`), the one that takes least memory.
 
     Weights are partitioned only where that is faster, and offloaded only where nothing fits without.
 
@@ -113,22 +165,30 @@ def lay_out(job: Job, zero: str = "auto") -> Plan:
         UserError: the ranks do not divide the batch, or the steps cannot be counted.
     """
     kept = mean_kept(job)
-    options = sorted((estimate(job, layout, kept) for layout in candidates(job, zero)), key=lambda o: o.bill.total)
+    wanted = {"prune": job.steps} | ({"distill": job.config.distill.steps} if job.config.distill.steps else {})
+    stages = []
+    for name, steps in wanted.items():
+        tried = sorted((estimate(name, job, each, kept) for each in candidates(job, zero)), key=lambda o: o.bill.total)
+        stages.append(StagePlan(name, steps, tried, best_of(tried)))
+    return Plan(job, kept, stages, {"export": export_seconds(job), "evaluate": evaluation_seconds(job)})
+
+
+def best_of(tried: Iterable[Estimate]) -> Estimate:
+    """Of layouts that fit and are about the fastest the one that takes least memory; of none that fit the smallest."""
+    options = sorted(tried, key=lambda option: option.bill.total)
     fitting = [option for option in options if option.fits]
     fitting = [option for option in fitting if not option.layout.offload] or fitting
     fast = [option for option in fitting if option.bill.total <= ALIKE * fitting[0].bill.total]
-    chosen = min(fast, key=lambda o: (o.layout.stage, o.peak), default=min(options, key=lambda o: o.peak))
-    return Plan(job, kept, options, chosen)
+    return min(
+        fast, key=lambda o: (o.layout.stage, o.peak), default=min(options, key=lambda o: (o.peak, o.layout.micro_batch))
+    )
 
 
 def candidates(job: Job, zero: str) -> Iterator[Layout]:
     """All layouts: the whole batch of a rank and its halves or the configured micro-batch, with and without activation
     checkpointing; under ZeRO-3 also offloaded or, on several nodes, with hpZ."""
     cluster, local = job.cluster, job.local_batch
-    sizes = [local]
-    while sizes[-1] > 1:
-        sizes.append(-(-sizes[-1] // 2))
-    for micro_batch in sorted({*sizes, min(job.config.train.micro_batch or local, local)}):
+    for micro_batch in sorted({*halves(local), min(job.config.train.micro_batch or local, local)}):
         for checkpointing in (False, True):
             if zero != "3":
                 yield Layout(0 if zero == "auto" and cluster.ranks == 1 else 2, micro_batch, checkpointing)
@@ -141,40 +201,49 @@ def candidates(job: Job, zero: str) -> Iterator[Layout]:
                 yield Layout(3, micro_batch, checkpointing, hpz=True)
 
 
-def estimate(job: Job, layout: Layout, kept: tuple[float, float]) -> Estimate:
-    """All figures of one layout."""
-    need, distilling, step = memory(job, layout), distillation_memory(job, layout), timing(job, layout, kept)
-    peak = max(need.peak, distilling.peak if job.config.distill.steps else 0.0)
-    fits = peak <= USABLE * job.cluster.card.memory
-    return Estimate(layout, need, distilling, traffic(job, layout), step, bill(job, layout, step), peak, fits)
+def within(stage: str, job: Job, layout: Layout) -> Layout:
+    """A layout with that micro-batch and activation checkpointing (if it has none) which `best_of` takes."""
+    kept, again = mean_kept(job), (True,) if layout.checkpointing else (False, True)
+    tried = [replace(layout, micro_batch=size, checkpointing=on) for size in halves(job.local_batch) for on in again]
+    return best_of(estimate(stage, job, each, kept) for each in tried).layout
 
 
-def largest_micro_batch(job: Job, layout: Layout, room: float, distilling: bool = False) -> int:
-    """The largest of a rank's batch and its halves with which a layout fits into `room` bytes; 1 where none does.
-
-    `distilling`: the export, instead of pruning.
-    """
-    need, size = distillation_memory if distilling else memory, job.local_batch
-    while size > 1 and need(job, replace(layout, micro_batch=size)).peak > USABLE * room:
-        size = -(-size // 2)
-    return size
+def halves(size: int) -> list[int]:
+    """A number of sequences and its halves, rounded up, down to 1."""
+    return [size] if size <= 1 else [size, *halves(-(-size // 2))]
 
 
-def run_settings(plan: Plan, deepspeed: str = "") -> dict:
-    """The run's YAML as a nested dict: what differs from its recipe, with the chosen layout filled in.
+def estimate(stage: str, job: Job, layout: Layout, kept: tuple[float, float]) -> Estimate:
+    """All figures of a stage ("prune" or "distill") in one layout."""
+    if stage == "distill":
+        need, moved = distillation_memory(job, layout), distillation_traffic(job, layout)
+        step = distillation_timing(job, layout)
+        bill = distillation_bill(job, layout, step)
+    else:
+        need, moved, step = memory(job, layout), traffic(job, layout), timing(job, layout, kept)
+        bill = pruning_bill(job, layout, step)
+    return Estimate(layout, need, moved, step, bill, need.peak <= USABLE * job.cluster.card.memory)
+
+
+def run_settings(plan: Plan, files: dict[str, str]) -> dict:
+    """The run's YAML as a nested dict: what differs from its recipe, with the DeepSpeed files of the chosen layouts.
+
+    Micro-batch and activation checkpointing stay open: each stage chooses them as the planner does, for the memory that
+    is free when it starts.
 
     Args:
         plan: the plan.
-        deepspeed: path of the DeepSpeed file, for a layout that has one.
+        files: paths of the DeepSpeed files by stage, of those whose layout has one.
     """
-    layout, config = plan.chosen.layout, plan.job.config
-    train = replace(config.train, micro_batch=layout.micro_batch, activation_checkpointing=layout.checkpointing)
-    return beyond_recipe(replace(config, train=train, deepspeed=deepspeed if layout.stage else ""))
+    config = plan.job.config
+    train = replace(config.train, micro_batch=0, activation_checkpointing=False)
+    pruning, distilling = (files.get(stage, "") for stage in ("prune", "distill"))
+    distill = replace(config.distill, deepspeed="" if distilling == pruning else distilling)
+    return beyond_recipe(replace(config, train=train, deepspeed=pruning, distill=distill))
 
 
-def deepspeed_settings(plan: Plan) -> dict:
-    """The DeepSpeed configuration of the chosen layout: what a run does not fill in itself (zero.py)."""
-    layout = plan.chosen.layout
+def deepspeed_settings(layout: Layout) -> dict:
+    """The DeepSpeed configuration of a layout: what a run does not fill in itself (zero.py)."""
     zero: dict = {"stage": layout.stage}
     if layout.stage == 3:
         zero["overlap_comm"] = True
@@ -183,26 +252,3 @@ def deepspeed_settings(plan: Plan) -> dict:
     if layout.hpz:
         zero["zero_hpz_partition_size"] = "auto"  # fine-tuning may get other nodes
     return {"zero_optimization": zero}
-
-
-def table(base: Config, cluster: Cluster, tokens_per_document: float, zero: str = "auto") -> list[list[Plan]]:
-    """Plans of `TABLE` on one card, a node and two nodes in bfloat16, each at `TARGETS`; the batch is rounded up to a
-    multiple of the ranks.
-
-    Mixtures of experts in the uniform shape with LoRA on what can have it, as they are pruned.
-    """
-    rows = []
-    for name in TABLE:
-        spec, gates = named_spec(name), base.gates
-        if spec.experts > 1:
-            gates = replace(gates, shape="uniform", units=["kv_groups", "experts", "ffn"])
-        lora = replace(base.lora, targets=[target for target in base.lora.targets if target in spec.lora_targets])
-        model = replace(base.model, path=name, dtype="bfloat16")
-        check_target(spec, gates, max(TARGETS), lora.targets)
-        for nodes, cards in ((1, 1), (1, cluster.gpus_per_node), (2, cluster.gpus_per_node)):
-            machines, ranks = replace(cluster, nodes=nodes, gpus_per_node=cards), nodes * cards
-            train = replace(base.train, batch_size=-(-base.train.batch_size // ranks) * ranks)
-            config = replace(base, model=model, train=train, gates=gates, lora=lora)
-            configs = [replace(config, sparsity=replace(config.sparsity, target=target)) for target in TARGETS]
-            rows.append([lay_out(Job(spec, each, machines, tokens_per_document), zero) for each in configs])
-    return rows

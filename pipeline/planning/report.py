@@ -1,44 +1,139 @@
-"""A plan in words, as a row of a table and as plain data."""
+"""A plan in words and as plain data."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 
+from nuteprune.errors import UserError
 from nuteprune.parallel.sizes import read_parameters, total_parameters
-from nuteprune.planning.bill import checkpoint_bytes, distillation_bytes
 from nuteprune.planning.costs import ASSUMPTIONS, passes, traffic
-from nuteprune.planning.footprint import USABLE, Memory
+from nuteprune.planning.footprint import USABLE
 from nuteprune.planning.job import Job, Layout
-from nuteprune.planning.planner import (
-    TARGETS,
-    Estimate,
-    Plan,
-    deepspeed_settings,
-    run_settings,
-)
+from nuteprune.planning.planner import Estimate, Plan, StagePlan, deepspeed_settings, lay_out, run_settings
 
 GB = 1e9
 
 
-def figures_of(plan: Plan) -> list[str]:
-    """The paragraphs of a plan."""
-    job, chosen = plan.job, plan.chosen
-    return [headline(plan), bill_text(plan), memory_text(job, chosen), traffic_text(job, chosen), time_text(plan)]
-
-
-def plan_text(plan: Plan, files: dict[str, str]) -> str:
-    """The whole plan, as printed."""
-    blocks = [
-        *figures_of(plan),
-        choice_text(plan),
-        "\n".join(f"--- {name} ---\n{text.rstrip()}" for name, text in files.items()),
-        "assumptions\n" + "\n".join(f"  - {line}" for line in ASSUMPTIONS),
-    ]
+def plan_text(plan: Plan, files: dict[str, str], verbose: bool, left_out: list[str]) -> str:
+    """What `nuteprune plan` prints: a verdict, a line for each stage and for those that are left out, what would be
+    cheaper, the files; with `verbose` all figures."""
+    blocks = [verdict(plan), "\n".join([stages_text(plan), *left_out]), "\n".join(advice(plan))]
+    if verbose:
+        blocks += [*figures_of(plan), *(choice_text(plan.job, stage) for stage in plan.stages)]
+    blocks += ["\n".join(f"--- {name} ---\n{text.rstrip()}" for name, text in files.items())]
+    if verbose:
+        blocks += ["assumptions\n" + "\n".join(f"  - {line}" for line in ASSUMPTIONS)]
     return "\n\n".join(blocks)
 
 
+def figures_of(plan: Plan) -> list[str]:
+    """The paragraphs of all figures of a plan's chosen layouts."""
+    blocks = [headline(plan), bill_text(plan)]
+    for stage in plan.stages:
+        found = stage.chosen
+        parts = (memory_text(plan.job, found), traffic_text(plan.job, stage), time_text(plan, stage))
+        blocks += [f"{stage.name}: {part}" for part in parts]
+    written = [f"  {size / GB:9.3f}  {name}" for name, size in plan.written.items()]
+    total = sum(plan.written.values())
+    return [*blocks, "\n".join([f"written to the disk over the run: {total / GB:.2f} GB", *written])]
+
+
+def verdict(plan: Plan) -> str:
+    """The answer in one line."""
+    cluster, usable = plan.job.cluster, USABLE * plan.job.cluster.card.memory
+    costs = f"{hours(plan.seconds)} on {cluster.ranks} {cluster.card.name}, {plan.gpu_hours:,.1f} GPU-hours"
+    sizes = (
+        f"{plan.peak / GB:.0f} GB a GPU, {plan.node_memory / GB:,.0f} GB of host memory, "
+        f"{sum(plan.written.values()) / GB:,.0f} GB of disk"
+    )
+    if plan.fits:
+        return f"fits: {costs}, {sizes}; arithmetic, never measured on a card"
+    lacking = " and ".join(f"{stage.name} needs {stage.chosen.peak / GB:.0f} GB a GPU" for stage in plan.stages
+                           if not stage.chosen.fits)  # fmt: skip
+    return f"does not fit: {lacking}, {usable / GB:.0f} of {cluster.card.memory / GB:.0f} may be taken"
+
+
+def hours(seconds: float) -> str:
+    """A duration in seconds below two minutes, in minutes below two hours, in hours above."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+
+
+def stages_text(plan: Plan) -> str:
+    """A line for each stage: its steps, layout, memory of a card and time."""
+    lines = []
+    for stage in plan.stages:
+        found = stage.chosen
+        fits = "" if found.fits else "  ** DOES NOT FIT **"
+        lines.append(
+            f"{stage.name:9}{stage.steps:,} steps, {found.timing.step:.2f} s each, {found.peak / GB:.0f} GB a GPU, "
+            f"{hours(found.bill.total)}: {layout_text(plan.job, found.layout)}{fits}"
+        )
+    lines += [f"{name:9}{hours(seconds)}" for name, seconds in plan.beside.items()]
+    if sum(stage.chosen.bill.hidden for stage in plan.stages):
+        lines.append(f"all of it: {hours(plan.best)} where every gather of weights hides behind compute")
+    return "\n".join(lines)
+
+
+def advice(plan: Plan) -> list[str]:
+    """By the same arithmetic: what half and twice the cards, and the same tokens in larger batches, take."""
+    job, lines, offloaded = plan.job, [], any(stage.chosen.layout.offload for stage in plan.stages)
+    for name, other in (*others(plan.job), *batches(plan)):
+        try:
+            found = lay_out(other)
+        except UserError:  # such a batch or count of steps cannot be
+            continue
+        if not found.fits:
+            continue
+        cheaper = found.gpu_hours < 0.95 * plan.gpu_hours or found.seconds < 0.8 * plan.seconds or not plan.fits
+        if cheaper:
+            lines.append(
+                f"  {name}: {hours(found.seconds)}, {found.gpu_hours:,.1f} GPU-hours, {found.peak / GB:.0f} GB a GPU"
+            )
+        elif other.cluster.ranks > job.cluster.ranks:
+            lines.append(f"  {name} do not help: {hours(found.seconds)}")
+    if not plan.fits:
+        lines.append("  shorter sequences (data.seq_len) or GPUs with more memory")
+    if offloaded:
+        lines.append(
+            "  offloaded weights cross the link to host memory in each pass: enough cards to hold them are faster"
+        )
+    return ["what would be cheaper" if plan.fits else "what would fit", *(lines or ["  nothing that was tried"])]
+
+
+def others(job: Job) -> Iterator[tuple[str, Job]]:
+    """The run on half and on twice the cards, its batch a multiple of them."""
+    cluster = job.cluster
+    sizes = []
+    if cluster.nodes > 1:
+        sizes.append(replace(cluster, nodes=-(-cluster.nodes // 2)))
+    elif cluster.gpus_per_node > 1:
+        sizes.append(replace(cluster, gpus_per_node=-(-cluster.gpus_per_node // 2)))
+    if cluster.gpus_per_node >= 8:
+        sizes.append(replace(cluster, nodes=2 * cluster.nodes))
+    else:
+        sizes.append(replace(cluster, gpus_per_node=2 * cluster.gpus_per_node))
+    for each in sizes:
+        batch = -(-job.config.train.batch_size // each.ranks) * each.ranks
+        train = replace(job.config.train, batch_size=batch)
+        yield f"{each.ranks} cards", replace(job, cluster=each, config=replace(job.config, train=train))
+
+
+def batches(plan: Plan) -> Iterator[tuple[str, Job]]:
+    """The same tokens in four times the batch, where steps are short enough to be bound by launches and gathers."""
+    job, config = plan.job, plan.job.config
+    if config.train.steps < 40:
+        return
+    train = replace(config.train, batch_size=4 * config.train.batch_size, steps=config.train.steps // 4)
+    distill = replace(config.distill, steps=config.distill.steps // 4)
+    wider = replace(config, train=train, distill=distill)
+    yield f"batches of {train.batch_size} and a quarter of the steps (the same tokens)", replace(job, config=wider)
+
+
 def headline(plan: Plan) -> str:
-    """Model, cluster, batch and layout in four lines."""
+    """Model, cluster and batch in three lines."""
     spec, cluster, config, count = plan.job.spec, plan.job.cluster, plan.job.config, total_parameters(plan.job.spec)
     experts = f" in {spec.top_k} of {spec.experts} experts" if spec.experts > 1 else ""
     experts += f" ({read_parameters(spec):,} parameters read for a token)" if experts else ""
@@ -48,9 +143,7 @@ def headline(plan: Plan) -> str:
         f"{experts}, vocabulary {spec.vocab}{' tied' if spec.tied else ''})\n"
         f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.card.memory / GB:.1f} GB, {cluster.card.name}\n"
         f"batch {config.train.batch_size} x {config.data.seq_len} tokens, {plan.job.local_batch} sequences a rank; "
-        f"target {config.sparsity.target:.0%}\n"
-        f"layout: {layout_text(plan.job, plan.chosen.layout)}"
-        f"{'' if plan.chosen.fits else '  ** DOES NOT FIT **'}"
+        f"target {config.sparsity.target:.0%}"
     )
 
 
@@ -63,20 +156,9 @@ def layout_text(job: Job, layout: Layout) -> str:
 
 
 def memory_text(job: Job, chosen: Estimate) -> str:
-    """Memory of a rank by part, in GB, and what a run writes."""
-    asked = "" if job.config.distill.steps else " (distill.steps=0: not part of this run)"
-    lines = stage_lines("memory of one rank", job, chosen.memory)
-    lines += stage_lines(f"while the export is distilled{asked}", job, chosen.distilling)
-    written = checkpoint_bytes(job) | distillation_bytes(job)
-    lines.append(f"written to the disk over the run: {sum(written.values()) / GB:.2f} GB")
-    lines += [f"  {size / GB:9.3f}  {name}" for name, size in written.items()]
-    return "\n".join(lines)
-
-
-def stage_lines(name: str, job: Job, need: Memory) -> list[str]:
-    """Memory of a rank in one stage by part."""
-    usable = USABLE * job.cluster.card.memory / GB
-    lines = [f"{name}: {need.peak / GB:.2f} GB of {usable:.2f} GB usable"]
+    """Memory of a rank in one stage by part, in GB."""
+    need, usable = chosen.memory, USABLE * job.cluster.card.memory / GB
+    lines = [f"memory of one rank: {need.peak / GB:.2f} GB of {usable:.2f} GB usable"]
     groups = {"all the time": need.resident} | {f"while {phase}": parts for phase, parts in need.phases.items()}
     for title, parts in groups.items():
         fullest = title in ("all the time", f"while {need.fullest}")
@@ -85,14 +167,17 @@ def stage_lines(name: str, job: Job, need: Memory) -> list[str]:
     host, node = sum(need.host.values()), need.node(job.cluster.gpus_per_node)
     lines.append(f"  host memory: {host / GB:.2f} GB a rank, {node / GB:.2f} GB the first node")
     lines += [f"    {size / GB:9.3f}  {part}" for part, size in need.host.items()]
-    return lines + [f"    {size / GB:9.3f}  {part} (rank 0 alone)" for part, size in need.first.items()]
+    lines += [f"    {size / GB:9.3f}  {part} (rank 0 alone)" for part, size in need.first.items()]
+    return "\n".join(lines)
 
 
-def traffic_text(job: Job, chosen: Estimate) -> str:
+def traffic_text(job: Job, stage: StagePlan) -> str:
     """Bytes of a step over each link."""
-    moved = chosen.traffic
+    chosen, moved = stage.chosen, stage.chosen.traffic
     lines = [f"traffic of one step ({passes(job, chosen.layout)} micro-batches a rank)"]
-    if moved.gathered:
+    if moved.gathered and stage.name == "distill":
+        lines.append(f"  weights gathered: {moved.gathered / GB:.1f} GB, the intact model's and the small one's")
+    elif moved.gathered:
         separate = traffic(job, chosen.layout, "separate")
         lines.append(
             f"  weights gathered: paired {moved.ratio:.2f} x base bytes ({moved.gathered / GB:.1f} GB); "
@@ -104,123 +189,87 @@ def traffic_text(job: Job, chosen: Estimate) -> str:
         f"  received by a GPU: {moved.intra / GB:.2f} GB inside the node, {moved.inter / GB:.2f} GB by its NIC"
     )
     inside, outside = moved.reduce_intra / GB, moved.reduce_inter / GB
-    lines.append(f"  LoRA and gates: {inside:.3f} GB inside the node, {outside:.3f} GB by its NIC")
+    lines.append(f"  what learns: {inside:.3f} GB inside the node, {outside:.3f} GB by its NIC")
     if moved.host:
         lines.append(f"  read from host memory by a GPU: {moved.host / GB:.2f} GB")
     return "\n".join(lines)
 
 
 def bill_text(plan: Plan) -> str:
-    """Hours of the run, and what they are made of."""
-    config, bill = plan.job.config, plan.chosen.bill
-    source = "train.steps" if config.train.steps else (
-        f"{config.train.epochs:g} epochs of {config.data.documents:,} documents at an assumed length"
+    """What the run's time is made of."""
+    config, job = plan.job.config, plan.job
+    counted = "" if config.train.steps else (
+        f" ({config.train.epochs:g} epochs of {config.data.documents:,} documents at an assumed length)"
     )  # fmt: skip
-    share, other = bill.shares
-    lines = [f"run: {plan.hours:.2f} hours, {plan.gpu_hours:,.1f} GPU-hours; {share:.1%} of it preparation"]
-    if bill.hidden:
-        hours = bill.best / 3600
-        lines.append(f"  {hours:.2f} hours, {other:.1%} of it, where every gather of weights hides behind compute")
-    lines += [
-        f"  {bill.steps:9,.0f} s  {plan.job.steps:,} steps ({source})",
-        f"  {bill.checkpoints:9,.0f} s  checkpoints",
-    ]
-    if steps := config.distill.steps:
-        lines.append(f"  {bill.distillation:9,.0f} s  distillation: {steps:,} steps, taken to be as long as pruning's, "
-                     "loading and checkpoints")  # fmt: skip
-    return "\n".join([*lines, *(f"  {seconds:9,.0f} s  {name}" for name, seconds in bill.preparation.items())])
+    lines = [f"run: {job.steps:,} steps of pruning{counted}; {plan.hours:.2f} hours, {plan.gpu_hours:,.1f} GPU-hours"]
+    for stage in plan.stages:
+        lines.append(f"  {stage.name}")
+        lines += [f"    {seconds:9,.0f} s  {name}" for name, seconds in stage.chosen.bill.parts.items()]
+    return "\n".join([*lines, *(f"  {seconds:11,.0f} s  {name}" for name, seconds in plan.beside.items())])
 
 
-def time_text(plan: Plan) -> str:
+def time_text(plan: Plan, stage: StagePlan) -> str:
     """Time of one step."""
-    t = plan.chosen.timing
+    t = stage.chosen.timing
     student, teacher = plan.kept
     best = f" ({t.best:.3f} s where every gather of weights hides behind compute)" if t.best < t.step else ""
+    kept = f" (kept on average: student {student:.1%}, teacher {teacher:.1%})" if stage.name == "prune" else ""
     return (
         f"time of one step: {t.step:.3f} s{best}, {plan.job.tokens / t.step:,.0f} tokens/s\n"
-        f"  compute {t.compute:.3f} s (kept on average: student {student:.1%}, teacher {teacher:.1%}), "
+        f"  compute {t.compute:.3f} s{kept}, "
         f"weights {t.gather:.3f} s, launches {t.launch:.3f} s, offload {t.offload:.3f} s, "
-        f"LoRA and gates {t.reduce:.3f} s"
+        f"what learns {t.reduce:.3f} s"
     )
 
 
-def choice_text(plan: Plan) -> str:
+def choice_text(job: Job, stage: StagePlan) -> str:
     """The layouts next to the chosen one: those that would be faster and do not fit, and slower ones that fit."""
-    lines, chosen = ["other layouts, the fastest first"], plan.chosen
-    place = plan.tried.index(chosen)
-    faster = [option for option in plan.tried[:place] if not option.fits or not option.layout.offload][-3:]
-    slower = [option for option in plan.tried[place + 1 :] if option.fits][:3]
+    lines, chosen = [f"{stage.name}: other layouts, the fastest first"], stage.chosen
+    place = stage.tried.index(chosen)
+    faster = [option for option in stage.tried[:place] if not option.fits or not option.layout.offload][-3:]
+    slower = [option for option in stage.tried[place + 1 :] if option.fits][:3]
     for option in [*faster, chosen, *slower]:
-        verdict = "chosen" if option is chosen else "fits" if option.fits else "does not fit"
+        told = "chosen" if option is chosen else "fits" if option.fits else "does not fit"
         lines.append(
-            f"  {layout_text(plan.job, option.layout)}: {option.peak / GB:.1f} GB, "
-            f"{option.bill.total / 3600:.2f} hours: {verdict}"
+            f"  {layout_text(job, option.layout)}: {option.peak / GB:.1f} GB, {hours(option.bill.total)}: {told}"
         )
-    if not chosen.fits:
-        other = "--zero 3, " if all(option.layout.stage == 2 for option in plan.tried) else ""
-        lines.append(f"  nothing fits: use {other}shorter sequences (data.seq_len), or GPUs with more memory")
     return "\n".join(lines)
 
 
-def table_text(rows: list[list[Plan]]) -> str:
-    """The Markdown table of several plans, one column entry for each target where they differ, with its assumptions."""
-    job = rows[0][0].job
-    targets = " / ".join(f"{target:.0%}" for target in TARGETS)
-    lines = [
-        f"{job.cluster.card.name} of {job.cluster.card.memory / GB:.0f} GB, bfloat16, {job.steps:,} steps of "
-        f"{job.config.train.batch_size} x {job.config.data.seq_len} tokens, targets {targets}",
-        "",
-        "| model | cards | layout | hours (best) | GB a card | host GB a node | preparation (best) | GB written |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    for plans in rows:
-        cells = [_cells(plan) for plan in plans]
-        lines.append("| " + " | ".join(" / ".join(dict.fromkeys(column)) for column in zip(*cells, strict=True)) + " |")
-    return "\n".join([*lines, "", *(f"- {line}" for line in ASSUMPTIONS)])
-
-
-def _cells(plan: Plan) -> list[str]:
-    chosen, job = plan.chosen, plan.job
-    hours, share = f"{plan.hours:.1f}", f"{chosen.bill.shares[0]:.1%}"
-    if chosen.bill.hidden:
-        hours, share = f"{hours} ({chosen.bill.best / 3600:.1f})", f"{share} ({chosen.bill.shares[1]:.1%})"
-    return [
-        job.config.model.path, str(job.cluster.ranks),
-        layout_text(job, chosen.layout) + ("" if chosen.fits else " **does not fit**"), hours,
-        f"{chosen.peak / GB:.0f}", f"{plan.node_memory / GB:.0f}", share,
-        f"{sum(checkpoint_bytes(job).values()) / GB:.1f}",
-    ]  # fmt: skip
-
-
-def as_dict(plan: Plan) -> dict:
-    """The plan as plain data: bytes, seconds, hours."""
+def as_dict(plan: Plan, files: dict[str, str] | None = None) -> dict:
+    """The plan as plain data: bytes, seconds, hours; `files` as in `run_settings`."""
 
     def figures(option: Estimate) -> dict:
         return {
             "layout": asdict(option.layout),
             "fits": option.fits,
             "memory": asdict(option.memory) | {"peak": option.memory.peak},
-            "distilling": asdict(option.distilling) | {"peak": option.distilling.peak},
             "traffic": asdict(option.traffic) | {"ratio": option.traffic.ratio},
             "time": asdict(option.timing) | {"step": option.timing.step, "best": option.timing.best},
-            "bill": asdict(option.bill) | {"total": option.bill.total, "best": option.bill.best},
+            "bill": option.bill.parts | {"total": option.bill.total, "best": option.bill.best},
         }
 
+    def whole(stage: StagePlan) -> dict:
+        zero = deepspeed_settings(stage.chosen.layout) if stage.chosen.layout.stage else None
+        return {
+            "name": stage.name, "steps": stage.steps, "chosen": figures(stage.chosen),
+            "tried": [figures(option) for option in stage.tried], "deepspeed": zero,
+        }  # fmt: skip
+
     return {
+        "verdict": verdict(plan),
         "model": plan.job.config.model.path,
         "parameters": total_parameters(plan.job.spec),
         "cluster": asdict(plan.job.cluster),
-        "steps": plan.job.steps,
         "target": plan.job.config.sparsity.target,
+        "fits": plan.fits,
         "hours": plan.hours,
         "gpu_hours": plan.gpu_hours,
-        "preparation": plan.chosen.bill.shares,
         "node_memory": plan.node_memory,
-        "written": checkpoint_bytes(plan.job) | distillation_bytes(plan.job),
+        "written": plan.written,
         "limits": plan.limits,
-        "chosen": figures(plan.chosen),
-        "tried": [figures(option) for option in plan.tried],
-        "settings": run_settings(plan),
-        "deepspeed": deepspeed_settings(plan) if plan.chosen.layout.stage else None,
+        "stages": [whole(stage) for stage in plan.stages],
+        "beside": plan.beside,
+        "settings": run_settings(plan, files or {}),
         "assumptions": list(ASSUMPTIONS),
     }

@@ -96,8 +96,9 @@ def settings(config: Config, trained: Run) -> Config:
         raise UserError("loss.kl_weight is 0: distill would learn nothing of the intact model; set it")
     steps = wanted.steps or int(trained.facts["steps"])
     return replace(
-        old, run_dir=str(distill_directory(trained.directory)), deepspeed=config.deepspeed, distill=wanted,
-        export=config.export, checkpoint=config.checkpoint, tracking=config.tracking, loss=config.loss,
+        old, run_dir=str(distill_directory(trained.directory)), distill=wanted,
+        deepspeed=wanted.deepspeed or config.deepspeed, loss=config.loss,
+        export=config.export, checkpoint=config.checkpoint, tracking=config.tracking,
         train=replace(config.train, steps=steps, lora_optimizer="scaled"),
     )  # fmt: skip
 
@@ -140,7 +141,7 @@ class Distilling(Trainer):
             read = math.ceil(trained.facts["steps"] * trained.config.train.batch_size / config.train.batch_size)
             stream = BatchStream(text_blocks, config.train.batch_size, config.seed, world.rank, world.size, read)
         schedule = Schedule.of(config, stream.steps_per_epoch)
-        config = with_micro_batch(config, base.spec, world, zero, schedule.total, distilling=True)
+        config = with_micro_batch(config, base.spec, world, zero, schedule.total, "distill")
         with world.together():
             student = empty_small(export, config)
         kept = read_json(export / RECORD)["kept"]

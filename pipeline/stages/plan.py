@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,20 +17,25 @@ from nuteprune.errors import MachineError, UserError
 from nuteprune.planning import dryrun
 from nuteprune.planning.cards import CARDS, UNNAMED, Card, card_named, quantity
 from nuteprune.planning.job import Cluster, Job
+from nuteprune.planning.machine import Machine, choose
 from nuteprune.planning.models import MODELS, read_model
-from nuteprune.planning.planner import Plan, deepspeed_settings, make_plan, run_settings, table
-from nuteprune.planning.report import as_dict, figures_of, plan_text, table_text
+from nuteprune.planning.planner import Plan, deepspeed_settings, make_plan, run_settings
+from nuteprune.planning.report import as_dict, figures_of, plan_text
 
 
-def run(config: Config, args: argparse.Namespace, dtype_given: bool = True) -> tuple[str, bool]:
-    """Plan the run that the flags and the configuration describe; writes plan.yaml, deepspeed.json into `--out`.
+def run(config: Config, args: argparse.Namespace, given: Collection[str] = ()) -> tuple[str, bool]:
+    """Plan the run that the flags and the configuration describe; writes its files into `--out` (`settings_files`).
 
-    Returns what the command prints, and whether the run fits.
+    Without a file, a run's directory or a recipe, and without a number of steps, it is the run that `nuteprune run`
+    would choose on those cards.
 
     Args:
         config: the run's configuration.
         args: the flags of `nuteprune plan`.
-        dtype_given: `model.dtype` is the user's choice; else the type named in config.json is taken where it has one.
+        given: keys of the settings that are the user's choice.
+
+    Returns:
+        What the command prints, and whether the run fits.
 
     Raises:
         UserError: a flag, the model or the configuration is wrong.
@@ -37,22 +43,30 @@ def run(config: Config, args: argparse.Namespace, dtype_given: bool = True) -> t
     cluster = read_cluster(args)
     if not 0 < args.tokens_per_document < math.inf:
         raise UserError(f"--tokens-per-document {args.tokens_per_document:g}: must be a number greater than 0")
-    if args.table:
-        rows = table(config, cluster, args.tokens_per_document, args.zero)
-        plans = [as_dict(plan) for row in rows for plan in row]
-        return json.dumps(plans, indent=2) if args.json else table_text(rows), True
-    model, spec = read_model(args.model or config.model.path)
-    named = str(getattr(model, "dtype", None)).removeprefix("torch.")
-    dtype: Dtype | None = next((known for known in get_args(Dtype) if known == named), None)
-    if not dtype_given and dtype is not None:
-        config = replace(config, model=replace(config.model, dtype=dtype))
-    if args.model:
-        config = replace(config, model=replace(config.model, path=args.model))
-    plan = make_plan(Job(spec, config, cluster, args.tokens_per_document), args.zero)
-    files = settings_files(plan, Path(args.out) if args.out else None)
-    if args.out:
-        write(files, Path(args.out))
-    return json.dumps(as_dict(plan), indent=2) if args.json else plan_text(plan, files), plan.chosen.fits
+    model, spec = read_model(config.model.path)
+    whole = (
+        not args.config and args.zero == "auto" and not {"recipe", "train.steps", "train.epochs"}.intersection(given)
+    )
+    if whole:
+        machine = Machine(cluster.card.name, cluster.ranks, cluster.card, bf16=True)
+        choices, plan = choose(config, given, machine, spec, cluster)
+        left_out = [
+            f"distill: {choice.why}" for choice in choices if choice.key == "distill.steps" and not choice.value
+        ]
+    else:
+        named = str(getattr(model, "dtype", None)).removeprefix("torch.")
+        dtype: Dtype | None = next((known for known in get_args(Dtype) if known == named), None)
+        if "model.dtype" not in given and dtype is not None:
+            config = replace(config, model=replace(config.model, dtype=dtype))
+        plan, left_out = make_plan(Job(spec, config, cluster, args.tokens_per_document), args.zero), []
+    assert plan is not None
+    out = Path(args.out) if args.out else None
+    files = settings_files(plan, out)
+    if out:
+        write(files, out)
+    if args.json:
+        return json.dumps(as_dict(plan, placed(plan, out)), indent=2), plan.fits
+    return plan_text(plan, files, args.verbose, left_out), plan.fits
 
 
 def read_cluster(args: argparse.Namespace) -> Cluster:
@@ -83,17 +97,29 @@ def read_card(args: argparse.Namespace) -> Card:
     return replace(card, **{field: value for field, value in told.items() if value is not None})
 
 
+def placed(plan: Plan, out: Path | None) -> dict[str, str]:
+    """Paths of the stages' DeepSpeed files, of those that have one: two where their layouts differ."""
+    zeros = {stage.name: deepspeed_settings(stage.chosen.layout) for stage in plan.stages if stage.chosen.layout.stage}
+    names = {
+        name: "deepspeed.json" if zero == zeros.get("prune") else f"{name}-deepspeed.json"
+        for name, zero in zeros.items()
+    }
+    return {name: str(out / file) if out else file for name, file in names.items()}
+
+
 def settings_files(plan: Plan, out: Path | None) -> dict[str, str]:
-    """Text of plan.yaml, and of deepspeed.json where the layout has one, by name."""
-    cluster, zero = plan.job.cluster, plan.chosen.layout.stage
-    deepspeed = str(out / "deepspeed.json") if out else "deepspeed.json"
+    """Text of plan.yaml and of the DeepSpeed files, by name."""
+    cluster, paths = plan.job.cluster, placed(plan, out)
     launch = f"deepspeed --num_nodes {cluster.nodes} --num_gpus {cluster.gpus_per_node} --module nuteprune prune"
-    head = f"# {launch if zero else 'nuteprune prune'} --config plan.yaml\n"
-    head += f"# DeepSpeed settings: {deepspeed}\n" if zero else ""
+    head = f"# {launch if 'prune' in paths else 'nuteprune prune'} --config plan.yaml\n"
     if plan.job.config.model.path.lower() in MODELS:
         head += "# model.path is a name of the planner: set it to the model's directory or hub id\n"
-    files = {"plan.yaml": head + yaml.safe_dump(run_settings(plan, deepspeed), sort_keys=False)}
-    return files | ({"deepspeed.json": json.dumps(deepspeed_settings(plan), indent=2) + "\n"} if zero else {})
+    files = {"plan.yaml": head + yaml.safe_dump(run_settings(plan, paths), sort_keys=False)}
+    for stage in plan.stages:
+        if stage.name in paths:
+            text = json.dumps(deepspeed_settings(stage.chosen.layout), indent=2) + "\n"
+            files[Path(paths[stage.name]).name] = text
+    return files
 
 
 def write(files: dict[str, str], out: Path) -> None:

@@ -87,7 +87,7 @@ def test_plan_and_export_open_no_device(run_dir, monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name in ("set_device", "_lazy_init"):
         monkeypatch.setattr(torch.cuda, name, opened)
-    assert main(["plan", "--model", "llama-7b", "train.steps=10"]) == 0
+    assert main(["plan", "llama-7b", "train.steps=10"]) == 0
     assert main(["export", str(run_dir)]) == 0
 
 
