@@ -202,10 +202,14 @@ def candidates(job: Job, zero: str) -> Iterator[Layout]:
 
 
 def within(stage: str, job: Job, layout: Layout) -> Layout:
-    """A layout with that micro-batch and activation checkpointing (if it has none) which `best_of` takes."""
+    """A layout with the micro-batch and activation checkpointing (if it has none) to start a stage with: of those that
+    fit and are about the fastest (`ALIKE`) the largest micro-batch, if possible without checkpointing."""
     kept, again = mean_kept(job), (True,) if layout.checkpointing else (False, True)
-    tried = [replace(layout, micro_batch=size, checkpointing=on) for size in halves(job.local_batch) for on in again]
-    return best_of(estimate(stage, job, each, kept) for each in tried).layout
+    sizes = [replace(layout, micro_batch=size, checkpointing=on) for size in halves(job.local_batch) for on in again]
+    tried = [estimate(stage, job, each, kept) for each in sizes]
+    least = min((each.bill.total for each in tried if each.fits), default=0.0)
+    fast = [each.layout for each in tried if each.fits and each.bill.total <= ALIKE * least]
+    return max(fast, key=lambda each: (not each.checkpointing, each.micro_batch), default=best_of(tried).layout)
 
 
 def halves(size: int) -> list[int]:

@@ -223,7 +223,9 @@ def test_layers_that_were_fitted_before_a_signal_are_kept(config, run_dir, monke
 def test_a_finished_run_stays_the_same_whatever_is_said_of_distillation(run_dir):
     stamp = (run_dir / "pruned/manifest.json").stat().st_mtime_ns
     settings = (run_dir / "config.yaml").read_text()
-    (run_dir / "config.yaml").write_text(settings.replace("distill:\n  steps: 0\n", ""))  # of an earlier version
+    (run_dir / "config.yaml").write_text(
+        settings.replace("distill:\n  steps: 0\n  deepspeed: ''\n", "")
+    )  # of an earlier version
     prune.run(load_config(run_dir, ["distill.steps=7"]))
     assert (run_dir / "pruned/manifest.json").stat().st_mtime_ns == stamp
 

@@ -104,7 +104,7 @@ def test_as_many_windows_at_a_time_as_the_planner_finds_room_for(tuning, monkeyp
         trainers = (build(tuning), recovered, prune.Pruning.build(pruning, World()))
         assert [trainer.micro_batch for trainer in trainers] == [wanted] * 3
     planned = [r.getMessage() for r in caplog.records if "as planned" in r.getMessage()]
-    assert planned == ["1 of 4 sequences at a time, as planned for 0.0 GB"] * 3
+    assert [line.startswith("1 of 4 sequences at a time") for line in planned] == [True] * 3
 
 
 def test_every_answer_token_of_a_step_counts_alike(tuning):
