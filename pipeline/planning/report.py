@@ -17,7 +17,7 @@ GB = 1e9
 
 def plan_text(plan: Plan, files: dict[str, str], verbose: bool, left_out: list[str]) -> str:
     """What `nuteprune plan` prints: a verdict, a line for each stage and for those that are left out, what would be
-    cheaper, the files; with `verbose` all figures."""
+    cheaper or faster, the files; with `verbose` all figures."""
     blocks = [verdict(plan), "\n".join([stages_text(plan), *left_out]), "\n".join(advice(plan))]
     if verbose:
         blocks += [*figures_of(plan), *(choice_text(plan.job, stage) for stage in plan.stages)]
@@ -100,7 +100,10 @@ def advice(plan: Plan) -> list[str]:
         lines.append(
             "  offloaded weights cross the link to host memory in each pass: enough cards to hold them are faster"
         )
-    return ["what would be cheaper" if plan.fits else "what would fit", *(lines or ["  nothing that was tried"])]
+    return [
+        "what would be cheaper or faster" if plan.fits else "what would fit",
+        *(lines or ["  nothing that was tried"]),
+    ]
 
 
 def others(job: Job) -> Iterator[tuple[str, Job]]:

@@ -77,11 +77,13 @@ def two(one, tmp_path_factory):
     return several
 
 
-@pytest.mark.parametrize(("count", "deepspeed"), [(2, ""), (4, "zero2")])
-def test_ranks_learn_what_one_process_learns(count, deepspeed, one, tmp_path):
+@pytest.mark.parametrize(
+    ("count", "setting"), [(2, "deepspeed="), (4, "deepspeed=zero2"), (2, "distill.deepspeed=zero3_offload")]
+)
+def test_ranks_learn_what_one_process_learns(count, setting, one, tmp_path):
     before, alone = one
     several = shutil.copytree(before, tmp_path / "several")
-    command = ["distill", str(several), *SETTINGS, f"deepspeed={deepspeed}"]
+    command = ["distill", str(several), *SETTINGS, setting]
     ranks.run(command, count, tmp_path / "logs", fit_briefly)
     check_alike(alone, several)
     # From the checkpoint behind step 4 on the same number of ranks: the same bits.
