@@ -13,6 +13,7 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, cat, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.heterogeneity import HeterogeneousConfigMixin
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 PREFIX = "ragged_"
@@ -50,9 +51,11 @@ class RaggedConfig(Config):
     allow_global_per_layer_attribute_access = True
 
     def __getattribute__(self, name):
-        if name == "num_experts" and "skip" in object.__getattribute__(self, "__dict__"):
+        # With `super` alone, for torch.compile follows no `object.__getattribute__`.
+        if name == "num_experts" and "skip" in super().__getattribute__("__dict__"):
             return 0  # of one layer: vLLM's experts are alike in all layers, so it is to take transformers' own
-        return object.__getattribute__(self, type(self).attribute_map.get(name, name))
+        name = super().__getattribute__("attribute_map").get(name, name)
+        return super(HeterogeneousConfigMixin, self).__getattribute__(name)  # past its warning of per-layer sizes
 
     def __setattr__(self, name, value):
         if name == "block_configs" and value:
@@ -130,6 +133,12 @@ class Ragged(Model):
                 if not there:
                     setattr(layer, name, nn.Identity())
         self.set_attn_implementation(self.config._attn_implementation)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As of the stock class: transformers looks for a decorator in the source of a class's own module."""
+        stock: Any = cls.__bases__[1]
+        return stock._can_set_experts_implementation()
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
         """As in transformers; the implementation is wrapped so that it takes unequal groups."""

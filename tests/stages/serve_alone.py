@@ -73,6 +73,13 @@ def serves_as_in_vllm(directory, model, ids):
         close(model.lm_head(hidden) * base.config.logit_scale, model(ids).logits)
 
 
+def compiles(model, ids):
+    """As one graph: with `fullgraph=True` torch raises where it would make two. Experts are one product, no loop."""
+    torch.compiler.reset()
+    with torch.no_grad():
+        close(torch.compile(model, fullgraph=True, backend="eager")(ids).logits, model(ids).logits)
+
+
 def trains_a_new_lora(directory, trust, ids, targets):
     """peft's own LoRA on the pruned model: only it learns, and it does."""
     torch.manual_seed(0)
@@ -140,6 +147,7 @@ def main():
                 out[directory]["long"] = model(long_ids).logits
         if trust:
             serves_as_in_vllm(directory, model, ids)
+        compiles(model, ids)
         generates(model, long_ids if "long" in checks else ids)
         if "lora" in checks:
             for targets in ("all-linear", NAMED):
