@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from nuteprune.evaluation import generation, report
 from nuteprune.evaluation.generation import Continued
 from nuteprune.evaluation.measure import SIZES, environment, perplexity, sizes, window_spans
 from nuteprune.evaluation.models import USABLE, Known, load_weights, read_any, weight_bytes
+from nuteprune.evaluation.pictures import training_seconds
 from nuteprune.evaluation.protocol import ScoredText, scored_texts, short_names
+from nuteprune.evaluation.retention import Scored, means, retained
 from nuteprune.evaluation.speed import SPEEDS, ceiling, speed, speed_ratio
-from nuteprune.evaluation.tasks import lm_eval_tasks, load_tasks, mean_accuracy
+from nuteprune.evaluation.tasks import lm_eval_tasks, load_tasks
 from nuteprune.exporting.card import RECORD, add_results, check_distilled
 from nuteprune.exporting.publish import check_repository, push
 from nuteprune.parallel.distributed import discover
@@ -30,6 +34,9 @@ from nuteprune.runs.words import one_line
 from nuteprune.training.tracking import Tracker, check_reporters
 
 log = logging.getLogger(__name__)
+
+COMMAND = ("nuteprune", "__main__")
+"""Names of the program where its arguments are a command of ours."""
 
 
 def evaluate_models(config: Config) -> dict:
@@ -57,6 +64,7 @@ def evaluate_models(config: Config) -> dict:
     entries: list[dict[str, Any]] = []
     models, streams, firsts = [], [], []
     continued: list[Continued] = []
+    answered: list[Scored] = []
     draft = {"models": entries, "dtype": config.model.dtype, "environment": environment(device)}
 
     def keep(entry: dict, part: dict) -> None:
@@ -69,15 +77,17 @@ def evaluate_models(config: Config) -> dict:
         firsts.append(first_tokens(tokenizer))
         entries.append({"name": name, "path": path, **sizes(model, found.folder), "perplexity": {},
                         "first_tokens": tokenizer.convert_ids_to_tokens(list(firsts[-1]))})  # fmt: skip
-        for part in _quality(model, tokenizer, texts, tasks, continued, settings, config.tracking.progress, name):
+        for part in _quality(
+            model, tokenizer, texts, tasks, continued, answered, settings, config.tracking.progress, name
+        ):
             keep(entries[-1], part)
         if settings.batch_sizes and not too_big:
             models.append(model.to("cpu"))
         del model
     if models:
         too_big = _speeds(models, firsts, device, settings, entries, keep)
-    for entry in entries if entries[0].get("accuracy") else ():
-        entry["retained"] = entry["accuracy"] / entries[0]["accuracy"]
+    for entry, examples in zip(entries, answered, strict=False):
+        entry["retained"] = retained(answered[0], examples)
     for entry in entries:
         for text, score in entry["perplexity"].items():
             score["delta_nll"] = score["nll"] - entries[0]["perplexity"][text]["nll"]
@@ -91,6 +101,10 @@ def evaluate_models(config: Config) -> dict:
         "same_tokens": all(torch.equal(streams[0], other) for other in streams[1:]),
         "task_limit": 0 if published else settings.task_limit,
         "speed_missing": too_big,
+        "made": {
+            "seconds": training_seconds(Path(config.run_dir)) if config.run_dir else {},
+            "command": shlex.join(["nuteprune", *sys.argv[1:]]) if Path(sys.argv[0]).stem in COMMAND else "",
+        },
     } | {key: draft[key] for key in ("dtype", "environment")}
     written = report.write(result, output, Path(config.run_dir) if config.run_dir else None)
     for entry in entries[1:]:
@@ -121,9 +135,10 @@ def checked(config: Config, paths: list[str]) -> tuple[list, list[tuple[Known, l
 
 def _quality(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[ScoredText], tasks: list,
-    continued: list[Continued], settings: EvaluateConfig, shown: bool, name: str,
+    continued: list[Continued], answered: list[Scored], settings: EvaluateConfig, shown: bool, name: str,
 ) -> Iterator[dict]:  # fmt: skip
-    """Everything measured of one model but its speed, part by part; `continued` gets what it writes."""
+    """Everything measured of one model but its speed, part by part; `continued` and `answered` get what it writes and
+    how its answers score."""
     scores = {}
     log.info("evaluating %s", name)
     window, most = max(text.window for text in texts), getattr(model.config, "max_position_embeddings", None)
@@ -142,8 +157,9 @@ def _quality(
         yield {"perplexity": scores}
     if tasks:
         limit, shots = (0, 0) if settings.protocol == "published" else (settings.task_limit, settings.fewshot)
-        measured = lm_eval_tasks(model, tokenizer, tasks, limit, shots)
-        yield {"tasks": measured, "accuracy": mean_accuracy(measured, tasks)}
+        measured, examples = lm_eval_tasks(model, tokenizer, tasks, limit, shots)
+        answered.append(examples)
+        yield {"tasks": measured, "accuracy": means(examples)}
     if settings.prompts:
         continued.append(generation.continue_text(model, tokenizer, texts[0].tokens, settings.prompts))
         intact = continued[0] if len(continued) > 1 else None
@@ -228,8 +244,6 @@ def _ratio(first: dict, last: dict) -> dict:
         text: last["perplexity"][text]["perplexity"] / before["perplexity"]
         for text, before in first["perplexity"].items()
     }
-    if "retained" in last:
-        ratio["accuracy"] = last["retained"]
     if "speed" in first:
         pairs = {batch: (before, last["speed"][batch]) for batch, before in first["speed"].items()}
         ratio["speed"] = {batch: speed_ratio(*pair) | _memory_ratio(*pair) for batch, pair in pairs.items()}

@@ -5,19 +5,24 @@ Cells are plain text. Sentences are plain text too, but for names between backti
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nuteprune.evaluation.generation import CYCLES, LOOP_TOKENS, NEW_TOKENS, PROMPT_TOKENS
+from nuteprune.evaluation.retention import METRICS
 from nuteprune.runs.words import code, one_line
 
+SHOWN = "acc_norm"
+"""The metric of the tasks that the first sentence names."""
+
 ROWS = {
-    "parameters": "parameters",
+    "parameters, million": "parameters",
     "  without embeddings": "parameters_non_embedding",
-    "bytes on disk": "bytes",
-    "mean task accuracy": "accuracy",
+    "on disk, MB": "bytes",
 }
 SPEED_ROWS = {
     "prefill tokens/s": "prefill_tokens_per_s",
     "decode tokens/s": "decode_tokens_per_s",
-    "peak memory, bytes": "peak_memory_bytes",
+    "peak memory, MB": "peak_memory_bytes",
 }
 GENERATION_ROWS = {
     "continuations that loop": "loops",
@@ -39,7 +44,7 @@ def headline(report: dict) -> str:
     text, score = next(iter(first["perplexity"].items()))
     perplexity = number(score["perplexity"])
     if not ratio:
-        return f"{first['parameters']:,} parameters, perplexity {perplexity} on {code(text)}."
+        return f"{millions(first['parameters'])} million parameters, perplexity {perplexity} on {code(text)}."
     after = last["perplexity"][text]
     if report["same_tokens"]:
         change = (
@@ -56,7 +61,54 @@ def headline(report: dict) -> str:
     if "generation" in last:
         loops = [f"{model['generation']['loops']:.0%}" for model in (last, first)]
         parts.append(f"{loops[0]} of greedy continuations end in a loop ({loops[1]} before)")
-    return f"{', '.join(parts[:-1])} and {parts[-1]}."
+    if kept := last.get("retained", {}).get(SHOWN):
+        parts.append(f"{_share(kept)} of the tasks' mean {code(SHOWN)} is retained")
+    return f"{', '.join(parts[:-1])} and {parts[-1]}.{_caution(report, after)}"
+
+
+def _caution(report: dict, after: dict) -> str:
+    """Why the perplexity of the sentence before may be better than the model is; empty where nothing speaks for it."""
+    if not report["held_out"]:
+        return " The model was trained on this very text: held-out text tells what it lost (`evaluate.text`)."
+    if after["delta_nll"] is not None and after["delta_nll"] < 0:
+        return (
+            " A loss below the intact model's is what training on this kind of text gives: the intact model would gain "
+            "from it too, and text of another kind tells what was lost."
+        )
+    return ""
+
+
+def made_lines(report: dict) -> list[str]:
+    """How long training took, and the command that measured."""
+    made = report.get("made", {})
+    stages = [f"{stage} {_minutes(seconds)}" for stage, seconds in made.get("seconds", {}).items()]
+    found = [f"Training steps took {_minutes(sum(made['seconds'].values()))} ({', '.join(stages)})."] if stages else []
+    machine = report["environment"].get("gpu") or report["environment"].get("cpu")
+    return [*found, f"Measured on {one_line(str(machine))}, {report['environment'].get('date', '')[:10]}.",
+            *([f"Command: {code(made['command'])}"] if made.get("command") else [])]  # fmt: skip
+
+
+def _minutes(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 60
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def load_lines(report: dict) -> list[str]:
+    """Python that loads the last model."""
+    path = report["models"][-1]["path"]
+    trust = ", trust_remote_code=True" * (Path(path) / "modeling_ragged.py").is_file()
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"path = {path!r}",
+        f"model = AutoModelForCausalLM.from_pretrained(path{trust})",
+        f"tokenizer = AutoTokenizer.from_pretrained(path{trust})",
+    ]
 
 
 def rows(report: dict) -> list[list[str]]:
@@ -69,8 +121,13 @@ def rows(report: dict) -> list[list[str]]:
         found.append([label, *cells, *share])
 
     for label, key in ROWS.items():
-        if models[0].get(key) is not None:
-            add(label, [number(model[key]) for model in models], ratio.get(key))
+        if key in models[0]:
+            add(label, [millions(model[key]) for model in models], ratio.get(key))
+    if models[0].get("accuracy"):
+        kept = models[-1].get("retained", {})
+        for metric in METRICS:
+            share = _share(kept[metric]) if metric in kept else ""
+            add(f"mean {metric} of the tasks", [percent(model["accuracy"][metric]) for model in models], of_ratio=share)
     for text in models[0]["perplexity"]:
         scores = [model["perplexity"][text] for model in models]
         values = [number(score["perplexity"]) for score in scores]
@@ -82,14 +139,34 @@ def rows(report: dict) -> list[list[str]]:
     for label, key in GENERATION_ROWS.items():
         shares = [model.get("generation", {}).get(key) for model in models]
         if any(share is not None for share in shares):
-            add(label, ["" if share is None else f"{share:.1%}" for share in shares], of_ratio="")
+            add(label, ["" if share is None else percent(share) for share in shares], of_ratio="")
     for batch in models[0].get("speed", {}):
         for label, key in SPEED_ROWS.items():
             measured = [model["speed"][batch][key] for model in models]
             if measured[0] is not None:
-                values = [number(value) for value in measured]
-                add(f"{label}, batch {batch}", values, ratio.get("speed", {}).get(batch, {}).get(key))
+                shown = millions if key == "peak_memory_bytes" else number
+                faster = ratio.get("speed", {}).get(batch, {})
+                values = [shown(value) for value in measured]
+                if least_and_most := faster.get(f"{key}_range"):
+                    least, most = least_and_most
+                    add(f"{label}, batch {batch}", values, of_ratio=f"{faster[key]:.2f} ({least:.2f} to {most:.2f})")
+                else:
+                    add(f"{label}, batch {batch}", values, faster.get(key))
     return found
+
+
+def millions(value: int) -> str:
+    """Parameters in millions, or bytes in MB."""
+    return f"{value / 1e6:,.1f}"
+
+
+def percent(value: float) -> str:
+    """A share."""
+    return f"{value:.1%}"
+
+
+def _share(kept: dict) -> str:
+    return f"{percent(kept['value'])} ({percent(kept['low'])} to {percent(kept['high'])})"
 
 
 def number(value: float | None) -> str:
@@ -111,31 +188,49 @@ def bits(value: float | None) -> str:
 
 def task_rows(report: dict) -> list[list[str]]:
     """Cells of the tasks' table, its head first; empty without tasks."""
-    if not any("tasks" in model for model in report["models"]):
+    models = report["models"]
+    if not any("tasks" in model for model in models):
         return []
-    found = [["task", "version", "few-shot", "examples", "metric", *titles(report)]]
-    for name, task in report["models"][0]["tasks"].items():
+    found = [["task", "version", "few-shot", "examples", "metric", "chance", *titles(report)]]
+    for name, task in models[0]["tasks"].items():
         for metric in task["metrics"]:
-            scores = [model["tasks"][name]["metrics"][metric] for model in report["models"]]
+            scores = [model["tasks"][name]["metrics"][metric] for model in models]
             facts = [str(task[key]) if task[key] is not None else "-" for key in ("version", "fewshot", "examples")]
-            found.append([one_line(name), *facts, one_line(metric), *(_score(score) for score in scores)])
+            chance = percent(task["chance"]) if "chance" in task and metric in METRICS else "-"
+            found.append([one_line(name), *facts, one_line(metric), chance, *(_score(score) for score in scores)])
+    if models[0].get("accuracy"):
+        for metric in METRICS:
+            own = [percent(model["accuracy"][metric]) for model in models]
+            found.append(["mean", "", "", "", metric, percent(models[0]["accuracy"]["chance"]), *own])
+            kept = [model["retained"].get(metric) for model in models[1:]]
+            if all(kept) and kept:
+                found.append(["  retained", "", "", "", metric, "", "", *map(_share, kept)])
     return found
 
 
 def _score(score: dict) -> str:
     value = score["value"]
-    text = f"{value:.4f}" if isinstance(value, (int, float)) else str(value)
-    return text if score["stderr"] is None else f"{text} ± {score['stderr']:.4f}"
+    if not isinstance(value, (int, float)):
+        return str(value)
+    shown = percent if 0 <= value <= 1 else number
+    return shown(value) if score["stderr"] is None else f"{shown(value)} ± {shown(score['stderr'])}"
 
 
 def task_conditions(report: dict) -> str:
     """How the tasks were scored, in sentences."""
     limit = f"the first {report['task_limit']} examples of each" if report["task_limit"] else "all examples"
     lines = [f"Score ± standard error by lm-eval {report['environment']['lm_eval']}, {limit}."]
-    kept = [f"{code(title)} {model['retained']:.1%}" for title, model in
-            zip(titles(report), report["models"], strict=True) if "retained" in model][1:]  # fmt: skip
+    kept = report["models"][-1].get("retained", {})
     if kept:
-        lines.append(f"Retained performance (mean `acc` over the first model's): {', '.join(kept)}.")
+        lines.append(
+            "Retained: the mean over the tasks, over the first model's, with an interval of 95% (bootstrap over "
+            f"examples, the same for both models). In {code('acc_norm')} a task without it counts by {code('acc')}."
+        )
+    above = [
+        f"{percent(each['above_chance'])} in {code(metric)}" for metric, each in kept.items() if "above_chance" in each
+    ]
+    if above:
+        lines.append(f"Of what is above chance the last model retains {' and '.join(above)}.")
     return " ".join(lines)
 
 
@@ -204,8 +299,8 @@ def _speed(report: dict) -> list[str]:
         lines.append(
             f"Speed: {measured['prompt_tokens']} prompt tokens, {measured['new_tokens']} greedy steps with the KV "
             f"cache, {' or '.join(first['speed'])} sequences at once, median of {measured['repeats']} rounds in which "
-            f"the models took turns, on {measured['device']} (CPU threads: {measured['threads']}); the ratio is the "
-            "median of the rounds' ratios. Peak memory: the weights and what generation adds to the process."
+            f"the models took turns, on {measured['device']} (CPU threads: {measured['threads']}); in brackets the "
+            "least and the largest ratio of a round. Peak memory: the weights and what generation adds to the process."
         )
         if report["environment"]["gpu"]:
             lines.append(

@@ -14,7 +14,7 @@ from nuteprune.errors import UserError
 from nuteprune.evaluation import pictures, report
 from nuteprune.evaluation.compare import checked, evaluate_models
 from nuteprune.evaluation.contents import nats, number
-from nuteprune.evaluation.speed import speed_ratio
+from nuteprune.evaluation.speed import SPEEDS, speed_ratio
 from nuteprune.exporting.card import RECORD
 from nuteprune.exporting.small import export_model
 from nuteprune.runs.checkpoint import MANIFEST, write_atomic, write_manifest
@@ -130,8 +130,9 @@ def _point(entry: dict, intact: dict, rung: float) -> dict:
     if "speed" in entry:
         batch = next(iter(intact["speed"]))
         faster = speed_ratio(intact["speed"][batch], entry["speed"][batch])
-        point |= {key.removesuffix("_tokens_per_s"): value for key, value in faster.items()}
-    return point | ({"retained": entry["retained"]} if "retained" in entry else {})
+        point |= {key.removesuffix("_tokens_per_s"): faster[key] for key in SPEEDS}
+    kept = entry.get("retained", {}).get("acc_norm")
+    return point | ({"retained": kept["value"]} if kept else {})
 
 
 def _perplexity(entry: dict) -> float | None:

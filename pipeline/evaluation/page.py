@@ -32,6 +32,7 @@ th { color: var(--soft); font-size: .875rem; font-weight: 600 }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 9rem }
 td.under { color: var(--soft) } td.under:first-child { padding-left: 1rem }
 code { font: .9em ui-monospace, monospace; background: var(--panel); padding: .1em .3em; border-radius: .25rem }
+pre { background: var(--panel); padding: .7rem .9rem; border-radius: .5rem; overflow-x: auto; font-size: .875rem }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)) }
 .pictures { align-items: start; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
 .pictures h2 { margin-top: 1.5rem }
@@ -57,6 +58,7 @@ def html(report: dict, pictures: dict[str, str]) -> str:
     parts = [
         f"<h1>NutePrune: {escape(name)}</h1>",
         f'<p class="headline">{_sentence(contents.headline(report))}</p>',
+        *(f'<p class="small">{_sentence(line)}</p>' for line in contents.made_lines(report)),
         _table(contents.rows(report)),
         *_tasks(report),
         *_pictures(pictures),
@@ -64,6 +66,8 @@ def html(report: dict, pictures: dict[str, str]) -> str:
         "<h2>How it was measured</h2>",
         *(f'<p class="small">{_sentence(line)}</p>' for line in contents.conditions(report)),
         _list([*contents.model_lines(report), *contents.environment_lines(report)]),
+        "<h2>Load it</h2>",
+        f"<pre>{escape(chr(10).join(contents.load_lines(report)))}</pre>",
     ]  # fmt: skip
     head = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -99,7 +103,7 @@ def _tasks(report: dict) -> list[str]:
 
 
 def _pictures(pictures: dict[str, str]) -> list[str]:
-    names = {"training": "Loss and sparsity over the steps", "kept": "What each layer kept"}
+    names = {"training": "Loss and sparsity over the steps, and their running mean", "kept": "What each layer kept"}
     drawn = [f"<div><h2>{title}</h2>{pictures[key]}</div>" for key, title in names.items() if key in pictures]
     return ['<div class="cards pictures">', *drawn, "</div>"] if drawn else []
 

@@ -9,15 +9,19 @@ import re
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from nuteprune.runs.checkpoint import CheckpointError, read_json
+from nuteprune.runs.directories import distill_directory
 from nuteprune.training.pictures import WIDTH, kept_figure, png
 
 log = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"
 UNITS = {"kv_groups": "kv_heads", "heads": "heads", "ffn": "ffn"}
 """Per-layer units, and their key among the original counts."""
 
@@ -69,6 +73,12 @@ def _kept(facts: dict, width: float) -> Figure | None:
         if isinstance(layers, list) and layers:
             gates[unit] = _as_gates(list(map(len, layers)), original.get(key))
     hidden = facts.get("kept", {}).get("hidden")
+    # Units that all stayed, and heads that left with their KV groups alone, say nothing of their own.
+    gone = {unit: values for unit, values in gates.items() if not values.all()} or gates
+    groups, heads = (gone.get(unit) for unit in ("kv_groups", "heads"))
+    if groups is not None and heads is not None and torch.equal(groups.mean(1), heads.mean(1)):
+        del gone["heads"]
+    gates = gone
     if gates and hidden and original.get("hidden"):
         gates["hidden"] = _as_gates([len(hidden)], original["hidden"])
     return kept_figure(gates, width) if gates else None
@@ -79,35 +89,63 @@ def _as_gates(counts: list[int], total: int | None) -> Tensor:
     return (torch.arange(total or max(counts)) < torch.tensor(counts)[:, None]).float()
 
 
-def training(file: Path, width: float = WIDTH) -> Figure | None:
-    """Loss and sparsity (expected and target) over the steps, from a run's metrics.jsonl.
+def training(run_dir: Path, width: float = WIDTH) -> Figure | None:
+    """Loss, its running mean, and sparsity (expected and target) over the steps of `prune`; then the loss of `distill`.
 
     Args:
-        file: a JSON object a line with `step` and `prune/…` numbers. A step that was run again after a resume counts as
-            it was last; lines cut off by a crash are left out.
+        run_dir: a run, whose metrics.jsonl has a JSON object a line with `step` and `prune/…` numbers. A step that was
+            run again after a resume counts as it was last; lines cut off by a crash are left out.
 
     Returns:
         The picture; None where there is no such file or it holds no loss.
     """
-    steps = _read_metrics(file) if file.is_file() else {}
+    steps = read_metrics(run_dir / METRICS)
     loss = _series(steps, "prune/loss")
     if not loss[0]:
         return None
-    figure = Figure(figsize=(width, 4.6), layout="constrained")
-    above, below = figure.subplots(2, sharex=True)
-    above.plot(*loss, color="#2b6cb0", linewidth=1.2)
-    above.set_ylabel("loss")
-    if min(loss[1]) > 0 and max(loss[1]) > 20 * min(loss[1]):
-        above.set_yscale("log")
+    distilled = _series(read_metrics(distill_directory(run_dir) / METRICS), "distill/loss")
+    panels = 3 if distilled[0] else 2
+    figure = Figure(figsize=(width, 2.3 * panels), layout="constrained")
+    above, middle, *below = figure.subplots(panels)
+    _losses(above, loss, "loss, prune")
     expected, target = (_series(steps, f"prune/{name}_sparsity") for name in ("expected", "target"))
-    below.plot(*_percent(expected), color="#c05621", linewidth=3.0, alpha=0.8, label="expected")
-    below.plot(*_percent(target), color="black", linewidth=1.0, linestyle="--", label="target")
-    below.set_ylabel("sparsity (%)")
-    below.set_xlabel("step")
-    below.legend(loc="lower right", fontsize=9, frameon=False)
-    for axis in (above, below):
+    middle.plot(*_percent(expected), color="#c05621", linewidth=3.0, alpha=0.8, label="expected")
+    middle.plot(*_percent(target), color="black", linewidth=1.0, linestyle="--", label="target")
+    middle.set_ylabel("sparsity (%)")
+    middle.legend(loc="lower right", fontsize=9, frameon=False)
+    for axis in below:
+        _losses(axis, distilled, "loss, distill")
+    figure.axes[-1].set_xlabel("step")
+    for axis in figure.axes:
         axis.grid(alpha=0.3)
     return figure
+
+
+def _losses(axis: Axes, loss: tuple[list[int], list[float]], label: str) -> None:
+    """A loss of each step, pale, and its mean over a window of a twentieth of the steps."""
+    steps, values = loss
+    window = max(1, len(values) // 20)
+    mean = np.convolve(values, np.ones(window) / window, mode="valid")
+    axis.plot(steps, values, color="#2b6cb0", linewidth=0.8, alpha=0.35)
+    axis.plot(steps[window - 1 :], mean, color="#2b6cb0", linewidth=1.6)
+    axis.set_ylabel(label)
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axis.set_yscale("log")
+
+
+def training_seconds(run_dir: Path) -> dict[str, float]:
+    """Seconds that the steps of each stage of a run took, by the times in its metrics."""
+    found: dict[str, float] = {}
+    for file in (run_dir / METRICS, distill_directory(run_dir) / METRICS):
+        last: dict[str, int] = {}
+        for step, entry in sorted(read_metrics(file).items()):
+            for key in entry:
+                stage, _, name = key.partition("/")
+                if name == "step_s" and isinstance(entry[key], (int, float)):
+                    # An entry stands for the steps since the one before it.
+                    found[stage] = found.get(stage, 0.0) + entry[key] * (step - last.get(stage, -1))
+                    last[stage] = step
+    return found
 
 
 def ladder(points: list[dict], knee: int | None) -> bytes:
@@ -143,7 +181,10 @@ def ladder(points: list[dict], knee: int | None) -> bytes:
     return png(figure)
 
 
-def _read_metrics(file: Path) -> dict[int, dict]:
+def read_metrics(file: Path) -> dict[int, dict]:
+    """By step what a metrics.jsonl says of it; empty where there is no such file."""
+    if not file.is_file():
+        return {}
     steps: dict[int, dict] = {}
     lost = 0
     for line in file.read_text(encoding="utf-8").splitlines():

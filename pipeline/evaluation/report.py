@@ -53,7 +53,7 @@ def _draw(report: dict, run_dir: Path | None, width: float) -> dict[str, Figure]
     """The pictures there is something for, by name, so many inches wide."""
     drawn = {
         "kept": pictures.kept(Path(report["models"][-1]["path"]) / "nuteprune.json", width),
-        "training": pictures.training(run_dir / "metrics.jsonl", width) if run_dir else None,
+        "training": pictures.training(run_dir, width) if run_dir else None,
     }
     return {name: figure for name, figure in drawn.items() if figure}
 
@@ -79,12 +79,20 @@ def table(report: dict) -> str:
 
 def markdown(report: dict) -> str:
     """The whole report as Markdown."""
-    parts = ["# Evaluation", contents.headline(report), results(report), *samples(report)]
+    parts = [
+        "# Evaluation",
+        contents.headline(report),
+        " ".join(contents.made_lines(report)),
+        results(report),
+        *samples(report),
+    ]
     if "kept.png" in report["pictures"]:
         parts += ["## What each layer kept", "![Kept units of each layer](kept.png)"]
     if "training.png" in report["pictures"]:
         parts += ["## Loss and sparsity over time", "![Loss and sparsity over the steps](training.png)"]
     parts += [
+        "## Load it",
+        "\n".join(f"    {line}" for line in contents.load_lines(report)),
         "## Models",
         _listed(contents.model_lines(report)),
         "## Measured with",

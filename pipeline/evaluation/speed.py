@@ -28,7 +28,7 @@ def speed(
     """Speed of greedy generation, as the median of several repetitions after a warm-up that measures memory.
 
     The models take turns (A B, B A, A B, …), first in a prefill and then in decoding, so that a machine that slows down
-    slows all of them: compare the rates of one round (`speed_ratio`) rather than medians.
+    slows all of them; `speed_ratio` compares them.
 
     Args:
         models: on their devices.
@@ -80,14 +80,16 @@ def _begun(prompt: torch.Tensor, first: Sequence[int]) -> torch.Tensor:
 
 
 def speed_ratio(before: dict, after: dict) -> dict:
-    """How much faster `after` is than `before` (results of one `speed` call): the median of the rounds' ratios.
+    """How much faster `after` is than `before` (results of one `speed` call): the ratio of the medians.
 
-    Rounds are paired because the two measurements of one are close in time, whatever the machine did between rounds.
+    `…_range` has the least and the largest ratio of a round, whose two measurements are close in time.
     """
-    return {
-        key: statistics.median(b / a for a, b in zip(before[f"{key}_rounds"], after[f"{key}_rounds"], strict=True))
-        for key in SPEEDS
-    }
+    found: dict = {key: after[key] / before[key] for key in SPEEDS}
+    for key in SPEEDS:
+        pairs = zip(before[f"{key}_rounds"], after[f"{key}_rounds"], strict=True)
+        rounds = [b / a for a, b in pairs]
+        found[f"{key}_range"] = [min(rounds), max(rounds)]
+    return found
 
 
 def ceiling(before: dict, after: dict) -> dict:

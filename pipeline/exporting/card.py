@@ -177,8 +177,8 @@ def _body(run: Run, student: Student, fold: Fold, name: str, shape: str, dtype: 
         f"tokenizer = AutoTokenizer.from_pretrained(path{trust})",
         "```",
         "",
-        f"In vLLM: `vllm serve PATH{flags}`. `torch.compile(model, fullgraph=True)` makes one graph of it. To train LoRA on "
-        'top: `peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")`.',
+        f"In vLLM: `vllm serve PATH{flags}`. `torch.compile(model, fullgraph=True)` makes one graph of it. To train "
+        'LoRA on top: `peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")`.',
         "",
         "| | |",
         "|---|---|",

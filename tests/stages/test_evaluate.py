@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lm_eval.api.group import Group
@@ -31,9 +32,9 @@ from transformers import (
 from nuteprune.arch import read_spec
 from nuteprune.config import Config, EvaluateConfig, ModelConfig, TrackingConfig
 from nuteprune.errors import UserError
-from nuteprune.evaluation import compare, contents, head, measure, pictures, report, speed
+from nuteprune.evaluation import compare, contents, head, measure, pictures, report, retention, speed
 from nuteprune.evaluation.models import load_any, placement, weight_bytes
-from nuteprune.evaluation.tasks import PAPER, lm_eval_tasks, load_tasks, mean_accuracy
+from nuteprune.evaluation.tasks import PAPER, lm_eval_tasks, load_tasks
 from nuteprune.parallel.sizes import read_parameters
 from nuteprune.runs import words
 from nuteprune.runs.checkpoint import verify, write_manifest
@@ -191,9 +192,12 @@ def test_speed_counts_and_leaves_no_hooks(model):
     assert not model._forward_pre_hooks
 
 
-def test_speed_ratio_pairs_the_rounds():
-    before, after = ({f"{key}_rounds": rounds for key in speed.SPEEDS} for rounds in ([1, 10, 4], [2, 5, 8]))
-    assert set(speed.speed_ratio(before, after).values()) == {2}
+def test_speed_ratio_is_that_of_the_medians_and_its_range_that_of_the_rounds():
+    before, after = (dict.fromkeys(speed.SPEEDS, rate) | {f"{key}_rounds": rounds for key in speed.SPEEDS}
+                     for rate, rounds in ((4, [1, 10, 4]), (5, [2, 5, 8])))  # fmt: skip
+    ratio = speed.speed_ratio(before, after)
+    assert {ratio[key] for key in speed.SPEEDS} == {1.25}
+    assert {tuple(ratio[f"{key}_range"]) for key in speed.SPEEDS} == {(0.5, 2)}
 
 
 def test_ceiling_is_that_of_the_weights_read():
@@ -242,21 +246,44 @@ def test_lm_eval_knows_the_papers_tasks_and_an_unknown_one_is_one_line(monkeypat
     assert set(PAPER) <= set(made[0].all_tasks)
 
 
-def test_mean_accuracy_leaves_out_tasks_without_one():
-    scores = {name: {"metrics": {"acc": {"value": value}}} for name, value in (("a", 0.5), ("b", 0.7))}
-    scores["c"] = {"metrics": {"bleu": {"value": 9.0}}}
-    assert mean_accuracy(scores, [SimpleNamespace(task_name=name) for name in "abc"]) == pytest.approx(0.6)
-    assert mean_accuracy({}, []) is None
+def examples(right, norm=None, choices=4):
+    """lm-eval's samples of one task, by the answers that are right."""
+    rows = [{"acc": each, "filter": "none", "filtered_resps": [0.0] * choices} for each in right]
+    return [row | {"acc_norm": each} for row, each in zip(rows, norm, strict=True)] if norm else rows
 
 
-def test_a_group_counts_once_in_the_mean_accuracy():
-    scores = {name: {"metrics": {"acc": {"value": value}}} for name, value in (("a", 0.0), ("b", 0.2), ("alone", 0.7))}
+def test_examples_of_tasks_and_of_a_group_as_one():
     group = Group("both")
     for name in "ab":
         group.add(SimpleNamespace(task_name=name))
-    asked = [group, SimpleNamespace(task_name="alone")]
-    assert mean_accuracy(scores | {"both": {"metrics": {"acc": {"value": 0.1}}}}, asked) == pytest.approx(0.4)
-    assert mean_accuracy(scores | {"both": {"metrics": {}}}, asked) == pytest.approx(0.3)
+    samples = {"a": examples([1, 0]), "b": examples([1, 1]), "alone": examples([0, 1], [1, 1], 2), "c": [{"bleu": 9}]}
+    asked = [group, *(SimpleNamespace(task_name=name) for name in ("alone", "c"))]
+    scored = retention.scored_examples({"samples": samples}, asked)
+    assert scored == {
+        "both": {"acc": [1, 0, 1, 1], "acc_norm": [1, 0, 1, 1], "chance": [0.25] * 4},
+        "alone": {"acc": [0, 1], "acc_norm": [1, 1], "chance": [0.5] * 2},
+    }
+    assert retention.means(scored) == {"acc": 0.625, "acc_norm": 0.875, "chance": 0.375}
+    assert retention.means({}) == {}
+
+
+def test_what_is_retained_has_a_paired_interval():
+    """Examples that both models answer alike do not widen it; those they answer differently do."""
+    random = np.random.default_rng(3)
+    right = (random.random(4000) < 0.6).astype(float)
+    lost = right * (random.random(4000) < 0.95)
+    before, after = (
+        {"t": {"acc": list(each), "acc_norm": list(each), "chance": [0.25] * 4000}} for each in (right, lost)
+    )
+    kept = retention.retained(before, after)["acc"]
+    assert kept["value"] == pytest.approx(lost.mean() / right.mean())
+    error = math.sqrt(kept["value"] * (1 - kept["value"]) / right.sum())  # of a share of the right ones
+    assert kept["high"] - kept["low"] == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert kept["above_chance"] == pytest.approx((lost.mean() - 0.25) / (right.mean() - 0.25))
+    same = retention.retained(before, before)["acc_norm"]
+    assert same == {"value": 1, "low": 1, "high": 1, "above_chance": 1}
+    nothing = {"t": {"acc": [0.0], "acc_norm": [0.0], "chance": [0.25]}}
+    assert retention.retained(nothing, nothing) == {}
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +310,8 @@ def test_generation_is_greedy_whatever_the_model_would_like(model, beginning, mo
 
 
 def test_local_task_runs_and_matches_plain_scores(model, tokenizer, beginning):
-    task = lm_eval_tasks(model, beginning, load_tasks(["local_mc"]), limit=0, fewshot=0)["local_mc"]
-    right = 0
+    tasks, scored = lm_eval_tasks(model, beginning, load_tasks(["local_mc"]), limit=0, fewshot=0)
+    task, right = tasks["local_mc"], []
     rows = [json.loads(line) for line in (Path(report.__file__).parent / "tasks/local_mc.jsonl").open()]
     for row in rows:
         prompt = [0, *tokenizer(f"Question: {row['question']}\nAnswer:").input_ids]
@@ -294,9 +321,11 @@ def test_local_task_runs_and_matches_plain_scores(model, tokenizer, beginning):
             with torch.no_grad():
                 log_p = model(ids).logits[0, :-1].double().log_softmax(-1)
             scores.append(log_p.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item())
-        right += scores.index(max(scores)) == row["answer"]
+        right.append(float(scores.index(max(scores)) == row["answer"]))
     assert (task["version"], task["fewshot"], task["examples"]) == (1.0, 0, 60)
-    assert task["metrics"]["acc"]["value"] == pytest.approx(right / 60)
+    assert task["metrics"]["acc"]["value"] == pytest.approx(sum(right) / 60)
+    assert scored["local_mc"]["acc"] == right
+    assert task["chance"] == 0.25
     assert task["metrics"]["acc"]["stderr"] > 0
     assert all(len(set(row["choices"])) == 4 and row["answer"] in range(4) for row in rows)
 
@@ -319,7 +348,7 @@ def test_task_file_of_the_user_and_limit(model, tokenizer, tmp_path, monkeypatch
     )
     monkeypatch.chdir(tmp_path.parent)
     tasks = load_tasks([str(tmp_path / "mine.yaml")], trust=True)
-    task = lm_eval_tasks(model, tokenizer, tasks, limit=1, fewshot=0)["mine"]
+    task = lm_eval_tasks(model, tokenizer, tasks, limit=1, fewshot=0)[0]["mine"]
     assert (task["version"], task["examples"]) == (2, 1)
 
 
@@ -347,7 +376,9 @@ def test_report_files(settings, base, caplog):
     assert result["ratio"]["speed"]["3"]["decode_tokens_per_s"] > 0
     assert result["ratio"]["ceiling"]["speedup"] > 1
     assert before["perplexity"]["held_out.txt"]["blocks"] == 3
-    assert after["retained"] == after["accuracy"] / before["accuracy"] == result["ratio"]["accuracy"]
+    kept = after["retained"]["acc_norm"]
+    assert kept["value"] == after["accuracy"]["acc_norm"] / before["accuracy"]["acc_norm"]
+    assert kept["low"] <= kept["value"] <= kept["high"]
     assert before["tasks"]["local_mc"]["examples"] == 12
     assert result["held_out"]
     assert result["same_tokens"]
@@ -355,7 +386,10 @@ def test_report_files(settings, base, caplog):
     card = (Path(after["path"]) / "README.md").read_text()
     assert card.startswith("# A card\n\n## Results\n\n| ")
     assert "earlier evaluation" not in card
-    assert f"| local_mc | 1.0 | 0 | 12 | acc | {before['tasks']['local_mc']['metrics']['acc']['value']:.4f}" in card
+    assert (
+        f"| local_mc | 1.0 | 0 | 12 | acc | 25.0% | {before['tasks']['local_mc']['metrics']['acc']['value']:.1%}"
+        in card
+    )
     verify(Path(after["path"]))
     scores = [model["perplexity"]["held_out.txt"] for model in (before, after)]
     delta = math.log(scores[1]["perplexity"] / scores[0]["perplexity"])
@@ -370,13 +404,16 @@ def test_report_files(settings, base, caplog):
     assert all(f"]({name})" in text for name in ("kept.png", "training.png"))
     lines = report.table(result).splitlines()
     assert lines[0].split() == ["before", "after", "ratio"]
-    speeds = ["prefill tokens/s", "decode tokens/s", "peak memory, bytes"]
+    speeds = ["prefill tokens/s", "decode tokens/s", "peak memory, MB"]
     assert [line.split("  ")[0] for line in lines[2:]] == [
-        "parameters", "", "bytes on disk", "mean task accuracy", "perplexity of held_out.txt", "",
+        "parameters, million", "", "on disk, MB", "mean acc of the tasks", "mean acc_norm of the tasks",
+        "perplexity of held_out.txt", "",
         "continuations that loop", "distinct 3-grams", "agreement with the first model",
         *(f"{label}, batch {batch}" for batch in (1, 3) for label in speeds),
     ]  # fmt: skip
-    assert "the first 12 examples of each. Retained performance" in text
+    assert "the first 12 examples of each. Retained: " in text
+    assert "is retained" in contents.headline(result)
+    assert "| retained |" in text
     assert "1/(1 − p·s)" in text
 
 

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import io
 import logging
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nuteprune.data.sequences import first_tokens
 from nuteprune.errors import UserError, first_line
+from nuteprune.evaluation.retention import Scored, scored_examples
 
 SHIPPED = Path(__file__).parent
 PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -26,7 +26,7 @@ BATCH = 8
 
 def lm_eval_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list, limit: int, fewshot: int
-) -> dict[str, dict]:
+) -> tuple[dict[str, dict], Scored]:
     """Score a model with lm-evaluation-harness in this process.
 
     Args:
@@ -37,8 +37,8 @@ def lm_eval_tasks(
         fewshot: examples shown before each question.
 
     Returns:
-        By task (groups too): `metrics` {name: {"value", "stderr" (None where lm-eval has none)}}, `version`, `fewshot`
-        and `examples`.
+        By task (groups too): `metrics` {name: {"value", "stderr" (None where lm-eval has none)}}, `version`, `fewshot`,
+        `examples` and, of multiple choice, `chance` (the score of guessing); and the scores of each example.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -51,10 +51,14 @@ def lm_eval_tasks(
             tasks=tasks,
             num_fewshot=fewshot,
             limit=limit or None,
-            log_samples=False,
+            log_samples=True,
             task_manager=TaskManager(include_defaults=False),  # the tasks are loaded: nothing to look up
         )
-    return {name: _summary(results, name) for name in results["results"]}
+    scored = scored_examples(results, tasks)
+    summaries = {name: _summary(results, name) for name in results["results"]}
+    for name, task in scored.items():
+        summaries[name]["chance"] = sum(task["chance"]) / len(task["chance"])
+    return summaries, scored
 
 
 def _unended(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -116,27 +120,6 @@ def _load(manager, task: str, file: Path | None) -> list:
             f"file with local data): {first_line(error)}"
         ) from error
     return [built["groups"][task]] if task in built.get("groups", {}) else list(built["tasks"].values())
-
-
-def mean_accuracy(scores: dict[str, dict], tasks: list) -> float | None:
-    """Mean of `acc` over the tasks and groups that were asked for; None where none has it.
-
-    Args:
-        scores: results of `lm_eval_tasks`, which hold the tasks of a group beside it.
-        tasks: what was scored; of a group without an `acc` of its own, its tasks count.
-    """
-    values = dict(_accuracies(scores, tasks)).values()
-    return sum(values) / len(values) if values else None
-
-
-def _accuracies(scores: dict[str, dict], tasks: Iterable) -> Iterator[tuple[str, float]]:
-    for task in tasks:
-        group = not hasattr(task, "task_name")
-        name = task.name if group else task.task_name
-        if "acc" in scores[name]["metrics"]:
-            yield name, scores[name]["metrics"]["acc"]["value"]
-        elif group:
-            yield from _accuracies(scores, task)
 
 
 def shipped() -> list[str]:
