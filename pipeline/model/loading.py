@@ -146,6 +146,12 @@ def check_dtype(spec: ArchSpec, dtype: str, setting: str = "model.dtype") -> Non
         raise UserError(f"{setting}: {refusal}")
 
 
+def check_trained_dtype(dtype: str) -> None:
+    """Raise `UserError` for a type that nothing trains in."""
+    if dtype == "float16":
+        raise UserError("model.dtype: nothing trains in float16, whose range ends at 65,504: set model.dtype=bfloat16")
+
+
 def check_attention(config: ModelConfig) -> None:
     """Raise `UserError` for an attention that does not compute in the model's type."""
     if config.attention == "flash_attention_2" and config.dtype == "float32":

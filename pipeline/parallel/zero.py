@@ -85,7 +85,7 @@ def zero_settings(config: Config, spec: ArchSpec, world: World) -> dict | None:
     _fill(settings, "train_batch_size", config.train.batch_size, "train.batch_size")
     _fill(settings, "gradient_accumulation_steps", 1, "train.micro_batch, which sets the forward passes of a step,")
     _fill(settings, "bf16", {"enabled": dtype == "bfloat16"}, f"model.dtype={dtype}")
-    _fill(settings, "fp16", {"enabled": dtype == "float16"}, f"model.dtype={dtype}")
+    _fill(settings, "fp16", {"enabled": False}, "training, which is never in float16,")
     zero = settings["zero_optimization"]
     if zero["stage"] == 3:
         # Otherwise DeepSpeed replaces torch.nn.functional.linear for the whole process.

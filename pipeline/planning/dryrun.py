@@ -26,7 +26,7 @@ from nuteprune.arch import ArchSpec, read_spec, split_fused
 from nuteprune.config import Config
 from nuteprune.errors import UserError
 from nuteprune.masks import Gates, MaskSet, check_target, unit_shape
-from nuteprune.model.loading import check_dtype, in_float32
+from nuteprune.model.loading import check_trained_dtype, in_float32
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
 from nuteprune.parallel.zero import attach, quiet, zero_settings
@@ -77,7 +77,7 @@ def dry_run(config: Config, ranks: int, ranks_per_node: int) -> DryRun:
         raise UserError(f"train.batch_size {config.train.batch_size} cannot be split over {ranks} ranks")
     hf_config, spec = read_model(config.model.path)
     check_target(spec, config.gates, config.sparsity.target, config.lora.targets)
-    check_dtype(spec, config.model.dtype)
+    check_trained_dtype(config.model.dtype)
     few_config, few = _few(hf_config, spec)
     masks = MaskSet(few, config.gates)
     world = World(0, ranks, 0, min(ranks, ranks_per_node))

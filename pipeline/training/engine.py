@@ -33,7 +33,6 @@ RELATIVE_RATE = 1.04e-2
 """LoRA's peak learning rate over the root mean square of the weights that it updates, at rank 16, where
 `train.lora_lr` is 0: it moves weights by as large a share of themselves in every model (docs/experiments.md)."""
 _GATE_MOMENTUM = 0.9
-_FIRST_SCALE, _SCALE_PATIENCE = 2.0**12, 200
 
 
 class Multipliers(nn.Module):
@@ -55,27 +54,6 @@ class StepResult:
 
     grad_norm: float
     skipped: bool
-
-
-class LossScale:
-    """Factor on a float16 loss that keeps small gradients from vanishing (Micikevicius et al. 2018, section 3.2).
-
-    Doubled after `_SCALE_PATIENCE` good steps, halved at each overflow; 1 for other types.
-    """
-
-    def __init__(self, dtype: torch.dtype):
-        self.dynamic = dtype == torch.float16
-        self.value, self.good_steps = _FIRST_SCALE if self.dynamic else 1.0, 0
-
-    def update(self, finite: bool) -> None:
-        """Adapt to whether the last step's gradients were finite."""
-        if not self.dynamic:
-            return
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.value /= 2
-        elif self.good_steps % _SCALE_PATIENCE == 0:
-            self.value *= 2
 
 
 class Engine:
@@ -124,18 +102,17 @@ class Engine:
             self.optimizers["multipliers"] = torch.optim.AdamW(
                 multipliers.parameters(), lr=MULTIPLIER_RATE, weight_decay=0.0, maximize=True
             )
-        self.scale = LossScale(model.dtype)
         self.gradients = _flat_gradients([p for o in self.optimizers.values() for p in _parameters(o)])
         self.update = model.update
         self.precondition = Preconditioner(self.update.lora.values()) if scaled else None
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""
-        (loss * self.scale.value).backward()
+        loss.backward()
 
     def step(self, step: int) -> StepResult:
         """Average, clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
-        self.world.mean(self.gradients).div_(self.scale.value)
+        self.world.mean(self.gradients)
         for group in self.optimizers["lora"].param_groups if self.lora else ():
             group["lr"] = group["rate"] * self.peak * self.schedule.lora_share(step)
         norm = nn.utils.clip_grad_norm_(self.lora, LARGEST_NORM)
@@ -143,7 +120,6 @@ class Engine:
         odd = (self.gradients * 0).sum()
         norm, odd = torch.stack([norm.to(odd), odd]).double().tolist()  # the norm of no LoRA at all is on the host
         finite = math.isfinite(norm) and odd == 0
-        self.scale.update(finite)
         if finite:
             if self.precondition:
                 self.precondition()

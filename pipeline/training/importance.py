@@ -5,7 +5,6 @@ Shape letters: B sequences, T tokens, U units at one place of the model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -84,11 +83,9 @@ def _gradients(model: PairedModel, places: list[tuple[nn.Module, bool, Tensor]],
         for (module, before, _), sums in zip(places, found, strict=True):
             hooks.enter_context(_watch(module, before, sums))
         loss = model(ids, plain, None, LossConfig()).total
-        # About the sum over the tokens: the gradients of their mean are so small that they would vanish in float16.
-        scale = 2.0 ** round(math.log2(ids.shape[1]))
         # A whole backward, not autograd.grad: it also passes the places where ZeRO-3 frees what it gathered.
-        (loss * len(ids) * scale).backward()
-    return [gradient / scale for gradient in found]
+        (loss * len(ids)).backward()
+    return found
 
 
 def _watch(module: nn.Module, before: bool, sums: Tensor) -> Any:

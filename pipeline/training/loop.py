@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from nuteprune.config import Config, flatten, to_dict
 from nuteprune.errors import MachineError, UserError, first_line
+from nuteprune.model.loading import check_trained_dtype
 from nuteprune.parallel.device import named
 from nuteprune.parallel.distributed import World, connected, discover
 from nuteprune.parallel.host import multiplies_bfloat16
@@ -102,8 +103,10 @@ def check_directory(config: Config, free: tuple[str, ...]) -> None:
         free: sections that may differ from those of an earlier start.
 
     Raises:
-        UserError: none is set, it lies among the text, it belongs to another configuration, or it cannot be written to.
+        UserError: none is set, it lies among the text, it belongs to another configuration, or it cannot be written to;
+            a type that nothing trains in.
     """
+    check_trained_dtype(config.model.dtype)
     if not config.run_dir:
         raise UserError("run_dir is empty: set it to the directory this run may write to")
     run_dir, source = Path(config.run_dir), Path(config.data.source)
@@ -212,10 +215,9 @@ def resume(trainer: Trainer, planned: bool) -> None:
         try:
             if world.is_main:
                 check_fits(path, trainer.config, trainer.free, trainer.inputs)
-            counters, scale = trainer.load(path), trainer.engine.scale
+            counters = trainer.load(path)
             trainer.step, trainer.bad_total = int(counters["step"]), int(counters["bad_total"])
             trainer.bad_in_a_row = int(counters.get("bad_in_a_row", 0))  # older checkpoints have none
-            scale.value, scale.good_steps = counters["loss_scale"], int(counters["good_steps"])
             if planned and counters.get("ranks") == world.size:
                 trainer.micro_batch = min(trainer.micro_batch, int(counters["micro_batch"]))
         except UserError:
@@ -239,10 +241,8 @@ def choose_checkpoint(checkpoints: Checkpoints) -> Path | None:
 
 def save_checkpoint(trainer: Trainer) -> None:
     """Write the state after the current step on rank 0, then drop checkpoints beyond `checkpoint.keep`."""
-    scale = trainer.engine.scale
     counters: dict[str, Any] = {"step": trainer.step, "bad_total": trainer.bad_total,
-                                "bad_in_a_row": trainer.bad_in_a_row, "loss_scale": scale.value,
-                                "good_steps": scale.good_steps, "micro_batch": trainer.micro_batch,
+                                "bad_in_a_row": trainer.bad_in_a_row, "micro_batch": trainer.micro_batch,
                                 "ranks": trainer.world.size}  # fmt: skip
     written = trainer.before_save()
     with trainer.world.together():

@@ -142,11 +142,7 @@ class Refit:
             if gram_FF is None:
                 return
             if not gram_FF.isfinite().all():
-                dtype = str(self.model.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"layer {index}: what comes out of the FFN of the intact model is not finite in "
-                    f"model.dtype={dtype}: take float32" + " or bfloat16" * (dtype == "float16")
-                )
+                raise UserError(f"layer {index}: what comes out of the FFN of the intact model is not finite")
             self._packed[index] = packed(gram_FF).cpu()
             if store is not None:
                 store.save(f"units-{index}", {"packed": self._packed[index]})

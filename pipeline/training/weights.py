@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from nuteprune.masks.schedule import Schedule
-from nuteprune.training.engine import LARGEST_NORM, LossScale, StepResult
+from nuteprune.training.engine import LARGEST_NORM, StepResult
 
 _BETAS, _EPS = (0.9, 0.95), 1e-8
 
@@ -31,7 +31,7 @@ class WeightsEngine:
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, dtype: torch.dtype):
-        self.schedule, self.peak, self.scale, self.dtype = schedule, 0.0, LossScale(dtype), dtype
+        self.schedule, self.peak, self.dtype = schedule, 0.0, dtype
         # A parameter without elements, of a layer that has lost all units, has no share to train.
         self.weights = {n: weight for n, weight in model.named_parameters() if weight.requires_grad and weight.numel()}
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
@@ -39,18 +39,14 @@ class WeightsEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch's share of the loss."""
-        (loss * self.scale.value).backward()
+        loss.backward()
 
     @torch.no_grad()
     def step(self, step: int) -> StepResult:
         """Clip and apply the gradients of optimizer step `step`; one that is not finite skips it."""
-        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        if self.scale.value != 1:
-            torch._foreach_div_(gradients, self.scale.value)
         found = nn.utils.clip_grad_norm_(self.weights.values(), LARGEST_NORM)
         norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
         finite = math.isfinite(norm)
-        self.scale.update(finite)
         if finite:
             self._update(self.peak * self.schedule.lora_share(step))
         self.discard()

@@ -1,4 +1,4 @@
-"""The optimizer side: the loss scale of float16, gradients that lie in one buffer, and shards of AdamW's state."""
+"""The optimizer side: gradients that lie in one buffer, and shards of AdamW's state."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.pairing import PairedModel
 from nuteprune.parallel.distributed import World
-from nuteprune.training.engine import RELATIVE_RATE, Engine, LossScale, relative_rate
+from nuteprune.training.engine import RELATIVE_RATE, Engine, relative_rate
 from nuteprune.training.importance import unit_costs
 from nuteprune.training.resume import restore_optimizer
 
@@ -55,32 +55,6 @@ def test_a_rate_that_is_given_is_taken():
     assert engine(torch.float32, "train.lora_lr=0.5").peak == 0.5
 
 
-def test_the_scale_halves_at_an_overflow_and_doubles_after_200_good_steps():
-    scale = LossScale(torch.float16)
-    first = scale.value
-    scale.update(False)
-    assert scale.value == first / 2
-    for _ in range(199):
-        scale.update(True)
-    assert scale.value == first / 2
-    scale.update(True)
-    assert scale.value == first
-    plain = LossScale(torch.bfloat16)
-    plain.update(False)
-    assert plain.value == 1
-
-
-def test_the_scale_does_not_change_the_gradients():
-    norms = []
-    for dtype in (torch.float32, torch.float16):
-        e = engine(dtype)
-        for p in e.lora:
-            e.backward(p.sum() * 1e-3)
-        norms.append(e.step(0).grad_norm)
-    assert norms[0] > 0
-    assert norms[0] == norms[1]
-
-
 def test_a_parameter_without_a_part_in_the_step_has_a_zero_gradient_in_the_buffer():
     e = engine()
     e.backward(e.lora[0].sum())
@@ -90,13 +64,12 @@ def test_a_parameter_without_a_part_in_the_step_has_a_zero_gradient_in_the_buffe
     assert e.lora[0].grad.abs().sum() == 0
 
 
-def test_a_gradient_that_overflows_changes_nothing_and_halves_the_scale():
-    e = engine(torch.float16)
-    before, scale = e.lora[0].detach().clone(), e.scale.value
+def test_a_gradient_that_overflows_changes_nothing():
+    e = engine()
+    before = e.lora[0].detach().clone()
     e.backward(e.lora[0].sum() * float("inf"))
     assert e.step(0).skipped
     assert torch.equal(e.lora[0], before)
-    assert e.scale.value == scale / 2
 
 
 def test_gates_of_all_kinds_move_by_what_a_parameter_of_theirs_is_worth():

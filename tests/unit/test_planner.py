@@ -690,20 +690,20 @@ def test_command_writes_settings_that_load(tmp_path, capsys):
 
 def test_settings_reload_whatever_the_recipe(tmp_path):
     out, mine = tmp_path / "plan", tmp_path / "mine.yaml"
-    mine.write_text(yaml.safe_dump({"recipe": "paper", "model": {"dtype": "float16"}, "sparsity": {"target": 0.3}}))
+    mine.write_text(yaml.safe_dump({"recipe": "paper", "model": {"dtype": "bfloat16"}, "sparsity": {"target": 0.3}}))
     flags = ["plan", str(config_file(tmp_path)), "--gpus-per-node", "2", "--config", str(mine)]
     assert main([*flags, "--out", str(out)]) == 0
     before, after = load_config(mine), load_config(out / "plan.yaml")
     assert after.deepspeed == str(out / "deepspeed.json")
     assert replace(after, model=before.model, train=before.train, deepspeed="") == before
-    assert (after.model.path, after.model.dtype) == (str(tmp_path / "config.json"), "float16")
+    assert (after.model.path, after.model.dtype) == (str(tmp_path / "config.json"), "bfloat16")
 
 
 def test_type_of_the_checkpoint_unless_told(tmp_path, capsys):
     flags = ["plan", str(config_file(tmp_path, dtype="bfloat16")), "--gpus-per-node", "1", "--json"]
-    for more, dtype in ([], "bfloat16"), (["model.dtype=float16"], "float16"):
+    for more, dtype in ([], "bfloat16"), (["model.dtype=float32"], "float32"):
         assert main([*flags, *more]) == 0
-        assert json.loads(capsys.readouterr().out)["settings"]["model"]["dtype"] == dtype
+        assert json.loads(capsys.readouterr().out)["settings"]["model"].get("dtype", "float32") == dtype
 
 
 def test_command_says_when_nothing_fits(capsys):

@@ -22,11 +22,11 @@ def settings(deepspeed, *overrides, world=WORLD):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in DS_CONFIGS.glob("*.json")))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_file_is_completed_from_the_run(name, dtype):
     filled = settings(name, f"model.dtype={dtype}")
     assert (filled["train_batch_size"], filled["gradient_accumulation_steps"]) == (16, 1)
-    assert (filled["bf16"]["enabled"], filled["fp16"]["enabled"]) == (dtype == "bfloat16", dtype == "float16")
+    assert (filled["bf16"]["enabled"], filled["fp16"]["enabled"]) == (dtype == "bfloat16", False)
     zero = filled["zero_optimization"]
     if zero["stage"] == 3:
         assert zero["stage3_param_persistence_threshold"] == SPEC.ffn == 40  # the largest bias
@@ -62,7 +62,7 @@ def test_sizes_of_the_file_win(tmp_path):
         ({"zero_optimization": {}}, "stage must be 2 or 3, got None"),
         ({"zero_optimization": {"stage": 1}}, "stage must be 2 or 3, got 1"),
         ({"zero_optimization": {"stage": 3}, "train_batch_size": 4}, "train_batch_size is 4 there, but .* says 16"),
-        ({"zero_optimization": {"stage": 3}, "fp16": {"enabled": True}}, "fp16 .* model.dtype=float32"),
+        ({"zero_optimization": {"stage": 3}, "fp16": {"enabled": True}}, "fp16 .* never in float16"),
         ({"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}}, "remove optimizer; .*train.lora_lr"),
         ({"zero_optimization": {"stage": 3}, "gradient_clipping": 1}, "remove gradient_clipping; the run clips"),
         ({"zero_optimization": {"stage": 3, "stage3_max_liv": 1}}, "zero_optimization.stage3_max_liv: Extra inputs"),
