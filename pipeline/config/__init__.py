@@ -36,7 +36,6 @@ from nuteprune.config.loading import (
     DS_CONFIGS,
     beyond_recipe,
     deepspeed_path,
-    file_settings,
     given_keys,
     load_config,
     read_entries,

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from nuteprune.config.fields import ASKED_EACH_TIME, Config
-from nuteprune.config.removed import REMOVED, check_removed, refuse_removed
 from nuteprune.config.values import build, check_keys, flatten, merge, to_dict
 from nuteprune.errors import UserError
 
@@ -34,7 +33,6 @@ def load_config(settings: Config | Mapping | str | Path | None, overrides: Seque
     name = str(next((tree["recipe"] for _, tree in reversed(layers) if tree.get("recipe")), "default"))
     tree: dict = {}
     for source, layer in [*_recipe_layers(name), *layers]:
-        refuse_removed(flatten(layer), source)
         check_keys(Config, layer, source, "")
         tree = merge(tree, layer)
     tree["recipe"] = name
@@ -67,9 +65,9 @@ def _layers(settings: Config | Mapping | str | Path | None, overrides: Sequence[
         if not file.is_file():
             raise UserError(f"{settings} is not the directory of a run: it has no config.yaml")
         # The directory may have been moved since.
-        layers += [(str(file), file_settings(file)), ("the run's directory", {"run_dir": str(settings)})]
+        layers += [(str(file), read_yaml(file)), ("the run's directory", {"run_dir": str(settings)})]
     elif settings is not None:
-        layers.append((str(settings), file_settings(Path(settings))))
+        layers.append((str(settings), read_yaml(Path(settings))))
     for item in overrides:
         key, sep, value = item.partition("=")
         if not sep or not key:
@@ -212,24 +210,3 @@ def _plain_values(path: Path) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark, note = getattr(error, "problem_mark", None), getattr(error, "note", None) or ""
         raise UserError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}{note}") from None
-
-
-def file_settings(path: Path) -> dict:
-    """The settings in a YAML file; of the config.yaml of a run, which holds all, without those that have gone since.
-
-    Raises:
-        UserError: as `read_yaml`; or one that has gone had another value than what is done now.
-    """
-    tree = read_yaml(path)
-    gone = {key: value for key, value in flatten(tree).items() if key in REMOVED}
-    if path.name != "config.yaml" or not gone:
-        return tree
-    left = {
-        section: {name: value for name, value in inner.items() if f"{section}.{name}" not in gone}
-        if isinstance(inner, dict)
-        else inner
-        for section, inner in tree.items()
-    }
-    check_keys(Config, left, str(path), "")
-    check_removed(gone, flatten(to_dict(build(Config, left, ""))), str(path))
-    return left

@@ -217,7 +217,7 @@ def resume(trainer: Trainer, planned: bool) -> None:
                 check_fits(path, trainer.config, trainer.free, trainer.inputs)
             counters = trainer.load(path)
             trainer.step, trainer.bad_total = int(counters["step"]), int(counters["bad_total"])
-            trainer.bad_in_a_row = int(counters.get("bad_in_a_row", 0))  # older checkpoints have none
+            trainer.bad_in_a_row = int(counters["bad_in_a_row"])
             if planned and counters.get("ranks") == world.size:
                 trainer.micro_batch = min(trainer.micro_batch, int(counters["micro_batch"]))
         except UserError:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nuteprune.config import Config, file_settings, flatten, to_dict
+from nuteprune.config import Config, flatten, read_yaml, to_dict
 from nuteprune.errors import UserError
 from nuteprune.masks import Gates, MaskSet
 from nuteprune.model.lora import Update, joined
@@ -88,7 +88,7 @@ def check_same_run(run_dir: Path, config: Config, free: tuple[str, ...]) -> None
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         return
-    old, new = flatten(file_settings(saved)), flatten(to_dict(config))
+    old, new = flatten(read_yaml(saved)), flatten(to_dict(config))
     for key, value in new.items():
         if key.split(".")[0] in free or key in FREE_KEYS or old.get(key) == value:
             continue

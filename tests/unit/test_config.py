@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from nuteprune.__main__ import main
 from nuteprune.config import STAGE_SECTIONS, Config, beyond_recipe, flatten, load_config, to_dict
@@ -42,63 +41,6 @@ def test_every_recipe_is_valid_and_the_saved_config_reads_back(recipe, tmp_path)
     config = load_config(None, [f"recipe={recipe}", "run_dir=x"])
     save_config(tmp_path / "config.yaml", config)
     assert load_config(tmp_path / "config.yaml") == replace(config, recipe="default")
-
-
-BEFORE = {
-    "train.lora_schedule": "cosine", "train.lora_warmup": 0.03, "train.beta2": 0.999, "train.weight_decay": 0.0,
-    "train.grad_clip": 1.0, "train.ranks": 0, "train.max_bad_steps": 10, "gates.init_drop_rate": 0.01,
-    "gates.noise_end": 0.02, "gates.clamp": 0.0, "sparsity.schedule": "cubic", "sparsity.multiplier_lr": 0.1,
-    "loss.layer": "normalized", "loss.layer_reduction": "mean", "loss.chunk": 256, "recover.lr": 0.0,
-    "finetune.unusable": "refuse",
-    "checkpoint.resume": "auto", "tracking.log_every": 1, "tracking.image_every": 50, "export.ladder_per_layer": False,
-    "export.ffn_multiple": 0, "export.hidden_multiple": 0, "export.tensor_parallel": 0, "export.hub_private": True,
-    "export.shard_size": "5GB", "evaluate.text_field": "text", "evaluate.stride": 0, "evaluate.speed": True,
-}  # fmt: skip
-"""Settings that are gone, as the last version saved them by default; and by its other recipes:"""
-BY_RECIPE = {
-    "default": {},
-    "paper": {"train.lora_schedule": "linear", "train.lora_warmup": 0.0, "gates.noise_end": 1.0,
-              "gates.clamp": 4.605170185988092, "sparsity.schedule": "linear", "loss.layer": "raw",
-              "loss.layer_reduction": "sum"},
-    "taylor": {"gates.noise_end": 0.0},
-}  # fmt: skip
-
-
-def saved_before(path: Path, recipe: str, changed: dict) -> Path:
-    """The config.yaml of a run of the last version."""
-    tree = {**to_dict(load_config(None, [f"recipe={recipe}"])), "recipe": "default"}
-    del tree["evaluate"]["trust_remote_code"]
-    for key, value in (BEFORE | BY_RECIPE[recipe] | changed).items():
-        section, name = key.split(".")
-        tree[section][name] = value
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
-@pytest.mark.parametrize("recipe", BY_RECIPE)
-def test_a_run_of_the_last_version_opens_where_nothing_is_done_otherwise_now(recipe, tmp_path):
-    path = saved_before(tmp_path / "config.yaml", recipe, {"loss.chunk": 64, "evaluate.sample_prompt": "The"})
-    assert load_config(path) == replace(load_config(None, [f"recipe={recipe}"]), recipe="default")
-    assert load_config(tmp_path).run_dir == str(tmp_path)
-    path = saved_before(path, recipe, {"gates.importance_batches": 6})
-    with pytest.raises(UserError, match=r"export a run before 0\.2 with its own version"):
-        load_config(path)
-    path = saved_before(path, recipe, {"train.weight_decay": 0.1})
-    with pytest.raises(UserError, match=r"config.yaml: train.weight_decay=0.1 is no longer a setting: LoRA has no"):
-        load_config(path)
-
-
-def test_a_run_that_learned_by_the_normalized_layer_term_is_refused(tmp_path):
-    path = saved_before(tmp_path / "config.yaml", "default", {"loss.layer_weight": 0.9})
-    with pytest.raises(UserError, match=r"config.yaml: loss.layer='normalized' is no longer a setting: what loss"):
-        load_config(path)
-
-
-@pytest.mark.parametrize("key", BEFORE)
-def test_a_removed_setting_is_refused_by_name_with_what_took_its_place(key):
-    with pytest.raises(UserError, match=rf"{key} is no longer a setting: \w+") as told:
-        load_config(None, [f"{key}=1"])
-    assert "\n" not in str(told.value)
 
 
 def test_every_stage_behind_pruning_says_what_it_reads_instead():
