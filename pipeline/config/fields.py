@@ -216,7 +216,11 @@ class TeacherConfig:
 class CheckpointConfig:
     """What a run needs to go on where it stopped."""
 
-    every: int = opt(200, "Steps between two checkpoints; 0: none but on a signal.", ge=0)
+    every: int = opt(
+        0,
+        "Steps between two checkpoints; 0: five minutes, or more where saving would take over 5% of the time.",
+        ge=0,
+    )
     keep: int = opt(2, "Checkpoints that are kept.", ge=1)
 
 

@@ -15,6 +15,7 @@ from nuteprune.planning.costs import Timing, gather_seconds, launch_seconds, ove
 from nuteprune.planning.distilling import moments, small_parameters, vocabulary_parameters
 from nuteprune.planning.footprint import USABLE
 from nuteprune.planning.job import FP32, Job, Layout
+from nuteprune.runs.checkpoint import seconds_between
 from nuteprune.training import blocks
 from nuteprune.training.gram import TOKENS_AT_ONCE
 from nuteprune.training.refit import STORED_BYTES, TIMES
@@ -65,7 +66,7 @@ def pruning_bill(job: Job, layout: Layout, timing: Timing) -> Bill:
         "refit: fits while units leave": fitting_seconds(job, layout),
         "measuring structures": MEASURED * BATCHES / 4 * timing.step if is_measured(job.config.gates) else 0.0,
         f"{job.steps:,} steps": steps,
-        "checkpoints and result": written_seconds(job, checkpoint_bytes(job)),
+        "checkpoints and result": written_seconds(job, checkpoint_bytes(job, timing.step)),
     }
     return Bill({name: seconds for name, seconds in parts.items() if seconds}, job.steps * (timing.step - timing.best))
 
@@ -80,7 +81,7 @@ def distillation_bill(job: Job, layout: Layout, timing: Timing) -> Bill:
         "starting, compiling kernels": STARTING,
         "fitting layers": blocks_seconds(job, layout),
         f"{count:,} steps": steps,
-        "checkpoints and result": written_seconds(job, distillation_bytes(job)),
+        "checkpoints and result": written_seconds(job, distillation_bytes(job, timing.step)),
     }
     return Bill(parts, count * (timing.step - timing.best))
 
@@ -217,19 +218,26 @@ def fitting_seconds(job: Job, layout: Layout) -> float:
     return math.ceil(spec.layers / cluster.ranks) * fits + count * gather_seconds(*over_links(summed, cluster), cluster)
 
 
-def checkpoint_bytes(job: Job) -> dict[str, float]:
-    """Bytes that a run writes, by part.
+def states_written(job: Job, steps: int, seconds: float, state: float) -> int:
+    """Checkpoints of so many bytes that a stage writes before its last step, of so many seconds each."""
+    if every := job.config.checkpoint.every:
+        return max(0, steps - 1) // every
+    return min(max(0, steps - 1), int(steps * seconds / seconds_between(2 * state / job.cluster.disk)))
+
+
+def checkpoint_bytes(job: Job, seconds: float) -> dict[str, float]:
+    """Bytes that a run writes, by part, where a step of pruning takes so many seconds.
 
     A state: LoRA in float32 and its two moments, the frozen pair in the model's type, and three float32 numbers of each
     gate. Snapshots are written once; those that can teach with their LoRA, and the frozen pairs that they share, of
     which there is one for each fit at most. G, for a restart, where all of it is small (`STORED_BYTES`). The result:
     LoRA and the last pair in one adapter, in float32, and the gates.
     """
-    every, count, teachers = job.config.checkpoint.every, job.snapshots, job.teaching
-    states = (job.steps - 1) // every if every else 0
+    count, teachers = job.snapshots, job.teaching
     gates, frozen = FP32 * job.gate_units, job.refit_parameters
     grams = FP32 * job.spec.layers * job.spec.ffn**2 if frozen else 0
     state = 3 * FP32 * job.lora_parameters + job.itemsize * frozen + 3 * gates
+    states = states_written(job, job.steps, seconds, state)
     recorded = teachers * sum(job.teacher_tensors) + (count - teachers) * sum(job.rung_tensors)
     parts = {
         f"states ({states})": states * state,
@@ -246,17 +254,14 @@ def distillation_state(job: Job) -> float:
     return (FP32 + moments(job)) * small_parameters(job)[1]
 
 
-def distillation_bytes(job: Job) -> dict[str, float]:
-    """Bytes that distillation of the export writes, by part; none where `distill.steps` is 0.
+def distillation_bytes(job: Job, seconds: float) -> dict[str, float]:
+    """Bytes that distillation of the export writes, by part, where a step takes so many seconds.
 
-    A state each `checkpoint.every` steps, and one behind the fit. The result: the small model in the model's type.
+    A state behind the fit, and further ones. The result: the small model in the model's type.
     """
-    steps, every = job.config.distill.steps, job.config.checkpoint.every
-    if not steps:
-        return {}
-    states = 1 + (steps - 1) // every if every else 0
-    parts = {
-        f"states of distillation ({states})": states * distillation_state(job),
+    state = distillation_state(job)
+    states = 1 + states_written(job, job.config.distill.steps, seconds, state)
+    return {
+        f"states of distillation ({states})": states * state,
         "distilled model": job.itemsize * (vocabulary_parameters(job) + small_parameters(job)[1]),
     }
-    return {name: size for name, size in parts.items() if size}

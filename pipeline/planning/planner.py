@@ -127,7 +127,9 @@ class Plan:
     @property
     def written(self) -> dict[str, float]:
         """Bytes that the run writes, by part; all of it stays on the disk but older states."""
-        return checkpoint_bytes(self.job) | distillation_bytes(self.job)
+        pruned = checkpoint_bytes(self.job, self.pruning.timing.step)
+        distilling = self.distilling
+        return pruned | (distillation_bytes(self.job, distilling.timing.step) if distilling else {})
 
     @property
     def limits(self) -> dict[str, int]:

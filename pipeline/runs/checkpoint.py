@@ -26,6 +26,11 @@ JSON_LIMIT = 1 << 26
 """Bytes of a JSON file that is read: an export of 70B lists up to 80 x 28,672 kept FFN units, about 16 MB."""
 
 
+def seconds_between(saving: float) -> float:
+    """Seconds from one checkpoint to the next where one takes `saving` seconds: at most 5% of the time is for them."""
+    return max(300.0, 19 * saving)
+
+
 class CheckpointError(Exception):
     """A directory that is incomplete, truncated or altered; the message says which file and how it differs."""
 

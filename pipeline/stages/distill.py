@@ -179,7 +179,7 @@ class Distilling(Trainer):
             del whole
         self.engine.peak = self.engine.peak or relative_rate(self.student, world)
         log.info("learning rate %g", self.engine.peak)
-        if self.config.checkpoint.every and not self.resumed:
+        if not self.resumed:
             save_checkpoint(self)
             self._forget_fitted()
 

@@ -173,7 +173,8 @@ def run_steps(trainer: Trainer, tracker: Tracker) -> None:
             bar.set_postfix(trainer.progress(metrics), refresh=False)
             bar.update()
             trainer.step += 1
-            if trainer.stopping or (every and trainer.step % every == 0 and trainer.step < trainer.total):
+            due = trainer.step % every == 0 if every else trainer.overdue
+            if trainer.stopping or (due and trainer.step < trainer.total):
                 save_checkpoint(trainer)
             if trainer.stopping:
                 raise Preempted(
@@ -244,6 +245,7 @@ def save_checkpoint(trainer: Trainer) -> None:
     counters: dict[str, Any] = {"step": trainer.step, "bad_total": trainer.bad_total,
                                 "bad_in_a_row": trainer.bad_in_a_row, "micro_batch": trainer.micro_batch,
                                 "ranks": trainer.world.size}  # fmt: skip
+    began = time.monotonic()
     written = trainer.before_save()
     with trainer.world.together():
         if trainer.world.is_main:
@@ -252,6 +254,8 @@ def save_checkpoint(trainer: Trainer) -> None:
             with atomic_directory(trainer.checkpoints.path(trainer.step), lender, written) as temporary:
                 trainer.save(temporary, counters)
             trainer.checkpoints.prune()
+    trainer.saved = time.monotonic()
+    trainer.saving_seconds = trainer.saved - began
 
 
 def report(trainer: Trainer, tracker: Tracker, metrics: dict[str, float], seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,7 +26,7 @@ from nuteprune.masks.schedule import Schedule
 from nuteprune.model.lora import Update
 from nuteprune.model.pairing import Losses, PairedModel
 from nuteprune.parallel.distributed import World
-from nuteprune.runs.checkpoint import Checkpoints, Facts, sha256
+from nuteprune.runs.checkpoint import Checkpoints, Facts, seconds_between, sha256
 from nuteprune.runs.fingerprint import fingerprint
 from nuteprune.training.engine import Engine, Multipliers
 from nuteprune.training.memory import TooLarge, is_out_of_memory, remember
@@ -79,6 +80,10 @@ class Trainer(ABC):
         self.micro_batch = config.train.micro_batch or stream.local_size
         """Sequences of a forward pass."""
         self.stop, self.stopping = Stop(), False
+        self.saved, self.saving_seconds = time.monotonic(), 0.0
+        """When the last checkpoint was written, and how long that took."""
+        self.overdue = False
+        """Whether rank 0 has not written one for so long that all save behind this step."""
 
     @classmethod
     @abstractmethod
@@ -148,7 +153,8 @@ class Trainer(ABC):
     def accumulate(self, forward: Callable[[Tensor], Losses]) -> dict[str, float]:
         """Backward of this step's micro-batches; returns the loss and its terms, averaged over the global batch.
 
-        With them travels whether any rank was asked to stop, so that all of them stop at the same step.
+        With them travels whether any rank was asked to stop, and whether a checkpoint is due by rank 0's clock, so that
+        all of them stop or save at the same step.
 
         Args:
             forward: losses of a micro-batch [b, T]; all of a step have the same terms.
@@ -158,13 +164,14 @@ class Trainer(ABC):
             torch.cuda.empty_cache()  # behind `_backward`, whose losses refer to what fills the memory
             found = self._backward(forward)
         names, sums = found
+        sums[-2] = self.world.is_main and time.monotonic() - self.saved >= seconds_between(self.saving_seconds)
         sums[-1] = bool(self.stop.received)
-        *means, stopping = self.world.mean(sums).tolist()
-        self.stopping = stopping > 0
+        *means, overdue, stopping = self.world.mean(sums).tolist()
+        self.overdue, self.stopping = overdue > 0, stopping > 0
         return dict(zip(("loss", *(f"{name}_loss" for name in names)), means, strict=True))
 
     def _backward(self, forward: Callable[[Tensor], Losses]) -> tuple[list[str], Tensor] | None:
-        """The terms' names, and sums over the rank's batch of the loss and of them, with a place behind them; None
+        """The terms' names, and sums over the rank's batch of the loss and of them, with two places behind them; None
         where it has to be gone through again, in smaller parts.
 
         Each rank goes by its own memory, unless weights are partitioned: there the others wait in a gather, and all of
@@ -185,8 +192,8 @@ class Trainer(ABC):
                 self.engine.backward(losses.total * share)
                 values = torch.stack([losses.total, *losses.terms.values()]).detach().double() * share
                 if not names:
-                    names, sums = list(losses.terms), values.new_zeros(len(values) + 1)
-                sums[:-1] += values
+                    names, sums = list(losses.terms), values.new_zeros(len(values) + 2)
+                sums[:-2] += values
         except (RuntimeError, MemoryError) as error:
             if self.micro_batch == 1 or not is_out_of_memory(error):
                 raise

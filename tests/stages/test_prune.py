@@ -1,12 +1,14 @@
 """The prune stage on a tiny model: it reaches the target in any budget, resumes bit for bit, and fails clearly."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import time
 import weakref
 from pathlib import Path
 
@@ -339,6 +341,18 @@ def test_a_log_has_a_line_now_and_then_and_no_bar(settings, capsys, caplog):
     ]  # fmt: skip
     assert "loss=" in told[-1]
     assert "\r" not in capsys.readouterr().err
+
+
+def test_checkpoints_come_by_the_clock(settings, monkeypatch):
+    """One is due five minutes behind the start or the last one; the clock here goes 40 s at each look."""
+    clock = itertools.count(0.0, 40.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    config = load_config(None, [*settings, "train.steps=30", "checkpoint.keep=9"])
+    saved = interrupted(config, 29, monkeypatch)
+    steps = [int(path.name.partition("-")[2]) for path in sorted(saved.iterdir())]
+    assert len(steps) >= 2
+    # 19 times as long as saving took, by this clock: at most a twentieth of the time goes into it.
+    assert all(later - step >= 7 for step, later in itertools.pairwise([0, *steps]))
 
 
 def test_a_damaged_checkpoint_is_skipped_with_the_reason(settings, finished_run, monkeypatch, caplog):

@@ -21,6 +21,8 @@ from nuteprune.parallel.zero import zero_settings
 from nuteprune.planning.bill import (
     blocks_seconds,
     checkpoint_bytes,
+    distillation_bytes,
+    distillation_state,
     fitting_seconds,
     importance_seconds,
     pruning_bill,
@@ -472,15 +474,24 @@ def test_ranks_share_the_preparation(cost):
 def test_checkpoints_of_a_7b_run_are_small():
     """Snapshots and frozen pairs are written once, so that a run of 2,000 steps writes 12 GB at most."""
     for target, pairs in ((0.2, 20), (0.5, 25)):
-        plan = job("llama-7b", 1, 8, "train.steps=2000", f"sparsity.target={target}")
-        written = checkpoint_bytes(plan)
+        plan = job("llama-7b", 1, 8, "train.steps=2000", f"sparsity.target={target}", "checkpoint.every=200")
+        written = checkpoint_bytes(plan, 1.0)
         state = 12 * (plan.lora_parameters + plan.gate_units) + 2 * plan.refit_parameters
         assert written["states (9)"] == 9 * state
         assert written[f"their frozen pairs ({pairs})"] == pairs * 2 * plan.refit_parameters
         assert "refit: G" not in written  # 15.5 GB
         assert sum(written.values()) <= 12e9
-    assert not any(name.startswith("states") for name in checkpoint_bytes(job("llama-7b", 1, 8, "checkpoint.every=0"))
-                   if not name.endswith("(0)"))  # fmt: skip
+    by_time = checkpoint_bytes(job("llama-7b", 1, 8, "train.steps=2000"), 3.0)
+    assert by_time["states (20)"] == 20 * state  # one in five minutes
+
+
+def test_checkpoints_take_at_most_5_percent_of_distillation():
+    plan = job("llama-3.1-70b", 2, 8, "distill.steps=1080")
+    state, step = distillation_state(plan), 20.0
+    states = distillation_bytes(plan, step)
+    number = next(round(size / state) for name, size in states.items() if name.startswith("states"))
+    assert number > 3
+    assert (number - 1) * 2 * state / plan.cluster.disk <= 0.05 * 1080 * step
 
 
 def test_the_bill_is_the_sum_of_its_parts():
@@ -613,7 +624,7 @@ def test_equal_nodes_are_taken_as_they_are():
 
 def test_each_stage_has_a_layout_of_its_own():
     """70B on two nodes of 8 at 20%: pruning keeps activations, distillation computes them again."""
-    steps = ["train.steps=120", "distill.steps=1080"]
+    steps = ["train.steps=120", "distill.steps=1080", "checkpoint.every=200"]
     alone, both = lay_out(job("llama-3.1-70b", 2, 8, steps[0])), lay_out(job("llama-3.1-70b", 2, 8, *steps))
     assert alone.distilling is None
     assert alone.peak == alone.pruning.peak
