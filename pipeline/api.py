@@ -216,9 +216,6 @@ def check_run(config: Config) -> None:
     tuned, exported = config.finetune.sparsity or final, config.export.sparsity or final
     if config.finetune.data and tuned != exported:
         raise UserError(f"run would fine-tune the student at {tuned:g} and export that at {exported:g}: set both alike")
-    if config.finetune.data and config.distill.steps and config.export.source != "pruned":
-        raise UserError("run would distil the fine-tuned model, which undoes what the records taught: leave out "
-                        "distill.steps or finetune.data, or set export.source=pruned")  # fmt: skip
 
 
 def several_ranks() -> bool:

@@ -75,7 +75,7 @@ class StageFailed(RuntimeError):
 
 
 def run(config: Config, given: Collection[str]) -> tuple[Config, dict]:
-    """Prepare, prune, fine-tune where there are records, export, distil and evaluate; returns settings and report.
+    """Prepare, prune, export, distil, fine-tune where there are records, and evaluate; returns settings and report.
 
     A stage of training that is finished already returns at once, so the same command goes on where it stopped. The
     settings that were chosen for this machine are shown first, and written to `run.yaml` in the run's directory.
@@ -99,8 +99,10 @@ def run(config: Config, given: Collection[str]) -> tuple[Config, dict]:
     told_text = (config.evaluate.text and not held_out) or config.evaluate.protocol == "published"
     check_evaluation(config, [config.model.path] if told_text else [])
     make_directory(config)
-    tune, distill = ["finetune"] * bool(config.finetune.data), ["distill"] * bool(config.distill.steps)
-    stages = ["prepare", "prune", *tune, "export", *distill, "evaluate"]
+    tune = ["finetune"] * bool(config.finetune.data)
+    # Where the small model's own weights learn, they learn from records too, and last.
+    behind = ["export", "distill", *tune] if config.distill.steps else [*tune, "export"]
+    stages = ["prepare", "prune", *behind, "evaluate"]
     with stop_signals() as stop, alone(directory, "run"):
         if held_out:
             write_atomic(directory / HELD_OUT, held_out.encode())

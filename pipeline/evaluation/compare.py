@@ -29,7 +29,7 @@ from nuteprune.exporting.card import RECORD, add_results, check_distilled
 from nuteprune.exporting.publish import check_repository, push
 from nuteprune.parallel.distributed import discover
 from nuteprune.runs.checkpoint import MANIFEST, CheckpointError
-from nuteprune.runs.directories import DISTILLED, distill_directory
+from nuteprune.runs.directories import DISTILLED, distill_directory, instruct_directory
 from nuteprune.runs.words import one_line
 from nuteprune.training.tracking import Tracker, check_reporters
 
@@ -213,8 +213,11 @@ def _model_paths(config: Config) -> list[str]:
     if not (export / "config.json").is_file():
         raise UserError(f"no exported model at {export}: run the export stage first, or set evaluate.models")
     distilled = distill_directory(Path(config.run_dir)) / DISTILLED
-    newer = [str(distilled)] if config.run_dir and check_distilled(distilled, export) else []
-    return [config.model.path, str(export), *newer]
+    newer = [distilled] if config.run_dir and check_distilled(distilled, export) else []
+    instructed = instruct_directory(Path(config.run_dir)) / DISTILLED
+    if newer and check_distilled(instructed, distilled, "instructed_from", "finetune"):
+        newer.append(instructed)
+    return [config.model.path, *map(str, [export, *newer])]
 
 
 def shares_text(text: str, source: str) -> bool:

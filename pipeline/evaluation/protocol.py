@@ -15,7 +15,7 @@ from nuteprune.config import DataConfig, EvaluateConfig
 from nuteprune.data.sequences import first_tokens
 from nuteprune.data.text import kind_of, read_rows, text_tokens
 from nuteprune.errors import UserError, first_line
-from nuteprune.runs.directories import DISTILLED, distill_directory
+from nuteprune.runs.directories import DISTILLED, distill_directory, instruct_directory
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,11 @@ def published_text(settings: EvaluateConfig, field: str) -> tuple[str, str]:
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """The last part of each path, `distilled` for what `distill` made, or the paths themselves where two share it."""
-    distilled = str(distill_directory(Path()) / DISTILLED)
-    short = ["distilled" if Path(path).match(distilled) else Path(path).name or path for path in paths]
+    """The last part of each path, `distilled` or `instructed` for what `distill` and then `finetune` made, or the paths
+    themselves where two share it."""
+    made = {"distilled": distill_directory(Path()), "instructed": instruct_directory(Path())}
+    named = {path: name for path in paths for name, own in made.items() if Path(path).match(str(own / DISTILLED))}
+    short = [named.get(path, Path(path).name or path) for path in paths]
     return short if len(set(short)) == len(short) else paths
 
 

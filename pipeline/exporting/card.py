@@ -101,8 +101,8 @@ def add_results(directory: Path, results: str) -> None:
     update_manifest(directory, card.name)
 
 
-def check_distilled(directory: Path, export: Path) -> bool:
-    """Whether a distilled model is in a directory; one without a readable record is none.
+def check_distilled(directory: Path, export: Path, key: str = "distilled_from", stage: str = "distill") -> bool:
+    """Whether a model that `stage` trained is in a directory; one without a readable record is none.
 
     Raises:
         UserError: one that comes from another export than the one that is there now.
@@ -112,20 +112,20 @@ def check_distilled(directory: Path, export: Path) -> bool:
     try:
         record = read_json(directory / RECORD)
     except CheckpointError as error:
-        log.warning("%s: `nuteprune distill` makes the distilled model again", error)
+        log.warning("%s: `nuteprune %s` makes the model again", error, stage)
         return False
-    if record.get("distilled_from") != fingerprint(str(export)):
+    if record.get(key) != fingerprint(str(export)):
         raise UserError(
-            f"{directory} was distilled from another export than {export}: name the models in evaluate.models, or "
-            f"remove {directory.parent} and run `nuteprune distill` again"
+            f"{directory} was trained from another model than {export}: name the models in evaluate.models, or "
+            f"remove {directory.parent} and run `nuteprune {stage}` again"
         )
     return True
 
 
-def distilled_card(card: str, steps: int, tokens: int) -> str:
-    """The card of an export whose decoder was trained since; what was measured of it before is left out."""
-    row = f"| Distilled | all weights of the decoder, {steps:,} steps, {tokens:,} tokens |"
-    return re.sub(r"(?m)^\| Teacher \|", f"{row}\n| Teacher |", card.split(RESULTS)[0].rstrip() + "\n", count=1)
+def trained_card(card: str, row: tuple[str, str]) -> str:
+    """The card of an export that was trained since, with a row that says so; what was measured before is left out."""
+    line = f"| {row[0]} | {row[1]} |\n| Teacher |"
+    return re.sub(r"(?m)^\| Teacher \|", lambda _: line, card.split(RESULTS)[0].rstrip() + "\n", count=1)
 
 
 def origin(base: str) -> list[str]:

@@ -255,9 +255,9 @@ class PairedModel(nn.Module):
         """Final hidden states [B, T, D] of one view, after the last norm."""
         return self.behind(self.model.get_input_embeddings()(input_ids), view)
 
-    def behind(self, embedded: Tensor, view: View) -> Tensor:
-        """The same of the tokens' embeddings [B, T, D]."""
-        return self._stream(_masked(embedded, view.hidden), _Pass(view))
+    def behind(self, embedded: Tensor, view: View, positions: Tensor | None = None) -> Tensor:
+        """The same of the tokens' embeddings [B, T, D], with positions [B, T] of their own where records are packed."""
+        return self._stream(_masked(embedded, view.hidden), _Pass(view), positions)
 
     def embedded(self, input_ids: Tensor) -> Tensor:
         """The first layer's input [B, T, D]."""

@@ -17,7 +17,7 @@ from nuteprune.config import LossConfig
 from nuteprune.model.layers import build_view
 from nuteprune.model.losses import IGNORE, output_weights
 from nuteprune.model.losses.head import head_loss
-from nuteprune.model.pairing import Losses, PairedModel
+from nuteprune.model.pairing import Answers, Losses, PairedModel
 
 
 class Root(nn.Module):
@@ -49,36 +49,43 @@ class Distillation:
         hidden: which of the teacher's hidden dimensions the student has.
         loss: weights and forms of the terms.
         shared: the student is without its ends, which are the teacher's.
+        answers: what is learned are answers of instruction records.
     """
 
     def __init__(
         self, root: Root, teacher: PairedModel, layers: Sequence[int], hidden: Sequence[int], loss: LossConfig,
-        shared: bool = False,
+        shared: bool = False, answers: bool = False,
     ):  # fmt: skip
         spec = teacher.spec
         self.root, self.student, self.teacher, self.layers, self.loss = root, root.model, teacher, layers, loss
         self.view = build_view(spec, None, {}, teacher.scaling, teacher.dtype)
         self.hidden = None if len(hidden) == spec.hidden else torch.tensor(hidden)
         self.shared = shared
+        self.terms = output_weights(loss, answers)
 
-    def __call__(self, ids: Tensor) -> Losses:
-        """Losses of token ids [B, T]."""
-        return self.teacher(lambda: self.root(lambda: self._losses(ids)))
+    def __call__(self, ids: Tensor, answers: Answers | None = None) -> Losses:
+        """Losses of token ids [B, T]; of windows of instruction records those of their answers."""
+        return self.teacher(lambda: self.root(lambda: self._losses(ids, answers)))
 
-    def _losses(self, ids: Tensor) -> Losses:
+    def _losses(self, ids: Tensor, answers: Answers | None) -> Losses:
         dtype, scale = self.teacher.dtype, self.teacher.spec.logits_scaling
+        positions = None if answers is None else answers.positions
         with torch.no_grad():
             embedded = self.teacher.model.get_input_embeddings()(ids)
-            target = self.teacher.behind(embedded, self.view)
+            taught = any(term.needs_teacher for term in self.terms)
+            target = self.teacher.behind(embedded, self.view, positions) if taught else embedded
             own = self.embedded(embedded, ids)
         with self.computing():
-            final = self.student.model(inputs_embeds=own, use_cache=False).last_hidden_state
-        labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE).flatten()
+            final = self.student.model(inputs_embeds=own, position_ids=positions, use_cache=False).last_hidden_state
+        labels = F.pad((ids if answers is None else answers.labels)[:, 1:], (0, 1), value=IGNORE).flatten()
         rows, others = (each.flatten(0, 1).to(dtype) / scale for each in (final, target))
-        terms = output_weights(self.loss)
+        if answers is not None:
+            rows, others, labels = (each[labels != IGNORE] for each in (rows, others, labels))
         head = None if self.shared else self.student.lm_head.weight.to(dtype)
         total, found = self.teacher.head.lend(
-            lambda weight: head_loss(rows, weight if head is None else head, terms, self.loss, others, labels, weight)
+            lambda weight: head_loss(
+                rows, weight if head is None else head, self.terms, self.loss, others, labels, weight
+            )
         )
         return Losses(total, found)
 

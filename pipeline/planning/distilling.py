@@ -29,7 +29,7 @@ from nuteprune.training.gram import TOKENS_AT_ONCE
 
 
 def distillation_memory(job: Job, layout: Layout) -> Memory:
-    """Memory of one rank while the export is distilled (stages/distill.py)."""
+    """Memory of one rank while the export is distilled (distilling/trainer.py)."""
     spec, s = job.spec, job.itemsize
     tokens = layout.micro_batch * job.config.data.seq_len
     ends, decoder = small_parameters(job)

@@ -120,7 +120,7 @@ def choose(
     if machine.bf16:
         take("model.dtype", "bfloat16", f"{machine.name} multiplies it, in half the memory")
     free_steps = not {"train.steps", "train.epochs"}.intersection(given)
-    unwanted = config.sparsity.constraint != "projection" or {"distill.steps", "finetune.data"}.intersection(given)
+    unwanted = config.sparsity.constraint != "projection" or "distill.steps" in given
     may_distil = free_steps and learns_of_outputs(config.loss) and not unwanted
 
     def take_steps(steps: int, budget: str, lacking: str) -> None:

@@ -44,6 +44,11 @@ def recover_directory(run_dir: Path, target: float, sparsity: float) -> Path:
     return run_dir / f"recover-{sparsity or target:g}"
 
 
+def instruct_directory(run_dir: Path) -> Path:
+    """Where the distilled model is trained on records: its checkpoints, logs and result."""
+    return run_dir / "instruct"
+
+
 def distill_directory(run_dir: Path) -> Path:
     """Where all weights of the exported model are trained: its checkpoints, logs and result."""
     return run_dir / "distill"

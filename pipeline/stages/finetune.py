@@ -1,4 +1,4 @@
-"""The finetune stage: LoRA of a pruned student on instruction records, its gates fixed and removed units skipped."""
+"""The finetune stage: a pruned student's LoRA, or all weights of the distilled model, on instruction records."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from torch import Tensor
 from nuteprune.arch import ArchSpec
 from nuteprune.config import Config, Projection
 from nuteprune.data.batches import BatchStream
-from nuteprune.data.instructions import packed_windows
+from nuteprune.distilling.records import Instructing, OnRecords, windows
+from nuteprune.distilling.trainer import add_gguf
 from nuteprune.errors import UserError
+from nuteprune.exporting.card import check_distilled
 from nuteprune.model.layers import View
 from nuteprune.model.loading import read_base
-from nuteprune.model.losses import IGNORE, without_layers
+from nuteprune.model.losses import without_layers
 from nuteprune.model.pairing import Answers, Losses
+from nuteprune.parallel.distributed import discover
 from nuteprune.planning.machine import with_micro_batch
-from nuteprune.runs.directories import finetune_directory
+from nuteprune.runs.directories import DISTILLED, distill_directory, finetune_directory, instruct_directory
 from nuteprune.runs.rundir import Run
 from nuteprune.runs.students import open_run, pruned_student
 from nuteprune.training import fixed
@@ -28,7 +31,8 @@ from nuteprune.training.teachers import constant_mode
 
 
 def run(config: Config) -> Path:
-    """Fine-tune a student of the finished run in `config.run_dir`; returns the directory of the result.
+    """Fine-tune the distilled model of the finished run in `config.run_dir`, or where there is none (or a rung is asked
+    for) its student; returns the directory of the result.
 
     Raises:
         UserError: no finished run, another base model, a rung that the run never reached, or unusable records.
@@ -36,11 +40,20 @@ def run(config: Config) -> Path:
     """
     trained = open_run(config.run_dir, config.model)
     base = read_base(trained.config.model)
-    return train(settings(config, trained, base.spec), Finetuning, trained, base)
+    export = Path(config.export.output or trained.directory / "export")
+    distilled = distill_directory(trained.directory) / DISTILLED
+    if config.finetune.sparsity or not check_distilled(distilled, export):
+        return train(settings(config, trained, base.spec), Finetuning, trained, base)
+    result = train(whole_settings(config, trained), Instructing, trained, base, distilled)
+    if discover().is_main:
+        add_gguf(result, export, base)
+    return result
 
 
 def summary(config: Config, result: Path) -> str:
     """What the command line prints at the end."""
+    if result.name == DISTILLED:
+        return f"fine-tuned model: {result}\nnext: nuteprune evaluate {config.run_dir}"
     rung = f" --sparsity {config.finetune.sparsity:g}" if config.finetune.sparsity else ""
     return f"fine-tuned student: {result}\nnext: nuteprune export {config.run_dir}{rung}"
 
@@ -64,7 +77,20 @@ def settings(config: Config, trained: Run, spec: ArchSpec) -> Config:
     )  # fmt: skip
 
 
-class Finetuning(fixed.FixedGates):
+def whole_settings(config: Config, trained: Run) -> Config:
+    """The same for the distilled model, of which all weights of the decoder are trained."""
+    tune, old = config.finetune, trained.config
+    return replace(
+        old, run_dir=str(instruct_directory(trained.directory)), finetune=tune, export=config.export,
+        deepspeed=config.distill.deepspeed or config.deepspeed, checkpoint=config.checkpoint, tracking=config.tracking,
+        data=replace(old.data, source=tune.data, seq_len=tune.seq_len),
+        train=replace(config.train, steps=tune.steps, epochs=tune.epochs, batch_size=tune.batch_size,
+                      micro_batch=tune.micro_batch, lora_lr=tune.lr, lora_optimizer="scaled"),
+        loss=replace(without_layers(config.loss), kl_weight=tune.distill),
+    )  # fmt: skip
+
+
+class Finetuning(OnRecords, fixed.FixedGates):
     """A student on instruction records, taught by answers and perhaps by the intact model."""
 
     stage = "finetune"
@@ -72,12 +98,6 @@ class Finetuning(fixed.FixedGates):
     plan = staticmethod(with_micro_batch)
     relative_rate = RELATIVE_RATE / 2  # about the authors' 1e-4 on a 7B model; the whole rate forgets more
     free = ("recover", "checkpoint", "tracking", "export", "distill", "evaluate")
-
-    def __init__(self, *parts, **state):
-        super().__init__(*parts, **state)
-        answers = (self.stream.blocks[:, 1] != IGNORE).sum(1)
-        self.answers = BatchStream(answers, self.config.train.batch_size, self.config.seed)
-        """Answer tokens of each window of the global batch, in the order of `stream`."""
 
     @staticmethod
     def choose(config, trained, spec):
@@ -87,17 +107,7 @@ class Finetuning(fixed.FixedGates):
     @staticmethod
     def batches(config, world, base) -> BatchStream:
         """Windows [3, T] of packed records."""
-        with world.together():
-            if config.model.attention == "flash_attention_2" and config.finetune.micro_batch != 1:
-                raise UserError(
-                    "finetune.micro_batch: flash attention keeps records apart in one window only: set it to 1"
-                )
-            windows = packed_windows(config.finetune, base.tokenizer, base.spec.vocab)
-            return BatchStream(windows, config.train.batch_size, config.seed, world.rank, world.size)
-
-    def train_step(self) -> dict[str, float]:
-        """One optimizer step."""
-        return super().train_step() | {"answer_tokens": float(self.answers.batch(self.step).sum())}
+        return windows(config, world, base)
 
     def forward(self, batch: Tensor, teacher: View | None) -> Losses:
         """Losses of windows [b, 3, T]."""
@@ -105,18 +115,6 @@ class Finetuning(fixed.FixedGates):
         view = self.model.view(self.masks.fixed)
         return self.model(ids, view, teacher, self.config.loss, Answers(labels, positions))
 
-    def share(self, micro_batch: Tensor, batch: Tensor) -> float:
-        """Weight of a micro-batch, such that each answer token of the global batch counts the same on every rank."""
-        own = int((micro_batch[:, 1] != IGNORE).sum())
-        return own * self.world.size / int(self.answers.batch(self.step).sum())
-
     def facts(self) -> dict[str, Any]:
         """Its steps, tokens and records, and what it was before."""
-        config = self.config
-        return {
-            "steps": self.total,
-            "tokens": self.total * config.train.batch_size * config.data.seq_len,
-            "answer_tokens": sum(int(self.answers.batch(step).sum()) for step in range(self.total)),
-            "data": config.finetune.data,
-            "recovered": self.student.facts.get("recovered", 0),
-        }
+        return {"steps": self.total, **self.read(), "recovered": self.student.facts.get("recovered", 0)}

@@ -22,6 +22,7 @@ from nuteprune.runs.directories import (
     TUNED,
     distill_directory,
     finetune_directory,
+    instruct_directory,
     recover_directory,
 )  # fmt: skip
 
@@ -95,13 +96,16 @@ def outputs(config: Config) -> dict[str, Path]:
     target = config.sparsity.target
     found = {"prepare": run_dir / "prepared", "prune": run_dir / "pruned"}
     found |= {f"recover-{rung:g}": recover_directory(run_dir, target, rung) / TUNED for rung in config.recover.ladder}
-    if tune.data:
+    whole = bool(config.distill.steps) and not config.export.ladder and not tune.sparsity
+    if tune.data and not whole:
         found["finetune"] = finetune_directory(run_dir, target, tune.sparsity) / TUNED
     if config.export.ladder:  # evaluated as it is exported
         return found | {"export": Path(config.export.output or run_dir / "ladder")}
     found["export"] = Path(config.export.output or run_dir / "export")
     if config.distill.steps:
         found["distill"] = distill_directory(run_dir) / DISTILLED
+    if tune.data and whole:
+        found["finetune"] = instruct_directory(run_dir) / DISTILLED
     return found | {"evaluate": Path(config.evaluate.output or run_dir / "evaluate")}
 
 
@@ -112,6 +116,8 @@ def by_hand(run_dir: Path, submitted: Collection[str]) -> dict[str, Path]:
     tuned = [run_dir / "finetune", *sorted(run_dir.glob("recover-*")), *sorted(run_dir.glob("finetune-*"))]
     found = {path.name: path / TUNED for path in (*tuned, *(run_dir / stage for stage in waiting))}
     found["distill"] = distill_directory(run_dir) / DISTILLED
+    if (instructed := instruct_directory(run_dir)).is_dir():
+        found["finetune"] = instructed / DISTILLED
     return {stage: output for stage, output in found.items() if stage in waiting or output.parent.is_dir()}
 
 

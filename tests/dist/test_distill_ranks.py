@@ -180,6 +180,26 @@ def test_models_of_other_shapes_are_shared_out_too(family, sparsity, dtype, near
     check_alike(alone, several, near)
 
 
+def test_a_distilled_model_learns_from_records_on_ranks_as_in_one_process(one, tmp_path):
+    records = tmp_path / "records.jsonl"
+    rows = [{"prompt": f"The river of {n}", "completion": f" is {'very ' * (n % 5)}deep."} for n in range(24)]
+    records.write_text("\n".join(map(json.dumps, rows)))
+    found = []
+    for count in (1, 2):
+        run = shutil.copytree(one[1], tmp_path / f"on{count}")
+        command = ["finetune", str(run), f"finetune.data={records}", "finetune.steps=6", "finetune.seq_len=64",
+                   "finetune.batch_size=4", "finetune.distill=1", "finetune.lr=1e-3"]  # fmt: skip
+        if count == 1:
+            assert main(command) == 0
+        else:
+            ranks.run([*command, "deepspeed=zero3"], count, tmp_path / "logs")
+        lines = (run / "instruct/metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["finetune/loss"] for line in lines])
+    assert len(found[0]) == 6
+    assert found[0][-1] < found[0][0]
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def save_at_once(_rank):
     """Make a stage write what it has resumed, and leave."""
 

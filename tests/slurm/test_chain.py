@@ -14,7 +14,7 @@ from nuteprune.runs.jobs import submitted
 
 # One worker of pytest-xdist starts the cluster and the run that others are compared with.
 pytestmark = pytest.mark.xdist_group("slurm")
-STAGES = ["prepare", "prune", "finetune", "export", "distill", "evaluate"]
+STAGES = ["prepare", "prune", "export", "distill", "finetune", "evaluate"]
 
 
 def finished(run, job: str, limit: float = 300) -> dict[str, str]:

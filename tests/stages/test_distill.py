@@ -18,6 +18,8 @@ from nuteprune.arch import read_spec
 from nuteprune.config import load_config
 from nuteprune.data.batches import BatchStream
 from nuteprune.data.prepared import TrainingText
+from nuteprune.distilling import trainer
+from nuteprune.distilling.trainer import load_small
 from nuteprune.errors import UserError
 from nuteprune.model.layers import build_view
 from nuteprune.model.loading import read_base
@@ -25,7 +27,7 @@ from nuteprune.model.pairing import PairedModel
 from nuteprune.model.whole import Distillation, Root
 from nuteprune.runs.checkpoint import verify
 from nuteprune.runs.students import open_run
-from nuteprune.stages import distill, export, prune
+from nuteprune.stages import distill, evaluate, export, finetune, prune
 from nuteprune.training import blocks
 from nuteprune.training.signals import Preempted
 
@@ -47,7 +49,7 @@ def metrics(run_dir, key="distill/loss") -> list[float]:
 
 
 def test_all_weights_learn_and_the_model_loads_as_the_export_does(config, run_dir, monkeypatch):
-    monkeypatch.setattr(distill, "RELATIVE_RATE", 1.5e-2)  # forty steps of a tiny model
+    monkeypatch.setattr(trainer, "RELATIVE_RATE", 1.5e-2)  # forty steps of a tiny model
     for file in (*(run_dir / "export").iterdir(), run_dir / "export"):
         file.chmod(0o555)  # as in a store that is not written to
     result = distill.run(load_config(config, ["distill.steps=40"]))
@@ -161,7 +163,7 @@ def stream_of(output):
 def test_nothing_is_dropped_out_and_layers_are_recomputed(config, run_dir):
     file = run_dir / "export/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_dropout": 0.5}))
-    student = distill.load_small(run_dir / "export", load_config(config, ["train.activation_checkpointing=true"]))
+    student = load_small(run_dir / "export", load_config(config, ["train.activation_checkpointing=true"]))
     ids, passed = torch.arange(8)[None], []
     student.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passed.append(1))
     first, second = (student(ids).logits for _ in range(2))
@@ -248,8 +250,37 @@ def test_a_model_distilled_from_another_export_is_told_of(config, run_dir, text_
     for command in (["distill", str(run_dir)], ["evaluate", str(run_dir), f"evaluate.text=[{text_file}]"]):
         assert main(command) == 2
         told = capsys.readouterr().err
-        assert f"{run_dir}/distill/model was distilled from another export" in told
+        assert f"{run_dir}/distill/model was trained from another model" in told
         assert "name the models in evaluate.models, or remove" in told
+
+
+@pytest.mark.parametrize("taught", [0.0, 1.0])
+def test_a_distilled_model_is_fine_tuned_whole_and_written_for_llama_cpp(config, run_dir, tmp_path, leave_at, taught):
+    """prune, export, distill, finetune, export to GGUF: all weights learn from answers, taught beside them or not."""
+    records = tmp_path / "records.jsonl"
+    rows = [{"prompt": f"The river of {n}", "completion": " is very deep in the evening."} for n in range(24)]
+    records.write_text("\n".join(map(json.dumps, rows)))
+    tuning = load_config(config, [f"finetune.data={records}", "finetune.seq_len=128", "finetune.batch_size=4",
+                                  "finetune.steps=12", "finetune.lr=3e-3", f"finetune.distill={taught}"])  # fmt: skip
+    distilled = distill.run(config)
+    leave_at(trainer.Distilling, 7, finetune.run, tuning)
+    result = finetune.run(tuning)
+    assert result == run_dir / "instruct" / "model"
+    lines = [json.loads(line) for line in (run_dir / "instruct" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(12))
+    assert lines[-1]["finetune/label_loss"] < 0.8 * lines[0]["finetune/label_loss"]
+    assert ("finetune/kl_loss" in lines[0]) == bool(taught)
+    assert lines[0]["finetune/answer_tokens"] > 0
+    before, after = (load_file(d / "model.safetensors") for d in (distilled, result))
+    assert {key for key in before if torch.equal(before[key], after[key])} == {"model.embed_tokens.weight",
+                                                                              "lm_head.weight"}  # fmt: skip
+    assert "| Fine-tuned | all weights, 12 steps on records" in (result / "README.md").read_text()
+    assert "| Distilled |" in (result / "README.md").read_text()
+    export.run(load_config(config, ["export.gguf=f32"]))
+    assert finetune.run(tuning) == result
+    assert (result / "model.gguf").stat().st_size > 1000
+    named = evaluate.run(load_config(config, ["evaluate.window=32", "evaluate.batch_sizes=[]"]))["models"]
+    assert [model["name"] for model in named][1:] == ["export", "distilled", "instructed"]
 
 
 def test_a_result_whose_record_is_cut_is_made_again(config, run_dir, text_file, caplog):
@@ -257,7 +288,7 @@ def test_a_result_whose_record_is_cut_is_made_again(config, run_dir, text_file, 
     (run_dir / "distill/model/nuteprune.json").write_bytes(whole[:9])
     settings = [f"evaluate.text=[{text_file}]", "evaluate.window=64", "evaluate.batch_sizes=[]", "evaluate.prompts=0"]
     assert main(["evaluate", str(run_dir), *settings]) == 0
-    assert "`nuteprune distill` makes the distilled model again" in caplog.text
+    assert "`nuteprune distill` makes the model again" in caplog.text
     assert (distill.run(config) / "nuteprune.json").read_bytes() == whole
 
 

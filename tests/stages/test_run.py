@@ -151,7 +151,6 @@ def test_a_mistake_is_one_line_and_leaves_nothing(model_dir, tmp_path, capsys, m
         ([str(model_dir), "--data", str(text), "recover.ladder=[0.1]"], "give recover.ladder to `nuteprune recover`"),
         ([str(model_dir), "--data", str(text), "finetune.data=a.json", "finetune.sparsity=0.2"],
          "fine-tune the student at 0.2 and export that at 0.3"),
-        ([str(model_dir), "--data", str(text), "finetune.data=a.json", "distill.steps=2"], "undoes what the records"),
         ([str(model_dir), "--data", str(text), f"export.output={texts}"], "not an earlier export"),
         ([str(model_dir), "--data", str(text), "--gguf", "q4_k_m"], "llama.cpp makes K-quants, and is not there"),
         ([str(model_dir), "--data", str(text), "evaluate.text=none.txt"], "'none.txt' does not exist"),
@@ -234,7 +233,6 @@ def test_a_run_learns_what_to_remove_and_distils_in_the_rest_of_its_steps(tmp_pa
     for given in (
         "distill.steps=5",
         "distill.steps=0",
-        "finetune.data=records.json",
         "sparsity.constraint=lagrangian",
         "loss.kl_weight=0 loss.layer_weight=0.9",
     ):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 ROOMS = (
     "errors", "kernels", "config", "arch", "masks", "model", "runs", "data", "parallel", "training", "exporting",
-    "evaluation", "planning", "stages", "chain", "flags", "api", "__main__",
+    "evaluation", "planning", "distilling", "stages", "chain", "flags", "api", "__main__",
 )  # fmt: skip
 """From the bottom up: a room imports from rooms before it, never from those behind it."""
 

@@ -11,6 +11,7 @@ from tiny import CONFIGS, tiny_config, tiny_model
 from nuteprune.__main__ import main
 from nuteprune.arch import projections, read_spec
 from nuteprune.config import load_config
+from nuteprune.distilling.trainer import in_training
 from nuteprune.masks import MaskSet
 from nuteprune.model.layers import build_view
 from nuteprune.model.pairing import PairedModel
@@ -63,7 +64,6 @@ from nuteprune.planning.job import (
 from nuteprune.planning.machine import cluster_of, layout_of
 from nuteprune.planning.models import MODELS, named_spec
 from nuteprune.planning.planner import candidates, deepspeed_settings, lay_out, within
-from nuteprune.stages.distill import in_training
 
 TOTALS = {
     "llama-7b": 6_738_415_616,

@@ -27,9 +27,10 @@ def without_layers(config: LossConfig) -> LossConfig:
     return replace(config, **off)
 
 
-def output_weights(config: LossConfig) -> dict[OutputTerm, float]:
-    """The output terms beside a teacher with their weights: what distillation learns by."""
-    return {term: weight for term, weight in weights(config, taught=True).items() if isinstance(term, OutputTerm)}
+def output_weights(config: LossConfig, answers: bool = False) -> dict[OutputTerm, float]:
+    """The output terms beside a teacher with their weights: what distillation learns by; `answers`: of records."""
+    found = weights(config, taught=True, answers=answers)
+    return {term: weight for term, weight in found.items() if isinstance(term, OutputTerm)}
 
 
 def learns_of_outputs(config: LossConfig) -> bool:
