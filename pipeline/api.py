@@ -195,6 +195,10 @@ def check_at_once(stage: str, config: Config) -> None:
         check_tokenizer(config.model.path)
         if not config.run_dir or not (run_dir / "prepared").is_dir():  # the text may have gone since
             check_source(config.data.source)
+    if stage == "plan":
+        from nuteprune.planning.models import check_named
+
+        check_named(config.model.path)
     if stage == "run":
         for text in config.evaluate.text:
             check_source(text, "evaluate.text")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoConfig
-
-from nuteprune.arch import ArchSpec, read_spec
 from nuteprune.errors import UserError
-from nuteprune.model.loading import read_config
+from nuteprune.model.hub import check_model
+
+if TYPE_CHECKING:  # torch and transformers take seconds, and a name is checked before them
+    from nuteprune.arch import ArchSpec
 
 _LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "dtype": "bfloat16"}
 MODELS = {
@@ -88,11 +89,15 @@ HUB = {
 
 def named_spec(name: str) -> ArchSpec:
     """The architecture of a model in `MODELS`."""
+    from nuteprune.arch import read_spec
+
     return read_spec(named_config(name))
 
 
 def named_config(name: str) -> object:
     """transformers' configuration of a model in `MODELS`."""
+    from transformers import AutoConfig
+
     sizes = dict(MODELS[name])
     return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
 
@@ -102,19 +107,30 @@ def read_model(model: str) -> tuple[object, ArchSpec]:
 
     Only a hub id (`name` or `owner/name` that is no path here) that is not in `HUB` is looked up on the network.
     """
+    name = check_named(model)
+    if name in MODELS:
+        return named_config(name), named_spec(name)
+    from nuteprune.model.loading import read_config
+
+    return read_config(model)
+
+
+def check_named(model: str) -> str:
+    """The name in `MODELS` of a model that is given as for `read_model`, or what was given; raises `UserError` where
+    there is none."""
     if not model:
         known = ", ".join(MODELS)
         raise UserError(f"name a model: a directory, a config.json, a hub id or one of {known}")
     path = Path(model)
     name = model.lower() if path.exists() else HUB.get(model, model.lower())
     if name in MODELS:
-        config = named_config(name)
-        return config, read_spec(config)
+        return name
     if not path.exists() and (path.suffix == ".json" or model.startswith((".", "/", "~")) or len(path.parts) > 2):
         raise UserError(f"model.path: {model}: there is no such file or directory")
     try:
-        return read_config(model)
+        check_model(model)
     except UserError as error:
         if path.exists():
             raise
         raise UserError(f"{error}; known without the hub: {', '.join(MODELS)}") from None
+    return model
