@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model
+from transformers.utils import logging as transformers_logging
 
 from nuteprune.arch import read_spec
 from nuteprune.config import load_config
@@ -269,13 +270,6 @@ def test_ten_bad_steps_end_the_run_and_name_the_last_good_checkpoint(settings, m
         prune.run(config)
     with pytest.raises(TrainingFailed, match=r"10 steps in a row .*last: step 16"):  # as many as without a new start
         prune.run(config)
-    state = Path(config.run_dir) / "checkpoints/step-00000015/state.json"
-    counters = json.loads(state.read_text())
-    assert counters.pop("bad_in_a_row") == 8
-    state.write_text(json.dumps(counters))  # as older versions wrote it
-    write_manifest(state.parent)
-    with pytest.raises(TrainingFailed, match=r"10 steps in a row .*last: step 24"):
-        prune.run(config)
 
 
 def test_one_bad_gradient_is_skipped_counted_and_logged(settings, monkeypatch, caplog):
@@ -333,6 +327,7 @@ def test_tensorboard_has_the_scalars_pictures_and_texts(settings, tmp_path):
 
 
 def test_a_log_has_a_line_now_and_then_and_no_bar(settings, capsys, caplog):
+    transformers_logging.disable_progress_bar()  # as a command does
     caplog.set_level("INFO", "nuteprune")
     prune.run(load_config(None, [*settings, "train.steps=4", "tracking.progress=true"]))
     told = [line for line in caplog.messages if " gone, " in line]
