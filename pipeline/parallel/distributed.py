@@ -282,3 +282,18 @@ def keep_freed_memory(keep: bool) -> None:
     if hasattr(libc, "mallopt"):
         for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
             libc.mallopt(parameter, 1 << 30 if keep else 1 << 17)
+
+
+@contextmanager
+def gathered(*weights: Tensor) -> Iterator[None]:
+    """A block in which frozen weights are whole, which ZeRO-3 may have partitioned; collective then."""
+    if not any(hasattr(weight, "ds_id") for weight in weights):
+        yield
+        return
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    # Those that are whole, as small ones stay, would be partitioned behind the block.
+    parted = [weight for weight in weights if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    with deepspeed.zero.GatheredParameters(parted):
+        yield

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -170,21 +168,6 @@ def attach(model: PairedModel, settings: dict) -> None:
     model.partitioning = (engine,)
     if torch.distributed.get_backend() == "gloo":
         deepspeed.comm.comm.cdb.all_gather_into_tensor = _gather_in_place
-
-
-@contextmanager
-def gathered(*weights: Tensor) -> Iterator[None]:
-    """A block in which frozen weights are whole, which ZeRO-3 may have partitioned; collective then."""
-    if not any(hasattr(weight, "ds_id") for weight in weights):
-        yield
-        return
-    import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    # Those that are whole, as small ones stay, would be partitioned behind the block.
-    parted = [weight for weight in weights if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-    with deepspeed.zero.GatheredParameters(parted):
-        yield
 
 
 class _Handles(list):

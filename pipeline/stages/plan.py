@@ -14,7 +14,6 @@ import yaml
 
 from nuteprune.config import Config, Dtype
 from nuteprune.errors import MachineError, UserError
-from nuteprune.planning import dryrun
 from nuteprune.planning.cards import CARDS, UNNAMED, Card, card_named, quantity
 from nuteprune.planning.job import Cluster, Job
 from nuteprune.planning.machine import Machine, choose
@@ -137,6 +136,8 @@ def dry_run(config: Config, args: argparse.Namespace) -> str:
     ranks, per_node = args.world_size, min(args.world_size, args.gpus_per_node)
     if ranks < 1 or per_node < 1 or ranks % per_node:
         raise UserError(f"--world-size {ranks} is not made of whole nodes of {args.gpus_per_node} GPUs")
+    from nuteprune.planning import dryrun  # a plan needs none of what builds a model
+
     args.nodes, args.gpus_per_node = ranks // per_node, per_node
     found = dryrun.text(dryrun.dry_run(config, ranks, per_node), config)
     return f"{found}\n\n{figures(config, args)}"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import send_to_device
@@ -22,14 +23,17 @@ from safetensors.torch import load_file, save
 from torch import LongTensor, Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from nuteprune.errors import MachineError
-from nuteprune.model.whole import Distillation
 from nuteprune.parallel.distributed import World
 from nuteprune.runs.checkpoint import write_atomic
 from nuteprune.runs.log import no_bar
 from nuteprune.training.gram import TOKENS_AT_ONCE, Streams
+
+if TYPE_CHECKING:  # as in gram.py
+    from transformers import PreTrainedModel
+
+    from nuteprune.model.whole import Distillation
 
 TOKENS = 118_784
 """Of the text, that the layers are fitted on."""

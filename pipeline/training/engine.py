@@ -20,8 +20,7 @@ from nuteprune.arch import projections
 from nuteprune.masks import MaskSet
 from nuteprune.masks.schedule import Schedule
 from nuteprune.model.pairing import PairedModel
-from nuteprune.parallel.distributed import World
-from nuteprune.parallel.zero import gathered
+from nuteprune.parallel.distributed import World, gathered
 from nuteprune.training.importance import unit_costs
 from nuteprune.training.preconditioning import B_RATE, Preconditioner
 

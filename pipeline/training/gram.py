@@ -10,6 +10,7 @@ Shape letters: N sequences or tokens, T tokens of a sequence, D hidden, F units.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import LongTensor, Tensor
@@ -17,10 +18,11 @@ from tqdm.auto import tqdm
 
 from nuteprune.arch import projections
 from nuteprune.model.layers import activate, build_view
-from nuteprune.model.pairing import PairedModel
-from nuteprune.parallel.distributed import World
-from nuteprune.parallel.zero import gathered
+from nuteprune.parallel.distributed import World, gathered
 from nuteprune.runs.log import no_bar
+
+if TYPE_CHECKING:  # the planner reads numbers here, and does without transformers
+    from nuteprune.model.pairing import PairedModel
 
 TOKENS_AT_ONCE = 4096
 """That go through a layer, and into a product: enough that adding the product to G costs nothing beside it."""

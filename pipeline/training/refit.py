@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,13 @@ from nuteprune.data.batches import BatchStream
 from nuteprune.errors import UserError
 from nuteprune.masks import Gates
 from nuteprune.masks.schedule import Schedule
-from nuteprune.model.pairing import PairedModel
-from nuteprune.parallel.distributed import World
+from nuteprune.parallel.distributed import World, gathered
 from nuteprune.parallel.host import free_memory
-from nuteprune.parallel.zero import gathered
 from nuteprune.training.gram import measure_grams, owner_of
 from nuteprune.training.preparation import Preparation
+
+if TYPE_CHECKING:  # the planner reads numbers here, and does without transformers
+    from nuteprune.model.pairing import PairedModel
 
 log = logging.getLogger(__name__)
 
