@@ -53,7 +53,7 @@ def run(config: Config) -> dict:
     numbers, asked = jobs.submitted(run_dir), outputs(config)
     others = {stage: output for stage, output in by_hand(run_dir, numbers).items() if output not in asked.values()}
     found = {}
-    for stage, output in sorted((others | asked).items(), key=lambda place: ORDER.index(_kind(place[0]))):
+    for stage, output in sorted((others | asked).items(), key=lambda place: _place(*place)):
         found[stage] = _stage(run_dir, stage, output, numbers.get(stage))
         if stage not in asked:
             found[stage]["asked"] = False
@@ -65,7 +65,7 @@ def run(config: Config) -> dict:
         reasons = read_json(run_dir / LEFT_OUT)
     found |= {stage: {"state": "left out", "path": "", "job": None, "why": str(why), "asked": False}
               for stage, why in reasons.items() if stage in ORDER and stage not in found}  # fmt: skip
-    places = sorted(found, key=lambda stage: ORDER.index(_kind(stage)))
+    places = sorted(found, key=lambda stage: _place(stage, Path(found[stage]["path"])))
     return {
         "run_dir": str(run_dir), "sparsity": config.sparsity.target, "next": _next(run_dir, left),
         "stages": {stage: found[stage] for stage in places},
@@ -119,6 +119,12 @@ def by_hand(run_dir: Path, submitted: Collection[str]) -> dict[str, Path]:
     if (instructed := instruct_directory(run_dir)).is_dir():
         found["finetune"] = instructed / DISTILLED
     return {stage: output for stage, output in found.items() if stage in waiting or output.parent.is_dir()}
+
+
+def _place(stage: str, output: Path) -> int:
+    """Where a stage stands among the others; the distilled model learns from records last."""
+    whole = stage == "finetune" and output.name == DISTILLED
+    return ORDER.index("evaluate" if whole else _kind(stage))
 
 
 def _kind(stage: str) -> str:
