@@ -99,7 +99,7 @@ def options(place: Place) -> Iterator[Line]:
 def refit(place: Place) -> Iterator[Line]:
     """Least squares for the FFN units that stay, in layers as wide as those of 8B."""
     sizes = WIDE if place.cuda else SMALL
-    short = ("model.dtype=bfloat16", "train.steps=12", "data.seq_len=512", "gates.settle=0.5", "checkpoint.every=0")
+    short = ("model.dtype=bfloat16", "train.steps=12", "data.seq_len=512", "gates.settle=0.5")
     began, wrong = time.monotonic(), place.random_model("wide", sizes)
     wrong = wrong or place.prune("refit", "wide", *(short if place.cuda else short[:2]))
     what = f"refit of two layers of {sizes['ffn']:,} FFN units"
@@ -117,7 +117,7 @@ def planned(place: Place) -> Iterator[Line]:
     sizes, length = (SEVEN_B, 512) if place.cuda else (SMALL, 64)
     settings = [
         "model.dtype=bfloat16", "train.steps=10", "train.batch_size=16", "train.micro_batch=2", "lora.refit=0",
-        "train.activation_checkpointing=true", "sparsity.target=0.2", f"data.seq_len={length}", "checkpoint.every=0",
+        "train.activation_checkpointing=true", "sparsity.target=0.2", f"data.seq_len={length}",
     ]  # fmt: skip
     name, total = "NVIDIA H100", 80e9
     if place.cuda:

@@ -115,9 +115,9 @@ def recover(settings: Settings, overrides: Sequence[str] = ()) -> list[Path]:
 
 
 def finetune(settings: Settings, overrides: Sequence[str] = ()) -> Path:
-    """Fine-tune the LoRA of a finished run's student on the instruction records `finetune.data`.
+    """Fine-tune a run's distilled model, or where there is none its student's LoRA, on the records `finetune.data`.
 
-    Arguments and errors as of `prune`; returns the directory of the fine-tuned student.
+    Arguments and errors as of `prune`; returns the directory of the result.
     """
     return _call("finetune", settings, overrides)
 

@@ -10,7 +10,7 @@ STAGES = {
     "prepare": "fetch the model, tokenise and pack the text, once and without a GPU",
     "prune": "learn gates and LoRA on the frozen base model, taught by earlier snapshots of the student",
     "recover": "train snapshots of a run on, their gates fixed, so that each rung of a ladder is worth its size",
-    "finetune": "train the pruned student's LoRA on instruction records, its gates fixed",
+    "finetune": "train the distilled model, or else the pruned student's LoRA, on instruction records",
     "export": "write the student (or a snapshot of the run, or a ladder of them) as a small Hugging Face model",
     "distill": "train the weights of the exported model, taught by the intact one",
     "evaluate": "perplexity, continuations, speed and tasks of models side by side, as a page, Markdown and JSON",

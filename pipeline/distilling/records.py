@@ -37,24 +37,24 @@ class OnRecords(Trainer):
     def __init__(self, *parts, **state):
         super().__init__(*parts, **state)
         answers = (self.stream.blocks[:, 1] != IGNORE).sum(1)
-        self.counts = BatchStream(answers, self.config.train.batch_size, self.config.seed)
+        self.answer_counts = BatchStream(answers, self.config.train.batch_size, self.config.seed)
         """Answer tokens of each window of the global batch, in the order of `stream`."""
 
     def accumulate(self, forward: Callable[[Tensor], Losses]) -> dict[str, float]:
         """Backward of this step's windows; the answer tokens of the global batch too."""
-        return super().accumulate(forward) | {"answer_tokens": float(self.counts.batch(self.step).sum())}
+        return super().accumulate(forward) | {"answer_tokens": float(self.answer_counts.batch(self.step).sum())}
 
     def share(self, micro_batch: Tensor, batch: Tensor) -> float:
         """Weight of a micro-batch's mean loss in that of this rank's batch."""
         own = int((micro_batch[:, 1] != IGNORE).sum())
-        return own * self.world.size / int(self.counts.batch(self.step).sum())
+        return own * self.world.size / int(self.answer_counts.batch(self.step).sum())
 
-    def read(self) -> dict[str, Any]:
+    def amounts(self) -> dict[str, Any]:
         """Tokens and records of all steps."""
         config = self.config
         return {
             "tokens": self.total * config.train.batch_size * config.data.seq_len,
-            "answer_tokens": sum(int(self.counts.batch(step).sum()) for step in range(self.total)),
+            "answer_tokens": sum(int(self.answer_counts.batch(step).sum()) for step in range(self.total)),
             "data": config.finetune.data,
         }
 
@@ -90,5 +90,5 @@ class Instructing(OnRecords, Distilling):
 
     def card_row(self) -> tuple[str, str]:
         """What its card says of it."""
-        read = self.read()
-        return "Fine-tuned", f"all weights, {self.total:,} steps on records, {read['answer_tokens']:,} answer tokens"
+        learned = self.amounts()["answer_tokens"]
+        return "Fine-tuned", f"all weights, {self.total:,} steps on records, {learned:,} answer tokens"

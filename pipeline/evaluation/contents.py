@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tqdm import tqdm
+
 from nuteprune.evaluation.generation import CYCLES, LOOP_TOKENS, NEW_TOKENS, PROMPT_TOKENS
 from nuteprune.evaluation.retention import METRICS
 from nuteprune.runs.words import code, one_line
@@ -70,7 +72,7 @@ def _caution(report: dict, after: dict) -> str:
     """Why the perplexity of the sentence before may be better than the model is; empty where nothing speaks for it."""
     if not report["held_out"]:
         return " The model was trained on this very text: held-out text tells what it lost (`evaluate.text`)."
-    if after["delta_nll"] is not None and after["delta_nll"] < 0:
+    if report["same_tokens"] and after["delta_nll"] is not None and after["delta_nll"] < 0:
         return (
             " A loss below the intact model's is what training on this kind of text gives: the intact model would gain "
             "from it too, and text of another kind tells what was lost."
@@ -79,23 +81,16 @@ def _caution(report: dict, after: dict) -> str:
 
 
 def made_lines(report: dict) -> list[str]:
-    """How long training took, and the command that measured."""
-    made = report.get("made", {})
-    stages = [f"{stage} {_minutes(seconds)}" for stage, seconds in made.get("seconds", {}).items()]
-    found = [f"Training steps took {_minutes(sum(made['seconds'].values()))} ({', '.join(stages)})."] if stages else []
-    machine = report["environment"].get("gpu") or report["environment"].get("cpu")
-    return [*found, f"Measured on {one_line(str(machine))}, {report['environment'].get('date', '')[:10]}.",
-            *([f"Command: {code(made['command'])}"] if made.get("command") else [])]  # fmt: skip
-
-
-def _minutes(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 60
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    """How long training took, what measured and when, and the command."""
+    made, environment, found = report.get("made", {}), report["environment"], []
+    if seconds := made.get("seconds"):
+        stages = ", ".join(f"{stage} {tqdm.format_interval(took)}" for stage, took in seconds.items())
+        found.append(f"Training steps took {tqdm.format_interval(sum(seconds.values()))} ({stages}).")
+    machine = environment.get("gpu") or environment.get("cpu")
+    found.append(f"Measured on {one_line(str(machine))}, {environment.get('date', '')[:10]}.")
+    if made.get("command"):
+        found.append(f"Command: {code(made['command'])}")
+    return found
 
 
 def load_lines(report: dict) -> list[str]:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nuteprune.runs.checkpoint import CheckpointError, read_json
-from nuteprune.runs.directories import distill_directory
+from nuteprune.runs.directories import distill_directory, instruct_directory
 from nuteprune.training.pictures import WIDTH, kept_figure, png
 
 log = logging.getLogger(__name__)
@@ -136,9 +136,9 @@ def _losses(axis: Axes, loss: tuple[list[int], list[float]], label: str) -> None
 def training_seconds(run_dir: Path) -> dict[str, float]:
     """Seconds that the steps of each stage of a run took, by the times in its metrics."""
     found: dict[str, float] = {}
-    for file in (run_dir / METRICS, distill_directory(run_dir) / METRICS):
+    for directory in (run_dir, distill_directory(run_dir), instruct_directory(run_dir)):
         last: dict[str, int] = {}
-        for step, entry in sorted(read_metrics(file).items()):
+        for step, entry in sorted(read_metrics(directory / METRICS).items()):
             for key in entry:
                 stage, _, name = key.partition("/")
                 if name == "step_s" and isinstance(entry[key], (int, float)):

@@ -32,7 +32,9 @@ def scored_examples(results: dict, tasks: list) -> Scored:
         if examples:
             # A task without acc_norm counts by its acc, as in published means.
             scores = {metric: [float(each.get(metric, each["acc"])) for each in examples] for metric in METRICS}
-            chance = [1 / len(each["filtered_resps"]) for each in examples]
+            # One answer to judge, as in LAMBADA, is no choice among several: nobody guesses it.
+            choices = [len(each["filtered_resps"]) for each in examples]
+            chance = [1 / count if count > 1 else 0.0 for count in choices]
             found[task.task_name if hasattr(task, "task_name") else task.name] = scores | {"chance": chance}
     return found
 

@@ -117,4 +117,4 @@ class Finetuning(OnRecords, fixed.FixedGates):
 
     def facts(self) -> dict[str, Any]:
         """Its steps, tokens and records, and what it was before."""
-        return {"steps": self.total, **self.read(), "recovered": self.student.facts.get("recovered", 0)}
+        return {"steps": self.total, **self.amounts(), "recovered": self.student.facts.get("recovered", 0)}

@@ -256,6 +256,8 @@ def test_examples_of_tasks_and_of_a_group_as_one():
     group = Group("both")
     for name in "ab":
         group.add(SimpleNamespace(task_name=name))
+    one = retention.scored_examples({"samples": {"one": examples([1, 0], None, 1)}}, [SimpleNamespace(task_name="one")])
+    assert one["one"]["chance"] == [0, 0]
     samples = {"a": examples([1, 0]), "b": examples([1, 1]), "alone": examples([0, 1], [1, 1], 2), "c": [{"bleu": 9}]}
     asked = [group, *(SimpleNamespace(task_name=name) for name in ("alone", "c"))]
     scored = retention.scored_examples({"samples": samples}, asked)
